@@ -1,0 +1,104 @@
+"""The one place where work is spread over CPU threads, without letting the thread count touch a bit of the result.
+
+A BLAS that splits one product over threads may sum in another order for another thread count. So every product runs
+on one thread, and the parallelism is across whole tensors or across blocks whose size depends on shapes only.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _State(threading.local):
+    inside = False
+    threads = 1
+    pool: ThreadPoolExecutor | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def one_thread_per_product() -> Iterator[None]:
+    """Within the block BLAS and LAPACK run on one thread, and :func:`for_each` uses as many workers as torch had.
+
+    The number of workers is ``torch.get_num_threads()`` at entry (``OMP_NUM_THREADS``, ``torch.set_num_threads``); it
+    is restored at exit. Nested blocks change nothing.
+    """
+    if _state.inside:
+        yield
+        return
+    threads = torch.get_num_threads()
+    _state.inside, _state.threads = True, threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if _state.pool is not None:
+            _state.pool.shutdown(wait=True, cancel_futures=True)
+        _state.inside, _state.threads, _state.pool = False, 1, None
+        torch.set_num_threads(threads)
+
+
+def deterministic(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a public function inside :func:`one_thread_per_product`, without recording gradients."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with one_thread_per_product(), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def workers() -> int:
+    """How many calls :func:`for_each` keeps running at once here; 1 inside a worker."""
+    return _state.threads if _state.inside else 1
+
+
+def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None = None) -> Iterator[R]:
+    """``function(item)`` for every item, several at once, yielded in the order of the items.
+
+    Args:
+        limit: at most this many calls begun and not yet yielded, where memory demands it.
+    """
+    if workers() == 1 or (limit is not None and limit <= 1):
+        yield from map(function, items)
+        return
+    # A short queue bounds how many finished results, and so how much memory, wait for a slow one.
+    queue = 2 * workers() if limit is None else limit
+    if _state.pool is None:
+        _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            if len(waiting) >= queue:
+                yield waiting.popleft().result()
+            waiting.append(_state.pool.submit(_without_gradients, function, item))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _enter_worker() -> None:
+    torch.set_num_threads(1)
+    _state.inside, _state.threads = True, 1
+
+
+def _without_gradients(function: Callable[[T], R], item: T) -> R:
+    with torch.no_grad():  # the gradient mode is a thread's own
+        return function(item)

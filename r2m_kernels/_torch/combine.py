@@ -1,0 +1,56 @@
+"""Step 5: the merged tensor in one read of each input and one write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import _parallel
+from r2m_kernels._torch.blocks import as_matrix, compute_dtype, element_panels, row_panels
+
+
+def combine(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    dtype = compute_dtype([base, *experts])
+    low_rank = None
+    if left is not None and right is not None and scale is not None:
+        low_rank = _side_by_side(left, right, scale, dtype)
+    # Tensors without a low-rank part have no rows to speak of: they are walked through flat.
+    view = as_matrix if low_rank else torch.ravel
+    theta, thetas = view(base), [view(expert) for expert in experts]
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    merged = target.view(theta.shape)
+    weights = [float(weight) for weight in core]
+
+    def merge_panel(panel: list[slice]) -> None:
+        for rows in panel:
+            block = theta[rows].to(dtype)
+            total = block.clone()
+            for weight, expert in zip(weights, thetas, strict=True):
+                if weight != 0.0:
+                    total.add_(torch.sub(expert[rows].to(dtype), block), alpha=weight)
+            if low_rank:
+                total.addmm_(low_rank[0][rows], low_rank[1])
+            merged[rows] = total  # the one rounding to the storage dtype
+
+    panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
+    for _ in _parallel.for_each(merge_panel, panels):
+        pass
+    if target is not out:
+        out.copy_(target)
+
+
+def _side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Σ_i s_i L_i R_i as one product: (m, N·r) and (N·r, n)."""
+    count, m, rank = left.shape
+    scaled = left.to(dtype) * scale.to(left.device, dtype).view(count, 1, 1)
+    return scaled.transpose(0, 1).reshape(m, count * rank), right.to(dtype).reshape(count * rank, right.shape[2])

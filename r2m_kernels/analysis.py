@@ -1,0 +1,248 @@
+"""What steps 1–3 found, and steps 4 and 5 made from it for any strength and any smaller rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import _checks, combination, diagnostics, gram, norm_matching
+from r2m_kernels._backends import Backend
+from r2m_kernels._parallel import deterministic
+from r2m_kernels.compatibility import Plan, PlannedTensor
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.engine import Engine, Progress, StepRecord
+from r2m_kernels.errors import InvalidInput
+from r2m_kernels.factor_store import FactorStore
+from r2m_kernels.real_subspace import RealSubspace
+from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink
+from r2m_kernels.truncation import truncation_rank
+
+# What may differ between an analysis and a merge made from it; a rank may only be smaller.
+FREE_FIELDS = ("rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match")
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Steps 4 and 5's numbers for one configuration."""
+
+    norms: Tensor  # (N,) n
+    scales: Tensor  # (N,) s
+    strength: combination.Strength
+
+
+class Analysis:
+    """What steps 1–3 found, ready to be merged at the cost of step 5. Made by :func:`analyze`.
+
+    Attributes:
+        config: the options it was made with; its rank is the largest that can be merged.
+        experts: their names, in order.
+        plan: every tensor and its role.
+        real_subspace: coefficients of the core, the mixing, eigenvalues and gap.
+        matrix_gram: (N, N) float64, ⟨τ_i, τ_j⟩ over matrix tensors.
+        vector_gram: the same over vector tensors.
+    """
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        experts: list[str],
+        plan: Plan,
+        subspace: RealSubspace,
+        matrix_gram: Tensor,
+        vector_gram: Tensor,
+        grams: dict[str, Tensor],
+        inner_products: dict[str, Tensor],
+        engine: Engine,
+        store: FactorStore,
+    ) -> None:
+        self.config = config
+        self.experts = experts
+        self.plan = plan
+        self.real_subspace = subspace
+        self.matrix_gram = matrix_gram
+        self.vector_gram = vector_gram
+        self._grams = grams
+        self._inner = inner_products
+        self._engine = engine
+        self._store = store
+        self._inner_at: dict[float | int, dict[str, Tensor]] = {config.rank: inner_products}
+
+    @property
+    def gram(self) -> Tensor:
+        """(N, N) float64: G = Σ γ_l G_l."""
+        return self.real_subspace.gram
+
+    @property
+    def per_tensor(self) -> list[dict[str, Any]]:
+        """Role, shape, rank and kept energy of every tensor; see :meth:`report`."""
+        return diagnostics.tensor_rows(self, self.config, self._inner)
+
+    @property
+    def backend(self) -> Backend:
+        """Who computed it, and why."""
+        return self._engine.backend
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was computed."""
+        return self._engine.device
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """Time and bytes of each step so far, the last write included."""
+        return list(self._engine.steps.values())
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of low-rank factors that went to disk."""
+        return self._store.spilled_bytes
+
+    def tensor_gram(self, name: str) -> Tensor:
+        """(N, N) float64 Gram matrix of one matrix or vector tensor."""
+        return self._grams[name]
+
+    def rank_of(self, name: str, config: MergeConfig) -> int:
+        """Truncation rank of one matrix tensor under these options."""
+        return truncation_rank(config.rank, self._engine.base.specs[name].shape)
+
+    def merge(
+        self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
+    ) -> dict[str, Tensor]:
+        """The merged state dict for these options or the analysis's own; :func:`merge` has the rest.
+
+        Raises:
+            InvalidInput: an option differs that the analysis depends on, or the rank is larger than analyzed.
+        """
+        source = self._engine.base
+        devices = source.devices if isinstance(source, StateDictSource) else {}
+        sink = StateDictSink(devices)
+        self.write(sink, (config or self.config).replace(**overrides), dtype=dtype)
+        return sink.state_dict
+
+    @deterministic
+    def write(
+        self,
+        sink: TensorSink,
+        config: MergeConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Step 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
+        settings = config or self.config
+        residuals = self.residuals(settings)
+        if dtype is not None:
+            _checks.floating_dtype("dtype", dtype)
+        planned = {tensor.name: tensor for tensor in self.plan.tensors}
+        aliases = self.plan.aliases
+        specs = {}
+        for name in [*self._engine.base.specs, *(name for name in planned if name not in self._engine.base.specs)]:
+            tensor = planned[aliases.get(name, name)]
+            keep = dtype is None or tensor.role == "copied"
+            specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
+        sink.begin(specs)
+        tied: dict[str, list[str]] = {}
+        for alias, first in aliases.items():
+            tied.setdefault(first, []).append(alias)
+
+        def combine(tensor: PlannedTensor) -> None:
+            merged = self._merged(tensor, settings, residuals, specs[tensor.name].dtype)
+            for name in [tensor.name, *tied.get(tensor.name, ())]:
+                sink.write(name, merged)
+
+        roles = self.plan.of("matrix", "vector", "statistic", "copied", "extra")
+        self._engine.over("combination", roles, combine, progress)
+
+    @deterministic
+    def residuals(self, config: MergeConfig | None = None) -> Residuals:
+        """Norms n, scales s, λ and η for these options."""
+        settings = config or self.config
+        self._check(settings)
+        inner = self._inner_products(settings)
+        count = len(self.experts)
+        matrix = gram.ordered_sum([inner[name] for name in sorted(inner)], count)
+        center = torch.eye(count, dtype=torch.float64) - 1.0 / count
+        vector = center @ self.vector_gram @ center
+        longest = float((self.matrix_gram + self.vector_gram).diag().max().clamp_min(0).sqrt())
+        norms = norm_matching.residual_norms(matrix.diag() + vector.diag(), longest)
+        scales = norm_matching.matching_scales(norms, settings.norm_match)
+        core = self.real_subspace.core
+        core_norm = float((core @ self.matrix_gram @ core).clamp_min(0).sqrt())
+        return Residuals(norms, scales, combination.strength(settings, core_norm, matrix, scales, longest))
+
+    def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
+        """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
+        settings = config or self.config
+        return diagnostics.report(self, settings, self.residuals(settings), self._inner_products(settings))
+
+    def _check(self, config: MergeConfig) -> None:
+        fixed = [
+            field
+            for field, value in config.to_dict().items()
+            if field not in FREE_FIELDS and value != self.config.to_dict()[field]
+        ]
+        if fixed:
+            raise InvalidInput(
+                f"{fixed[0]}: this analysis was made with {getattr(self.config, fixed[0])!r} and cannot be merged with "
+                f"{getattr(config, fixed[0])!r}; analyze again"
+            )
+        if config.eta != 0 and self.config.eta == 0:
+            raise InvalidInput("eta: this analysis was made with eta=0, without residuals; analyze again")
+        for tensor in self.plan.of("matrix"):
+            rank = truncation_rank(config.rank, tensor.spec.shape)
+            if rank > tensor.rank or (rank < tensor.rank and tensor.full_rank):
+                raise InvalidInput(
+                    f"rank: tensor '{tensor.name}' was analyzed at rank {tensor.rank} and cannot be merged at {rank}; "
+                    "analyze again"
+                )
+
+    def _inner_products(self, config: MergeConfig) -> dict[str, Tensor]:
+        """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank."""
+        if config.eta == 0:
+            return {}
+        if config.rank not in self._inner_at:
+            self._inner_at[config.rank] = {
+                name: self._store.get(name).truncated(self.rank_of(name, config)).inner_products()
+                for name in self._inner
+            }
+        mixing = self.real_subspace.mixing
+        linear = {
+            tensor.name: mixing.T @ self._grams[tensor.name] @ mixing
+            for tensor in self.plan.of("matrix")
+            if tensor.full_rank
+        }
+        return {**self._inner_at[config.rank], **linear}
+
+    def _merged(self, tensor: PlannedTensor, config: MergeConfig, residuals: Residuals, dtype: torch.dtype) -> Tensor:
+        if tensor.role == "copied":
+            return self._engine.base.read(tensor.name).clone()
+        if tensor.role == "extra":
+            return self._engine.mean_of_experts(tensor).to(dtype)
+        base, experts = self._engine.inputs(tensor)
+        strength, scales = residuals.strength, residuals.scales
+        core, mixing = self.real_subspace.core, self.real_subspace.mixing
+        left = right = scale = None
+        if tensor.role == "statistic":
+            weights = combination.mean_coefficients(len(experts))
+        elif tensor.role == "vector":
+            weights = combination.vector_coefficients(scales, strength.core_scale, strength.eta)
+        elif tensor.full_rank:
+            weights = combination.full_rank_coefficients(core, mixing, scales, strength.core_scale, strength.eta)
+        else:
+            weights = combination.matrix_coefficients(core, strength.core_scale)
+            if strength.eta != 0 and tensor.name in self._store:
+                factors = self._store.get(tensor.name).truncated(self.rank_of(tensor.name, config))
+                left, right = factors.left.to(base.device), factors.right.to(base.device)
+                scale = (strength.eta / len(experts)) * scales
+        merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+        self._engine.backend.operators.combine(base, experts, weights, left, right, scale, merged)
+        if not bool(torch.isfinite(merged).all()):
+            name = str(dtype).removeprefix("torch.")
+            raise InvalidInput(
+                f"tensor '{tensor.name}': merged values exceed the range of {name}; ask for a wider dtype or smaller "
+                "core_scale and eta"
+            )
+        return merged

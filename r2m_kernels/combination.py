@@ -1,0 +1,78 @@
+"""Step 5, what the merged tensor is made of (README §6).
+
+Every tensor is one call of ``combine``: coefficients of the task vectors plus, where a residual was truncated,
+factors and their scales. What has no factors is linear in the task vectors and enters through the coefficients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.norm_matching import NEGLIGIBLE
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strong core and residual term enter.
+
+    Attributes:
+        core_scale: λ.
+        eta: η.
+        core_norm: ‖λ τ_core‖ over matrix tensors.
+        residual_norm: ‖(1/N) Σ s_i F_i‖ over matrix tensors, 0 where it is rounding.
+    """
+
+    core_scale: float
+    eta: float
+    core_norm: float
+    residual_norm: float
+
+
+def strength(config: MergeConfig, core_norm: float, inner_products: Tensor, scales: Tensor, longest: float) -> Strength:
+    """λ and η of ``config``.
+
+    Args:
+        core_norm: ‖τ_core‖ over matrix tensors.
+        inner_products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
+        scales: (N,) s.
+        longest: max_j ‖τ_j‖, the yardstick of rounding.
+    """
+    count = len(scales)
+    core_scale = config.core_scale * (count if config.core_mode == "sum" else 1)
+    scaled_core = abs(core_scale) * core_norm
+    residual = float((scales @ inner_products @ scales).clamp_min(0).sqrt()) / count
+    if residual <= NEGLIGIBLE * longest * float(scales.mean()):
+        residual = 0.0
+    eta = config.eta
+    if config.eta_mode == "sum":
+        eta *= count
+    elif config.eta_mode == "core_norm":
+        eta *= scaled_core
+    elif config.eta_mode == "relative":
+        eta = eta * scaled_core / residual if residual > 0 else 0.0
+    return Strength(core_scale, eta, scaled_core, residual)
+
+
+def matrix_coefficients(core: Tensor, core_scale: float) -> Tensor:
+    """(N,) coefficients of the task vectors beside the truncated residuals: λ c."""
+    return core_scale * core
+
+
+def full_rank_coefficients(core: Tensor, mixing: Tensor, scales: Tensor, core_scale: float, eta: float) -> Tensor:
+    """(N,) where nothing is truncated: λ c + (η/N) M s."""
+    return core_scale * core + (eta / len(core)) * (mixing @ scales)
+
+
+def vector_coefficients(scales: Tensor, core_scale: float, eta: float) -> Tensor:
+    """(N,) of λ · mean + (η/N) Σ_i s_i (τ_i − mean)."""
+    count = len(scales)
+    return core_scale / count + (eta / count) * (scales - scales.mean())
+
+
+def mean_coefficients(count: int) -> Tensor:
+    """(N,) of the plain mean, for statistics."""
+    return torch.full((count,), 1.0 / count, dtype=torch.float64)

@@ -1,0 +1,223 @@
+"""What part each tensor takes in the merge, and whether the checkpoints fit together at all (README §1)."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from r2m_kernels._checks import FLOATING
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.errors import InvalidInput
+from r2m_kernels.tensors import TensorSource, TensorSpec
+from r2m_kernels.truncation import truncation_rank
+
+Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
+
+LISTED = 100  # lines of one kind of mismatch before the rest is only counted
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        role: ``matrix``: takes part in subspace and truncation; ``vector``: mean plus matched deviation;
+            ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
+        rank: truncation rank of a matrix; 0 for other roles.
+    """
+
+    name: str
+    spec: TensorSpec
+    role: Role
+    rank: int = 0
+
+    @property
+    def full_rank(self) -> bool:
+        """A matrix that is kept whole: linear in the task vectors, no factors needed."""
+        return self.role == "matrix" and self.rank == min(self.matrix_shape)
+
+    @property
+    def truncated(self) -> bool:
+        """A matrix whose residuals are kept as low-rank factors."""
+        return self.role == "matrix" and not self.full_rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n): the first dimension and the product of the rest."""
+        return self.spec.shape[0], math.prod(self.spec.shape[1:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic."""
+
+    tensors: tuple[PlannedTensor, ...]
+    aliases: Mapping[str, str]
+    dropped: tuple[str, ...]
+
+    def of(self, *roles: Role) -> list[PlannedTensor]:
+        """The tensors of some roles, largest first: the order in which work is dealt to threads."""
+        chosen = [tensor for tensor in self.tensors if tensor.role in roles]
+        return sorted(chosen, key=lambda tensor: (-tensor.spec.numel, tensor.name))
+
+
+def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeConfig) -> Plan:
+    """Classify every tensor.
+
+    Raises:
+        InvalidInput: no experts, nothing to merge, or checkpoints that do not fit; *all* mismatches are listed.
+    """
+    if not experts:
+        raise InvalidInput("experts: expected at least one, got none")
+    extras = _extras(base, experts)
+    problems = _mismatches(base, experts, extras, config)
+    if problems:
+        raise InvalidInput(problems)
+    aliases = {
+        name: first
+        for name, first in base.aliases.items()
+        if all(source.aliases.get(name) == first for source in experts.values())
+    }
+    tensors = [_planned(name, spec, config) for name, spec in base.specs.items() if name not in aliases]
+    if not any(tensor.role != "copied" for tensor in tensors):
+        raise InvalidInput(
+            f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
+        )
+    if config.extra == "average":
+        tensors += [PlannedTensor(name, spec, "extra") for name, spec in extras.items()]
+    dropped = tuple(extras) if config.extra == "drop" else ()
+    return Plan(tuple(tensors), aliases, dropped)
+
+
+def _planned(name: str, spec: TensorSpec, config: MergeConfig) -> PlannedTensor:
+    if not spec.dtype.is_floating_point or spec.numel == 0:
+        return PlannedTensor(name, spec, "copied")
+    if name.rpartition(".")[2] in STATISTICS:
+        return PlannedTensor(name, spec, "statistic")
+    if len(spec.shape) < 2 or any(fnmatch.fnmatchcase(name, glob) for glob in config.exclude):
+        return PlannedTensor(name, spec, "vector")
+    return PlannedTensor(name, spec, "matrix", truncation_rank(config.rank, spec.shape))
+
+
+def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
+    """Floating-point tensors that every expert has, in one shape, and the base lacks; in the first expert's order."""
+    first, *others = experts.values()
+    return {
+        name: spec
+        for name, spec in first.specs.items()
+        if name not in base.specs
+        and spec.dtype in FLOATING
+        and all(name in other.specs and other.specs[name].shape == spec.shape for other in others)
+        and all(other.specs[name].dtype in FLOATING for other in others)
+    }
+
+
+def _mismatches(
+    base: TensorSource,
+    experts: Mapping[str, TensorSource],
+    extras: Mapping[str, TensorSpec],
+    config: MergeConfig,
+) -> str:
+    """Everything that does not fit, in one text; empty when all does."""
+    reports = []
+    unsupported = [name for name, spec in base.specs.items() if not _supported(spec)]
+    if unsupported:
+        lines = [f"unsupported dtype: '{name}' ({_describe(base.specs[name])})" for name in unsupported]
+        reports.append(_report(f"{base.label} cannot be merged", lines, ""))
+    for source in experts.values():
+        missing = [
+            f"missing: '{name}' ({_describe(spec)})"
+            for name, spec in base.specs.items()
+            # Integer buffers such as position_ids come and go between library versions and are the base's anyway.
+            if name not in source.specs and spec.dtype.is_floating_point
+        ]
+        unknown = [
+            f"extra: '{name}' ({_describe(spec)}) is not in the base"
+            for name, spec in source.specs.items()
+            if name not in base.specs
+            and (config.extra == "error" or name not in extras)
+            and spec.dtype.is_floating_point
+        ]
+        shapes, dtypes = [], []
+        for name, spec in source.specs.items():
+            expected = base.specs.get(name)
+            if expected is None:
+                continue
+            if spec.shape != expected.shape:
+                shapes.append(f"shape: '{name}' expected {list(expected.shape)}, got {list(spec.shape)}")
+            if not _compatible_dtypes(expected, spec):
+                dtypes.append(f"dtype: '{name}' expected {_dtype(expected)}, got {_dtype(spec)}")
+        lines = [line for kind in (missing, unknown, shapes, dtypes) for line in _shortened(kind)]
+        if lines:
+            reports.append(_report(f"{source.label} does not fit {base.label}", lines, _guess(base, source, extras)))
+    return "\n".join(reports)
+
+
+def _report(sentence: str, lines: list[str], guess: str) -> str:
+    if len(lines) == 1:
+        return f"{sentence}: {lines[0]}{guess}"
+    return "\n  ".join([f"{sentence}, {len(lines)} mismatches{guess}:", *lines])
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    if len(lines) <= LISTED:
+        return lines
+    return [*lines[:LISTED], f"… and {len(lines) - LISTED} more like the last"]
+
+
+def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, TensorSpec]) -> str:
+    """A likely cause, as a clause that follows the sentence; empty when none is known."""
+    missing = [name for name in base.specs if name not in source.specs]
+    unknown = [name for name in source.specs if name not in base.specs]
+    if missing and unknown:
+        for prefix in _prefixes(unknown):
+            if all(name.removeprefix(prefix) in base.specs for name in unknown if name.startswith(prefix)):
+                return f"; its names carry the prefix '{prefix}' that the base's lack"
+        for prefix in _prefixes(missing):
+            if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
+                return f"; its names lack the prefix '{prefix}' of the base's"
+    if unknown and not missing and all(name in extras for name in unknown):
+        return "; every expert has it: a head the base lacks? extra='average' (--extra average) takes their mean"
+    widths = {
+        (expected.shape[-1], spec.shape[-1])
+        for name, spec in source.specs.items()
+        if (expected := base.specs.get(name)) is not None and spec.shape != expected.shape and spec.shape
+        if expected.shape
+    }
+    known = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 384: "ViT-S", 192: "ViT-Ti"}
+    for ours, theirs in sorted(widths):
+        if ours != theirs and ours in known and theirs in known:
+            return f"; looks like a {known[theirs]} ({theirs} wide) against a {known[ours]} ({ours} wide)"
+    return ""
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """First components of the names, such as ``module.``, most frequent first."""
+    counts: dict[str, int] = {}
+    for name in names:
+        head, dot, _ = name.partition(".")
+        if dot:
+            counts[head + dot] = counts.get(head + dot, 0) + 1
+    return sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
+
+
+def _supported(spec: TensorSpec) -> bool:
+    return spec.dtype in FLOATING or not (spec.dtype.is_floating_point or spec.dtype.is_complex)
+
+
+def _compatible_dtypes(expected: TensorSpec, got: TensorSpec) -> bool:
+    if expected.dtype in FLOATING:
+        return got.dtype in FLOATING
+    return expected.dtype == got.dtype
+
+
+def _dtype(spec: TensorSpec) -> str:
+    return str(spec.dtype).removeprefix("torch.")
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{_dtype(spec)} {list(spec.shape)}"

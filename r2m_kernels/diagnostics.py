@@ -1,0 +1,184 @@
+"""The report of a merge: its numbers as plain JSON values, and what they mean in plain words (README §7)."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from r2m_kernels._version import __version__
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.real_subspace import GRAM_ERROR
+
+if TYPE_CHECKING:
+    from r2m_kernels.analysis import Analysis, Residuals
+
+# Thresholds of the warnings. First guesses from the examples in README §7, to be replaced by measured ones.
+WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
+SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
+LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
+CLOSE_TO_CORE = 0.01  # ‖residual term‖/‖core‖ below this: the merge is its core
+UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
+
+
+def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner: dict[str, Tensor]) -> dict[str, Any]:
+    """See :meth:`r2m_kernels.Analysis.report`."""
+    names = analysis.experts
+    real, gram, strength = analysis.real_subspace, analysis.matrix_gram, residuals.strength
+    count = len(names)
+    mean_norm = float(gram.sum().clamp_min(0).sqrt()) / count
+    core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
+    core_bound = _cancellation(real.core, gram)
+    residual_term = strength.eta * strength.residual_norm
+    truncated = config.eta != 0
+    numbers: dict[str, Any] = {
+        "versions": {
+            "r2m_kernels": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+        "backend": {
+            "name": analysis.backend.name,
+            "reason": analysis.backend.reason,
+            "device": str(analysis.device),
+        },
+        "config": config.to_dict(),
+        "experts": list(names),
+        "task_vectors": {
+            "gram": gram.tolist(),
+            "norms": _by_name(names, gram.diag().clamp_min(0).sqrt()),
+            "cosines": _cosines(gram),
+            "vector_gram": analysis.vector_gram.tolist(),
+        },
+        "core": {
+            "coefficients": _by_name(names, real.core),
+            "norm": core_norm,
+            "mean_norm": mean_norm,
+            "norm_ratio_to_mean": core_norm / mean_norm if mean_norm > 0 else None,
+            "norm_uncertain": core_bound > UNCERTAIN * core_norm**2,
+            "dimension": real.dimension,
+            "weighted_gram": real.gram.tolist(),
+            "eigenvalues": real.eigenvalues.tolist(),
+            "gap": real.gap,
+            "scale_used": strength.core_scale,
+        },
+        "residual": {
+            "norms": _by_name(names, residuals.norms) if truncated else None,
+            "scales": _by_name(names, residuals.scales) if truncated else None,
+            "eta_used": strength.eta,
+            "norm": residual_term if truncated else 0.0,
+            "norm_ratio_to_core": residual_term / strength.core_norm if strength.core_norm > 0 else None,
+        },
+        "tensors": tensor_rows(analysis, config, inner),
+        "tied": dict(analysis.plan.aliases),
+        "dropped": list(analysis.plan.dropped),
+        "steps": [
+            {"step": step.step, "seconds": step.seconds, "bytes_read": step.bytes_read} for step in analysis.steps
+        ],
+    }
+    numbers["warnings"] = _warnings(analysis, config, numbers)
+    return numbers
+
+
+def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One row per output tensor.
+
+    ``kept_energy`` is ‖F_il‖²/‖X_il‖² per expert: the kept part from the factors, the whole from the Gram, whose
+    difference of large numbers is ``uncertain`` where its rounding bound exceeds 1 % of the value.
+    """
+    rows = []
+    for tensor in analysis.plan.tensors:
+        row: dict[str, Any] = {
+            "name": tensor.name,
+            "role": tensor.role,
+            "shape": list(tensor.spec.shape),
+            "dtype": str(tensor.spec.dtype).removeprefix("torch."),
+        }
+        if tensor.role == "matrix":
+            row["rank"] = tensor.rank if tensor.full_rank else analysis.rank_of(tensor.name, config)
+            row["kept_energy"] = row["uncertain"] = None
+            if tensor.full_rank:
+                row["kept_energy"] = dict.fromkeys(analysis.experts, 1.0)
+                row["uncertain"] = []
+            elif tensor.name in inner:
+                row.update(_kept_energy(analysis, tensor.name, inner[tensor.name].diag()))
+        rows.append(row)
+    return rows
+
+
+def _kept_energy(analysis: Analysis, name: str, kept: Tensor) -> dict[str, Any]:
+    mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(name)
+    whole = (mixing.T @ gram @ mixing).diag()
+    energies: dict[str, float | None] = {}
+    uncertain = []
+    for i, expert in enumerate(analysis.experts):
+        bound = _cancellation(mixing[:, i], gram)
+        energies[expert] = float(kept[i] / whole[i]) if whole[i] > bound else None
+        if bound > UNCERTAIN * float(whole[i]):
+            uncertain.append(expert)
+    return {"kept_energy": energies, "uncertain": uncertain}
+
+
+def _cancellation(weights: Tensor, gram: Tensor) -> float:
+    """Rounding bound of wᵀGw: 16·2⁻²⁴ · |w|ᵀ|A||A|ᵀ|w|, with |a_i||a_j| ≤ ‖a_i‖‖a_j‖."""
+    return GRAM_ERROR * float(weights.abs() @ gram.diag().clamp_min(0).sqrt()) ** 2
+
+
+def _by_name(names: list[str], values: Tensor) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _cosines(gram: Tensor) -> list[list[float | None]]:
+    norms = gram.diag().clamp_min(0).sqrt()
+    outer = torch.outer(norms, norms)
+    return [
+        [float(gram[i, j] / outer[i, j]) if outer[i, j] > 0 else None for j in range(len(gram))]
+        for i in range(len(gram))
+    ]
+
+
+def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) -> list[str]:
+    found = []
+    core, residual = numbers["core"], numbers["residual"]
+    names, count = analysis.experts, len(analysis.experts)
+    for name, norm in numbers["task_vectors"]["norms"].items():
+        if norm == 0:
+            found.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
+    ratio = core["norm_ratio_to_mean"]
+    if ratio is not None and ratio < WEAK_CORE:
+        found.append(
+            f"the core has {ratio:.2f} of the mean task vector's length: the specialists share little of what "
+            "the core keeps, and the merge may fall behind plain averaging"
+        )
+    if core["norm_uncertain"] and core["norm"] > 0:
+        found.append("the core's norm is a difference of nearly equal numbers and known to few digits")
+    coefficients = {name: abs(value) for name, value in core["coefficients"].items()}
+    total = sum(coefficients.values())
+    leader = max(names, key=lambda name: coefficients[name])
+    if count > 1 and total > 0 and coefficients[leader] / total > 0.5 + 0.5 / count:
+        share = coefficients[leader] / total
+        found.append(f"expert '{leader}' dominates the core with {share:.0%} of its coefficients")
+    if core["gap"] is not None and core["gap"] < SMALL_GAP:
+        found.append(
+            f"the gap after the last eigenvalue kept is small ({core['gap']:.1e} of it): the Real subspace is not well "
+            "determined, tiny changes of the inputs turn it"
+        )
+    if config.eta == 0 or count == 1:
+        return found
+    for name, scale in residual["scales"].items():
+        if scale > LARGE_SCALE:
+            found.append(f"the residual of expert '{name}' is scaled up {scale:.0f} times to match the others' norm")
+    gone = [name for name, norm in residual["norms"].items() if norm == 0]
+    if len(gone) == count:
+        found.append("no expert has a residual beyond rounding: the merge is its core")
+    elif gone:
+        listed = ", ".join(f"'{name}'" for name in gone)
+        found.append(f"no residual beyond rounding for expert {listed}: it enters through the core alone")
+    strength = residual["norm_ratio_to_core"]
+    if strength is not None and len(gone) < count and strength < CLOSE_TO_CORE:
+        found.append(f"the residual term has {strength:.1e} of the core's norm: the merge is close to its core")
+    return found

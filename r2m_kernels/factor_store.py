@@ -1,0 +1,91 @@
+"""Keeps the low-rank factors between truncation and combination: in memory up to a budget, then on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2m_kernels.truncation import Factors
+
+
+@dataclass(frozen=True)
+class _Spilled:
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FactorStore:
+    """Factors by tensor name; written and read from several threads.
+
+    Args:
+        budget: bytes of factors held in memory; ``None``: all of them. What exceeds it goes to an unnamed temporary
+            file in ``directory`` (default: the system's), which the operating system removes with the process.
+    """
+
+    def __init__(self, budget: int | None = None, directory: str | Path | None = None) -> None:
+        self._budget = budget
+        self._directory = directory
+        self._held: dict[str, Factors] = {}
+        self._spilled: dict[str, tuple[_Spilled, _Spilled]] = {}
+        self._held_bytes = self.spilled_bytes = 0
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held or name in self._spilled
+
+    def put(self, name: str, factors: Factors) -> None:
+        """Keep the factors of one tensor; once per name."""
+        size = factors.left.nbytes + factors.right.nbytes
+        with self._lock:
+            if self._budget is None or self._held_bytes + size <= self._budget:
+                self._held[name] = factors
+                self._held_bytes += size
+                return
+            self._spilled[name] = (self._append(factors.left), self._append(factors.right))
+
+    def get(self, name: str) -> Factors:
+        """The factors of a tensor, bit for bit; KeyError if there are none."""
+        held = self._held.get(name)
+        if held is not None:
+            return held
+        left, right = self._spilled[name]
+        return Factors(self._load(left), self._load(right))
+
+    def close(self) -> None:
+        """Give the temporary file back now."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _append(self, tensor: Tensor) -> _Spilled:
+        if self._descriptor is None:
+            self._descriptor, path = tempfile.mkstemp(prefix=".r2m-factors-", dir=self._directory)
+            os.unlink(path)
+        content = memoryview(tensor.cpu().contiguous().numpy().data).cast("B")
+        spilled = _Spilled(self.spilled_bytes, tuple(tensor.shape), tensor.dtype)
+        while content:  # one call moves at most 2 GiB on Linux
+            written = os.pwrite(self._descriptor, content, self.spilled_bytes)
+            content, self.spilled_bytes = content[written:], self.spilled_bytes + written
+        return spilled
+
+    def _load(self, spilled: _Spilled) -> Tensor:
+        assert self._descriptor is not None
+        tensor = torch.empty(spilled.shape, dtype=spilled.dtype)
+        content, offset = memoryview(tensor.numpy().data).cast("B"), spilled.offset
+        while content:
+            count = os.preadv(self._descriptor, [content], offset)
+            if count == 0:
+                raise OSError("the temporary file of low-rank factors ended early")
+            content, offset = content[count:], offset + count
+        return tensor

@@ -1,0 +1,148 @@
+"""The five steps in order, over any checkpoints: state dicts here, files in ``r2m``.
+
+No task vector, mean or residual is ever held whole: steps 1 and 3 read the inputs and keep N × N numbers and low-rank
+factors, step 5 reads them again and writes. Nothing here depends on the order of tensors or the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2m_kernels import _backends, _checks, compatibility, gram, norm_matching
+from r2m_kernels._parallel import deterministic
+from r2m_kernels.analysis import Analysis
+from r2m_kernels.compatibility import Plan, PlannedTensor
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.engine import Engine, Progress, ProgressEvent
+from r2m_kernels.errors import InvalidInput
+from r2m_kernels.factor_store import FactorStore
+from r2m_kernels.real_subspace import layer_weights, real_subspace
+from r2m_kernels.tensors import StateDictSource, TensorSource
+from r2m_kernels.truncation import truncate_residuals
+
+__all__ = ["Analysis", "Checkpoint", "Progress", "ProgressEvent", "analyze", "merge"]
+
+StateDict = Mapping[str, Tensor]
+Checkpoint = StateDict | nn.Module | TensorSource
+
+
+def merge(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint] | Sequence[Checkpoint],
+    config: MergeConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    memory_budget: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> dict[str, Tensor]:
+    """Merge specialists fine-tuned from one base into one state dict (R²M, arXiv 2509.24367).
+
+    Args:
+        base: θ₀, a state dict or module.
+        experts: θ_1 … θ_N: a sequence, or name → state dict or module.
+        config: options; default ``MergeConfig.r2m()``.
+        device: where to compute; default: where the base's tensors are.
+        backend: ``"auto"`` or a backend by name, which then never falls back.
+        memory_budget: bytes (or "4GiB") for low-rank factors and tensors in flight; factors beyond it go to disk.
+        dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
+        overrides: fields of :class:`MergeConfig`.
+
+    Returns:
+        Names, shapes, dtypes and order of the base, on the base's devices. Inputs are never modified.
+
+    Raises:
+        InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
+        BackendUnavailable: the named backend cannot run here.
+    """
+    settings = (config or MergeConfig.r2m()).replace(**overrides)
+    analysis = analyze(base, experts, settings, device=device, backend=backend, memory_budget=memory_budget)
+    return analysis.merge(dtype=dtype)
+
+
+@deterministic
+def analyze(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint] | Sequence[Checkpoint],
+    config: MergeConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    memory_budget: int | str | None = None,
+    spill_directory: str | Path | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Analysis:
+    """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
+
+    Arguments and errors are :func:`merge`'s. ``base`` and ``experts`` may also be :class:`TensorSource` objects.
+    ``spill_directory`` takes the factors that exceed ``memory_budget``. With ``eta=0`` nothing is truncated.
+    """
+    settings = (config or MergeConfig.r2m()).replace(**overrides)
+    source = _as_source("base", base)
+    named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
+    sources = {name: _as_source(f"expert '{name}'", item) for name, item in named.items()}
+    plan = compatibility.plan(source, sources, settings)
+    if device is None:
+        device = _device_of(source, plan)
+    budget = None if memory_budget is None else _checks.byte_size("memory_budget", memory_budget)
+    where = torch.device(device)
+    chosen = _backends.choose(backend, where)
+    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings.svd == "exact")
+
+    # Step 1. Sums over tensors run in the order of names: the order in the file must not touch a bit.
+    grams = engine.over("task Gram", plan.of("matrix", "vector", "statistic", "extra"), engine.gram, progress)
+    matrices = sorted(tensor.name for tensor in plan.of("matrix"))
+    vectors = sorted(tensor.name for tensor in plan.of("vector"))
+    count = len(sources)
+    # Step 2.
+    gammas = layer_weights([grams[name] for name in matrices], settings)
+    weighted = [gamma * grams[name] for gamma, name in zip(gammas, matrices, strict=True)]
+    real = real_subspace(gram.ordered_sum(weighted, count), settings)
+    # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
+    store = FactorStore(None if budget is None else budget // 2, spill_directory)
+    inner = {}
+    if settings.eta != 0 and float(real.mixing.abs().max()) > norm_matching.NEGLIGIBLE:
+        truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
+
+        def truncate(tensor: PlannedTensor) -> Tensor:
+            inputs = engine.inputs(tensor)
+            factors = truncate_residuals(tensor.name, *inputs, real.mixing, tensor.rank, settings, chosen.operators)
+            store.put(tensor.name, factors)
+            return factors.inner_products()
+
+        inner = engine.over("truncation", truncated, truncate, progress)
+    matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)
+    vector_gram = gram.ordered_sum([grams[name] for name in vectors], count)
+    return Analysis(settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, engine, store)
+
+
+def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
+    if isinstance(checkpoint, nn.Module):
+        checkpoint = checkpoint.state_dict()
+    if isinstance(checkpoint, Mapping):
+        wrong = next((key for key, value in checkpoint.items() if not isinstance(value, Tensor)), None)
+        if wrong is not None:
+            raise InvalidInput(
+                f"{label}: expected a state dict of tensors, got {type(checkpoint[wrong]).__name__} for {wrong!r}"
+            )
+        return StateDictSource(label, checkpoint)
+    if not isinstance(checkpoint, TensorSource):
+        raise InvalidInput(
+            f"{label}: expected a state dict, a module or a TensorSource, got {type(checkpoint).__name__}"
+        )
+    return checkpoint
+
+
+def _device_of(source: TensorSource, plan: Plan) -> torch.device:
+    if isinstance(source, StateDictSource):
+        for tensor in plan.tensors:
+            if tensor.name in source.devices:
+                return source.devices[tensor.name]
+    return torch.device("cpu")

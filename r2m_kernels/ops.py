@@ -1,0 +1,149 @@
+"""The operators under the method, each callable on its own; ``backend`` chooses who computes it.
+
+Notation (N experts, a tensor seen as m × n): θ₀ base, θ_j experts, τ_j = θ_j − θ₀ task vectors, residual
+X_i = Σ_j mixing[j, i] τ_j. All of them take float32, bfloat16, float16 (computed in float32) and float64 (computed in
+float64) tensors of any shape, mixed between experts. Results are bit-reproducible and do not depend on the number of
+threads. Every function raises ``InvalidInput`` for arguments that do not fit and ``BackendUnavailable`` for a backend
+that was asked for by name and cannot run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import _backends, _checks
+from r2m_kernels._parallel import deterministic
+
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+
+
+@deterministic
+def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backend: str = "auto") -> Tensor:
+    """Gram matrices of the task vectors, one per tensor: G_l[i, j] = ⟨τ_il, τ_jl⟩.
+
+    Args:
+        base: L tensors of any shapes.
+        experts: N sequences of L tensors, shaped as the base's.
+
+    Returns:
+        (L, N, N) float64 on the CPU, symmetric up to rounding; |error| ≤ 16·2⁻²⁴ · |A||A|ᵀ (2⁻⁵³ for float64 inputs).
+        A NaN or Inf in an input makes its entries non-finite.
+    """
+    _checks.not_empty("base", base)
+    _checks.not_empty("experts", experts)
+    for j, expert in enumerate(experts):
+        _checks.same_length(f"tensors of expert {j}", expert, len(base))
+    for index, tensor in enumerate(base):
+        _check_inputs(tensor, [expert[index] for expert in experts], f" {index}")
+    return _backends.choose(backend, base[0].device).operators.task_gram(base, experts)
+
+
+@deterministic
+def residual_matmul(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    mixing: Tensor,
+    rhs: Tensor,
+    transpose: bool = False,
+    precision: str = "ieee",
+    backend: str = "auto",
+) -> Tensor:
+    """X_i · rhs_i for every expert i, or X_iᵀ · rhs_i; the residuals are formed on the fly and never stored.
+
+    Args:
+        base: θ₀, ndim ≥ 1, seen as (m, n) = (first dimension, the rest).
+        experts: N tensors θ_j shaped as the base.
+        mixing: (N, N); column i holds the weights of residual i. float64 recommended.
+        rhs: (N, n, k), or (N, m, k) with ``transpose``.
+        precision: of the matrix units' operands, ``"ieee"``, ``"tf32x3"``, ``"tf32"`` or ``"bf16"``; backends
+            without such units compute in IEEE arithmetic whatever is asked.
+
+    Returns:
+        (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
+    """
+    _checks.not_empty("experts", experts)
+    _check_inputs(base, experts, "")
+    _checks.matrix_like("base", base)
+    _checks.choice("precision", precision, PRECISIONS)
+    count = len(experts)
+    _checks.same_shape("mixing", mixing, (count, count))
+    rows = base.shape[0]
+    inner = rows if transpose else base.numel() // max(1, rows)
+    _checks.ndim("rhs", rhs, 3)
+    _checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
+    _checks.floating("rhs", rhs)
+    operators = _backends.choose(backend, base.device).operators
+    return operators.residual_matmul(base, experts, mixing, rhs, transpose, precision)
+
+
+@deterministic
+def orthonormalize(y: Tensor, backend: str = "auto") -> Tensor:
+    """Orthonormal columns Q with the range of y, so that Q Qᵀ y = y up to rounding.
+
+    Args:
+        y: (…, m, k) with k ≤ m. A block that is all zero gives zeros; a rank-deficient one spans at least its range.
+
+    Returns:
+        (…, m, k), float32 (float64 for float64).
+    """
+    _checks.floating("y", y)
+    _checks.tall("y", y)
+    return _backends.choose(backend, y.device).operators.orthonormalize(y)
+
+
+@deterministic
+def combine(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """θ₀ + Σ_j core_j (θ_j − θ₀) + Σ_i scale_i · left_i right_i, rounded once to the dtype of ``out``.
+
+    Args:
+        base: θ₀, any shape; seen as (m, n) = (first dimension, the rest) where factors are given.
+        experts: N tensors θ_j shaped as the base.
+        core: (N,) coefficients.
+        left: (N, m, r), or None for no low-rank term.
+        right: (N, r, n).
+        scale: (N,).
+        out: where to write, shaped as the base; by default a new tensor of the base's dtype.
+
+    Returns:
+        ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|).
+    """
+    _checks.not_empty("experts", experts)
+    _check_inputs(base, experts, "")
+    count = len(experts)
+    _checks.same_shape("core", core, (count,))
+    given = [tensor is not None for tensor in (left, right, scale)]
+    _checks.all_or_none("left, right and scale", given)
+    if left is not None and right is not None and scale is not None:
+        _checks.matrix_like("base", base)
+        _checks.ndim("left", left, 3)
+        rows, rank = base.shape[0], left.shape[2]
+        _checks.same_shape("left", left, (count, rows, rank))
+        _checks.same_shape("right", right, (count, rank, base.numel() // max(1, rows)))
+        _checks.same_shape("scale", scale, (count,))
+    if out is None:
+        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    _checks.floating("out", out)
+    _checks.same_shape("out", out, base.shape)
+    operators = _backends.choose(backend, base.device).operators
+    operators.combine(base, experts, core, left, right, scale, out)
+    return out
+
+
+def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str) -> None:
+    _checks.floating(f"base tensor{index}", base)
+    for j, expert in enumerate(experts):
+        what = f"tensor{index} of expert {j}"
+        _checks.floating(what, expert)
+        _checks.same_shape(what, expert, base.shape)

@@ -1,0 +1,132 @@
+"""The whole method, naive and in float64: the definition that every backend is tested against.
+
+Task vectors, the Real subspace's basis and residuals are all formed explicitly and truncated by a full SVD, in
+words as close to the README's formulas as code can be. It imports nothing of this package and is not fast.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge(
+    base: Mapping[str, Tensor],
+    experts: Sequence[Mapping[str, Tensor]],
+    *,
+    real_rank: int | None = 1,
+    center: bool = False,
+    residual: str = "core",
+    rank: float | int = 0.1,
+    core_scale: float = 1.0,
+    core_mode: str = "mean",
+    eta: float = 0.6,
+    eta_mode: str = "relative",
+    norm_match: bool = True,
+    layer_weight: str = "none",
+    exclude: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Merge state dicts; options mean what :class:`r2m_kernels.MergeConfig` says, with an exact SVD.
+
+    Returns:
+        Floating-point tensors in float64, others as in the base.
+    """
+    count = len(experts)
+    floating = {name: tensor.double() for name, tensor in base.items() if tensor.is_floating_point()}
+    statistics = [name for name in floating if name.split(".")[-1] in ("running_mean", "running_var")]
+    matrices = [
+        name
+        for name, tensor in floating.items()
+        if tensor.ndim >= 2
+        and tensor.numel()
+        and name not in statistics
+        and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+    ]
+    vectors = [name for name in floating if name not in matrices and name not in statistics]
+
+    # Task vectors, (N, numel) per tensor.
+    tau = {
+        name: torch.stack([expert[name].double().reshape(-1) - tensor.reshape(-1) for expert in experts])
+        for name, tensor in floating.items()
+    }
+    gamma = dict.fromkeys(matrices, 1.0)
+    if layer_weight == "frobenius":
+        gamma = {name: 1.0 / float(tau[name].square().sum() or math.inf) for name in matrices}
+
+    # The Real subspace: top-k right singular vectors of the weighted, perhaps centred, task matrix.
+    weighted = torch.cat([math.sqrt(gamma[name]) * tau[name] for name in matrices] or [torch.zeros(count, 0)], 1)
+    weighted = weighted.double()
+    centered = weighted - weighted.mean(0) if center else weighted
+    left, singular, _ = torch.linalg.svd(centered, full_matrices=False)
+    significant = int((singular**2 > 16 * 2.0**-24 * weighted.square().sum()).sum())
+    if real_rank is None:
+        core = torch.full((count,), 1.0 / count, dtype=torch.float64)
+        projector = torch.eye(count, dtype=torch.float64)
+    else:
+        k = min(real_rank, significant)
+        # Right singular vector v = (centred task matrix)ᵀ u / σ, so ⟨v, τ_j⟩ gives coefficients of the centred rows.
+        along = left[:, :k] / singular[:k]
+        if center:
+            along = along - along.mean(0)
+        projector = along @ (along.T @ weighted @ weighted.T)
+        core = projector.mean(1)
+
+    def core_of(name: str) -> Tensor:
+        return core @ tau[name]
+
+    def residuals_of(name: str) -> Tensor:
+        if residual == "own":
+            return tau[name] - projector.T @ tau[name]
+        return tau[name] - core_of(name)
+
+    # Truncated residuals of matrices, deviations from the mean for vectors.
+    kept: dict[str, Tensor] = {}
+    for name in matrices:
+        shape = floating[name].shape
+        m, n = shape[0], math.prod(shape[1:])
+        r = rank if isinstance(rank, int) else max(1, math.ceil(rank * min(m, n) * (1 - 1e-12)))
+        u, s, vh = torch.linalg.svd(residuals_of(name).reshape(count, m, n), full_matrices=False)
+        kept[name] = ((u[..., :r] * s[:, None, :r]) @ vh[:, :r]).reshape(count, -1)
+    for name in vectors:
+        kept[name] = tau[name] - tau[name].mean(0)
+
+    def squares(names: Sequence[str], rows: Mapping[str, Tensor]) -> Tensor:
+        return sum((rows[name].square().sum(1) for name in names), torch.zeros(count, dtype=torch.float64))
+
+    # Norm matching. What is shorter than rounding of float32 inputs counts as zero.
+    longest = float(squares([*matrices, *vectors], tau).max().sqrt())
+    norms = squares([*matrices, *vectors], kept).sqrt()
+    norms[norms <= 64 * 2.0**-24 * longest] = 0.0
+    scales = torch.zeros(count, dtype=torch.float64)
+    present = norms > 0
+    scales[present] = norms.mean() / norms[present] if norm_match else 1.0
+
+    # Strength of the residual term.
+    lam = core_scale * (count if core_mode == "sum" else 1)
+    core_norm = abs(lam) * math.sqrt(sum(float(core_of(name).square().sum()) for name in matrices))
+    term_norm = math.sqrt(sum(float((scales @ kept[name] / count).square().sum()) for name in matrices))
+    if term_norm <= 64 * 2.0**-24 * longest * float(scales.mean()):
+        term_norm = 0.0
+    strength = {
+        "constant": eta,
+        "sum": eta * count,
+        "core_norm": eta * core_norm,
+        "relative": eta * core_norm / term_norm if term_norm > 0 else 0.0,
+    }[eta_mode]
+
+    merged: dict[str, Tensor] = {}
+    for name, tensor in base.items():
+        if name not in floating:
+            merged[name] = tensor.clone()
+            continue
+        if name in statistics:
+            update = tau[name].mean(0)
+        else:
+            shared = core_of(name) if name in matrices else tau[name].mean(0)
+            update = lam * shared + strength / count * (scales @ kept[name])
+        merged[name] = floating[name] + update.reshape(floating[name].shape)
+    return merged

@@ -1,0 +1,135 @@
+"""What the merge reads and writes: checkpoints seen as named tensors.
+
+The engine (:mod:`r2m_kernels.merging`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
+one at a time, a :class:`TensorSink` takes them one at a time. Dictionaries are served here; files by the
+application.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a 0-d tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor as stored."""
+        return self.numel * self.dtype.itemsize
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """A checkpoint that is read tensor by tensor, from several threads at once.
+
+    Attributes:
+        label: how error messages name the checkpoint: a path as the user gave it, or ``base``, ``expert 'fs'``.
+        specs: name → :class:`TensorSpec`, in the checkpoint's own order.
+        aliases: name → the earlier name that is the same stored tensor (tied weights); empty where there are none.
+    """
+
+    @property
+    def label(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See the class."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """See the class."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, with the shape and dtype of ``specs[name]``. The caller does not modify it."""
+        ...
+
+
+class TensorSink(Protocol):
+    """Takes the merged tensors, in any order and from several threads at once."""
+
+    def begin(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Called once, before the first write, with every tensor to come in output order."""
+        ...
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store one tensor; its shape and dtype are those announced."""
+        ...
+
+
+class StateDictSource:
+    """A state dict as a :class:`TensorSource`; tensors are handed out as they are, without a copy."""
+
+    def __init__(self, label: str, state_dict: Mapping[str, Tensor]) -> None:
+        self.label = label
+        self._tensors = {name: tensor.detach() for name, tensor in state_dict.items()}
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        }
+        self.aliases: Mapping[str, str] = _shared_storage(self._tensors)
+        self.devices = {name: tensor.device for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, detached."""
+        return self._tensors[name]
+
+
+class StateDictSink:
+    """Collects the merged tensors in :attr:`state_dict`, in the announced order.
+
+    Args:
+        devices: name → device of the output; CPU where a name is absent.
+    """
+
+    def __init__(self, devices: Mapping[str, torch.device] | None = None) -> None:
+        self._devices = devices or {}
+        self._tensors: dict[str, Tensor | None] = {}
+
+    def begin(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Lay down the keys."""
+        # Keys come first, so that their order does not depend on which thread finishes first.
+        self._tensors = dict.fromkeys(specs)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep the tensor, on the device its name asks for."""
+        self._tensors[name] = tensor.to(self._devices.get(name, torch.device("cpu")))
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The merged tensors; complete once the merge has returned."""
+        return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
+
+
+def _shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases

@@ -1,0 +1,108 @@
+"""The same bits: twice, in any order of tensors, on any number of threads, in any batching, spilled or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import same_bits
+
+from r2m_kernels import MergeConfig, _parallel, analyze, merge, ops
+
+# Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
+SHAPES = {"big": (3000, 1500), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
+CONFIGS = [MergeConfig(), MergeConfig(center=True, residual="own", layer_weight="frobenius"), MergeConfig(rank=1.0)]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    experts = [
+        {name: tensor + 1e-3 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+        for _ in range(3)
+    ]
+    return base, experts
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "centred", "full rank"])
+def test_twice_and_on_any_number_of_threads(inputs, config):
+    base, experts = inputs
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(merge(base, experts, config))
+        assert torch.get_num_threads() == threads
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_in_any_order_of_tensors(inputs):
+    base, experts = inputs
+    names = list(base)
+    orders = [names[::-1], names[2:] + names[:2]]
+    expected = merge(base, experts)
+    for order in orders:
+        turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts])
+        assert list(turned) == order
+        assert same_bits(expected, {n: turned[n] for n in names})
+
+
+def test_spilled_factors_and_small_budgets_change_nothing(inputs, tmp_path):
+    base, experts = inputs
+    expected = merge(base, experts)
+    torch.set_num_threads(2)
+    analysis = analyze(base, experts, memory_budget="64KiB", spill_directory=tmp_path)
+    assert analysis.spilled_bytes > 1e6
+    assert same_bits(expected, analysis.merge())
+    assert list(tmp_path.iterdir()) == []  # the file has no name: it goes with the process
+
+
+def test_one_tensor_does_not_depend_on_the_others(inputs):
+    base, experts = inputs
+    config = MergeConfig.cart(rank=0.1, scale=1.0)  # no number of this configuration joins tensors
+    whole = merge(base, experts, config)
+    alone = merge({"medium": base["medium"]}, [{"medium": e["medium"]} for e in experts], config)
+    assert torch.equal(whole["medium"], alone["medium"])
+
+
+def test_operators_on_any_number_of_threads(inputs):
+    base, experts = inputs
+    tensor, others = base["big"], [expert["big"] for expert in experts]
+    mixing = torch.eye(3, dtype=torch.float64) - 0.3
+    tall, wide = torch.randn(3, 3000, 24), torch.randn(3, 1500, 24)
+    left, right = torch.randn(3, 3000, 9), torch.randn(3, 9, 1500)
+
+    def run():
+        return [
+            ops.task_gram([tensor], [[other] for other in others]),
+            ops.residual_matmul(tensor, others, mixing, wide),
+            ops.residual_matmul(tensor, others, mixing, tall, transpose=True),
+            ops.orthonormalize(tall),
+            ops.combine(tensor, others, torch.ones(3) / 3, left, right, torch.ones(3)),
+        ]
+
+    torch.set_num_threads(1)
+    alone = run()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(first, second) for first, second in zip(alone, run(), strict=True))
+
+
+def test_the_merge_of_an_analysis_is_the_merge(inputs):
+    base, experts = inputs
+    analysis = analyze(base, experts)
+    assert same_bits(analysis.merge(), merge(base, experts))
+    for options in ({"eta": 0.2}, {"core_scale": 1.4, "norm_match": False}, {"eta_mode": "constant", "eta": 1.0}):
+        assert same_bits(analysis.merge(**options), merge(base, experts, **options))
+    assert same_bits(analysis.merge(rank=0.05), analysis.merge(rank=0.05))
+
+
+def test_for_each_keeps_order_nests_and_passes_errors_on():
+    torch.set_num_threads(3)
+    with _parallel.one_thread_per_product():
+        assert torch.get_num_threads() == 1
+        nested = _parallel.for_each(lambda i: sum(_parallel.for_each(lambda j: i * j, range(4))), range(9))
+        assert list(nested) == [6 * i for i in range(9)]
+        assert list(_parallel.for_each(lambda i: i, range(9), limit=2)) == list(range(9))
+        with pytest.raises(ZeroDivisionError):
+            list(_parallel.for_each(lambda i: 1 // (i - 5), range(9)))
+    assert torch.get_num_threads() == 3

@@ -1,0 +1,256 @@
+"""The sentences that users meet: what, where, expected, got. They are part of the interface."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import torch
+from cases import checkpoints
+
+from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, R2MError, analyze, merge
+
+
+def message(error):
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"rank": 0}, "rank: expected a ratio in (0, 1] or a whole number of at least 1, got 0"),
+        ({"rank": -0.5}, "rank: expected a ratio in (0, 1] or a whole number of at least 1, got -0.5"),
+        ({"rank": 1.5}, "rank: expected a ratio in (0, 1] or a whole number of at least 1, got 1.5"),
+        ({"rank": math.nan}, "rank: expected a ratio in (0, 1] or a whole number of at least 1, got nan"),
+        ({"rank": True}, "rank: expected a ratio in (0, 1] or a whole number of at least 1, got True"),
+        ({"eta": math.nan}, "eta: expected a finite number of at least 0, got nan"),
+        ({"eta": -1}, "eta: expected a finite number of at least 0, got -1"),
+        ({"eta": "0.6"}, "eta: expected a finite number of at least 0, got '0.6'"),
+        ({"core_scale": math.inf}, "core_scale: expected a finite number, got inf"),
+        ({"real_rank": 0}, "real_rank: expected a whole number of at least 1, got 0"),
+        ({"real_rank": 1.0}, "real_rank: expected a whole number of at least 1, got 1.0"),
+        ({"center": 1}, "center: expected True or False, got 1"),
+        ({"residual": "croe"}, "residual: expected one of 'core', 'own', got 'croe'; did you mean 'core'?"),
+        ({"eta_mode": 3}, "eta_mode: expected one of 'relative', 'constant', 'core_norm', 'sum', got 3"),
+        ({"exclude": 5}, "exclude: expected a sequence of name patterns, got 5"),
+        ({"power_iterations": -1}, "power_iterations: expected a whole number of at least 0, got -1"),
+        ({"tolerance": -1e-3}, "tolerance: expected a finite number of at least 0, got -0.001"),
+        ({"seed": 0.5}, "seed: expected a whole number, got 0.5"),
+        ({"rnak": 0.1}, "unknown option 'rnak'; did you mean 'rank'?"),
+    ],
+)
+def test_bad_options(options, sentence):
+    with pytest.raises(InvalidInput) as error:
+        MergeConfig.r2m(**options)
+    assert message(error) == sentence
+    base, experts = checkpoints(1, shapes={"a": (3, 4)})
+    with pytest.raises(InvalidInput) as error:
+        merge(base, experts, **options)
+    assert message(error) == sentence
+
+
+def test_numpy_scalars_and_lists_are_taken():
+    config = MergeConfig(rank=numpy.float64(0.2), real_rank=numpy.int64(2), eta=1, exclude=["a*"])
+    assert (config.rank, config.real_rank, config.eta, config.exclude) == (0.2, 2, 1.0, ("a*",))
+    assert type(config.rank) is float
+    assert MergeConfig(exclude="head.*").exclude == ("head.*",)
+    assert MergeConfig(rank=numpy.int32(4)).rank == 4
+
+
+def test_config_is_frozen_and_has_the_documented_defaults():
+    config = MergeConfig.r2m()
+    assert config == MergeConfig()
+    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 0.1)
+    assert (config.eta_mode, config.eta, config.norm_match) == ("relative", 0.6, True)
+    assert (config.power_iterations, config.oversampling) == (2, 8)
+    with pytest.raises(AttributeError):
+        config.rank = 0.2
+
+
+def test_errors_are_of_the_kinds_that_callers_catch():
+    assert issubclass(InvalidInput, R2MError)
+    assert issubclass(InvalidInput, ValueError)
+    assert issubclass(BackendUnavailable, R2MError)
+    assert issubclass(BackendUnavailable, RuntimeError)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["encoder.weight", "encoder.bias", "norm.running_var", "temperature", "class_token"])
+@pytest.mark.parametrize("where", ["base", "expert"])
+def test_a_non_finite_input_is_named_by_expert_and_tensor(bad, name, where):
+    base, experts = checkpoints(2)
+    state = base if where == "base" else experts[1]
+    state[name].view(-1)[-1] = bad
+    with pytest.raises(InvalidInput) as error:
+        merge(base, {"fs": experts[0], "fr": experts[1]})
+    label = "base" if where == "base" else "expert 'fr'"
+    assert message(error) == f"{label}: tensor '{name}' holds NaN or Inf in 1 of {state[name].numel()} elements"
+
+
+def test_all_mismatches_are_listed_at_once():
+    base, experts = checkpoints(2, shapes={"a": (3, 4), "b": (5,), "c": (2, 2), "d": (2, 2)})
+    del experts[0]["a"]
+    experts[0]["b"] = torch.ones(6)
+    experts[1]["c"] = torch.ones(2, 2, dtype=torch.int32)
+    experts[1]["z"] = torch.ones(2, 2)
+    with pytest.raises(InvalidInput) as error:
+        merge(base, {"fs": experts[0], "fr": experts[1]})
+    assert message(error).splitlines() == [
+        "expert 'fs' does not fit base, 2 mismatches:",
+        "  missing: 'a' (float32 [3, 4])",
+        "  shape: 'b' expected [5], got [6]",
+        "expert 'fr' does not fit base, 2 mismatches:",
+        "  extra: 'z' (float32 [2, 2]) is not in the base",
+        "  dtype: 'c' expected float32, got int32",
+    ]
+
+
+def test_one_mismatch_is_one_sentence():
+    base, experts = checkpoints(1, shapes={"a": (3, 4), "b": (5,)})
+    experts[0]["a"] = torch.ones(4, 3)
+    with pytest.raises(InvalidInput) as error:
+        merge(base, experts)
+    assert message(error) == "expert 'expert0' does not fit base: shape: 'a' expected [3, 4], got [4, 3]"
+
+
+@pytest.mark.parametrize(
+    ("rename", "guess"),
+    [
+        (lambda name: "module." + name, "its names carry the prefix 'module.' that the base's lack"),
+        (lambda name: name.removeprefix("vision."), "its names lack the prefix 'vision.' of the base's"),
+    ],
+)
+def test_a_likely_cause_is_guessed_from_names(rename, guess):
+    base, experts = checkpoints(1, shapes={"vision.a": (3, 4), "vision.b": (5,)})
+    del base["steps"]
+    expert = {rename(name): tensor for name, tensor in experts[0].items() if name != "steps"}
+    with pytest.raises(InvalidInput, match=guess):
+        merge(base, [expert])
+
+
+def test_a_likely_cause_is_guessed_from_widths():
+    base = {"w": torch.zeros(2, 1024)}
+    with pytest.raises(InvalidInput, match=r"looks like a ViT-B \(768 wide\) against a ViT-L \(1024 wide\)"):
+        merge(base, [{"w": torch.zeros(2, 768)}])
+
+
+def test_long_lists_end_in_a_count():
+    base = {f"layer.{i}.weight": torch.zeros(2, 2) for i in range(150)}
+    with pytest.raises(InvalidInput) as error:
+        merge(base, [{"layer.0.weight": torch.zeros(2, 2)}])
+    lines = message(error).splitlines()
+    assert len(lines) == 102
+    assert lines[-1] == "  … and 49 more like the last"
+
+
+@pytest.mark.parametrize(
+    ("base", "experts", "sentence"),
+    [
+        ({"a": torch.ones(2)}, [], "experts: expected at least one, got none"),
+        (
+            {"a": torch.tensor([1, 2]), "b": torch.tensor(True)},
+            [{"a": torch.tensor([1, 2])}],
+            "base: nothing to merge, none of its 2 tensors holds floating-point numbers",
+        ),
+        ({}, [{}], "base: nothing to merge, none of its 0 tensors holds floating-point numbers"),
+        (
+            {"a": torch.ones(2), "epoch": 3},
+            [{"a": torch.ones(2)}],
+            "base: expected a state dict of tensors, got int for 'epoch'",
+        ),
+        ("model.safetensors", [{}], "base: expected a state dict, a module or a TensorSource, got str"),
+        (
+            {"a": torch.ones(2, dtype=torch.complex64)},
+            [{"a": torch.ones(2)}],
+            "base cannot be merged: unsupported dtype: 'a' (complex64 [2])",
+        ),
+    ],
+)
+def test_inputs_that_are_no_checkpoints(base, experts, sentence):
+    with pytest.raises(InvalidInput) as error:
+        merge(base, experts)
+    assert message(error).splitlines()[0] == sentence
+
+
+def test_integer_tensors_may_be_missing_and_are_the_bases():
+    base, experts = checkpoints(2, shapes={"a": (3, 4)})
+    del experts[0]["steps"]
+    experts[1]["position_ids"] = torch.arange(3)
+    assert list(merge(base, experts)) == ["a", "steps"]
+
+
+class TestExtra:
+    def inputs(self):
+        base, experts = checkpoints(2, shapes={"a": (3, 4)})
+        for value, expert in enumerate(experts):
+            expert["head.weight"] = torch.full((2, 3), float(value))
+        return base, experts
+
+    def test_error_offers_the_way_out(self):
+        base, experts = self.inputs()
+        with pytest.raises(InvalidInput, match=r"every expert has it: a head the base lacks\? extra='average'"):
+            merge(base, experts)
+
+    def test_average_appends_the_mean(self):
+        base, experts = self.inputs()
+        merged = merge(base, experts, extra="average")
+        assert list(merged) == ["a", "steps", "head.weight"]
+        assert torch.equal(merged["head.weight"], torch.full((2, 3), 0.5))
+
+    def test_drop_leaves_it_out_and_says_so(self):
+        base, experts = self.inputs()
+        analysis = analyze(base, experts, extra="drop")
+        assert list(analysis.merge()) == ["a", "steps"]
+        assert analysis.report()["dropped"] == ["head.weight"]
+
+    def test_what_one_expert_alone_has_is_always_refused(self):
+        base, experts = self.inputs()
+        del experts[1]["head.weight"]
+        with pytest.raises(InvalidInput, match=r"extra: 'head.weight' \(float32 \[2, 3\]\) is not in the base"):
+            merge(base, experts, extra="average")
+
+    def test_a_nan_in_it_is_named(self):
+        base, experts = self.inputs()
+        experts[1]["head.weight"][0, 0] = math.nan
+        with pytest.raises(InvalidInput, match=r"expert 'expert1': tensor 'head\.weight' holds NaN or Inf in 1 of 6"):
+            merge(base, experts, extra="average")
+
+
+def test_an_analysis_refuses_what_it_cannot_answer():
+    base, experts = checkpoints(2, shapes={"a": (80, 90)})
+    analysis = analyze(base, experts, rank=0.2)
+    with pytest.raises(InvalidInput, match="tensor 'a' was analyzed at rank 16 and cannot be merged at 40"):
+        analysis.merge(rank=0.5)
+    with pytest.raises(InvalidInput, match="center: this analysis was made with False and cannot be merged with True"):
+        analysis.merge(center=True)
+    with pytest.raises(InvalidInput, match="eta: this analysis was made with eta=0"):
+        analyze(base, experts, eta=0.0).merge(eta=0.5)
+    with pytest.raises(InvalidInput, match="tensor 'a' was analyzed at rank 80 and cannot be merged at 8"):
+        analyze(base, experts, rank=1.0).merge(rank=0.1)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_named_backend_never_falls_back(backend):
+    base, experts = checkpoints(1, shapes={"a": (3, 4)})
+    with pytest.raises(BackendUnavailable, match=f"backend '{backend}' is not part of this version"):
+        merge(base, experts, backend=backend)
+
+
+def test_overflow_of_the_output_dtype_is_named():
+    base = {"a": torch.full((2, 2), 60000.0, dtype=torch.float16)}
+    experts = [{"a": torch.full((2, 2), 65000.0, dtype=torch.float16)}]
+    with pytest.raises(InvalidInput, match="tensor 'a': merged values exceed the range of float16"):
+        merge(base, experts, core_scale=3.0)
+
+
+def test_task_vectors_too_large_for_float32_are_named():
+    with pytest.raises(InvalidInput, match="tensor 'a': the differences from the base are too large for float32"):
+        merge({"a": torch.zeros(80, 80)}, [{"a": torch.full((80, 80), 1e30)}])
+
+
+@pytest.mark.parametrize("size", ["4 giraffes", "-1", 0, "0B", ""])
+def test_a_memory_budget_is_a_size(size):
+    base, experts = checkpoints(1, shapes={"a": (3, 4)})
+    with pytest.raises(InvalidInput, match=r"memory_budget: expected a positive size such as 4GiB or 500MB, got"):
+        merge(base, experts, memory_budget=size)

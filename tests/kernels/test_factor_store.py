@@ -1,0 +1,40 @@
+"""Factors come back as they went in, from memory and from disk."""
+
+from __future__ import annotations
+
+import torch
+
+from r2m_kernels.factor_store import FactorStore
+from r2m_kernels.truncation import Factors
+
+
+def factors(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(
+        torch.randn(3, 20, 4, generator=generator, dtype=dtype), torch.randn(3, 4, 30, generator=generator, dtype=dtype)
+    )
+
+
+def test_what_exceeds_the_budget_goes_to_disk_and_comes_back(tmp_path):
+    one = factors(0).left.nbytes + factors(0).right.nbytes
+    store = FactorStore(budget=2 * one, directory=tmp_path)
+    for seed in range(4):
+        store.put(f"t{seed}", factors(seed))
+    store.put("double", factors(9, torch.float64))
+    assert store.spilled_bytes == 4 * one  # two in float32, one in float64
+    for seed in range(4):
+        back = store.get(f"t{seed}")
+        assert torch.equal(back.left, factors(seed).left)
+        assert torch.equal(back.right, factors(seed).right)
+    assert torch.equal(store.get("double").right, factors(9, torch.float64).right)
+    assert "t3" in store
+    assert "other" not in store
+    assert list(tmp_path.iterdir()) == []
+    store.close()
+
+
+def test_without_a_budget_nothing_touches_the_disk(tmp_path):
+    store = FactorStore(directory=tmp_path / "not there")
+    store.put("t", factors(0))
+    assert torch.equal(store.get("t").left, factors(0).left)
+    assert store.spilled_bytes == 0

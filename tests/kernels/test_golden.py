@@ -1,0 +1,147 @@
+"""The merge against the float64 definition, with the bars of the contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import checkpoints, distance, floating
+
+from r2m_kernels import MergeConfig, analyze, merge, reference
+
+CONFIGS = {
+    "default": {},
+    "centred": {"center": True, "real_rank": 2},
+    "own": {"residual": "own"},
+    "integer rank": {"rank": 4},
+    "full rank": {"rank": 1.0},
+    "constant eta": {"eta_mode": "constant", "eta": 1.0},
+    "core_norm eta": {"eta_mode": "core_norm", "eta": 5.0},
+    "no matching, scaled core": {"norm_match": False, "core_scale": 1.3},
+    "frobenius": {"layer_weight": "frobenius", "real_rank": 2, "center": True},
+    "excluded": {"exclude": ("conv*", "tall.weight")},
+    "weight average": MergeConfig.weight_average().to_dict(),
+    "task arithmetic": MergeConfig.task_arithmetic(0.4).to_dict(),
+    "CART": MergeConfig.cart(rank=0.2, scale=0.7).to_dict(),
+}
+ENGINE_ONLY = ("svd", "power_iterations", "oversampling", "tolerance", "seed", "extra")
+
+
+def definition(base, experts, options):
+    options = {key: value for key, value in options.items() if key not in ENGINE_ONLY}
+    return reference.merge(base, experts, **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exact_svd_is_within_2e_5_of_the_definition(name, dtype, count):
+    base, experts = checkpoints(count, dtype=dtype, seed=count, scales=[1.0, 1.5, 0.7, 1.2, 0.9][:count])
+    options = {**CONFIGS[name], "svd": "exact"}
+    expected = definition(base, experts, options)
+    merged = merge(base, experts, **options)
+    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["default", "centred", "own", "full rank", "CART"])
+def test_16_bit_outputs_are_rounded_once(name, dtype, count):
+    base, experts = checkpoints(count, dtype=dtype, seed=count)
+    options = {**CONFIGS[name], "svd": "exact"}
+    expected = definition(base, experts, options)
+    rounded = {key: tensor.to(dtype) for key, tensor in floating(expected).items()}
+    merged = merge(base, experts, **options)
+    bound = 1.05 * distance(rounded, floating(expected)) + 2e-5 * distance(base, expected)
+    assert distance(merged, floating(expected)) <= bound
+
+
+def test_dtypes_may_be_mixed_between_experts():
+    base, experts = checkpoints(4)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    mixed = [
+        {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in expert.items()}
+        for expert, dtype in zip(experts, dtypes, strict=True)
+    ]
+    expected = reference.merge(base, mixed)
+    merged = merge(base, mixed, svd="exact")
+    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+    assert all(merged[key].dtype == base[key].dtype for key in base)
+
+
+@pytest.mark.parametrize(
+    ("options", "bar"),
+    [({}, 2e-2), ({"center": True, "real_rank": 2}, 5e-2), ({"residual": "own"}, 2e-2)],
+    ids=["default", "centred", "own"],
+)
+def test_randomized_truncation_is_near_the_definition_where_the_spectrum_has_a_gap(options, bar):
+    # A common and three own parts of rank 6 over a bulk 10⁴ times smaller: a residual mixes the four, the gap is at 24.
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shapes = {"a": (300, 260), "b": (256, 40, 9)}
+    base = {name: 0.02 * randn(*shape) for name, shape in shapes.items()}
+    common = {name: randn(shape[0], 6) @ randn(6, base[name].numel() // shape[0]) for name, shape in shapes.items()}
+    experts = []
+    for j in range(3):
+        expert = {}
+        for name, tensor in base.items():
+            m, n = tensor.shape[0], tensor.numel() // tensor.shape[0]
+            own = randn(m, 6) @ randn(6, n)
+            expert[name] = (
+                tensor + 1e-3 * (common[name] + (0.5 + 0.3 * j) * own + 1e-4 * randn(m, n)).reshape(tensor.shape)
+            ).float()
+        experts.append(expert)
+    base = {name: tensor.float() for name, tensor in base.items()}
+    options = {**options, "rank": 24}
+    mixing = analyze(base, experts, **options).real_subspace.mixing
+    for name in base:
+        task_matrix = torch.stack([(expert[name] - base[name]).double().flatten() for expert in experts])
+        residuals = (mixing.T @ task_matrix).reshape(3, base[name].shape[0], -1)
+        values = torch.linalg.svdvals(residuals)
+        assert (values[:, 23] >= 2 * values[:, 24]).all()
+    expected = definition(base, experts, options)
+    merged = merge(base, experts, **options)
+    assert distance(merged, expected) <= bar * distance(base, expected)
+
+
+def test_names_shapes_dtypes_and_order_are_the_bases_and_inputs_stay_as_they_were():
+    base, experts = checkpoints(3)
+    before = [{key: tensor.clone() for key, tensor in state.items()} for state in (base, *experts)]
+    merged = merge(base, experts)
+    assert list(merged) == list(base)
+    assert all(merged[key].shape == base[key].shape and merged[key].dtype == base[key].dtype for key in base)
+    assert merged["steps"] == 7  # integers are the base's
+    for state, copy in zip((base, *experts), before, strict=True):
+        assert all(torch.equal(state[key], copy[key]) for key in copy)
+    assert not any(merged[key].data_ptr() == base[key].data_ptr() for key in base)
+
+
+def test_statistics_are_plain_means_and_never_negative():
+    base, experts = checkpoints(3)
+    merged = merge(base, experts, eta=50.0, eta_mode="constant", core_scale=7.0)
+    for name in ("norm.running_mean", "norm.running_var"):
+        mean = torch.stack([expert[name].double() for expert in experts]).mean(0)
+        assert torch.allclose(merged[name].double(), mean, rtol=0, atol=1e-7)
+    assert (merged["norm.running_var"] > 0).all()
+
+
+def test_modules_and_named_experts_are_taken_as_they_are():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5)
+    experts = {name: torch.nn.Linear(6, 5) for name in ("fs", "fr")}
+    merged = merge(base, experts)
+    plain = merge(base.state_dict(), [expert.state_dict() for expert in experts.values()])
+    assert distance(merged, plain) == 0
+    base.load_state_dict(merged, strict=True)
+    assert not any(tensor.requires_grad for tensor in merged.values())
+
+
+def test_output_dtype_can_be_asked_for():
+    base, experts = checkpoints(2)
+    merged = merge(base, experts, dtype=torch.bfloat16)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in floating(merged).values())
+    assert merged["steps"].dtype == torch.int64
+    full = merge(base, experts)
+    assert all(torch.equal(merged[key], full[key].bfloat16()) for key in floating(full))

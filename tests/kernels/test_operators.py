@@ -1,0 +1,182 @@
+"""Each operator of ``r2m_kernels.ops`` against float64, within bounds written beside the test."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import padded
+
+from r2m_kernels import InvalidInput, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(), (1,), (13,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3), (16, 3, 5, 5), (700, 900)]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def inputs(shape, dtype, count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator, dtype=torch.float64)
+    experts = [base + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return padded(base.to(dtype)), [padded(expert.to(dtype)) for expert in experts]
+
+
+def task_matrix(base, experts):
+    return torch.stack([(expert.double() - base.double()).reshape(-1) for expert in experts])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_task_gram_is_within_its_bound(shape, dtype):
+    base, experts = inputs(shape, dtype)
+    gram = ops.task_gram([base], [[expert] for expert in experts])
+    exact = task_matrix(base, experts)
+    assert gram.shape == (1, 3, 3)
+    assert gram.dtype == torch.float64
+    bound = 16 * UNIT[dtype] * exact.abs() @ exact.abs().T
+    assert ((gram[0] - exact @ exact.T).abs() <= bound).all()
+
+
+def test_task_gram_is_within_its_bound_where_every_product_is_positive():
+    # The hardest case for a sum in float32: 4 M equal-signed terms.
+    base = torch.zeros(2048, 2048)
+    experts = [torch.rand(2048, 2048, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    gram = ops.task_gram([base], [[expert] for expert in experts])[0]
+    exact = task_matrix(base, experts)
+    assert ((gram - exact @ exact.T).abs() <= 16 * 2.0**-24 * exact @ exact.T).all()
+
+
+def test_task_gram_takes_a_group_of_tensors_and_any_number_of_experts():
+    pairs = [inputs((9, 11), torch.float32, count=13, seed=seed) for seed in range(2)]
+    pairs.append(inputs((5,), torch.bfloat16, count=13, seed=5))
+    grams = ops.task_gram([base for base, _ in pairs], [[experts[j] for _, experts in pairs] for j in range(13)])
+    for gram, (base, experts) in zip(grams, pairs, strict=True):
+        assert torch.allclose(gram, task_matrix(base, experts) @ task_matrix(base, experts).T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["base", "expert"])
+def test_task_gram_cannot_hide_a_non_finite_input(bad, where):
+    base, experts = inputs((70, 3), torch.float32)
+    (base if where == "base" else experts[1])[69, 2] = bad
+    gram = ops.task_gram([base], [[expert] for expert in experts])[0]
+    assert not torch.isfinite(gram[1]).all()
+    assert torch.isfinite(gram[0, 0]) == (where == "expert")
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_residual_matmul_is_the_product_with_the_residual(shape, dtype, transpose):
+    base, experts = inputs(shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.eye(3, dtype=torch.float64) - torch.rand(3, 1, generator=generator, dtype=torch.float64)
+    m, n = shape[0], math.prod(shape[1:])
+    rhs = torch.randn(3, m if transpose else n, 6, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    result = ops.residual_matmul(base, experts, mixing, padded(rhs), transpose=transpose)
+    residual = (mixing.T @ task_matrix(base, experts)).reshape(3, m, n)
+    magnitude = (mixing.abs().T @ task_matrix(base, experts).abs()).reshape(3, m, n)
+    if transpose:
+        residual, magnitude = residual.transpose(1, 2), magnitude.transpose(1, 2)
+    # Forming X costs N + 1 roundings an element, a sum of K terms about √K more.
+    bound = (4 + 2 * math.sqrt(rhs.shape[1]) + 4) * UNIT[dtype] * magnitude @ rhs.double().abs()
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ((result - residual @ rhs.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 200, 40), (2, 2, 50, 7), (4, 6, 0)], ids=str)
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_orthonormalize_spans_its_input(shape, scale):
+    y = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = ops.orthonormalize(padded(y))
+    assert q.shape == y.shape
+    unit = torch.eye(shape[-1]).expand(*shape[:-2], -1, -1)
+    assert torch.allclose(q.transpose(-1, -2) @ q, unit, atol=1e-5)
+    assert torch.allclose(q @ (q.transpose(-1, -2) @ (y / scale)), y / scale, atol=1e-4)
+
+
+def test_orthonormalize_of_degenerate_blocks_is_finite():
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(60, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
+    q = ops.orthonormalize(torch.stack([torch.zeros(60, 10), low]))
+    assert torch.equal(q[0], torch.zeros(60, 10))
+    assert torch.isfinite(q).all()
+    assert torch.allclose(q[1] @ (q[1].T @ low), low, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_combine_is_within_its_bound_and_rounded_once(shape, dtype, rank):
+    base, experts = inputs(shape, dtype)
+    generator = torch.Generator().manual_seed(2)
+    core = torch.rand(3, generator=generator, dtype=torch.float64) - 0.3
+    factors = {}
+    low_rank = magnitude = torch.zeros(1, dtype=torch.float64)
+    if rank and shape:
+        m, n = shape[0], math.prod(shape[1:])
+        scale = torch.rand(3, generator=generator, dtype=torch.float64)
+        left, right = torch.randn(3, m, rank, generator=generator), torch.randn(3, rank, n, generator=generator)
+        factors = {"left": padded(left), "right": padded(right), "scale": scale}
+        weights = scale.view(3, 1, 1)
+        low_rank = (weights * (left.double() @ right.double())).sum(0).reshape(shape)
+        magnitude = (weights * (left.double().abs() @ right.double().abs())).sum(0).reshape(shape)
+    sentinel = torch.full([size + 4 for size in shape] or [3], -77.0, dtype=dtype)
+    out = sentinel[tuple(slice(2, 2 + size) for size in shape)] if shape else sentinel[1]
+    assert ops.combine(base, experts, core, out=out, **factors) is out
+
+    tau = task_matrix(base, experts)
+    exact = base.double() + (core @ tau).reshape(shape) + low_rank
+    magnitude = base.double().abs() + (core.abs() @ tau.abs()).reshape(shape) + magnitude
+    # Half an ulp of a binary format with p bits is at most 2^-p of the value; float16 also has subnormals.
+    half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+    bound = half_ulp[dtype] * exact.abs() * (1 + 1e-6) + (8 + 2 * math.sqrt(rank)) * UNIT[dtype] * magnitude
+    if dtype == torch.float16:
+        bound = bound + 2.0**-25
+    assert ((out.double() - exact).abs() <= bound).all()
+    outside = int((sentinel == -77.0).sum())
+    assert outside == sentinel.numel() - out.numel()
+
+
+def test_combine_without_out_has_the_bases_dtype_and_shape():
+    base, experts = inputs((4, 3), torch.bfloat16)
+    merged = ops.combine(base, experts, torch.full((3,), 1 / 3))
+    assert merged.dtype == torch.bfloat16
+    assert merged.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda b, e: ops.task_gram([], []), "base: expected at least one, got none"),
+        (lambda b, e: ops.task_gram([b], [[b, b]]), "tensors of expert 0: expected 1, got 2"),
+        (lambda b, e: ops.task_gram([b], [[b.T]]), r"tensor 0 of expert 0: expected shape \(4, 3\), got \(3, 4\)"),
+        (lambda b, e: ops.task_gram([b.int()], [[b]]), "base tensor 0: expected one of float64, .* got int32"),
+        (lambda b, e: ops.residual_matmul(b, e, torch.eye(2), b), r"mixing: expected shape \(1, 1\), got \(2, 2\)"),
+        (
+            lambda b, e: ops.residual_matmul(b, e, torch.eye(1), torch.ones(1, 4, 2)),
+            r"rhs: expected shape \(1, 3, 2\), got \(1, 4, 2\)",
+        ),
+        (
+            lambda b, e: ops.residual_matmul(b, e, torch.eye(1), torch.ones(1, 3, 2), precision="tf23"),
+            "precision: expected one of 'ieee', .* got 'tf23'; did you mean 'tf32'?",
+        ),
+        (lambda b, e: ops.orthonormalize(b.T), r"y: expected shape \(\.\.\., m, k\) with k <= m, got \(3, 4\)"),
+        (lambda b, e: ops.combine(b, e, torch.ones(2)), r"core: expected shape \(1,\), got \(2,\)"),
+        (lambda b, e: ops.combine(b, e, torch.ones(1), left=b), "left, right and scale: expected all of them or none"),
+        (lambda b, e: ops.task_gram([b], [e], backend="tritn"), "backend: .* got 'tritn'; did you mean 'triton'?"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(call, sentence):
+    base = torch.randn(4, 3)
+    with pytest.raises(InvalidInput, match=sentence):
+        call(base, [base.clone()])
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_backend_that_is_not_there_says_so(backend):
+    from r2m_kernels import BackendUnavailable
+
+    with pytest.raises(BackendUnavailable, match=f"backend '{backend}' is not part of this version of r2m_kernels"):
+        ops.orthonormalize(torch.randn(4, 3), backend=backend)

@@ -1,0 +1,141 @@
+"""The report says what happened, in numbers that can be checked, and warns in plain words."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from cases import SHAPES, checkpoints
+
+from r2m_kernels import MergeConfig, analyze
+
+MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
+
+
+def reported(experts_scales=(1.0, 1.0, 1.0), config=None, **options):
+    base, experts = checkpoints(len(experts_scales), scales=list(experts_scales), **options)
+    named = {f"e{i}": expert for i, expert in enumerate(experts)}
+    analysis = analyze(base, named, config)
+    return base, named, analysis, analysis.report()
+
+
+def task_matrix(base, experts, names):
+    return torch.stack(
+        [torch.cat([(e[n].double() - base[n].double()).reshape(-1) for n in names]) for e in experts.values()]
+    )
+
+
+def test_numbers_are_those_of_the_task_vectors():
+    base, experts, _, report = reported((0.5, 1.0, 2.0))
+    a = task_matrix(base, experts, MATRICES)
+    gram = a @ a.T
+    assert torch.allclose(torch.tensor(report["task_vectors"]["gram"], dtype=torch.float64), gram, rtol=1e-6)
+    assert list(report["task_vectors"]["norms"].values()) == pytest.approx(a.norm(dim=1).tolist(), rel=1e-6)
+    cosine = float(gram[0, 2] / (a[0].norm() * a[2].norm()))
+    assert report["task_vectors"]["cosines"][0][2] == pytest.approx(cosine, rel=1e-5)
+    c = torch.tensor(list(report["core"]["coefficients"].values()), dtype=torch.float64)
+    assert report["core"]["norm"] == pytest.approx(float((c @ a).norm()), rel=1e-5)
+    assert report["core"]["norm_ratio_to_mean"] == pytest.approx(float((c @ a).norm() / a.mean(0).norm()), rel=1e-5)
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    assert report["core"]["gap"] == pytest.approx(float(1 - values[1] / values[0]), rel=1e-5)
+    assert report["residual"]["norm_ratio_to_core"] == pytest.approx(0.6, rel=1e-6)
+
+
+def test_kept_energy_is_the_share_that_truncation_kept():
+    base, experts, analysis, report = reported()
+    rows = {row["name"]: row for row in report["tensors"]}
+    mixing = analysis.real_subspace.mixing
+    residual = (mixing.T @ task_matrix(base, experts, ["encoder.weight"])).reshape(3, 67, 131)
+    values = torch.linalg.svdvals(residual).square()
+    assert rows["encoder.weight"]["rank"] == 7
+    kept = values[:, :7].sum(1) / values.sum(1)
+    assert list(rows["encoder.weight"]["kept_energy"].values()) == pytest.approx(kept.tolist(), rel=1e-3)
+    assert rows["encoder.weight"]["uncertain"] == []
+    assert rows["class_token"]["kept_energy"] == {"e0": 1.0, "e1": 1.0, "e2": 1.0}
+    assert [rows[name]["role"] for name in ("encoder.bias", "norm.running_var", "steps")] == [
+        "vector",
+        "statistic",
+        "copied",
+    ]
+    assert analysis.per_tensor == report["tensors"]
+
+
+def test_a_smaller_rank_has_its_own_energies():
+    _, _, analysis, report = reported()
+    smaller = analysis.report(analysis.config.replace(rank=0.02))
+    for row, at_smaller in zip(report["tensors"], smaller["tensors"], strict=True):
+        if row["role"] == "matrix" and row["rank"] > 1:
+            assert at_smaller["rank"] < row["rank"]
+            assert at_smaller["kept_energy"]["e0"] < row["kept_energy"]["e0"]
+
+
+def test_cancellation_is_flagged_not_hidden():
+    # Experts alike to five digits: the residual's energy is a difference of nearly equal numbers.
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(200, 300)}
+    common = torch.randn(200, 300, generator=generator)
+    experts = {f"e{i}": {"w": common + 1e-5 * torch.randn(200, 300, generator=generator)} for i in range(3)}
+    row = analyze(base, experts).report()["tensors"][0]
+    assert row["uncertain"] == ["e0", "e1", "e2"]
+
+
+def test_report_is_strict_json_and_says_who_computed_it():
+    _, _, _, report = reported(seed=4)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["backend"]["name"] == "torch"
+    assert "cpu" in report["backend"]["reason"]
+    assert set(report["versions"]) == {"r2m_kernels", "torch", "numpy", "python"}
+    assert report["config"]["seed"] == 0
+    assert [step["step"] for step in report["steps"]] == ["task Gram", "truncation"]
+    assert report["steps"][0]["bytes_read"] == 4 * sum(4 * math.prod(shape) for shape in SHAPES.values())
+    assert report["warnings"] == []
+
+
+def test_writing_adds_its_step():
+    _, _, analysis, _ = reported()
+    analysis.merge()
+    assert [step["step"] for step in analysis.report()["steps"]] == ["task Gram", "truncation", "combination"]
+
+
+def test_without_a_residual_term_nothing_is_claimed_about_it():
+    _, _, _, report = reported(config=MergeConfig.weight_average())
+    assert report["residual"]["norms"] is None
+    assert report["residual"]["eta_used"] == 0
+    assert [step["step"] for step in report["steps"]] == ["task Gram"]
+    assert report["core"]["norm_ratio_to_mean"] == pytest.approx(1.0)
+    assert report["core"]["gap"] is None
+
+
+def warnings_of(*arguments, **options):
+    return "\n".join(reported(*arguments, **options)[3]["warnings"])
+
+
+def test_one_dominating_specialist_is_named():
+    assert "expert 'e2' dominates the core with 9" in warnings_of((1.0, 1.0, 8.0), shared=0.3)
+
+
+def test_a_weak_core_and_a_small_gap_are_said():
+    assert "the gap after the last eigenvalue kept is small" in warnings_of((1.0, 1.0, 1.0), shared=0.0)
+    text = warnings_of((1.0, 1.0, 1.0), config=MergeConfig(center=True))
+    assert "of the mean task vector's length: the specialists share little" in text
+
+
+def test_an_expert_that_equals_the_base_is_named():
+    base, experts = checkpoints(2)
+    warnings = analyze(base, {"fs": experts[0], "same": dict(base)}).report()["warnings"]
+    assert "expert 'same' equals the base in every matrix tensor: it adds nothing but its weight" in warnings
+
+
+def test_a_merge_that_is_its_core_says_so():
+    base, experts = checkpoints(1)
+    report = analyze(base, {"a": experts[0], "b": experts[0]}).report()
+    assert "no expert has a residual beyond rounding: the merge is its core" in report["warnings"]
+    assert report["residual"]["eta_used"] == 0
+
+
+def test_a_blown_up_residual_is_named():
+    config = MergeConfig(residual="own")
+    text = warnings_of((1.0, 1.0, 0.001), config=config, shared=0.3, shapes={"w": (70, 90)})
+    assert "the residual of expert 'e2' is scaled up" in text

@@ -1,0 +1,116 @@
+"""Truncation errors against the optimum, and what the options of the truncation do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import matrix_with, spectrum
+
+from r2m_kernels import MergeConfig
+from r2m_kernels import _torch as operators
+from r2m_kernels.truncation import truncate_residuals, truncation_rank
+
+IDENTITY = torch.eye(1, dtype=torch.float64)
+
+
+def truncation_error(matrix, rank, **options):
+    """‖X − X̂‖ / optimum, or / ‖X‖ where the optimum is rounding."""
+    x = matrix.float()
+    factors = truncate_residuals("x", torch.zeros_like(x), [x], IDENTITY, rank, MergeConfig(**options), operators)
+    assert factors.left.shape == (1, x.shape[0], rank)
+    assert factors.right.shape == (1, rank, x.numel() // x.shape[0])
+    error = float((x.double().flatten(1) - factors.left[0].double() @ factors.right[0].double()).norm())
+    optimum = float(torch.linalg.svdvals(x.double().flatten(1))[rank:].norm())
+    whole = float(x.double().norm())
+    return error / optimum if optimum > 1e-6 * whole else error / max(whole, 1e-300)
+
+
+@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes"])
+@pytest.mark.parametrize("shape", [(512, 1024), (1024, 512), (600, 600)], ids=str)
+def test_randomized_truncation_is_within_2_per_cent_of_the_optimum(kind, shape):
+    matrix = matrix_with(spectrum(kind, min(shape)), *shape)
+    assert 0.9999 <= truncation_error(matrix, truncation_rank(0.1, shape)) <= 1.02
+
+
+@pytest.mark.parametrize("kind", ["linear", "k^-1", "16 spikes"])
+@pytest.mark.parametrize("shape", [(200, 333), (333, 200)], ids=str)
+def test_exact_truncation_is_the_optimum(kind, shape):
+    matrix = matrix_with(spectrum(kind, min(shape)), *shape)
+    assert truncation_error(matrix, 20, svd="exact") == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rank 8", "zero"])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("svd", ["randomized", "exact"])
+def test_what_has_no_more_than_rank_r_is_kept_to_rounding(kind, scale, svd):
+    matrix = scale * matrix_with(spectrum(kind, 256), 256, 512)
+    assert truncation_error(matrix, 16, svd=svd) <= 4e-6
+
+
+def test_small_matrices_are_truncated_exactly():
+    # The sketch would span the whole space: there is nothing to gain from it.
+    matrix = matrix_with(spectrum("linear", 30), 30, 400)
+    assert truncation_error(matrix, 3) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_more_power_iterations_and_more_oversampling_help():
+    matrix = matrix_with(spectrum("linear", 512), 512, 600)
+    errors = [truncation_error(matrix, 40, power_iterations=q) for q in (0, 1, 2)]
+    assert errors[0] > errors[1] > errors[2]
+    assert truncation_error(matrix, 40, power_iterations=0, oversampling=100) < errors[0]
+
+
+def test_tolerance_stops_early_and_a_tight_one_does_not():
+    matrix = matrix_with(spectrum("linear", 512), 512, 600)
+    one, six = (truncation_error(matrix, 40, power_iterations=q) for q in (1, 6))
+    assert truncation_error(matrix, 40, power_iterations=6, tolerance=0.5) == one
+    assert truncation_error(matrix, 40, power_iterations=6, tolerance=0.0) == six
+
+
+def test_components_come_by_descending_size_so_that_a_smaller_rank_is_a_slice():
+    x = matrix_with(spectrum("k^-1", 256), 256, 300).float()
+    factors = truncate_residuals("x", torch.zeros_like(x), [x], IDENTITY, 20, MergeConfig(), operators)
+    smaller = factors.truncated(5)
+    error = (x.double() - smaller.left[0].double() @ smaller.right[0].double()).norm()
+    optimum = torch.linalg.svdvals(x.double())[5:].norm()
+    assert error <= 1.001 * optimum
+    assert factors.truncated(20) is factors
+
+
+def test_inner_products_come_from_the_factors():
+    generator = torch.Generator().manual_seed(0)
+    experts = [torch.randn(200, 150, generator=generator) for _ in range(3)]
+    factors = truncate_residuals(
+        "x", torch.zeros(200, 150), experts, torch.eye(3, dtype=torch.float64), 10, MergeConfig(), operators
+    )
+    explicit = (factors.left.double() @ factors.right.double()).flatten(1)
+    assert torch.allclose(factors.inner_products(), explicit @ explicit.T, rtol=1e-10)
+
+
+def test_the_test_matrix_depends_on_seed_and_name():
+    x = matrix_with(spectrum("linear", 300), 300, 300).float()
+
+    def factors(name, **options):
+        return truncate_residuals(name, torch.zeros_like(x), [x], IDENTITY, 10, MergeConfig(**options), operators).left
+
+    assert torch.equal(factors("a"), factors("a"))
+    assert not torch.equal(factors("a"), factors("b"))
+    assert not torch.equal(factors("a"), factors("a", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "expected"),
+    [
+        (0.1, (1024, 4096), 103),
+        (0.1, (10, 50), 1),
+        (0.07, (100, 100), 7),
+        (0.05, (2, 768), 1),
+        (1.0, (7, 9), 7),
+        (1, (7, 9), 1),
+        (64, (7, 9), 7),
+        (0.1, (48, 5, 3, 3), 5),
+        (0.5, (3, 1), 1),
+    ],
+)
+def test_ranks_are_rounded_up_and_capped(rank, shape, expected):
+    assert truncation_rank(rank, shape) == expected
