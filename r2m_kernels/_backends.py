@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _checks
-from r2m_kernels.errors import BackendUnavailable
+from r2m_kernels.errors import BackendUnavailable, InvalidInput
 
 NAMES = ("auto", "torch", "native", "triton")
 
@@ -52,6 +52,27 @@ class Backend:
     name: str
     reason: str
     operators: Operators
+
+
+def usable_device(value: str | torch.device) -> torch.device:
+    """The device called ``value``, tried out.
+
+    Raises:
+        InvalidInput: no such device.
+        BackendUnavailable: it cannot be used here.
+    """
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":  # holds no numbers
+        raise InvalidInput(f"device: expected one such as cpu, cuda or cuda:1, got '{value}'")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackendUnavailable(f"device '{value}' cannot be used here: {reason}") from None
+    return device
 
 
 def choose(name: str, device: torch.device) -> Backend:

@@ -59,10 +59,11 @@ class Engine:
         self.base, self.experts, self.device, self.backend = base, experts, device, backend
         self._exact = exact
         self.steps: dict[str, StepRecord] = {}
-        self._limit: int | None = None
+        # Threads are for CPUs: a GPU has one queue of work.
+        self._limit: int | None = None if device.type == "cpu" else 1
         if budget is not None:
             largest = max((self._bytes(tensor) for tensor in plan.tensors), default=1)
-            self._limit = max(1, budget // 2 // max(1, largest))
+            self._limit = min(self._limit or budget, max(1, budget // 2 // max(1, largest)))
 
     def inputs(self, tensor: PlannedTensor) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the experts', on the device."""

@@ -92,7 +92,7 @@ def analyze(
     if device is None:
         device = _device_of(source, plan)
     budget = None if memory_budget is None else _checks.byte_size("memory_budget", memory_budget)
-    where = torch.device(device)
+    where = _backends.usable_device(device)
     chosen = _backends.choose(backend, where)
     engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings.svd == "exact")
 
@@ -132,6 +132,10 @@ def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
             raise InvalidInput(
                 f"{label}: expected a state dict of tensors, got {type(checkpoint[wrong]).__name__} for {wrong!r}"
             )
+        for name, tensor in checkpoint.items():
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+                raise InvalidInput(f"{label}: expected dense tensors with data, got '{name}' {kind}")
         return StateDictSource(label, checkpoint)
     if not isinstance(checkpoint, TensorSource):
         raise InvalidInput(

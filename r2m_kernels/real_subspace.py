@@ -61,7 +61,7 @@ def real_subspace(gram: Tensor, config: MergeConfig) -> RealSubspace:
         projector = weights @ weights.T @ gram  # on coefficients: AᵀW has orthonormal columns
         core = projector @ mean
         cut = 0 < dimension < count
-        gap = float(1 - eigenvalues[dimension] / eigenvalues[dimension - 1]) if cut else None
+        gap = float(1 - eigenvalues[dimension].clamp_min(0) / eigenvalues[dimension - 1]) if cut else None
 
     removed = projector if config.residual == "own" else core.unsqueeze(1)  # from column i: P e_i, or c
     mixing = identity - removed

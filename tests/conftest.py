@@ -1,10 +1,12 @@
-"""Shared by all tests: hypothesis profiles and a fixed number of torch threads."""
+"""Shared by all tests: hypothesis profile, torch threads, and a summary of the backends that ran."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from hypothesis import settings
+
+from r2m_kernels import _backends
 
 # No deadline: the machines that run this are shared, and a time is not what these tests are about.
 settings.register_profile("r2m", deadline=None, max_examples=25, print_blob=True)
@@ -17,3 +19,30 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def record_backends(request, monkeypatch):
+    """Notes which backends a test made compute, for the summary."""
+    choose = _backends.choose
+
+    def recorded(name, device):
+        backend = choose(name, device)
+        entry = ("backend", f"{backend.name} on {device.type}")
+        if entry not in request.node.user_properties:
+            request.node.user_properties.append(entry)
+        return backend
+
+    monkeypatch.setattr(_backends, "choose", recorded)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which backends ran: a backend that silently stopped being tested must show."""
+    ran = {}
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == "backend":
+                ran[value] = ran.get(value, 0) + 1
+    if ran:
+        listed = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
+        terminalreporter.write_line(f"backends that ran: {listed}; not in this version: native, triton")

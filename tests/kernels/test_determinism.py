@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import same_bits
+from cases import checkpoints, same_bits
 
 from r2m_kernels import MergeConfig, _parallel, analyze, merge, ops
 
@@ -44,6 +44,18 @@ def test_in_any_order_of_tensors(inputs):
         turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts])
         assert list(turned) == order
         assert same_bits(expected, {n: turned[n] for n in names})
+
+
+def test_sums_over_tensors_do_not_depend_on_their_order():
+    # Rounding to float32 would hide a float64 sum in another order: the Gram shows it.
+    shapes = {f"layer.{i}": (20 + i, 30) for i in range(40)} | {f"norm.{i}": (20 + i,) for i in range(40)}
+    base, experts = checkpoints(3, shapes=shapes, dtype=torch.float64)  # sums of float32 products are often exact
+    turned = {name: base[name] for name in reversed(base)}
+    first, second = analyze(base, experts), analyze(turned, experts)
+    assert torch.equal(first.gram, second.gram)
+    assert torch.equal(first.vector_gram, second.vector_gram)
+    assert torch.equal(first.residuals().norms, second.residuals().norms)
+    assert first.residuals().strength == second.residuals().strength
 
 
 def test_spilled_factors_and_small_budgets_change_nothing(inputs, tmp_path):

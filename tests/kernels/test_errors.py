@@ -237,6 +237,30 @@ def test_a_named_backend_never_falls_back(backend):
         merge(base, experts, backend=backend)
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta", ""])
+def test_no_such_device(device):
+    base, experts = checkpoints(1, shapes={"a": (3, 4)})
+    with pytest.raises(InvalidInput) as error:
+        merge(base, experts, device=device)
+    assert message(error) == f"device: expected one such as cpu, cuda or cuda:1, got '{device}'"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_says_so():
+    base, experts = checkpoints(1, shapes={"a": (3, 4)})
+    with pytest.raises(BackendUnavailable, match="device 'cuda' cannot be used here: "):
+        merge(base, experts, device="cuda")
+
+
+def test_tensors_without_data_are_refused():
+    with pytest.raises(InvalidInput, match="base: expected dense tensors with data, got 'a' on the meta device"):
+        merge({"a": torch.ones(3, device="meta")}, [{"a": torch.ones(3)}])
+    with pytest.raises(
+        InvalidInput, match=r"expert 'fs': expected dense tensors .* got 'a' of layout torch.sparse_coo"
+    ):
+        merge({"a": torch.ones(3)}, {"fs": {"a": torch.ones(3).to_sparse()}})
+
+
 def test_overflow_of_the_output_dtype_is_named():
     base = {"a": torch.full((2, 2), 60000.0, dtype=torch.float16)}
     experts = [{"a": torch.full((2, 2), 65000.0, dtype=torch.float16)}]

@@ -42,6 +42,24 @@ def test_exact_svd_is_within_2e_5_of_the_definition(name, dtype, count):
     assert distance(merged, expected) <= 2e-5 * distance(base, expected)
 
 
+@pytest.mark.parametrize("options", [{"center": True}, {}, {"center": True, "residual": "own"}], ids=str)
+def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
+    # Three unrelated specialists: eigenvalues of the Gram nearly agree, and its rounding would turn the projector.
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": 1e-3 * torch.randn(300, 400, generator=generator)}
+    experts = [{"w": base["w"] + 0.01 * torch.randn(300, 400, generator=generator)} for _ in range(3)]
+    analysis = analyze(base, experts, svd="exact", **options)
+    assert analysis.real_subspace.gap < 0.02
+    rows = torch.stack([expert["w"].double() - base["w"].double() for expert in experts]).flatten(1)
+    assert torch.allclose(analysis.gram, rows @ rows.T, rtol=1e-12, atol=1e-12)
+    expected = reference.merge(base, experts, rank=1.0, **options)
+    merged = merge(base, experts, svd="exact", rank=1.0, **options)
+    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+    expected = reference.merge(base, experts, **options)
+    merged = merge(base, experts, svd="exact", **options)
+    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["default", "centred", "own", "full rank", "CART"])

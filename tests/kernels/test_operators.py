@@ -85,6 +85,24 @@ def test_residual_matmul_is_the_product_with_the_residual(shape, dtype, transpos
     assert ((result - residual @ rhs.double()).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("shape", [(2300, 2000), (40, 120000)], ids=str)
+def test_tensors_of_several_panels_are_summed_whole(shape):
+    # More than 2²² elements: blocks in several panels, which other shapes of these tests do not have.
+    base, experts = inputs(shape, torch.float32, count=2)
+    mixing = torch.tensor([[1.0, -0.3], [-0.7, 1.0]], dtype=torch.float64)
+    tau = task_matrix(base, experts)
+    gram = ops.task_gram([base], [[expert] for expert in experts])[0]
+    assert ((gram - tau @ tau.T).abs() <= 16 * 2.0**-24 * tau.abs() @ tau.abs().T).all()
+    residual = (mixing.T @ tau).reshape(2, *shape)
+    generator = torch.Generator().manual_seed(1)
+    for transpose in (False, True):
+        x = residual.transpose(1, 2) if transpose else residual
+        rhs = torch.randn(2, x.shape[2], 3, generator=generator)
+        product = ops.residual_matmul(base, experts, mixing, rhs, transpose=transpose)
+        exact = x @ rhs.double()
+        assert (product - exact).norm() <= 1e-5 * exact.norm()
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (3, 200, 40), (2, 2, 50, 7), (4, 6, 0)], ids=str)
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_orthonormalize_spans_its_input(shape, scale):
