@@ -134,7 +134,7 @@ def byte_size(what: str, value: int | str) -> int:
     """A positive number of bytes, from an integer or a text such as ``"4GiB"`` or ``"500 MB"``."""
     expected = "a positive size such as 4GiB or 500MB"
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].upper() not in _UNITS:
             raise InvalidInput(f"{what}: expected {expected}, got {value!r}")
         size = int(float(match[1]) * _UNITS[match[2].upper()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from r2m_kernels.factor_store import FactorStore
@@ -38,3 +40,15 @@ def test_without_a_budget_nothing_touches_the_disk(tmp_path):
     store.put("t", factors(0))
     assert torch.equal(store.get("t").left, factors(0).left)
     assert store.spilled_bytes == 0
+
+
+def test_calls_that_move_less_than_asked_are_repeated(tmp_path, monkeypatch):
+    # Linux moves at most 2 GiB a call; here it is 1000 bytes, so that the loops have something to do.
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:1000], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:1000]], offset))
+    store = FactorStore(budget=1, directory=tmp_path)
+    store.put("t", factors(0))
+    store.put("u", factors(1))
+    assert torch.equal(store.get("u").left, factors(1).left)
+    assert torch.equal(store.get("t").right, factors(0).right)

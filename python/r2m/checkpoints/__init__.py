@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the only place that opens, lays out or writes safetensors files."""

@@ -1,0 +1,320 @@
+"""The command ``r2m``: options in, exit code out.
+
+Exit codes: 0 done; 1 the machine refused (no space, no permission); 2 the input or an option cannot be used;
+130 Ctrl-C. torch is imported inside the commands, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from r2m.methods import METHODS
+
+_MERGE_OPTIONS = frozenset(name for method in METHODS.values() for name in method.options)
+
+
+class _SectionOption(click.Option):
+    """An option that ``--help`` lists under a heading."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class _SectionedCommand(click.Command):
+    """A command whose ``--help`` groups its options by :attr:`_SectionOption.section`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+def _option(section: str, *names: str, **kwargs: Any) -> Callable[[Any], Any]:
+    # `default` would make an option that was left out look given; the help shows the defaults of MergeConfig.
+    return click.option(*names, cls=_SectionOption, section=section, **kwargs)
+
+
+def _choice(*choices: str) -> click.Choice[str]:
+    return click.Choice(choices)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from r2m_kernels import __version__
+
+        click.echo(f"r2m {__version__}")
+        ctx.exit()
+
+
+@click.group(name="r2m", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def r2m() -> None:
+    """Merge detectors that were fine-tuned from one base into one detector, without data (R²M)."""
+
+
+_FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
+    "Files",
+    "Method",
+    "Real subspace",
+    "Residual truncation",
+    "Strength of the residuals",
+    "Running",
+)
+
+
+@r2m.command(
+    cls=_SectionedCommand,
+    epilog="Example: r2m merge --base base.safetensors --expert fs.safetensors --expert fr.safetensors --out merged",
+)
+@_option(_FILES, "--base", required=True, metavar="PATH", help="The checkpoint all experts started from.")
+@_option(
+    _FILES,
+    "--expert",
+    "experts",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file or a Hugging Face directory.",
+)
+@_option(_FILES, "--out", required=True, metavar="DIR", help="The directory to create.")
+@_option(_FILES, "--overwrite", is_flag=True, help="Replace DIR if a former merge wrote it, or it is empty.")
+@_option(
+    _FILES,
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Start another file where one would hold more than this.",
+)
+@_option(
+    _FILES,
+    "--dtype",
+    type=_choice("float32", "bfloat16", "float16", "float64"),
+    help="Floating-point type of the output.  [default: as in the base]",
+)
+@_option(
+    _FILES,
+    "--extra",
+    type=_choice("error", "average", "drop"),
+    help="Tensors that all experts have and the base lacks, such as a head.  [default: error]",
+)
+@_option(
+    _METHOD,
+    "--method",
+    type=_choice(*METHODS),
+    default="r2m",
+    show_default=True,
+    help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".",
+)
+@_option(
+    _METHOD,
+    "--scale",
+    type=float,
+    help="Factor of the sum in task_arithmetic (0.3, usual where it is not tuned) and cart (1, not tuned).",
+)
+@_option(_REAL, "--real-rank", type=int, metavar="K", help="Dimension of the Real subspace.  [default: 1]")
+@_option(
+    _REAL,
+    "--center/--no-center",
+    default=None,
+    help="Subtract the mean task vector before the subspace is computed.  [default: no-center]",
+)
+@_option(
+    _REAL,
+    "--residual",
+    type=_choice("core", "own"),
+    help="What a task vector loses: the core, or its own part in the subspace.  [default: core]",
+)
+@_option(_REAL, "--core-scale", type=float, help="Factor of the core.  [default: 1]")
+@_option(
+    _REAL,
+    "--layer-weight",
+    type=_choice("none", "frobenius"),
+    help="A tensor's weight in the Gram matrix: 1, or 1/‖its task vectors‖².  [default: none]",
+)
+@_option(
+    _REAL,
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Tensors to keep out of subspace and truncation, by name; repeat for each.",
+)
+@_option(
+    _TRUNCATION,
+    "--rank",
+    metavar="RANK",
+    help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16).  [default: 0.1]",
+)
+@_option(_TRUNCATION, "--svd", type=_choice("randomized", "exact"), help="How to truncate.  [default: randomized]")
+@_option(_TRUNCATION, "--power-iterations", type=int, help="Of the randomized truncation.  [default: 2]")
+@_option(_TRUNCATION, "--oversampling", type=int, help="Columns of the sketch beyond the rank.  [default: 8]")
+@_option(
+    _TRUNCATION,
+    "--tolerance",
+    type=float,
+    help="Stop iterating where the kept energy grows by less than this share.  [default: never]",
+)
+@_option(_TRUNCATION, "--seed", type=int, help="Of the random test matrices.  [default: 0]")
+@_option(_STRENGTH, "--eta", type=float, help="How much of the residuals is added.  [default: 0.6]")
+@_option(
+    _STRENGTH,
+    "--eta-mode",
+    type=_choice("relative", "constant", "core_norm", "sum"),
+    help="relative: their norm is ETA times the core's; constant: ETA times their mean; core_norm: that "
+    "times the core's norm; sum: ETA times their sum.  [default: relative]",
+)
+@_option(
+    _STRENGTH,
+    "--norm-match/--no-norm-match",
+    default=None,
+    help="Scale all experts' residuals to one norm first.  [default: norm-match]",
+)
+@_option(_RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
+@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto, or one by name.")
+@_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
+def merge(
+    base: str,
+    experts: tuple[str, ...],
+    out: str,
+    overwrite: bool,
+    max_shard_size: str,
+    dtype: str | None,
+    method: str,
+    device: str | None,
+    backend: str,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge checkpoints from files into a new directory."""
+    from r2m.execute import merge_files, name_experts
+    from r2m.methods import make_config
+    from r2m.progress import reporting
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "rank" in given:
+        given["rank"] = _read_rank(given["rank"])
+    config = make_config(method, given)
+    named = name_experts(experts)
+    with reporting(quiet=quiet) as progress:
+        report = merge_files(
+            base,
+            named,
+            out,
+            config,
+            method=method,
+            device=device,
+            backend=backend,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        for line in _summary(report, out):
+            click.echo(line)
+        for warning in report["warnings"]:
+            click.echo(f"Warning: {warning}", err=True)
+
+
+@r2m.command()
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of data, training and merge.")
+@click.option("--quick", is_flag=True, help="Less training: a look at how it runs, not at what it shows.")
+def demo(out: str, seed: int, quick: bool) -> None:
+    """Train three forgery specialists on real faces, merge them and measure the result, on a CPU."""
+    from rich.console import Console
+
+    from r2m.demo import run_demo
+
+    run_demo(Path(out), seed=seed, quick=quick, console=Console())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: without the program's name; default: those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    try:
+        code = r2m.main(args=arguments, prog_name="r2m", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+        else:
+            click.echo(f"Error: {error.format_message()}", err=True)  # without the usage lines: one sentence
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        return 130
+    except OSError as error:
+        click.echo(f"Error: {_describe(error)}", err=True)
+        return 1
+    except Exception as error:
+        if not _is_for_users(error):
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return 2
+
+
+def _is_for_users(error: Exception) -> bool:
+    # Such an error comes from a loaded module; importing it here would make --help wait for torch.
+    errors = sys.modules.get("r2m_kernels.errors")
+    return errors is not None and isinstance(error, errors.R2MError)
+
+
+def _describe(error: OSError) -> str:
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def _read_rank(text: str) -> str | int | float:
+    """``"16"`` is a rank, ``"0.1"`` and ``"1.0"`` are ratios; MergeConfig refuses other text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _summary(report: dict[str, Any], out: str) -> list[str]:
+    from r2m.progress import readable_bytes
+
+    core, residual, output = report["core"], report["residual"], report["output"]
+    count = len(core["coefficients"])
+    coefficients = ", ".join(f"{name} {value:.3f}" for name, value in core["coefficients"].items())
+    size, seconds = readable_bytes(output["bytes"]), output["seconds"]
+    ratio, eta = _number(core["norm_ratio_to_mean"]), _number(residual["eta_used"])
+    strength = _number(residual["norm_ratio_to_core"])
+    return [
+        f"Merged {count} expert{'s' if count > 1 else ''} into {out}: {size} in {seconds:.1f} s",
+        f"core coefficients: {coefficients}",
+        f"‖core‖/‖mean‖ {ratio}, η {eta}, ‖residual term‖/‖core‖ {strength}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3g}"

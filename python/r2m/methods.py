@@ -1,0 +1,82 @@
+"""Merge methods by name: what each is, which options it uses, and the configuration they make.
+
+A new method is one entry here and one constructor of :class:`r2m_kernels.MergeConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from r2m_kernels import MergeConfig
+
+# Every method can do this; it is about which tensors take part and not about how they are merged.
+_COMMON = frozenset({"extra"})
+_TRUNCATION = frozenset({"rank", "exclude", "svd", "power_iterations", "oversampling", "tolerance", "seed"})
+_R2M = frozenset({"real_rank", "center", "residual", "core_scale", "eta", "eta_mode", "norm_match", "layer_weight"})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        title: the method in a few words, with its source.
+        options: the options it uses, by their names in :class:`r2m_kernels.MergeConfig`, and ``scale``.
+        scale: default of ``scale``; None where it is not used.
+    """
+
+    title: str
+    options: frozenset[str]
+    scale: float | None = None
+
+
+METHODS: dict[str, Method] = {
+    "r2m": Method("R²M (arXiv 2509.24367)", _COMMON | _TRUNCATION | _R2M),
+    "weight_average": Method("mean of the experts (model soups, arXiv 2203.05482)", _COMMON),
+    # 0.3 is what the literature uses where the scale is not tuned.
+    "task_arithmetic": Method("base + scale · sum of task vectors (arXiv 2212.04089)", _COMMON | {"scale"}, scale=0.3),
+    # Untuned: 1 adds every truncated residual as it is.
+    "cart": Method(
+        "mean + scale · sum of truncated centred task vectors (CART, arXiv 2412.12153)",
+        _COMMON | _TRUNCATION | {"scale"},
+        scale=1.0,
+    ),
+}
+
+
+def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
+    """The configuration of a method.
+
+    Args:
+        method: a key of :data:`METHODS`.
+        options: fields of :class:`r2m_kernels.MergeConfig`, and ``scale``; those absent have their defaults.
+
+    Raises:
+        InvalidInput: an unknown method, an option that the method does not use, or a bad value.
+    """
+    from r2m_kernels import MergeConfig, _checks
+    from r2m_kernels.errors import InvalidInput
+
+    _checks.choice("method", method, tuple(METHODS))
+    for name in options:
+        if name not in METHODS[method].options:
+            used = ", ".join(_flag(other) for other in sorted(METHODS[method].options))
+            raise InvalidInput(f"{_flag(name)}: not used by the method '{method}', which uses {used}")
+    fields = dict(options)
+    scale = fields.pop("scale", METHODS[method].scale)
+    if scale is not None:
+        scale = _checks.number("scale", scale)
+    if method == "task_arithmetic":
+        return MergeConfig.task_arithmetic(scale).replace(**fields)
+    if method == "cart":
+        return MergeConfig.cart(fields.pop("rank", MergeConfig().rank), scale).replace(**fields)
+    if method == "weight_average":
+        return MergeConfig.weight_average().replace(**fields)
+    return MergeConfig.r2m(**fields)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,480 @@
+"""The command: options to configuration, errors to sentences and exit codes; also in real processes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+import r2m.execute
+import torch
+from r2m import cli
+from r2m.execute import OUTPUT_DTYPES
+from r2m.methods import METHODS, make_config
+from safetensors.torch import load_file, save_file
+
+import r2m_kernels
+from r2m_kernels import InvalidInput, MergeConfig
+from r2m_kernels.config import _CHOICES
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints, Result
+
+    Command = Callable[..., Result]
+    Start = Callable[..., subprocess.Popen[str]]
+
+OPTIONS = {option.name: option for option in cli.merge.params if isinstance(option, click.Option)}
+
+
+def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) -> None:
+    result = command("merge", *checkpoints.arguments, "--out", "a/merged")
+    report = json.loads(Path("a/merged/r2m_report.json").read_text())
+    assert result.code == 0
+    where, coefficients, norms = result.out.splitlines()
+    assert where.startswith("Merged 3 experts into a/merged: ")
+    assert coefficients == "core coefficients: " + ", ".join(
+        f"{name} {report['core']['coefficients'][name]:.3f}" for name in ("fs", "fr", "efs")
+    )
+    assert norms == (
+        f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, η {report['residual']['eta_used']:.3g}, "
+        f"‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}"
+    )
+    assert result.err.startswith("task Gram: 4 tensors, ")
+
+
+def test_warnings_are_told(checkpoints: Checkpoints, command: Command) -> None:
+    arguments = [
+        "--base",
+        "base.safetensors",
+        "--expert",
+        "fs.safetensors",
+        "--expert",
+        "idle=base.safetensors",
+    ]
+    result = command("merge", *arguments, "--out", "merged")
+    warnings = json.loads(Path("merged/r2m_report.json").read_text())["warnings"]
+    assert any("'idle' equals the base" in warning for warning in warnings)
+    assert [line for line in result.err.splitlines() if "Warning" in line] == [f"Warning: {text}" for text in warnings]
+
+
+def test_quiet_says_nothing(checkpoints: Checkpoints, command: Command) -> None:
+    result = command("merge", *checkpoints.arguments, "--out", "merged", "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert Path("merged/model.safetensors").exists()
+
+
+def test_undefined_numbers_are_shown_as_that(checkpoints: Checkpoints, command: Command) -> None:
+    result = command("merge", "--base", "base.safetensors", "--expert", "base.safetensors", "--out", "merged")
+    assert result.code == 0
+    assert "Merged 1 expert into merged" in result.out
+    assert "‖core‖/‖mean‖ undefined" in result.out
+
+
+@pytest.fixture
+def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What ``merge_files`` is called with, instead of a merge."""
+    report = {
+        "core": {"coefficients": {"x": 1.0}, "norm_ratio_to_mean": None},
+        "residual": {"eta_used": None, "norm_ratio_to_core": None},
+        "output": {"bytes": 1, "seconds": 0.0},
+        "warnings": [],
+    }
+
+    def of(*arguments: str) -> dict[str, Any]:
+        calls: list[dict[str, Any]] = []
+
+        def record(*positional: Any, **keywords: Any) -> dict[str, Any]:
+            calls.append(dict(zip(("base", "experts", "out", "config"), positional, strict=True)) | keywords)
+            return report
+
+        monkeypatch.setattr(r2m.execute, "merge_files", record)
+        assert cli.main(["merge", "--base", "b", "--expert", "x=e", "--out", "o", *arguments]) == 0
+        return calls[0]
+
+    return of
+
+
+def test_options_left_out_leave_the_defaults(configuration: Callable[..., dict[str, Any]]) -> None:
+    call = configuration()
+    assert call.pop("progress") is not None
+    assert call == {
+        "base": "b",
+        "experts": {"x": "e"},
+        "out": "o",
+        "config": MergeConfig.r2m(),
+        "method": "r2m",
+        "device": None,
+        "backend": "auto",
+        "dtype": None,
+        "max_shard_size": "5GB",
+        "overwrite": False,
+    }
+
+
+def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -> None:
+    words = "--dtype float16 --max-shard-size 1MB --overwrite --device cpu --backend torch --quiet"
+    call = configuration(*words.split())
+    assert {key: call[key] for key in ("dtype", "max_shard_size", "overwrite", "device", "backend", "progress")} == {
+        "dtype": "float16",
+        "max_shard_size": "1MB",
+        "overwrite": True,
+        "device": "cpu",
+        "backend": "torch",
+        "progress": None,
+    }
+    words = (
+        "--real-rank 2 --center --residual own --core-scale 1.5 --layer-weight frobenius --exclude a* "
+        "--exclude *.b --rank 16 --svd exact --power-iterations 3 --oversampling 4 --tolerance 0.01 --seed 7 "
+        "--eta 0.3 --eta-mode constant --no-norm-match --extra drop"
+    )
+    assert configuration(*words.split())["config"] == MergeConfig(
+        real_rank=2,
+        center=True,
+        residual="own",
+        core_scale=1.5,
+        layer_weight="frobenius",
+        exclude=("a*", "*.b"),
+        rank=16,
+        svd="exact",
+        power_iterations=3,
+        oversampling=4,
+        tolerance=0.01,
+        seed=7,
+        eta=0.3,
+        eta_mode="constant",
+        norm_match=False,
+        extra="drop",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [
+        ("--method weight_average", MergeConfig.weight_average()),
+        ("--method weight_average --extra drop", replace(MergeConfig.weight_average(), extra="drop")),
+        ("--method task_arithmetic", MergeConfig.task_arithmetic(0.3)),
+        ("--method task_arithmetic --scale 0", MergeConfig.task_arithmetic(0.0)),
+        ("--method cart", MergeConfig.cart(0.1, 1.0)),
+        ("--method cart --rank 4 --scale 0.5 --seed 3", replace(MergeConfig.cart(4, 0.5), seed=3)),
+        ("--eta 0 --center --no-norm-match", MergeConfig.r2m(eta=0, center=True, norm_match=False)),
+        ("--no-center --norm-match", MergeConfig.r2m()),
+        ("--seed 0", MergeConfig.r2m()),
+    ],
+)
+def test_methods(configuration: Callable[..., dict[str, Any]], words: str, config: MergeConfig) -> None:
+    assert configuration(*words.split())["config"] == config
+
+
+@pytest.mark.parametrize(
+    ("text", "rank"),
+    [("16", 16), ("1", 1), ("1.0", 1.0), ("0.1", 0.1), ("1e-1", 0.1), (".5", 0.5), (" 3 ", 3)],
+)
+def test_a_point_makes_a_rank_a_ratio(configuration: Callable[..., dict[str, Any]], text: str, rank: float) -> None:
+    found = configuration("--rank", text)["config"].rank
+    assert found == rank
+    assert type(found) is type(rank)
+
+
+def test_every_field_of_the_configuration_is_an_option_of_r2m() -> None:
+    # core_mode belongs to task arithmetic.
+    assert METHODS["r2m"].options == set(MergeConfig().to_dict()) - {"core_mode"}
+    assert METHODS["r2m"].options | {"scale"} <= set(OPTIONS)
+
+
+def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None:
+    for name, value in MergeConfig().to_dict().items():
+        if name in ("core_mode", "exclude"):
+            continue
+        text = OPTIONS[name].help
+        if isinstance(value, bool):
+            shown = ("" if value else "no-") + name.replace("_", "-")
+        else:
+            shown = "never" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        assert text is not None
+        assert text.endswith(f"[default: {shown}]"), name
+    for name, choices in _CHOICES.items():
+        if name != "core_mode":
+            kind = OPTIONS[name].type
+            assert isinstance(kind, click.Choice)
+            assert tuple(kind.choices) == choices
+    assert isinstance(OPTIONS["dtype"].type, click.Choice)
+    assert tuple(OPTIONS["dtype"].type.choices) == tuple(OUTPUT_DTYPES)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "r2m"])
+def test_an_option_that_a_method_does_not_use_is_refused(method: str) -> None:
+    values = {**MergeConfig().to_dict(), "scale": 1.0}
+    for name in METHODS["r2m"].options | {"scale"}:
+        if name in METHODS[method].options:
+            make_config(method, {name: values[name]})
+        else:
+            flag = "--" + name.replace("_", "-")
+            with pytest.raises(InvalidInput, match=f"^{flag}: not used by the method '{method}', which uses --"):
+                make_config(method, {name: values[name]})
+
+
+def write_bad_files(checkpoints: Checkpoints) -> None:
+    whole = Path("fs.safetensors").read_bytes()
+    Path("truncated.st").write_bytes(whole[:-10])
+    Path("empty.st").write_bytes(b"")
+    Path("garbage.st").write_bytes(b"\xa5" * 1000)
+    Path("huge.st").write_bytes(b"\xff" * 8 + whole[8:])
+    Path("folder").mkdir()
+    torch.save(checkpoints.base, "folder/clip.pth")
+    expert = checkpoints.experts["fs"]
+    save_file({name: tensor for name, tensor in expert.items() if name != "block.bias"}, "missing.st")
+    save_file({**expert, "head.weight": torch.ones(2)}, "extra.st")
+    save_file({**expert, "block.weight": torch.ones(24, 18)}, "shape.st")
+    save_file({**expert, "position_ids": torch.ones(7)}, "dtype.st")
+    nan = expert["block.weight"].clone()
+    nan[3, 4] = float("nan")
+    save_file({**expert, "block.weight": nan}, "nan.st")
+    nan[3, 4] = float("inf")
+    save_file({**checkpoints.base, "block.weight": nan}, "inf.st")
+    save_file({"position_ids": torch.arange(7)}, "integers.st")
+
+
+RANK = "expected a ratio in (0, 1] or a whole number of at least 1, got"
+FILES = "--base base.safetensors --expert x={} --out new/out"
+DAMAGED = "not a whole safetensors file"
+UNFIT = "does not fit base (base.safetensors):"
+BAD_INPUT = {
+    "no such base": (
+        "--base no/where --expert fs.safetensors --out new/out",
+        "base (no/where): no such file or directory",
+    ),
+    "no such expert": (FILES.format("./no/"), "expert 'x' (./no/): no such file or directory"),
+    "truncated": (
+        FILES.format("truncated.st"),
+        f"expert 'x' (truncated.st): {DAMAGED}: it is cut off, or longer than its header says",
+    ),
+    "empty": (FILES.format("empty.st"), "expert 'x' (empty.st): the file is empty"),
+    "garbage": (
+        FILES.format("garbage.st"),
+        f"expert 'x' (garbage.st): {DAMAGED}: its header would be larger than the format allows",
+    ),
+    "huge header": (
+        FILES.format("huge.st"),
+        f"expert 'x' (huge.st): {DAMAGED}: its header would be larger than the format allows",
+    ),
+    "torch.save": (
+        FILES.format("folder"),
+        "expert 'x' (folder): file 'clip.pth': a file of torch.save, and this version reads safetensors only",
+    ),
+    "missing": (
+        FILES.format("missing.st"),
+        f"expert 'x' (missing.st) {UNFIT} missing: 'block.bias' (float32 [24])",
+    ),
+    "extra": (
+        FILES.format("extra.st"),
+        f"expert 'x' (extra.st) {UNFIT} extra: 'head.weight' (float32 [2]) is not in the base",
+    ),
+    "shape": (
+        FILES.format("shape.st"),
+        f"expert 'x' (shape.st) {UNFIT} shape: 'block.weight' expected [24, 17], got [24, 18]",
+    ),
+    "dtype": (
+        FILES.format("dtype.st"),
+        f"expert 'x' (dtype.st) {UNFIT} dtype: 'position_ids' expected int64, got float32",
+    ),
+    "NaN": (
+        FILES.format("nan.st"),
+        "expert 'x' (nan.st): tensor 'block.weight' holds NaN or Inf in 1 of 408 elements",
+    ),
+    "Inf in the base": (
+        "--base inf.st --expert fs.safetensors --out new/out",
+        "base (inf.st): tensor 'block.weight' holds NaN or Inf in 1 of 408 elements",
+    ),
+    "integers only": (
+        "--base integers.st --expert integers.st --out new/out",
+        "base (integers.st): nothing to merge",
+    ),
+    "out exists": (
+        "--base base.safetensors --expert fs.safetensors --out folder",
+        "out (folder): exists already; --overwrite replaces the output of a former merge",
+    ),
+    "out is an input": (
+        "--base base.safetensors --expert fs.safetensors --out base.safetensors --overwrite",
+        "out (base.safetensors): is or holds the input base.safetensors, and inputs are never written to",
+    ),
+    "duplicate names": (
+        FILES.format("fs.safetensors") + " --expert x=fr.safetensors",
+        "expert name 'x' is given 2 times; names must differ",
+    ),
+    "empty name": (
+        "--base base.safetensors --expert =fs.safetensors --out new/out",
+        "expert '=fs.safetensors': expected [NAME=]PATH, got an empty NAME",
+    ),
+    **{
+        f"rank {text}": (FILES.format("fs.safetensors") + f" --rank {text}", f"rank: {RANK} {shown}")
+        for text, shown in {
+            "0": "0",
+            "-1": "-1",
+            "1.5": "1.5",
+            "0.0": "0.0",
+            "nan": "nan",
+            "few": "'few'",
+        }.items()
+    },
+    "eta NaN": (
+        FILES.format("fs.safetensors") + " --eta nan",
+        "eta: expected a finite number of at least 0, got nan",
+    ),
+    "eta text": (
+        FILES.format("fs.safetensors") + " --eta much",
+        "Invalid value for '--eta': 'much' is not a valid float.",
+    ),
+    "method": (
+        FILES.format("fs.safetensors") + " --method slerp",
+        "Invalid value for '--method': 'slerp' is not one of 'r2m', 'weight_average', 'task_arithmetic'",
+    ),
+    "unused option": (
+        FILES.format("fs.safetensors") + " --method weight_average --eta 1",
+        "--eta: not used by the method 'weight_average', which uses --extra",
+    ),
+    "size": (
+        FILES.format("fs.safetensors") + " --max-shard-size 5XB",
+        "max_shard_size: expected a positive size such as 4GiB or 500MB, got '5XB'",
+    ),
+    "backend": (FILES.format("fs.safetensors") + " --backend cublas", "backend: expected one of"),
+    "no expert": ("--base base.safetensors --out new/out", "Missing option '--expert'."),
+    "no option of that name": (
+        FILES.format("fs.safetensors") + " --etta 1",
+        "No such option '--etta'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_sentence(
+    case: str, checkpoints: Checkpoints, command: Command, tmp_path: Path, fingerprint: Callable[[Path], Any]
+) -> None:
+    write_bad_files(checkpoints)
+    words, sentence = BAD_INPUT[case]
+    before = fingerprint(tmp_path)
+    result = command("merge", *words.split())
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith(f"Error: {sentence}"), result.err
+    assert result.err.count("Error") == 1
+    assert result.out == ""
+    assert fingerprint(tmp_path) == before
+    assert not Path("new").exists()
+    assert not list(Path().glob(".*"))
+
+
+def test_a_failure_of_the_machine_names_the_file(
+    checkpoints: Checkpoints, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "fs.safetensors")
+
+    monkeypatch.setattr(r2m.execute, "open_checkpoint", refuse)
+    result = command("merge", *checkpoints.arguments, "--out", "out")
+    assert (result.code, result.err) == (1, "Error: fs.safetensors: permission denied\n")
+
+
+def test_help_and_version(command: Command) -> None:
+    assert command("--help").code == 0
+    assert "merge" in command().err  # no arguments: the help, as an error
+    sections = [line for line in command("merge", "--help").out.splitlines() if line and line[0] != " "]
+    assert sections[1:] == [
+        "Files:",
+        "Method:",
+        "Real subspace:",
+        "Residual truncation:",
+        "Strength of the residuals:",
+        "Running:",
+        "Other:",
+    ]
+    result = command("--version")
+    assert (result.code, result.out) == (0, f"r2m {r2m_kernels.__version__}\n")
+
+
+def test_help_does_not_wait_for_torch(start: Start) -> None:
+    with start("merge", "--help", python=("-X", "importtime")) as process:
+        out, err = process.communicate(timeout=60)
+    imported = {line.rpartition("|")[2].strip() for line in err.splitlines() if line.startswith("import time:")}
+    assert process.returncode == 0
+    assert "--core-scale" in out
+    assert "r2m.cli" in imported
+    assert not {"torch", "numpy", "r2m_kernels", "rich", "yaml", "safetensors"} & imported
+
+
+def test_a_process_on_a_terminal_without_such_letters_merges(checkpoints: Checkpoints, start: Start) -> None:
+    with start(
+        "merge",
+        *checkpoints.arguments,
+        "--out",
+        "out",
+        environment={"PYTHONIOENCODING": "latin-1"},
+    ) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Merged 3 experts into out" in out
+    assert "?core?/?mean?" in out
+    assert set(load_file("out/model.safetensors")) == set(checkpoints.base)
+
+
+def test_a_process_with_bad_input_ends_with_2(checkpoints: Checkpoints, start: Start) -> None:
+    write_bad_files(checkpoints)
+    arguments = ["--base", "base.safetensors", "--expert", "truncated.st", "--out", "out"]
+    with start("merge", *arguments) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("Error: expert 'truncated.st' (truncated.st): not a whole safetensors file")
+    assert err.count("\n") == 1
+
+
+def test_a_process_without_space_ends_with_1(checkpoints: Checkpoints, start: Start) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    with start("merge", *checkpoints.arguments, "--out", "a/out", "--quiet", before=limit) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (1, "")
+    assert err == "Error: a/out/model.safetensors: file too large\n"
+    assert not Path("a").exists()
+
+
+def test_ctrl_c_ends_a_process_with_130(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        save_file({str(i): torch.randn(700, 700, generator=generator) for i in range(12)}, f"{name}.safetensors")
+    arguments = "--base base.safetensors --expert a.safetensors --expert b.safetensors --svd exact --out x/out"
+    with start("merge", *arguments.split()) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("task Gram: 12 tensors")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.endswith("Stopped.\n")
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.safetensors",
+        "b.safetensors",
+        "base.safetensors",
+    ]
+
+
+def test_the_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    calls: list[Any] = []
+
+    class Demo:
+        @staticmethod
+        def run_demo(out: Path, *, seed: int, quick: bool, console: Any) -> None:
+            calls.append((out, seed, quick, type(console).__name__))
+
+    monkeypatch.setitem(sys.modules, "r2m.demo", Demo)
+    assert command("demo").code == 0
+    assert command("demo", "--out", "x", "--seed", "3", "--quick").code == 0
+    assert calls == [(Path("demo"), 0, False, "Console"), (Path("x"), 3, True, "Console")]

@@ -1,0 +1,201 @@
+"""A merge of files: the same tensors as a merge of dicts, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.writer import SafetensorsSink
+from r2m.execute import merge_files
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import r2m_kernels
+from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints
+
+Fingerprint = Callable[[Path], dict[str, tuple[str, int]]]
+CONFIG = MergeConfig.r2m(rank=0.3)
+
+
+def merged(checkpoints: Checkpoints, out: str, **options: Any) -> dict[str, Any]:
+    report: dict[str, Any] = merge_files(checkpoints.base_path, checkpoints.paths, out, CONFIG, **options)
+    return report
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_files_are_merged_as_dicts_are(checkpoints: Checkpoints, dtype: str | None) -> None:
+    merged(checkpoints, "out", dtype=dtype)
+    found = load_file("out/model.safetensors")
+    expected = r2m_kernels.merge(checkpoints.base, checkpoints.experts, CONFIG, dtype=torch.bfloat16 if dtype else None)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_equal_merges_give_equal_bytes(checkpoints: Checkpoints) -> None:
+    merged(checkpoints, "first")
+    # Other paths, other names, another order of the tensors in the files and of the inputs' folders.
+    Path("elsewhere").mkdir()
+    for path, tensors in [("base", checkpoints.base), *checkpoints.experts.items()]:
+        renamed = {key: tensors[key].clone() for key in reversed(tensors)}
+        save_file(renamed, f"elsewhere/{path}", metadata={"order": "other"})
+    paths = {f"other {name}": f"elsewhere/{name}" for name in checkpoints.experts}
+    merge_files("elsewhere/base", paths, "second", CONFIG)
+    assert Path("first/model.safetensors").read_bytes() == Path("second/model.safetensors").read_bytes()
+
+
+def test_only_the_shard_size_decides_the_layout(checkpoints: Checkpoints) -> None:
+    merged(checkpoints, "out", max_shard_size=1000)
+    names = sorted(path.name for path in Path("out").iterdir())
+    assert names == [
+        *[f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)],
+        "model.safetensors.index.json",
+        "r2m_config.yaml",
+        "r2m_report.json",
+    ]
+    merged(checkpoints, "single")
+    shards, single = open_checkpoint("out", "out"), load_file("single/model.safetensors")
+    assert all(torch.equal(shards.read(name), tensor) for name, tensor in single.items())
+    # A sharded checkpoint as base: the layout of the output does not follow it.
+    merge_files("out", checkpoints.paths, "again", CONFIG)
+    merge_files("single", checkpoints.paths, "and again", CONFIG)
+    assert Path("again/model.safetensors").read_bytes() == Path("and again/model.safetensors").read_bytes()
+
+
+def test_the_header_says_how_and_not_where_or_when(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    merged(checkpoints, "out")
+    with safe_open("out/model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata == {
+        "format": "pt",
+        "r2m_kernels_version": r2m_kernels.__version__,
+        "r2m_config": json.dumps(CONFIG.to_dict(), sort_keys=True),
+    }
+
+
+def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    Path("folder").mkdir()
+    Path(checkpoints.base_path).rename("folder/model.safetensors")
+    Path("folder/config.json").write_text('{"model_type": "clip"}')
+    Path("folder/preprocessor_config.json").write_text("{}")
+    Path("folder/training_args.bin").write_text("not copied")
+    report = merge_files("folder", checkpoints.paths, "out", CONFIG, method="r2m", dtype="float16")
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "r2m_config.yaml",
+        "r2m_report.json",
+    ]
+    assert Path("out/config.json").read_text() == '{"model_type": "clip"}'
+    assert yaml.safe_load(Path("out/r2m_config.yaml").read_text()) == {
+        "merge_method": "r2m",
+        "base_model": str(tmp_path / "folder"),
+        "models": [{"model": str(tmp_path / path), "name": name} for name, path in checkpoints.paths.items()],
+        "parameters": CONFIG.to_dict(),
+        "dtype": "float16",
+    }
+    written = json.loads(Path("out/r2m_report.json").read_text())
+    assert written == report
+    assert set(report["core"]["coefficients"]) == set(checkpoints.paths)
+    assert [step["step"] for step in report["steps"]] == ["task Gram", "truncation", "combination"]
+    assert report["output"]["files"] == {
+        path.name: path.stat().st_size for path in sorted(Path("out").iterdir()) if path.name != "r2m_report.json"
+    }
+    assert report["output"]["seconds"] > 0
+
+
+def test_the_report_is_json_without_nan(checkpoints: Checkpoints) -> None:
+    # No task vector at all: every ratio of norms is undefined.
+    report = merge_files(checkpoints.base_path, {"a": checkpoints.base_path}, "out", CONFIG)
+    assert report["core"]["norm_ratio_to_mean"] is None
+    assert "NaN" not in Path("out/r2m_report.json").read_text()
+    assert torch.equal(load_file("out/model.safetensors")["block.weight"], checkpoints.base["block.weight"])
+
+
+def test_inputs_are_never_changed(checkpoints: Checkpoints, tmp_path: Path, fingerprint: Fingerprint) -> None:
+    before = fingerprint(tmp_path)
+    merged(checkpoints, "out")
+    merged(checkpoints, "out", overwrite=True)
+    after = fingerprint(tmp_path)
+    assert {path: after[path] for path in before} == before
+
+
+def test_a_merge_is_not_merged_into_itself(checkpoints: Checkpoints) -> None:
+    merged(checkpoints, "out")
+    content = Path("out/model.safetensors").read_bytes()
+    with pytest.raises(InvalidInput, match=r"^out \(out\): is or holds the input \./out, and inputs are never"):
+        merge_files(checkpoints.base_path, {"again": "./out"}, "out", CONFIG, overwrite=True)
+    assert Path("out/model.safetensors").read_bytes() == content
+
+
+def test_a_link_into_the_output_is_an_input_in_it(checkpoints: Checkpoints) -> None:
+    merged(checkpoints, "out")
+    Path("links").mkdir()
+    Path("links/model.safetensors").symlink_to(Path("out/model.safetensors").resolve())
+    content = Path("out/model.safetensors").read_bytes()
+    with pytest.raises(InvalidInput, match=r"^out \(out\): is or holds the input links/model.safetensors"):
+        merge_files("links", checkpoints.paths, "out", CONFIG, overwrite=True)
+    assert Path("out/model.safetensors").read_bytes() == content
+
+
+def stop_at(step: str, error: BaseException) -> Callable[[ProgressEvent], None]:
+    def progress(event: ProgressEvent) -> None:
+        if event.step == step:
+            raise error
+
+    return progress
+
+
+@pytest.mark.parametrize("step", ["task Gram", "truncation", "combination"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_left_of_a_failed_merge(
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    fingerprint: Fingerprint,
+    step: str,
+    error: BaseException,
+    overwrite: bool,
+) -> None:
+    if overwrite:
+        merged(checkpoints, "a/out")
+    before = fingerprint(tmp_path)
+    with pytest.raises(type(error)):
+        merged(checkpoints, "a/out", overwrite=overwrite, progress=stop_at(step, error))
+    assert fingerprint(tmp_path) == before
+    assert Path("a").exists() == overwrite
+
+
+def test_a_full_disk_is_told_with_the_file(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_at = SafetensorsSink._write_at
+
+    def full(path: Path, view: memoryview, offset: int) -> None:
+        if offset > 2000:
+            raise OSError(28, "No space left on device", str(path))
+        write_at(path, view, offset)
+
+    monkeypatch.setattr(SafetensorsSink, "_write_at", staticmethod(full))
+    with pytest.raises(OSError, match="No space") as caught:
+        merged(checkpoints, "a/out")
+    assert caught.value.filename == "a/out/model.safetensors"
+    assert not Path("a").exists()
+
+
+def test_bad_options_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(InvalidInput, match=r"^max_shard_size: expected a positive size"):
+        merge_files("nothing", {"a": "nothing"}, "out", CONFIG, max_shard_size="big")
+    with pytest.raises(InvalidInput, match=r"^dtype: expected one of 'float32'"):
+        merge_files("nothing", {"a": "nothing"}, "out", CONFIG, dtype="int8")
+    with pytest.raises(InvalidInput, match=r"^base \(nothing\): no such file or directory$"):
+        merge_files("nothing", {"a": "nothing"}, "out", CONFIG)

@@ -1,0 +1,185 @@
+"""What may be replaced, and that the output is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from r2m.output import check_output, new_directory
+
+from r2m_kernels import InvalidInput
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def former_output(name: str) -> Path:
+    out = Path(name)
+    out.mkdir(parents=True)
+    (out / "r2m_report.json").write_text("{}")
+    (out / "model-00001-of-00002.safetensors").write_text("old")
+    return out
+
+
+def everything() -> list[str]:
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def test_a_new_directory_appears_with_its_parents() -> None:
+    with new_directory("a/b/out", overwrite=False) as partial:
+        assert partial.parent == Path("a/b").resolve()
+        assert partial.name.startswith(".out.partial-")
+        assert not Path("a/b/out").exists()
+        (partial / "x").write_text("new")
+    assert everything() == ["a", "a/b", "a/b/out", "a/b/out/x"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert Path("a/b/out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def fill(out: str, *, folder: str = "", error: BaseException | None = None) -> None:
+    """A new directory; on the way a folder of someone else appears, or an error."""
+    with new_directory(out, overwrite=False) as partial:
+        (partial / "x").write_text("new")
+        if folder:
+            Path(folder).mkdir()
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_after_an_exception(error: type[BaseException]) -> None:
+    Path("a").mkdir()
+    with pytest.raises(error):
+        fill("a/b/c/out", error=error())
+    assert everything() == ["a"]
+
+
+def test_a_parent_that_someone_uses_meanwhile_stays() -> None:
+    with pytest.raises(ValueError, match="stop"):
+        fill("a/out", folder="a/someone's", error=ValueError("stop"))
+    assert everything() == ["a", "a/someone's"]
+
+
+def test_a_former_output_is_replaced() -> None:
+    out = former_output("a/out")
+    check_output(out, overwrite=True, inputs=[])
+    with new_directory(out, overwrite=True) as partial:
+        (partial / "x").write_text("new")
+        assert (out / "r2m_report.json").exists()
+    assert everything() == ["a", "a/out", "a/out/x"]
+
+
+def test_a_former_output_is_put_back_when_the_new_one_cannot_be_moved_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = former_output("out")
+    rename = os.rename
+
+    def refuse(source: str | Path, target: str | Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(5, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    before = everything()
+    with pytest.raises(OSError, match="Input/output") as caught, new_directory(out, overwrite=True):
+        pass
+    assert everything() == before
+    assert caught.value.filename == "out"
+
+
+def test_an_output_that_appeared_meanwhile_is_not_replaced() -> None:
+    with pytest.raises(InvalidInput, match="exists already"):
+        fill("out", folder="out")
+    assert everything() == ["out"]
+
+
+def test_an_error_names_the_file_in_the_output() -> None:
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        new_directory("./out", overwrite=False) as partial,
+    ):
+        raise OSError(28, "No space left on device", str(partial / "model.safetensors"))
+    assert caught.value.filename == "./out/model.safetensors"
+
+
+REPLACED = "--overwrite replaces the output of a former merge"
+
+
+def refusal(out: str, *, overwrite: bool, inputs: tuple[str, ...] = ()) -> str:
+    before = everything()
+    with pytest.raises(InvalidInput) as caught:
+        check_output(out, overwrite=overwrite, inputs=inputs)
+    assert everything() == before
+    return str(caught.value)
+
+
+def test_without_overwrite_nothing_that_exists_is_replaced() -> None:
+    Path("empty").mkdir()
+    former_output("former")
+    Path("link").symlink_to("nowhere")
+    Path("file").touch()
+    for name in ("empty", "former", "link", "file", "./former"):
+        assert refusal(name, overwrite=False) == f"out ({name}): exists already; {REPLACED}"
+    check_output("new/er", overwrite=False, inputs=[])
+
+
+def test_with_overwrite_only_an_empty_directory_or_a_former_output_is_replaced() -> None:
+    Path("empty").mkdir()
+    former_output("former")
+    for allowed in ("new", "empty", "former"):
+        check_output(allowed, overwrite=True, inputs=[])
+    Path("link").symlink_to("former")
+    Path("file").touch()
+    for name in ("link", "file"):
+        assert refusal(name, overwrite=True) == (
+            f"out ({name}): is not a directory, and --overwrite replaces directories only"
+        )
+    Path("stranger").mkdir()
+    Path("stranger/thesis.tex").touch()
+    assert refusal("stranger", overwrite=True) == (
+        "out (stranger): is not the output of a merge, so --overwrite does not replace it"
+    )
+    # A recipe alone does not make a project folder ours to delete.
+    Path("stranger/r2m_config.yaml").touch()
+    assert refusal("stranger", overwrite=True) == (
+        "out (stranger): holds 'thesis.tex', which no merge wrote, so --overwrite does not replace it"
+    )
+
+
+def test_an_input_is_never_in_the_output() -> None:
+    out = former_output("former")
+    Path("link").symlink_to("former/model-00001-of-00002.safetensors")
+    Path("linked").symlink_to("former")
+    for path in (
+        "former",
+        str(out.resolve()),
+        "former/model-00001-of-00002.safetensors",
+        "link",
+        "linked",
+        "x/../former",
+    ):
+        sentence = f"out (former): is or holds the input {path}, and inputs are never written to"
+        assert refusal("former", overwrite=True, inputs=("other", path)) == sentence
+        assert refusal("former", overwrite=False, inputs=("other", path)) == sentence
+    assert "is or holds the input" in refusal("linked", overwrite=True, inputs=("link",))
+    check_output("former/new", overwrite=False, inputs=["former"])
+    check_output("form", overwrite=False, inputs=["former"])
+
+
+def test_places_that_cannot_hold_a_directory(here: Path) -> None:
+    Path("file").touch()
+    assert refusal("file/out", overwrite=False) == f"out (file/out): {here / 'file'} is not a directory"
+
+
+def test_a_place_without_permission(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here)  # root may write anywhere
+    with pytest.raises(PermissionError) as caught:
+        check_output("new/out", overwrite=False, inputs=[])
+    assert caught.value.filename == str(here)
+    assert everything() == []
