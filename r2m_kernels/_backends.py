@@ -63,13 +63,13 @@ def usable_device(value: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(value)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type == "meta":  # holds no numbers
         raise InvalidInput(f"device: expected one such as cpu, cuda or cuda:1, got '{value}'")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise BackendUnavailable(f"device '{value}' cannot be used here: {reason}") from None
     return device

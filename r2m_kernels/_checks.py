@@ -16,6 +16,8 @@ from r2m_kernels.errors import InvalidInput
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+LARGEST = 1e30  # of an option: products with it still fit float32
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'rank'?"``, or nothing when no known word is near."""
@@ -36,9 +38,15 @@ def number(name: str, value: Any, minimum: float | None = None) -> float:
     expected = "a finite number" if minimum is None else f"a finite number of at least {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidInput(f"{name}: expected {expected}, got {value!r}")
-    if not math.isfinite(value) or (minimum is not None and value < minimum):
+    try:
+        result = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        result = math.copysign(LARGEST * 2, value)
+    if LARGEST < abs(result) < math.inf:
+        raise InvalidInput(f"{name}: expected {expected} up to {LARGEST:g}, got {value}")
+    if not math.isfinite(result) or (minimum is not None and result < minimum):
         raise InvalidInput(f"{name}: expected {expected}, got {value}")
-    return float(value)
+    return result
 
 
 def rank(value: Any) -> float | int:

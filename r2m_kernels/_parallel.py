@@ -30,6 +30,31 @@ class _State(threading.local):
 _state = _State()
 
 
+class _TorchThreads:
+    """torch's thread count is the whole process's: the first merge in notes it, every merge out restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._count = 1
+
+    def enter(self) -> int:
+        with self._lock:
+            if self._inside == 0:
+                self._count = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+            return self._count
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._count)
+
+
+_torch_threads = _TorchThreads()
+
+
 @contextmanager
 def one_thread_per_product() -> Iterator[None]:
     """Within the block BLAS and LAPACK run on one thread, and :func:`for_each` uses as many workers as torch had.
@@ -40,16 +65,14 @@ def one_thread_per_product() -> Iterator[None]:
     if _state.inside:
         yield
         return
-    threads = torch.get_num_threads()
-    _state.inside, _state.threads = True, threads
-    torch.set_num_threads(1)
+    _state.inside, _state.threads = True, _torch_threads.enter()
     try:
         yield
     finally:
         if _state.pool is not None:
             _state.pool.shutdown(wait=True, cancel_futures=True)
         _state.inside, _state.threads, _state.pool = False, 1, None
-        torch.set_num_threads(threads)
+        _torch_threads.leave()
 
 
 def deterministic(function: Callable[P, R]) -> Callable[P, R]:

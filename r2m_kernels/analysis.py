@@ -18,7 +18,7 @@ from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
 from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink
-from r2m_kernels.truncation import truncation_rank
+from r2m_kernels.truncation import Factors, truncate_residuals, truncation_rank
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
 FREE_FIELDS = ("rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match")
@@ -65,10 +65,10 @@ class Analysis:
         self.matrix_gram = matrix_gram
         self.vector_gram = vector_gram
         self._grams = grams
-        self._inner = inner_products
         self._engine = engine
         self._store = store
         self._inner_at: dict[float | int, dict[str, Tensor]] = {config.rank: inner_products}
+        self._late: dict[tuple[str, int], Factors] = {}
 
     @property
     def gram(self) -> Tensor:
@@ -78,7 +78,7 @@ class Analysis:
     @property
     def per_tensor(self) -> list[dict[str, Any]]:
         """Role, shape, rank and kept energy of every tensor; see :meth:`report`."""
-        return diagnostics.tensor_rows(self, self.config, self._inner)
+        return diagnostics.tensor_rows(self, self.config, self._inner_products(self.config))
 
     @property
     def backend(self) -> Backend:
@@ -166,12 +166,14 @@ class Analysis:
         matrix = gram.ordered_sum([inner[name] for name in sorted(inner)], count)
         center = torch.eye(count, dtype=torch.float64) - 1.0 / count
         vector = center @ self.vector_gram @ center
-        longest = float((self.matrix_gram + self.vector_gram).diag().max().clamp_min(0).sqrt())
+        longest = _longest(self.matrix_gram + self.vector_gram)
         norms = norm_matching.residual_norms(matrix.diag() + vector.diag(), longest)
         scales = norm_matching.matching_scales(norms, settings.norm_match)
         core = self.real_subspace.core
         core_norm = float((core @ self.matrix_gram @ core).clamp_min(0).sqrt())
-        return Residuals(norms, scales, combination.strength(settings, core_norm, matrix, scales, longest))
+        return Residuals(
+            norms, scales, combination.strength(settings, core_norm, matrix, scales, _longest(self.matrix_gram))
+        )
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
@@ -179,21 +181,18 @@ class Analysis:
         return diagnostics.report(self, settings, self.residuals(settings), self._inner_products(settings))
 
     def _check(self, config: MergeConfig) -> None:
-        fixed = [
-            field
-            for field, value in config.to_dict().items()
-            if field not in FREE_FIELDS and value != self.config.to_dict()[field]
-        ]
-        if fixed:
-            raise InvalidInput(
-                f"{fixed[0]}: this analysis was made with {getattr(self.config, fixed[0])!r} and cannot be merged with "
-                f"{getattr(config, fixed[0])!r}; analyze again"
-            )
+        ours, theirs = self.config.to_dict(), config.to_dict()
+        for field in ours:
+            if field not in FREE_FIELDS and ours[field] != theirs[field]:
+                raise InvalidInput(
+                    f"{field}: this analysis was made with {getattr(self.config, field)!r} and cannot be merged with "
+                    f"{getattr(config, field)!r}; analyze again"
+                )
         if config.eta != 0 and self.config.eta == 0:
             raise InvalidInput("eta: this analysis was made with eta=0, without residuals; analyze again")
         for tensor in self.plan.of("matrix"):
-            rank = truncation_rank(config.rank, tensor.spec.shape)
-            if rank > tensor.rank or (rank < tensor.rank and tensor.full_rank):
+            rank = self.rank_of(tensor.name, config)
+            if rank > tensor.rank:
                 raise InvalidInput(
                     f"rank: tensor '{tensor.name}' was analyzed at rank {tensor.rank} and cannot be merged at {rank}; "
                     "analyze again"
@@ -205,44 +204,70 @@ class Analysis:
             return {}
         if config.rank not in self._inner_at:
             self._inner_at[config.rank] = {
-                name: self._store.get(name).truncated(self.rank_of(name, config)).inner_products()
-                for name in self._inner
+                tensor.name: factors.inner_products()
+                for tensor in self.plan.of("matrix")
+                if (factors := self._factors(tensor, config)) is not None
             }
         mixing = self.real_subspace.mixing
-        linear = {
+        whole = {
             tensor.name: mixing.T @ self._grams[tensor.name] @ mixing
             for tensor in self.plan.of("matrix")
-            if tensor.full_rank
+            if self._kept_whole(tensor, config)
         }
-        return {**self._inner_at[config.rank], **linear}
+        return {**self._inner_at[config.rank], **whole}
+
+    def _kept_whole(self, tensor: PlannedTensor, config: MergeConfig) -> bool:
+        return self.rank_of(tensor.name, config) == min(tensor.matrix_shape)
+
+    def _factors(self, tensor: PlannedTensor, config: MergeConfig) -> Factors | None:
+        """Truncated residuals at the config's rank; None where there are none, or nothing is truncated."""
+        rank = self.rank_of(tensor.name, config)
+        if tensor.name in self._store:
+            return self._store.get(tensor.name).truncated(rank)
+        if self._kept_whole(tensor, config) or not norm_matching.any_residual(self.real_subspace.mixing):
+            return None
+        # Analyzed at full rank, where factors were not needed, and asked for at a smaller one: truncated now.
+        key = (tensor.name, rank)
+        if key not in self._late:
+            base, experts = self._engine.inputs(tensor)
+            mixing, operators = self.real_subspace.mixing, self._engine.backend.operators
+            self._late[key] = truncate_residuals(tensor.name, base, experts, mixing, rank, self.config, operators)
+        return self._late[key]
 
     def _merged(self, tensor: PlannedTensor, config: MergeConfig, residuals: Residuals, dtype: torch.dtype) -> Tensor:
         if tensor.role == "copied":
             return self._engine.base.read(tensor.name).clone()
-        if tensor.role == "extra":
-            return self._engine.mean_of_experts(tensor).to(dtype)
+        if tensor.role in ("statistic", "extra"):
+            return _in_range(tensor.name, self._engine.mean_of_experts(tensor).to(dtype))
         base, experts = self._engine.inputs(tensor)
         strength, scales = residuals.strength, residuals.scales
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
         left = right = scale = None
-        if tensor.role == "statistic":
-            weights = combination.mean_coefficients(len(experts))
-        elif tensor.role == "vector":
+        if tensor.role == "vector":
             weights = combination.vector_coefficients(scales, strength.core_scale, strength.eta)
-        elif tensor.full_rank:
+        elif self._kept_whole(tensor, config):
             weights = combination.full_rank_coefficients(core, mixing, scales, strength.core_scale, strength.eta)
         else:
             weights = combination.matrix_coefficients(core, strength.core_scale)
-            if strength.eta != 0 and tensor.name in self._store:
-                factors = self._store.get(tensor.name).truncated(self.rank_of(tensor.name, config))
+            factors = self._factors(tensor, config) if strength.eta != 0 else None
+            if factors is not None:
                 left, right = factors.left.to(base.device), factors.right.to(base.device)
                 scale = (strength.eta / len(experts)) * scales
         merged = torch.empty(base.shape, dtype=dtype, device=base.device)
         self._engine.backend.operators.combine(base, experts, weights, left, right, scale, merged)
-        if not bool(torch.isfinite(merged).all()):
-            name = str(dtype).removeprefix("torch.")
-            raise InvalidInput(
-                f"tensor '{tensor.name}': merged values exceed the range of {name}; ask for a wider dtype or smaller "
-                "core_scale and eta"
-            )
-        return merged
+        return _in_range(tensor.name, merged)
+
+
+def _in_range(name: str, merged: Tensor) -> Tensor:
+    if not bool(torch.isfinite(merged).all()):
+        dtype = str(merged.dtype).removeprefix("torch.")
+        raise InvalidInput(
+            f"tensor '{name}': merged values exceed the range of {dtype}; ask for a wider dtype or smaller core_scale "
+            "and eta"
+        )
+    return merged
+
+
+def _longest(squares: Tensor) -> float:
+    """max_j ‖τ_j‖ from a Gram matrix."""
+    return float(squares.diag().max().clamp_min(0).sqrt())

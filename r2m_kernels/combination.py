@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from r2m_kernels.config import MergeConfig
@@ -39,7 +38,7 @@ def strength(config: MergeConfig, core_norm: float, inner_products: Tensor, scal
         core_norm: ‖τ_core‖ over matrix tensors.
         inner_products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
         scales: (N,) s.
-        longest: max_j ‖τ_j‖, the yardstick of rounding.
+        longest: max_j ‖τ_j‖ over matrix tensors, the yardstick of rounding.
     """
     count = len(scales)
     core_scale = config.core_scale * (count if config.core_mode == "sum" else 1)
@@ -71,8 +70,3 @@ def vector_coefficients(scales: Tensor, core_scale: float, eta: float) -> Tensor
     """(N,) of λ · mean + (η/N) Σ_i s_i (τ_i − mean)."""
     count = len(scales)
     return core_scale / count + (eta / count) * (scales - scales.mean())
-
-
-def mean_coefficients(count: int) -> Tensor:
-    """(N,) of the plain mean, for statistics."""
-    return torch.full((count,), 1.0 / count, dtype=torch.float64)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from r2m_kernels._checks import FLOATING
 from r2m_kernels.config import MergeConfig
@@ -82,7 +85,14 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         for name, first in base.aliases.items()
         if all(source.aliases.get(name) == first for source in experts.values())
     }
-    tensors = [_planned(name, spec, config) for name, spec in base.specs.items() if name not in aliases]
+    tied: dict[str, list[str]] = {}
+    for alias, first in aliases.items():
+        tied.setdefault(first, []).append(alias)
+    tensors = [
+        _planned(name, spec, config, [name, *tied.get(name, ())])
+        for name, spec in base.specs.items()
+        if name not in aliases
+    ]
     if not any(tensor.role != "copied" for tensor in tensors):
         raise InvalidInput(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
@@ -93,27 +103,28 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     return Plan(tuple(tensors), aliases, dropped)
 
 
-def _planned(name: str, spec: TensorSpec, config: MergeConfig) -> PlannedTensor:
+def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str]) -> PlannedTensor:
+    """The role of a tensor that goes by ``names``; ``name`` is the first of them."""
     if not spec.dtype.is_floating_point or spec.numel == 0:
         return PlannedTensor(name, spec, "copied")
     if name.rpartition(".")[2] in STATISTICS:
         return PlannedTensor(name, spec, "statistic")
-    if len(spec.shape) < 2 or any(fnmatch.fnmatchcase(name, glob) for glob in config.exclude):
+    if len(spec.shape) < 2 or any(fnmatch.fnmatchcase(known, glob) for known in names for glob in config.exclude):
         return PlannedTensor(name, spec, "vector")
     return PlannedTensor(name, spec, "matrix", truncation_rank(config.rank, spec.shape))
 
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
     """Floating-point tensors that every expert has, in one shape, and the base lacks; in the first expert's order."""
-    first, *others = experts.values()
-    return {
-        name: spec
-        for name, spec in first.specs.items()
-        if name not in base.specs
-        and spec.dtype in FLOATING
-        and all(name in other.specs and other.specs[name].shape == spec.shape for other in others)
-        and all(other.specs[name].dtype in FLOATING for other in others)
-    }
+    found = {}
+    for name, spec in next(iter(experts.values())).specs.items():
+        specs = [source.specs[name] for source in experts.values() if name in source.specs]
+        everywhere = name not in base.specs and len(specs) == len(experts)
+        if everywhere and all(other.dtype in FLOATING and other.shape == spec.shape for other in specs):
+            # The widest dtype: the order of experts must not matter.
+            dtype = functools.reduce(torch.promote_types, (other.dtype for other in specs))
+            found[name] = TensorSpec(spec.shape, dtype)
+    return found
 
 
 def _mismatches(
@@ -127,7 +138,7 @@ def _mismatches(
     unsupported = [name for name, spec in base.specs.items() if not _supported(spec)]
     if unsupported:
         lines = [f"unsupported dtype: '{name}' ({_describe(base.specs[name])})" for name in unsupported]
-        reports.append(_report(f"{base.label} cannot be merged", lines, ""))
+        reports.append(_report(f"{base.label} cannot be merged", [lines], ""))
     for source in experts.values():
         missing = [
             f"missing: '{name}' ({_describe(spec)})"
@@ -151,16 +162,19 @@ def _mismatches(
                 shapes.append(f"shape: '{name}' expected {list(expected.shape)}, got {list(spec.shape)}")
             if not _compatible_dtypes(expected, spec):
                 dtypes.append(f"dtype: '{name}' expected {_dtype(expected)}, got {_dtype(spec)}")
-        lines = [line for kind in (missing, unknown, shapes, dtypes) for line in _shortened(kind)]
-        if lines:
-            reports.append(_report(f"{source.label} does not fit {base.label}", lines, _guess(base, source, extras)))
+        kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
+        if kinds:
+            sentence = f"{source.label} does not fit {base.label}"
+            reports.append(_report(sentence, kinds, _guess(base, source, extras)))
     return "\n".join(reports)
 
 
-def _report(sentence: str, lines: list[str], guess: str) -> str:
-    if len(lines) == 1:
-        return f"{sentence}: {lines[0]}{guess}"
-    return "\n  ".join([f"{sentence}, {len(lines)} mismatches{guess}:", *lines])
+def _report(sentence: str, kinds: list[list[str]], guess: str) -> str:
+    count = sum(len(kind) for kind in kinds)
+    if count == 1:
+        return f"{sentence}: {kinds[0][0]}{guess}"
+    lines = [line for kind in kinds for line in _shortened(kind)]
+    return "\n  ".join([f"{sentence}, {count} mismatches{guess}:", *lines])
 
 
 def _shortened(lines: list[str]) -> list[str]:

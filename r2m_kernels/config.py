@@ -88,11 +88,13 @@ class MergeConfig:
     @classmethod
     def task_arithmetic(cls, scale: float) -> MergeConfig:
         """θ₀ + scale · Σ τ_i (arXiv 2212.04089)."""
+        scale = _checks.number("scale", scale)
         return cls(real_rank=None, core_scale=scale, core_mode="sum", eta=0.0, eta_mode="constant", norm_match=False)
 
     @classmethod
     def cart(cls, rank: float | int, scale: float) -> MergeConfig:
         """θ₀ + mean τ + scale · Σ truncated(τ_i − mean τ) (CART, arXiv 2412.12153)."""
+        scale = _checks.number("scale", scale, minimum=0.0)
         return cls(real_rank=None, rank=rank, eta=scale, eta_mode="sum", norm_match=False)
 
     def replace(self, **overrides: Any) -> MergeConfig:

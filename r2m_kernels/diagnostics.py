@@ -99,9 +99,9 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
             "dtype": str(tensor.spec.dtype).removeprefix("torch."),
         }
         if tensor.role == "matrix":
-            row["rank"] = tensor.rank if tensor.full_rank else analysis.rank_of(tensor.name, config)
+            row["rank"] = analysis.rank_of(tensor.name, config)
             row["kept_energy"] = row["uncertain"] = None
-            if tensor.full_rank:
+            if tensor.name in inner and row["rank"] == min(tensor.matrix_shape):
                 row["kept_energy"] = dict.fromkeys(analysis.experts, 1.0)
                 row["uncertain"] = []
             elif tensor.name in inner:
@@ -146,7 +146,7 @@ def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) 
     core, residual = numbers["core"], numbers["residual"]
     names, count = analysis.experts, len(analysis.experts)
     for name, norm in numbers["task_vectors"]["norms"].items():
-        if norm == 0:
+        if norm == 0 and analysis.plan.of("matrix"):
             found.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
     ratio = core["norm_ratio_to_mean"]
     if ratio is not None and ratio < WEAK_CORE:

@@ -71,7 +71,7 @@ class Engine:
         return self.base.read(name).to(self.device), [source.read(name).to(self.device) for source in self.experts]
 
     def mean_of_experts(self, tensor: PlannedTensor) -> Tensor:
-        """Plain mean of a tensor that the base lacks, summed in float64 in the order of the experts."""
+        """Plain mean of the experts' tensors, float64: θ₀ plus rounded differences could turn a variance negative."""
         total = torch.zeros(tensor.spec.shape, dtype=torch.float64)
         for source in self.experts:
             total += source.read(tensor.name).to("cpu", torch.float64)
@@ -79,8 +79,9 @@ class Engine:
 
     def gram(self, tensor: PlannedTensor) -> Tensor:
         """Step 1 for one tensor; refuses NaN and Inf, which a Gram matrix cannot hide."""
-        if tensor.role == "extra":
-            self._refuse_non_finite(tensor, [(source.label, source.read(tensor.name)) for source in self.experts])
+        if tensor.role in ("statistic", "extra"):
+            sources = self.experts if tensor.role == "extra" else [self.base, *self.experts]
+            self._refuse_non_finite(tensor, ((source.label, source.read(tensor.name)) for source in sources))
             return torch.zeros(0, 0, dtype=torch.float64)
         base, experts = self.inputs(tensor)
         precise = self._exact or tensor.role != "matrix" or tensor.full_rank
@@ -89,7 +90,7 @@ class Engine:
             labels = [self.base.label, *(source.label for source in self.experts)]
             self._refuse_non_finite(tensor, zip(labels, [base, *experts], strict=True))
             raise InvalidInput(
-                f"tensor '{tensor.name}': the differences from the base are too large for float32 arithmetic"
+                f"tensor '{tensor.name}': the differences from the base are too large to be squared and summed"
             )
         return result
 

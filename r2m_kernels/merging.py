@@ -61,7 +61,7 @@ def merge(
         InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
         BackendUnavailable: the named backend cannot run here.
     """
-    settings = (config or MergeConfig.r2m()).replace(**overrides)
+    settings = _settings(config, overrides)
     analysis = analyze(base, experts, settings, device=device, backend=backend, memory_budget=memory_budget)
     return analysis.merge(dtype=dtype)
 
@@ -84,7 +84,9 @@ def analyze(
     Arguments and errors are :func:`merge`'s. ``base`` and ``experts`` may also be :class:`TensorSource` objects.
     ``spill_directory`` takes the factors that exceed ``memory_budget``. With ``eta=0`` nothing is truncated.
     """
-    settings = (config or MergeConfig.r2m()).replace(**overrides)
+    settings = _settings(config, overrides)
+    if not isinstance(experts, Mapping | Sequence) or isinstance(experts, str):
+        raise InvalidInput(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
     source = _as_source("base", base)
     named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
     sources = {name: _as_source(f"expert '{name}'", item) for name, item in named.items()}
@@ -108,7 +110,7 @@ def analyze(
     # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
     store = FactorStore(None if budget is None else budget // 2, spill_directory)
     inner = {}
-    if settings.eta != 0 and float(real.mixing.abs().max()) > norm_matching.NEGLIGIBLE:
+    if settings.eta != 0 and norm_matching.any_residual(real.mixing):
         truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
 
         def truncate(tensor: PlannedTensor) -> Tensor:
@@ -123,6 +125,12 @@ def analyze(
     return Analysis(settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, engine, store)
 
 
+def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
+    if config is not None and not isinstance(config, MergeConfig):
+        raise InvalidInput(f"config: expected a MergeConfig, got {type(config).__name__}")
+    return (config or MergeConfig.r2m()).replace(**overrides)
+
+
 def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
     if isinstance(checkpoint, nn.Module):
         checkpoint = checkpoint.state_dict()
@@ -133,6 +141,8 @@ def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
                 f"{label}: expected a state dict of tensors, got {type(checkpoint[wrong]).__name__} for {wrong!r}"
             )
         for name, tensor in checkpoint.items():
+            if not isinstance(name, str):
+                raise InvalidInput(f"{label}: expected names of tensors, got {name!r}")
             if tensor.is_meta or tensor.layout is not torch.strided:
                 kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
                 raise InvalidInput(f"{label}: expected dense tensors with data, got '{name}' {kind}")

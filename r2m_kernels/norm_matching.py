@@ -12,6 +12,11 @@ from r2m_kernels.real_subspace import GRAM_ERROR
 NEGLIGIBLE = 4 * GRAM_ERROR
 
 
+def any_residual(mixing: Tensor) -> bool:
+    """Whether the mixing leaves residuals beyond rounding: with a single expert, say, it does not."""
+    return float(mixing.abs().max()) > NEGLIGIBLE
+
+
 def residual_norms(squares: Tensor, longest: float) -> Tensor:
     """n_i: (N,) float64, 0 where a residual is indistinguishable from rounding.
 

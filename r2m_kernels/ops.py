@@ -9,6 +9,7 @@ that was asked for by name and cannot run here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,8 +71,7 @@ def residual_matmul(
     _checks.choice("precision", precision, PRECISIONS)
     count = len(experts)
     _checks.same_shape("mixing", mixing, (count, count))
-    rows = base.shape[0]
-    inner = rows if transpose else base.numel() // max(1, rows)
+    inner = base.shape[0] if transpose else math.prod(base.shape[1:])
     _checks.ndim("rhs", rhs, 3)
     _checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
     _checks.floating("rhs", rhs)
@@ -130,7 +130,7 @@ def combine(
         _checks.ndim("left", left, 3)
         rows, rank = base.shape[0], left.shape[2]
         _checks.same_shape("left", left, (count, rows, rank))
-        _checks.same_shape("right", right, (count, rank, base.numel() // max(1, rows)))
+        _checks.same_shape("right", right, (count, rank, math.prod(base.shape[1:])))
         _checks.same_shape("scale", scale, (count,))
     if out is None:
         out = torch.empty(base.shape, dtype=base.dtype, device=base.device)

@@ -109,7 +109,8 @@ def merge(
     lam = core_scale * (count if core_mode == "sum" else 1)
     core_norm = abs(lam) * math.sqrt(sum(float(core_of(name).square().sum()) for name in matrices))
     term_norm = math.sqrt(sum(float((scales @ kept[name] / count).square().sum()) for name in matrices))
-    if term_norm <= 64 * 2.0**-24 * longest * float(scales.mean()):
+    longest_matrix = float(squares(matrices, tau).max().sqrt())
+    if term_norm <= 64 * 2.0**-24 * longest_matrix * float(scales.mean()):
         term_norm = 0.0
     strength = {
         "constant": eta,

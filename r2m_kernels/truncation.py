@@ -19,8 +19,8 @@ WIDTH_MULTIPLE = 16
 
 # Short sides up to this are truncated exactly: a sketch would save nothing there.
 EXACT_UP_TO = 64
-# The exact truncation forms a residual in this many strips, so that it too never holds one whole.
-EXACT_STRIPS = 8
+# Elements of a residual that the exact truncation holds at once.
+EXACT_PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,19 @@ def _randomized(
 
 
 def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, operators: Operators) -> Factors:
-    def product(rhs: Tensor, transpose: bool) -> Tensor:  # in float64, since rhs is
-        return operators.residual_matmul(base, experts, mixing, rhs, transpose=transpose)
-
-    m, n = base.shape[0], base.numel() // base.shape[0]
-    wide = m <= n
-    side = min(m, n)
-    identity = torch.eye(side, dtype=torch.float64, device=base.device)
+    matrix, matrices = base.flatten(1), [expert.flatten(1) for expert in experts]
+    wide = matrix.shape[0] <= matrix.shape[1]
+    side, length = sorted(matrix.shape)
+    identity = torch.eye(side, dtype=torch.float64, device=base.device).expand(len(experts), -1, -1)
     grams = torch.zeros(len(experts), side, side, dtype=torch.float64, device=base.device)
-    # XXᵀ (or XᵀX) a strip of columns at a time: a strip of X is X times a strip of the identity.
-    step = max(16, -(-side // EXACT_STRIPS))
-    for start in range(0, side, step):
-        strip = identity[:, start : start + step].expand(len(experts), -1, -1)
-        grams[:, :, start : start + step] = product(product(strip, wide), not wide)
+    # XXᵀ (or XᵀX) from pieces across the long side; a piece of X is X times the identity, in float64 since that is.
+    step = max(1, EXACT_PIECE // side)
+    for start in range(0, length, step):
+        theta, *thetas = (whole.narrow(int(wide), start, min(step, length - start)) for whole in (matrix, *matrices))
+        piece = operators.residual_matmul(theta, thetas, mixing, identity, transpose=wide)
+        grams += operators.residual_matmul(theta, thetas, mixing, piece, transpose=not wide)
     vectors = _leading_eigenvectors(list(grams), rank)
-    other = product(vectors, wide)
+    other = operators.residual_matmul(matrix, matrices, mixing, vectors, transpose=wide)
     dtype = torch.float64 if torch.float64 in {t.dtype for t in (base, *experts)} else torch.float32
     vectors, other = vectors.to(dtype), other.to(dtype)
     if wide:

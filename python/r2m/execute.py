@@ -114,7 +114,7 @@ def merge_files(
             },
         }
         text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-        write_file(partial / REPORT_FILE, text.encode())
+        write_file(partial / REPORT_FILE, text.encode(errors="backslashreplace"))
     return report
 
 
@@ -137,4 +137,4 @@ def _recipe(
         "parameters": config.to_dict(),
         "dtype": dtype,
     }
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode(errors="backslashreplace")

@@ -39,13 +39,14 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
         InvalidInput: ``out`` holds an input, or exists and may not be replaced, or lies below a file.
         PermissionError: no permission to create it.
     """
-    real_out = Path(os.path.realpath(out))
+    target = _resolved(out)
+    real_out = Path(os.path.realpath(target))  # `target` itself may be a link
     for path in inputs:
         real_path = Path(os.path.realpath(path))
         if real_path == real_out or real_out in real_path.parents:
             raise InvalidInput(f"out ({out}): is or holds the input {path}, and inputs are never written to")
-    _refuse_existing(out, overwrite)
-    ancestor = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
+    _refuse_existing(out, target, overwrite)
+    ancestor = next(parent for parent in target.parents if os.path.lexists(parent))
     if not ancestor.is_dir():
         raise InvalidInput(f"out ({out}): {ancestor} is not a directory")
     if not os.access(ancestor, os.W_OK | os.X_OK):
@@ -67,7 +68,7 @@ def new_directory(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
         InvalidInput: ``out`` exists by now and may not be replaced.
         OSError: it cannot be written; ``filename`` is the path under ``out`` that the user will look for.
     """
-    target = Path(os.path.abspath(out))
+    target = _resolved(out)
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     new_parents = [parent for parent in target.parents if not parent.exists()]  # the deepest first
     try:
@@ -75,8 +76,8 @@ def new_directory(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         sync(partial)
-        _refuse_existing(out, overwrite)
-        _replace(target, partial)
+        _refuse_existing(out, target, overwrite)
+        _replace(target, partial, overwrite)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents:
@@ -88,15 +89,34 @@ def new_directory(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _refuse_existing(out: str | Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
+def _resolved(out: str | Path) -> Path:
+    """The one path that is checked, written and renamed to: links above the last component resolved.
+
+    Checking one spelling and renaming another is how directories get lost: ``missing/../x`` does not exist while
+    ``x`` does, and ``link/../x`` is not the ``x`` beside the link.
+    """
+    parent, name = os.path.split(os.fspath(out).rstrip("/") or os.fspath(out)[:1])
+    if not parent and not name:
+        raise InvalidInput("out: expected a directory to create, got an empty path")
+    if name in ("", ".", ".."):
+        return Path(os.path.realpath(out))
+    return Path(os.path.realpath(parent)) / name
+
+
+def _refuse_existing(out: str | Path, target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
         return
     if not overwrite:
         raise InvalidInput(f"out ({out}): exists already; --overwrite replaces the output of a former merge")
-    if os.path.islink(out) or not os.path.isdir(out):
+    if target.is_symlink() or not target.is_dir():
         raise InvalidInput(f"out ({out}): is not a directory, and --overwrite replaces directories only")
-    names = set(os.listdir(out))
-    strange = sorted(name for name in names if name not in _WRITTEN and not _SHARD.fullmatch(name))
+    entries = list(os.scandir(target))
+    names = {entry.name for entry in entries}
+    strange = sorted(
+        entry.name
+        for entry in entries
+        if not entry.is_file(follow_symlinks=False) or (entry.name not in _WRITTEN and not _SHARD.fullmatch(entry.name))
+    )
     if names and not (_MARKS & names):
         raise InvalidInput(f"out ({out}): is not the output of a merge, so --overwrite does not replace it")
     if strange:
@@ -105,10 +125,11 @@ def _refuse_existing(out: str | Path, overwrite: bool) -> None:
         )
 
 
-def _replace(target: Path, partial: Path) -> None:
+def _replace(target: Path, partial: Path, overwrite: bool) -> None:
     former = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     try:
-        if os.path.lexists(target):
+        # Without `overwrite` nothing is moved aside: should `target` have appeared meanwhile, the rename fails.
+        if overwrite and os.path.lexists(target):
             os.rename(target, former)
         os.rename(partial, target)
         sync(target.parent)

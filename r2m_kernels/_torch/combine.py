@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, element_panels, row_panels
+from r2m_kernels._torch.blocks import as_column, as_matrix, column_slices, compute_dtype, element_panels, row_panels
 
 
 def combine(
@@ -24,23 +24,25 @@ def combine(
     low_rank = None
     if left is not None and right is not None and scale is not None:
         low_rank = _side_by_side(left, right, scale, dtype)
-    # Tensors without a low-rank part have no rows to speak of: they are walked through flat.
-    view = as_matrix if low_rank else torch.ravel
+    # Tensors without a low-rank part have no rows to speak of: they are walked through as one column.
+    view = as_matrix if low_rank else as_column
     theta, thetas = view(base), [view(expert) for expert in experts]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     merged = target.view(theta.shape)
-    weights = [float(weight) for weight in core]
+    largest = torch.finfo(dtype).max
+    weights = [min(max(float(weight), -largest), largest) for weight in core]
 
     def merge_panel(panel: list[slice]) -> None:
         for rows in panel:
-            block = theta[rows].to(dtype)
-            total = block.clone()
-            for weight, expert in zip(weights, thetas, strict=True):
-                if weight != 0.0:
-                    total.add_(torch.sub(expert[rows].to(dtype), block), alpha=weight)
-            if low_rank:
-                total.addmm_(low_rank[0][rows], low_rank[1])
-            merged[rows] = total  # the one rounding to the storage dtype
+            for columns in column_slices(theta.shape[1]):
+                block = theta[rows, columns].to(dtype)
+                total = block.clone()
+                for weight, expert in zip(weights, thetas, strict=True):
+                    if weight != 0.0:
+                        total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weight)
+                if low_rank:
+                    total.addmm_(low_rank[0][rows], low_rank[1][:, columns])
+                merged[rows, columns] = total  # the one rounding to the storage dtype
 
     panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
     for _ in _parallel.for_each(merge_panel, panels):

@@ -15,8 +15,5 @@ def orthonormalize(y: Tensor) -> Tensor:
     for index, block in enumerate(blocks):
         largest = block.abs().amax() if block.numel() else torch.zeros(())
         # Scaled to 1, so that neither squares of large entries overflow nor those of small ones vanish.
-        if largest > 0:
-            result[index] = torch.linalg.qr(block / largest).Q
-        else:
-            result[index] = 0.0
+        result[index] = 0.0 if largest == 0 else torch.linalg.qr(block / largest).Q
     return result.reshape(y.shape)

@@ -29,12 +29,12 @@ def residual_matmul(
 
 def _plain(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rhs: Tensor) -> Tensor:
     (m, n), (count, _, k) = base.shape, rhs.shape
-    result = torch.empty(count, m, k, dtype=rhs.dtype, device=base.device)
+    result = torch.zeros(count, m, k, dtype=rhs.dtype, device=base.device)
 
     def multiply(panel: list[slice]) -> None:
-        for rows, residual in residual_blocks(base, experts, mixing, panel):
+        for rows, columns, residual in residual_blocks(base, experts, mixing, panel):
             for i in range(count):
-                torch.mm(residual[i], rhs[i], out=result[i, rows])
+                result[i, rows].addmm_(residual[i], rhs[i, columns])
 
     for _ in _parallel.for_each(multiply, row_panels(m, n)):
         pass
@@ -46,9 +46,9 @@ def _transposed(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rhs: Te
 
     def multiply(panel: list[slice]) -> Tensor:
         partial = torch.zeros(count, n, k, dtype=rhs.dtype, device=base.device)
-        for rows, residual in residual_blocks(base, experts, mixing, panel):
+        for rows, columns, residual in residual_blocks(base, experts, mixing, panel):
             for i in range(count):
-                partial[i].addmm_(residual[i].T, rhs[i, rows])
+                partial[i, columns].addmm_(residual[i].T, rhs[i, rows])
         return partial
 
     result: Tensor | None = None

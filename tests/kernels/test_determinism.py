@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import checkpoints, same_bits
@@ -106,6 +109,28 @@ def test_the_merge_of_an_analysis_is_the_merge(inputs):
     for options in ({"eta": 0.2}, {"core_scale": 1.4, "norm_match": False}, {"eta_mode": "constant", "eta": 1.0}):
         assert same_bits(analysis.merge(**options), merge(base, experts, **options))
     assert same_bits(analysis.merge(rank=0.05), analysis.merge(rank=0.05))
+
+
+def test_merges_side_by_side_leave_torchs_threads_as_they_were():
+    torch.set_num_threads(3)
+    first, second = threading.Event(), threading.Event()
+
+    def short():
+        with _parallel.one_thread_per_product():
+            first.set()
+            second.wait(10)
+
+    def long():
+        first.wait(10)
+        with _parallel.one_thread_per_product():
+            assert _parallel.workers() == 3  # not the 1 that the other merge set
+            second.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(short), pool.submit(long)]:
+            future.result()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
 
 
 def test_for_each_keeps_order_nests_and_passes_errors_on():

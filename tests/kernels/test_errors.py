@@ -27,6 +27,8 @@ def message(error):
         ({"eta": math.nan}, "eta: expected a finite number of at least 0, got nan"),
         ({"eta": -1}, "eta: expected a finite number of at least 0, got -1"),
         ({"eta": "0.6"}, "eta: expected a finite number of at least 0, got '0.6'"),
+        ({"core_scale": 1e39}, "core_scale: expected a finite number up to 1e+30, got 1e+39"),
+        ({"eta": 10**40}, f"eta: expected a finite number of at least 0 up to 1e+30, got {10**40}"),
         ({"core_scale": math.inf}, "core_scale: expected a finite number, got inf"),
         ({"real_rank": 0}, "real_rank: expected a whole number of at least 1, got 0"),
         ({"real_rank": 1.0}, "real_rank: expected a whole number of at least 1, got 1.0"),
@@ -48,6 +50,14 @@ def test_bad_options(options, sentence):
     with pytest.raises(InvalidInput) as error:
         merge(base, experts, **options)
     assert message(error) == sentence
+
+
+def test_scales_of_the_baselines_are_named_as_they_were_given():
+    with pytest.raises(InvalidInput, match="scale: expected a finite number of at least 0, got -1"):
+        MergeConfig.cart(0.1, -1)
+    with pytest.raises(InvalidInput, match="scale: expected a finite number, got nan"):
+        MergeConfig.task_arithmetic(math.nan)
+    assert MergeConfig.task_arithmetic(-1).core_scale == -1.0
 
 
 def test_numpy_scalars_and_lists_are_taken():
@@ -204,6 +214,12 @@ class TestExtra:
         assert list(analysis.merge()) == ["a", "steps"]
         assert analysis.report()["dropped"] == ["head.weight"]
 
+    def test_its_dtype_does_not_depend_on_the_order_of_experts(self):
+        base, experts = self.inputs()
+        experts[0]["head.weight"] = experts[0]["head.weight"].half()
+        for order in (experts, experts[::-1]):
+            assert merge(base, order, extra="average")["head.weight"].dtype == torch.float32
+
     def test_what_one_expert_alone_has_is_always_refused(self):
         base, experts = self.inputs()
         del experts[1]["head.weight"]
@@ -226,8 +242,6 @@ def test_an_analysis_refuses_what_it_cannot_answer():
         analysis.merge(center=True)
     with pytest.raises(InvalidInput, match="eta: this analysis was made with eta=0"):
         analyze(base, experts, eta=0.0).merge(eta=0.5)
-    with pytest.raises(InvalidInput, match="tensor 'a' was analyzed at rank 80 and cannot be merged at 8"):
-        analyze(base, experts, rank=1.0).merge(rank=0.1)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -261,6 +275,27 @@ def test_tensors_without_data_are_refused():
         merge({"a": torch.ones(3)}, {"fs": {"a": torch.ones(3).to_sparse()}})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (({"a": torch.ones(2)}, None), "experts: expected a sequence or a mapping by name, got NoneType"),
+        (({"a": torch.ones(2)}, "fs.pth"), "experts: expected a sequence or a mapping by name, got str"),
+        (({"a": torch.ones(2)}, [{"a": torch.ones(2)}], {"rank": 0.1}), "config: expected a MergeConfig, got dict"),
+        (({1: torch.ones(2)}, [{1: torch.ones(2)}]), "base: expected names of tensors, got 1"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, sentence):
+    with pytest.raises(InvalidInput) as error:
+        merge(*arguments)
+    assert message(error) == sentence
+
+
+def test_mismatches_are_counted_before_the_list_is_cut():
+    base = {f"layer.{i}": torch.zeros(2) for i in range(300)}
+    with pytest.raises(InvalidInput, match="expert 'expert0' does not fit base, 300 mismatches"):
+        merge(base, [{name: torch.zeros(3) for name in base}])
+
+
 def test_overflow_of_the_output_dtype_is_named():
     base = {"a": torch.full((2, 2), 60000.0, dtype=torch.float16)}
     experts = [{"a": torch.full((2, 2), 65000.0, dtype=torch.float16)}]
@@ -269,7 +304,7 @@ def test_overflow_of_the_output_dtype_is_named():
 
 
 def test_task_vectors_too_large_for_float32_are_named():
-    with pytest.raises(InvalidInput, match="tensor 'a': the differences from the base are too large for float32"):
+    with pytest.raises(InvalidInput, match="tensor 'a': the differences from the base are too large to be squared"):
         merge({"a": torch.zeros(80, 80)}, [{"a": torch.full((80, 80), 1e30)}])
 
 

@@ -145,6 +145,14 @@ def test_statistics_are_plain_means_and_never_negative():
     assert (merged["norm.running_var"] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_variance_far_below_the_bases_stays_positive(dtype):
+    base = {"w": torch.zeros(3, 3), "bn.running_var": torch.full((4,), 6e4, dtype=dtype)}
+    experts = [{"w": torch.randn(3, 3), "bn.running_var": torch.full((4,), v, dtype=dtype)} for v in (1e-5, 2e-5, 3e-5)]
+    merged = merge(base, experts)["bn.running_var"]
+    assert torch.allclose(merged.double(), torch.full((4,), 2e-5, dtype=torch.float64), rtol=0.02)
+
+
 def test_modules_and_named_experts_are_taken_as_they_are():
     torch.manual_seed(0)
     base = torch.nn.Linear(6, 5)

@@ -148,6 +148,31 @@ def test_ranks_beyond_the_matrix_and_empty_tensors_are_fine():
     assert torch.allclose(merged["scalar"], torch.tensor(2.1))
 
 
+def test_an_analysis_at_full_rank_can_be_merged_at_a_smaller_one():
+    # Such as a two-logit head, of rank 2 at a ratio above a half and of rank 1 below.
+    base, experts = checkpoints(3, shapes={"head": (2, 30), "body": (70, 90)})
+    for largest, rank in ((0.6, 0.3), (1.0, 0.1), (70, 16)):
+        late = analyze(base, experts, rank=largest, svd="exact").merge(rank=rank)
+        assert distance(late, merge(base, experts, rank=rank, svd="exact")) <= 1e-6 * distance(base, late)
+
+
+def test_excluding_one_name_of_a_tied_tensor_excludes_it():
+    base, experts = checkpoints(2, shapes={"embed": (40, 30), "other": (20, 10)})
+    for state in (base, *experts):
+        state["head"] = state["embed"]
+    roles = {row["name"]: row["role"] for row in analyze(base, experts, exclude="head").per_tensor}
+    assert roles == {"embed": "vector", "other": "matrix", "steps": "copied"}
+
+
+def test_a_long_vector_does_not_hide_a_small_residual_of_matrices():
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(30, 40), "b": torch.zeros(5000)}
+    experts = [
+        {"w": 1e-6 * torch.randn(30, 40, generator=generator), "b": torch.full((5000,), 100.0 + i)} for i in range(3)
+    ]
+    assert analyze(base, experts).residuals().strength.eta > 0
+
+
 def test_tied_weights_stay_tied_and_count_once():
     base, experts = checkpoints(2, shapes={"embed": (40, 30), "other": (20, 10)})
     plain = merge(base, experts)

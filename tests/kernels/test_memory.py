@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2m_kernels import analyze
+from r2m_kernels.truncation import truncation_rank
 
 
 class LargestStorage(TorchDispatchMode):
@@ -42,6 +43,16 @@ def test_nothing_as_large_as_a_residual_is_stored(options):
     with LargestStorage(stored) as seen:
         analysis.merge()
     assert seen.largest == one_residual  # the merged tensor itself
+
+
+@pytest.mark.parametrize("shape", [(8, 400_000), (60, 60_000), (60_000, 60), (2, 1_000_000)], ids=str)
+def test_nor_of_short_and_wide_tensors(shape):
+    base = {"w": torch.randn(shape)}
+    experts = [{"w": base["w"] + 0.01 * torch.randn(shape)} for _ in range(3)]
+    with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
+        analyze(base, experts)
+    # Pieces of 2¹⁸ elements, or the factors, for three experts and in float64.
+    assert seen.largest <= 3 * 8 * max(2**18, max(shape) * truncation_rank(0.1, shape))
 
 
 def test_the_recorder_sees_a_stored_residual():

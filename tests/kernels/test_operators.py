@@ -157,6 +157,20 @@ def test_combine_is_within_its_bound_and_rounded_once(shape, dtype, rank):
     assert outside == sentinel.numel() - out.numel()
 
 
+def test_empty_matrices_keep_their_shapes():
+    base, mixing = torch.empty(0, 4), torch.eye(1)
+    assert ops.residual_matmul(base, [base], mixing, torch.ones(1, 4, 2)).shape == (1, 0, 2)
+    assert torch.equal(
+        ops.residual_matmul(base, [base], mixing, torch.ones(1, 0, 2), transpose=True), torch.zeros(1, 4, 2)
+    )
+
+
+def test_orthonormalize_does_not_hide_a_nan():
+    y = torch.ones(5, 2)
+    y[3, 1] = math.nan
+    assert not torch.isfinite(ops.orthonormalize(y)).all()
+
+
 def test_combine_without_out_has_the_bases_dtype_and_shape():
     base, experts = inputs((4, 3), torch.bfloat16)
     merged = ops.combine(base, experts, torch.full((3,), 1 / 3))

@@ -172,6 +172,35 @@ def test_an_input_is_never_in_the_output() -> None:
     check_output("form", overwrite=False, inputs=["former"])
 
 
+def test_every_spelling_of_a_directory_is_the_directory(here: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("years of work")
+    Path("far/away").mkdir(parents=True)
+    Path("far/mine").mkdir()
+    Path("far/mine/thesis.tex").write_text("someone else's")
+    Path("link").symlink_to("far/away")
+    assert refusal("", overwrite=True) == "out: expected a directory to create, got an empty path"
+    for out in ("missing/../mine", "link/../mine", "mine/", "mine/.", "mine/sub/..", "far/../mine"):
+        for overwrite in (False, True):
+            with pytest.raises(InvalidInput), new_directory(out, overwrite=overwrite):
+                pass
+    assert Path("mine/thesis.tex").read_text() == "years of work"
+    assert Path("far/mine/thesis.tex").read_text() == "someone else's"
+
+
+def test_a_directory_inside_is_no_former_output(here: Path) -> None:
+    former_output("former")
+    Path("former/config.json").unlink(missing_ok=True)
+    Path("former/config.json").mkdir()
+    assert "holds 'config.json', which no merge wrote" in refusal("former", overwrite=True)
+
+
+def test_a_link_with_a_slash_is_a_link(here: Path) -> None:
+    former_output("former")
+    Path("linked").symlink_to("former")
+    assert "is not a directory" in refusal("linked/", overwrite=True)
+
+
 def test_places_that_cannot_hold_a_directory(here: Path) -> None:
     Path("file").touch()
     assert refusal("file/out", overwrite=False) == f"out (file/out): {here / 'file'} is not a directory"

@@ -121,10 +121,10 @@ def open_checkpoint(path: str | Path, label: str) -> SafetensorsSource:
         InvalidInput: nothing there, not safetensors, damaged, or an index that does not fit its files.
         OSError: it cannot be read; ``filename`` is set.
     """
-    path = Path(path)
-    if path.is_dir():
+    given, path = str(path), Path(path)
+    if given and path.is_dir():
         return _open_directory(path, label)
-    if not path.exists():
+    if not given or not path.exists():
         raise InvalidInput(f"{label}: no such file or directory")
     return _open_single(path, label, label)
 

@@ -1,0 +1,185 @@
+"""The demo: three forgery specialists trained on real faces, merged into one detector, and measured.
+
+``run_demo`` goes from photographs to a table in a few minutes on a CPU. What it prints is what it measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from r2m.demo.detectors import train_detectors
+from r2m.demo.evaluation import Scores, ensemble, score_group
+from r2m.demo.faces import CREDIT, read_photographs, split_people
+from r2m.demo.files import load_detector, replace_file, save_detector
+from r2m.demo.forgeries import TRAINED
+from r2m.demo.merges import Choice, cart_candidates, merge_and_load, pick, task_arithmetic_candidates
+from r2m.demo.networks import Detector
+from r2m.demo.notes import make_notes
+from r2m.demo.parallel import one_torch_thread, run_together
+from r2m.demo.pictures import draw_bars, draw_forgeries, draw_roc
+from r2m.demo.samples import GROUPS, Group, make_group
+from r2m.demo.settings import FULL, QUICK
+from r2m.demo.table import METHODS, Row, make_row, print_table, table_csv, table_json
+from r2m.output import check_output
+from r2m_kernels import MergeConfig
+from r2m_kernels.errors import InvalidInput
+
+__all__ = ["DemoResult", "run_demo"]
+
+# Row of the table → method of `r2m merge` and directory under out/merged.
+_MERGES = {
+    "R2M": "r2m",
+    "weight average": "weight_average",
+    "task arithmetic": "task_arithmetic",
+    "CART": "cart",
+}
+_CHECKPOINTS = {
+    "base": "base.safetensors",
+    "FS": "specialists/fs.safetensors",
+    "FR": "specialists/fr.safetensors",
+    "EFS": "specialists/efs.safetensors",
+    "joint": "joint.safetensors",
+}
+_ROWS = {"base": "base", "joint": "joint training"} | {kind: f"{kind} specialist" for kind in TRAINED}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a run produced.
+
+    Attributes:
+        out: the directory that holds everything.
+        rows: the table, in the order of ``table.METHODS``.
+        notes: the lines below the table.
+        merged: R²M's merged checkpoint.
+        seconds: wall time of the whole run.
+    """
+
+    out: Path
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    merged: Path
+    seconds: float
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    quick: bool = False,
+    console: Console | None = None,
+) -> DemoResult:
+    """Train, merge, measure, and write checkpoints, table and pictures.
+
+    Files of a former run in ``out`` are replaced one by one; others stay.
+
+    Args:
+        out: directory to write to; made if it is not there.
+        seed: of the split, the forgeries, the training and the merge; 0 to 2³¹ − 1. Same seed, same table.
+        threads: models that train at once, each on one thread of torch; by default 2, or 1 on a single core.
+            It does not change the results.
+        quick: much less training, for tests.
+        console: where progress and table go; by default stdout.
+
+    Raises:
+        InvalidInput: what the demo needs is not installed, an argument is out of range, or ``out`` holds other things
+            where merged checkpoints should go.
+        OSError: a file cannot be written.
+    """
+    started = time.perf_counter()
+    threads = min(2, os.cpu_count() or 1) if threads is None else threads
+    if threads < 1:
+        raise InvalidInput(f"threads must be at least 1, got {threads}")
+    if not 0 <= seed < 2**31:
+        raise InvalidInput(f"seed must be in 0 … 2³¹ − 1, got {seed}")
+    _check_installed()
+    # Before minutes of work: can the merges be written at their end?
+    for name in _MERGES.values():
+        check_output(out / "merged" / name, overwrite=True, inputs=[])
+    console = console or Console()
+    setting = QUICK if quick else FULL
+
+    photographs = read_photographs()
+    split = split_people(seed)
+    with one_torch_thread():
+        _say(console, f"training a base, three specialists and a joint model; photographs: {CREDIT}")
+        trained = train_detectors(photographs, split, setting, seed, threads, console)
+        paths = {name: out / file for name, file in _CHECKPOINTS.items()}
+        for name, path in paths.items():
+            save_detector(trained[name], path)
+
+        _say(console, "merging the specialists")
+        validation = make_group(
+            photographs, split.validation, "in-distribution", setting.validation_draws, seed, "validation"
+        )
+        merged, choices = _merge(out / "merged", paths, validation, seed)
+
+        _say(console, f"testing on {len(split.test)} people")
+        groups = {name: make_group(photographs, split.test, name, setting.test_draws, seed, "test") for name in GROUPS}
+        # What is on the disk is what is judged.
+        detectors = {_ROWS[name]: load_detector(path) for name, path in paths.items()} | merged
+        scores = _score(detectors, groups, threads)
+
+    rows = tuple(make_row(method, scores[method]) for method in METHODS)
+    notes = make_notes(split, setting, choices, seed, quick)
+    replace_file(out / "table.json", table_json(rows, notes, seed))
+    replace_file(out / "table.csv", table_csv(rows))
+    replace_file(out / "pictures" / "auc.png", draw_bars(rows))
+    replace_file(out / "pictures" / "roc.png", draw_roc(scores))
+    replace_file(out / "pictures" / "forgeries.png", draw_forgeries(photographs, split.test, seed))
+    print_table(rows, notes, console)
+    result = DemoResult(out, rows, notes, out / "merged" / "r2m" / "model.safetensors", time.perf_counter() - started)
+    _say(console, f"merged detector: {result.merged}; table and pictures: {out}; {result.seconds:.0f} s")
+    return result
+
+
+def _check_installed() -> None:
+    """The extra ``demo``, which is imported only where it is used: better missed now than in minutes."""
+    for module in ("matplotlib", "scipy", "sklearn"):
+        if importlib.util.find_spec(module) is None:
+            raise InvalidInput(f'the demo needs {module}, and it is not installed: pip install "r2m_kernels[demo]"')
+
+
+def _merge(
+    out: Path, paths: Mapping[str, Path], validation: Group, seed: int
+) -> tuple[dict[str, Detector], dict[str, Choice]]:
+    """Merge the specialists by each method: row → merged detector, and row → what was picked for it."""
+    base, experts = paths["base"], {kind: paths[kind] for kind in TRAINED}
+    choices = {
+        "task arithmetic": pick(base, experts, "task_arithmetic", task_arithmetic_candidates(), validation),
+        "CART": pick(base, experts, "cart", cart_candidates(), validation),
+    }
+    configs = {
+        "R2M": MergeConfig.r2m(seed=seed),
+        "weight average": MergeConfig.weight_average(),
+    } | {row: choice.config for row, choice in choices.items()}
+    merged = {
+        row: merge_and_load(base, experts, out / _MERGES[row], _MERGES[row], config) for row, config in configs.items()
+    }
+    return merged, choices
+
+
+def _score(
+    detectors: Mapping[str, Detector], groups: Mapping[str, Group], threads: int
+) -> dict[str, dict[str, dict[str, Scores]]]:
+    """Row → group → ``real`` and forgeries → scores, with the ensemble of the specialists added."""
+
+    def all_groups(detector: Detector) -> dict[str, dict[str, Scores]]:
+        return {name: score_group(detector, group) for name, group in groups.items()}
+
+    scores = run_together({row: partial(all_groups, detector) for row, detector in detectors.items()}, threads)
+    members = [scores[_ROWS[kind]] for kind in TRAINED]
+    return scores | {"ensemble": {name: ensemble([member[name] for member in members]) for name in groups}}
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,251 @@
+"""Forgeries made by code: three families to train on and six that no detector sees in training.
+
+Each is a pure function ``(picture, donor, rng) -> picture`` on (48, 48) float32 pictures in [0, 1]; all
+randomness comes from ``rng``. ``donor`` is another person's face. They stop before the camera:
+``camera.capture`` is applied afterwards to real and forged pictures alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from r2m.demo.camera import compress
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, smooth
+from r2m_kernels.errors import InvalidInput
+
+Forgery = Callable[[Picture, Picture, np.random.Generator], Picture]
+
+
+def forge(kind: str, picture: Picture, donor: Picture, rng: np.random.Generator, *, shifted: bool = False) -> Picture:
+    """Forge one picture.
+
+    Args:
+        kind: a name in ``TRAINED`` or ``UNSEEN``.
+        picture: (48, 48) float32 in [0, 1]; not modified.
+        donor: the same, of another person.
+        rng: source of all randomness.
+        shifted: the cross group's parameters, which only the trained families have.
+
+    Returns:
+        (48, 48) float32 in [0, 1].
+
+    Raises:
+        InvalidInput: no forgery of that name, or no shifted form of it.
+    """
+    table = _SHIFTED if shifted else {**_TRAINED, **_UNSEEN}
+    if kind not in table:
+        what = "shifted forgery" if shifted else "forgery"
+        raise InvalidInput(f"no {what} named {kind!r}; there are {', '.join(table)}")
+    return clip(table[kind](picture, donor, rng))
+
+
+# --- FS: face swap ------------------------------------------------------------------------------------------
+
+
+def face_swap(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """An ellipse of another person's face: turned and scaled, its tone partly corrected, its edge blended."""
+    return _swap(picture, donor, rng, size=(0.85, 1.1), edge=(2.0, 4.0), corrected=(0.6, 0.95))
+
+
+def _face_swap_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    return _swap(picture, donor, rng, size=(0.65, 0.85), edge=(1.5, 3.0), corrected=(0.7, 1.0))
+
+
+def _swap(
+    picture: Picture,
+    donor: Picture,
+    rng: np.random.Generator,
+    *,
+    size: tuple[float, float],
+    edge: tuple[float, float],
+    corrected: tuple[float, float],
+) -> Picture:
+    side = picture.shape[0]
+    middle = (side - 1) / 2
+    angle, scale = rng.uniform(-0.12, 0.12), rng.uniform(0.92, 1.08)
+    rows, columns = grid(side)
+    down, right = (rows - middle) * scale, (columns - middle) * scale
+    face = bilinear(
+        donor,
+        middle + np.cos(angle) * down - np.sin(angle) * right + rng.uniform(-1.5, 1.5),
+        middle + np.sin(angle) * down + np.cos(angle) * right + rng.uniform(-1.5, 1.5),
+    )
+    factor = rng.uniform(*size)
+    mask = ellipse(
+        side,
+        (middle + rng.uniform(-1.5, 1.5), middle + rng.uniform(-1.5, 1.5)),
+        (17.0 * factor, 13.0 * factor),
+        rng.uniform(*edge),
+        rng.uniform(-0.15, 0.15),
+    )
+    inside = mask > 0.5
+    share = rng.uniform(*corrected)
+    wanted_mean, wanted_spread = picture[inside].mean(), picture[inside].std()
+    mean, spread = face[inside].mean(), face[inside].std()
+    gain = 1 + share * (wanted_spread / max(spread, 1e-3) - 1)
+    toned = (face - mean) * gain + mean + share * (wanted_mean - mean)
+    return clip(picture * (1 - mask) + toned * mask)
+
+
+# --- FR: face reenactment -----------------------------------------------------------------------------------
+
+
+def face_reenactment(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """A smooth local warp: four Gaussian bumps push the features of the face by 1.5 to 3.2 pixels each."""
+    return _warp(picture, rng, bumps=4, push=(1.5, 3.2), width=(5.0, 9.0))
+
+
+def _face_reenactment_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    return _warp(picture, rng, bumps=6, push=(1.0, 2.4), width=(4.0, 7.0))
+
+
+def _warp(
+    picture: Picture,
+    rng: np.random.Generator,
+    *,
+    bumps: int,
+    push: tuple[float, float],
+    width: tuple[float, float],
+) -> Picture:
+    side = picture.shape[0]
+    rows, columns = grid(side)
+    down, right = np.zeros_like(rows), np.zeros_like(rows)
+    for _ in range(bumps):
+        row, column = rng.uniform(0.25 * side, 0.8 * side), rng.uniform(0.25 * side, 0.75 * side)
+        direction, length, sigma = rng.uniform(0, 2 * np.pi), rng.uniform(*push), rng.uniform(*width)
+        bump = length * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * sigma**2))
+        down += np.sin(direction) * bump
+        right += np.cos(direction) * bump
+    return bilinear(picture, rows + down, columns + right)
+
+
+# --- EFS: entire face synthesis -----------------------------------------------------------------------------
+
+
+def entire_synthesis(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """Rebuilt from half size by a random transposed convolution: the faint grid that generators leave."""
+    return _synthesise(picture, rng, unevenness=(0.004, 0.016), kept=(0.4, 0.8))
+
+
+def _entire_synthesis_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    return _synthesise(picture, rng, unevenness=(0.006, 0.014), kept=(0.3, 0.6))
+
+
+def _synthesise(
+    picture: Picture, rng: np.random.Generator, *, unevenness: tuple[float, float], kept: tuple[float, float]
+) -> Picture:
+    # A 4 by 4 kernel with stride 2 gives each of the four output phases its own 2 by 2 kernel: even ones
+    # interpolate, uneven ones leave a pattern of period 2. Part of the fine detail passes by, as through a
+    # skip connection.
+    line = np.array([0.25, 0.75, 0.75, 0.25])
+    even = np.outer(line, line)
+    small = halve(picture)
+    made = _transposed_convolution(small, even)
+    made += np.float32(rng.uniform(*kept)) * (picture - made)
+    # Sharpened to the detail of the original, so that blur gives little away.
+    low = smooth(made, 1.0)
+    detail, wanted = made - low, picture - smooth(picture, 1.0)
+    sharp = low + detail * (wanted.std() / max(detail.std(), 1e-4))
+    uneven = even * rng.uniform(*unevenness) * rng.normal(size=(4, 4))
+    return clip(sharp + _transposed_convolution(small, uneven))
+
+
+def _transposed_convolution(small: Picture, kernel: npt.NDArray[np.floating]) -> Picture:
+    """Stride 2, 4 by 4 kernel: (n, n) to (2n, 2n) float32, edges repeated."""
+    padded = np.pad(small, 1, mode="edge")
+    count, side = padded.shape[0], 2 * small.shape[0]
+    made = np.zeros((2 * count + 2, 2 * count + 2))
+    for row in range(4):
+        for column in range(4):
+            made[row : row + 2 * count : 2, column : column + 2 * count : 2] += kernel[row, column] * padded
+    return made[3 : 3 + side, 3 : 3 + side].astype(np.float32)
+
+
+# --- Unseen -------------------------------------------------------------------------------------------------
+
+
+def compression_splice(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """An ellipse that was compressed coarsely, on a grid of its own, before it was pasted back."""
+    offset = (int(rng.integers(0, 8)), int(rng.integers(0, 8)))
+    coarse = compress(np.roll(picture, offset, axis=(0, 1)), rng.uniform(25.0, 50.0))
+    return _blend(picture, np.roll(coarse, (-offset[0], -offset[1]), axis=(0, 1)), rng)
+
+
+def nearest_grid(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """An ellipse that was enlarged by 1.3 to 1.7 with the nearest pixel: a grid of doubled pixels."""
+    side = picture.shape[0]
+    scale, shift = rng.uniform(1.3, 1.7), rng.uniform(0, 1, 2)
+    middle = (side - 1) / 2
+    rows, columns = grid(side)
+
+    def snap(places: npt.NDArray[np.floating], start: float) -> npt.NDArray[np.floating]:
+        return np.asarray((np.round((places - middle) / scale + start) - start) * scale + middle)
+
+    return _blend(picture, bilinear(picture, snap(rows, shift[0]), snap(columns, shift[1])), rng)
+
+
+def median_inpainting(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """An ellipse filled with the 3 by 3 median of its surroundings: a smeared patch."""
+    from scipy.ndimage import median_filter
+
+    filled = np.asarray(median_filter(picture, size=3, mode="nearest"), dtype=np.float32)
+    return _blend(picture, filled, rng)
+
+
+def wavelet_denoising(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """Small Haar wavelet coefficients set to zero everywhere: the flat 2 by 2 cells of a denoiser."""
+    a, b, c, d = picture[::2, ::2], picture[::2, 1::2], picture[1::2, ::2], picture[1::2, 1::2]
+    mean = (a + b + c + d) / 4
+    limit = rng.uniform(0.015, 0.03)
+    bands = [(a + b - c - d) / 4, (a - b + c - d) / 4, (a - b - c + d) / 4]
+    vertical, horizontal, diagonal = (np.where(np.abs(band) > limit, band, 0.0) for band in bands)
+    made = np.empty_like(picture)
+    made[::2, ::2] = mean + vertical + horizontal + diagonal
+    made[::2, 1::2] = mean + vertical - horizontal - diagonal
+    made[1::2, ::2] = mean - vertical + horizontal - diagonal
+    made[1::2, 1::2] = mean - vertical - horizontal + diagonal
+    return clip(made)
+
+
+def phase_noise(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """Phases of the middle and high frequencies disturbed: the spectrum's magnitudes stay as they were."""
+    spectrum = np.fft.rfft2(picture)
+    frequency = np.hypot(np.fft.fftfreq(picture.shape[0])[:, None], np.fft.rfftfreq(picture.shape[1])[None, :])
+    strength = rng.uniform(0.5, 0.9) * np.clip((frequency - 0.08) / 0.1, 0.0, 1.0)
+    disturbed = spectrum * np.exp(1j * strength * rng.normal(size=spectrum.shape))
+    return clip(np.fft.irfft2(disturbed, s=picture.shape))
+
+
+def morph(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """The average of two people, 35 to 65 % each."""
+    share = rng.uniform(0.35, 0.65)
+    return clip(picture * (1 - share) + donor * share)
+
+
+def _blend(picture: Picture, changed: Picture, rng: np.random.Generator) -> Picture:
+    """Put an ellipse of ``changed``, about a third of the picture, into ``picture`` with a soft edge."""
+    side = picture.shape[0]
+    centre = (side / 2 + rng.uniform(-4.0, 4.0), side / 2 + rng.uniform(-4.0, 4.0))
+    mask = ellipse(side, centre, (rng.uniform(13.0, 18.0), rng.uniform(11.0, 15.0)), rng.uniform(1.0, 2.5))
+    return clip(picture * (1 - mask) + changed * mask)
+
+
+_TRAINED: dict[str, Forgery] = {"FS": face_swap, "FR": face_reenactment, "EFS": entire_synthesis}
+_SHIFTED: dict[str, Forgery] = {
+    "FS": _face_swap_shifted,
+    "FR": _face_reenactment_shifted,
+    "EFS": _entire_synthesis_shifted,
+}
+_UNSEEN: dict[str, Forgery] = {
+    "compression splice": compression_splice,
+    "nearest-pixel grid": nearest_grid,
+    "median inpainting": median_inpainting,
+    "wavelet denoising": wavelet_denoising,
+    "phase noise": phase_noise,
+    "morph": morph,
+}
+TRAINED = tuple(_TRAINED)
+UNSEEN = tuple(_UNSEEN)
