@@ -75,6 +75,9 @@ def train_detector(
 ) -> Detector:
     """Fine-tune a copy of the base to tell real pictures from forged ones.
 
+    Batch normalisation keeps the base's running statistics, as is usual with little data. Without data a merge cannot
+    re-estimate them, and the mean of several models' statistics fits none of the merged features.
+
     Args:
         base: where training starts; not modified.
         real: (n, 48, 48) float32 in [0, 1].
@@ -99,7 +102,7 @@ def train_detector(
         pictures = torch.cat([reals[chosen_reals], fakes[chosen_fakes]])
         return nn.functional.cross_entropy(detector(_vary(pictures, order)), labels)
 
-    _optimise(detector, list(detector.parameters()), loss, recipe, progress)
+    _optimise(detector, list(detector.parameters()), loss, recipe, progress, keep_statistics=True)
     return detector
 
 
@@ -116,6 +119,7 @@ def _optimise(
     loss: Callable[[], Tensor],
     recipe: Recipe,
     progress: Progress,
+    keep_statistics: bool = False,
 ) -> None:
     """AdamW with a short warm-up and a cosine decay; leaves the detector in evaluation mode."""
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -124,7 +128,7 @@ def _optimise(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / max(1, recipe.steps))),
     )
-    detector.train()
+    detector.train(not keep_statistics)  # batch normalisation is all that the mode changes
     for _ in range(recipe.steps):
         optimizer.zero_grad()
         value = loss()
