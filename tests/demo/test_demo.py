@@ -53,7 +53,7 @@ def test_the_whole_demo(tmp_path):
     states = [load_detector(out / name).state_dict() for name in CHECKPOINTS]
     assert len({state["head.weight"].numpy().tobytes() for state in states}) == len(states)  # all were trained
     tracked = "backbone.blocks.0.norm.num_batches_tracked"
-    assert states[1][tracked] == states[2][tracked] == states[3][tracked] > states[0][tracked]
+    assert all(state[tracked] == states[0][tracked] > 0 for state in states)  # the base's statistics, kept
 
     base, experts = (
         out / "base.safetensors",
