@@ -67,7 +67,8 @@ class Analysis:
         self._grams = grams
         self._engine = engine
         self._store = store
-        self._inner_at: dict[float | int, dict[str, Tensor]] = {config.rank: inner_products}
+        # By the rank's text: 1 (rank one) and 1.0 (full rank) are the same key otherwise.
+        self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner_products}
         self._late: dict[tuple[str, int], Factors] = {}
 
     @property
@@ -202,8 +203,9 @@ class Analysis:
         """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank."""
         if config.eta == 0:
             return {}
-        if config.rank not in self._inner_at:
-            self._inner_at[config.rank] = {
+        rank = repr(config.rank)
+        if rank not in self._inner_at:
+            self._inner_at[rank] = {
                 tensor.name: factors.inner_products()
                 for tensor in self.plan.of("matrix")
                 if (factors := self._factors(tensor, config)) is not None
@@ -214,7 +216,7 @@ class Analysis:
             for tensor in self.plan.of("matrix")
             if self._kept_whole(tensor, config)
         }
-        return {**self._inner_at[config.rank], **whole}
+        return {**self._inner_at[rank], **whole}
 
     def _kept_whole(self, tensor: PlannedTensor, config: MergeConfig) -> bool:
         return self.rank_of(tensor.name, config) == min(tensor.matrix_shape)
