@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,3 +201,12 @@ def test_bad_options_are_refused_before_anything_is_read() -> None:
         merge_files("nothing", {"a": "nothing"}, "out", CONFIG, dtype="int8")
     with pytest.raises(InvalidInput, match=r"^base \(nothing\): no such file or directory$"):
         merge_files("nothing", {"a": "nothing"}, "out", CONFIG)
+
+
+def test_a_path_that_is_no_utf8_does_not_lose_the_merge(checkpoints: Checkpoints) -> None:
+    odd = os.fsdecode(b"bad\xff.safetensors")
+    shutil.copy(checkpoints.paths["fs"], odd)
+    report = merge_files(checkpoints.base_path, {odd: odd}, "out", CONFIG)
+    assert list(report["core"]["coefficients"]) == [odd]
+    assert json.loads(Path("out/r2m_report.json").read_text())["experts"] == [odd]
+    assert yaml.safe_load(Path("out/r2m_config.yaml").read_text())["models"]
