@@ -26,7 +26,7 @@ test: check  ## lint, types, import contracts and tests
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the slow checks: the full demo, the wheel in an empty environment
-	$(PYTEST) -n 1 -m slow
+	$(PYTEST) -n 1 --timeout 1800 -m slow
 
 check: $(READY)  ## lint, types and import contracts alone
 	$(BIN)/ruff check $(SOURCES)
