@@ -128,10 +128,10 @@ def all_or_none(what: str, given: Sequence[bool]) -> None:
         raise InvalidInput(f"{what}: expected all of them or none, got some")
 
 
-def floating_dtype(what: str, dtype: torch.dtype) -> None:
+def floating_dtype(what: str, dtype: Any) -> None:
     if dtype not in FLOATING:
-        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATING)
-        raise InvalidInput(f"{what}: expected one of {names}, got {str(dtype).removeprefix('torch.')}")
+        names = ", ".join(str(known) for known in FLOATING)
+        raise InvalidInput(f"{what}: expected one of {names}, got {dtype!r}")
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -31,7 +31,11 @@ _state = _State()
 
 
 class _TorchThreads:
-    """torch's thread count is the whole process's: the first merge in notes it, every merge out restores it."""
+    """The thread count to restore, where several merges run side by side.
+
+    The count in force is each thread's own, but a thread that never set one starts with what any thread set last: a
+    second merge must not take the first one's 1 for the user's wish.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

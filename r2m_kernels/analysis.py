@@ -12,7 +12,7 @@ from r2m_kernels import _checks, combination, diagnostics, gram, norm_matching
 from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.compatibility import Plan, PlannedTensor
-from r2m_kernels.config import MergeConfig
+from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Engine, Progress, StepRecord
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
@@ -35,6 +35,11 @@ class Residuals:
 
 class Analysis:
     """What steps 1–3 found, ready to be merged at the cost of step 5. Made by :func:`analyze`.
+
+    It reads its inputs again at every merge: they must not change in between (``model.state_dict()`` shares memory with
+    the model). A smaller rank takes the leading components, which is near-optimal but not bit for bit what an analysis
+    at that rank gives. A tensor that was analyzed at its full rank has no factors yet: the first merge at a smaller one
+    truncates it, and keeps the factors in memory.
 
     Attributes:
         config: the options it was made with; its rank is the largest that can be merged.
@@ -120,7 +125,8 @@ class Analysis:
         source = self._engine.base
         devices = source.devices if isinstance(source, StateDictSource) else {}
         sink = StateDictSink(devices)
-        self.write(sink, (config or self.config).replace(**overrides), dtype=dtype)
+        settings = self.config if config is None else checked(config)
+        self.write(sink, settings.replace(**overrides), dtype=dtype)
         return sink.state_dict
 
     @deterministic
@@ -133,10 +139,10 @@ class Analysis:
         progress: Progress | None = None,
     ) -> None:
         """Step 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
-        settings = config or self.config
-        residuals = self.residuals(settings)
+        settings = self.config if config is None else checked(config)
         if dtype is not None:
             _checks.floating_dtype("dtype", dtype)
+        residuals = self.residuals(settings)
         planned = {tensor.name: tensor for tensor in self.plan.tensors}
         aliases = self.plan.aliases
         specs = {}
@@ -160,7 +166,7 @@ class Analysis:
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:
         """Norms n, scales s, λ and η for these options."""
-        settings = config or self.config
+        settings = self.config if config is None else checked(config)
         self._check(settings)
         inner = self._inner_products(settings)
         count = len(self.experts)
@@ -178,7 +184,7 @@ class Analysis:
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
-        settings = config or self.config
+        settings = self.config if config is None else checked(config)
         return diagnostics.report(self, settings, self.residuals(settings), self._inner_products(settings))
 
     def _check(self, config: MergeConfig) -> None:

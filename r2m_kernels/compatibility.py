@@ -143,7 +143,8 @@ def _mismatches(
         missing = [
             f"missing: '{name}' ({_describe(spec)})"
             for name, spec in base.specs.items()
-            # Integer buffers such as position_ids come and go between library versions and are the base's anyway.
+            # Integer buffers such as position_ids come and go between library versions, and are the base's anyway.
+            # One that is there and differs in shape or dtype still means another architecture.
             if name not in source.specs and spec.dtype.is_floating_point
         ]
         unknown = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from r2m_kernels import _checks
+from r2m_kernels.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class MergeConfig:
         norm_match: rescale every specialist's residual to their mean norm.
         layer_weight: γ_l, ``"none"`` (1) or ``"frobenius"`` (1/‖A_l‖²_F).
         exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
-        svd: ``"randomized"`` (range finder with power iterations) or ``"exact"`` (float64 eigendecomposition).
+        svd: ``"randomized"`` (range finder with power iterations) or ``"exact"`` (float64 eigendecomposition of the
+            short side's Gram: an (s, s) float64 matrix per expert).
         power_iterations: subspace iterations of the randomized truncation, ≥ 0.
         oversampling: sketch columns beyond the rank, ≥ 0; the width is rounded up to a multiple of 16.
-        tolerance: stop power iterations when the kept energy of every residual grows by less than this fraction of
+        tolerance: stop power iterations when the energy in every residual's sketch grows by less than this fraction of
             itself; ``None``: never stop early.
         seed: seed of the random test matrices; each depends on (seed, tensor name, shape) only.
         extra: tensors that all experts have and the base lacks, such as a head: ``"error"``, ``"average"``,
@@ -109,6 +111,13 @@ class MergeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
         return {**dataclasses.asdict(self), "exclude": list(self.exclude)}
+
+
+def checked(config: object) -> MergeConfig:
+    """``config`` itself; InvalidInput if it is something else."""
+    if not isinstance(config, MergeConfig):
+        raise InvalidInput(f"config: expected a MergeConfig, got {type(config).__name__}")
+    return config
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from r2m_kernels.real_subspace import GRAM_ERROR
 if TYPE_CHECKING:
     from r2m_kernels.analysis import Analysis, Residuals
 
-# Thresholds of the warnings. First guesses from the examples in README §7, to be replaced by measured ones.
+# Thresholds of the warnings: first guesses, not calibrated on detectors.
 WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
@@ -33,7 +33,7 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
     residual_term = strength.eta * strength.residual_norm
-    truncated = config.eta != 0
+    with_residuals = config.eta != 0
     numbers: dict[str, Any] = {
         "versions": {
             "r2m_kernels": __version__,
@@ -67,10 +67,10 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
             "scale_used": strength.core_scale,
         },
         "residual": {
-            "norms": _by_name(names, residuals.norms) if truncated else None,
-            "scales": _by_name(names, residuals.scales) if truncated else None,
+            "norms": _by_name(names, residuals.norms) if with_residuals else None,
+            "scales": _by_name(names, residuals.scales) if with_residuals else None,
             "eta_used": strength.eta,
-            "norm": residual_term if truncated else 0.0,
+            "norm": residual_term if with_residuals else 0.0,
             "norm_ratio_to_core": residual_term / strength.core_norm if strength.core_norm > 0 else None,
         },
         "tensors": tensor_rows(analysis, config, inner),

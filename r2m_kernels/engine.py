@@ -36,7 +36,7 @@ Progress = Callable[[ProgressEvent], None]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step cost: wall seconds, bytes of inputs read."""
+    """What a step cost: wall seconds, bytes of the inputs it reads."""
 
     step: str
     seconds: float
@@ -63,7 +63,8 @@ class Engine:
         self._limit: int | None = None if device.type == "cpu" else 1
         if budget is not None:
             largest = max((self._bytes(tensor) for tensor in plan.tensors), default=1)
-            self._limit = min(self._limit or budget, max(1, budget // 2 // max(1, largest)))
+            share = max(1, budget // 2 // max(1, largest))
+            self._limit = share if self._limit is None else min(self._limit, share)
 
     def inputs(self, tensor: PlannedTensor) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the experts', on the device."""

@@ -1,6 +1,6 @@
-"""The five steps in order, over any checkpoints: state dicts here, files in ``r2m``.
+"""The five steps in order (4 and 5 through :mod:`r2m_kernels.analysis`), over state dicts, modules or any source.
 
-No task vector, mean or residual is ever held whole: steps 1 and 3 read the inputs and keep N × N numbers and low-rank
+No task vector or residual is ever held whole: steps 1 and 3 read the inputs and keep N × N numbers and low-rank
 factors, step 5 reads them again and writes. Nothing here depends on the order of tensors or the number of threads.
 """
 
@@ -17,7 +17,7 @@ from r2m_kernels import _backends, _checks, compatibility, gram, norm_matching
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.analysis import Analysis
 from r2m_kernels.compatibility import Plan, PlannedTensor
-from r2m_kernels.config import MergeConfig
+from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Engine, Progress, ProgressEvent
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
@@ -50,18 +50,22 @@ def merge(
         config: options; default ``MergeConfig.r2m()``.
         device: where to compute; default: where the base's tensors are.
         backend: ``"auto"`` or a backend by name, which then never falls back.
-        memory_budget: bytes (or "4GiB") for low-rank factors and tensors in flight; factors beyond it go to disk.
+        memory_budget: target, in bytes or as "4GiB", for low-rank factors and tensors in flight: half of it each.
+            Factors beyond it go to the system's temporary directory; one tensor at a time always goes through.
         dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
         overrides: fields of :class:`MergeConfig`.
 
     Returns:
-        Names, shapes, dtypes and order of the base, on the base's devices. Inputs are never modified.
+        Names, shapes, dtypes and order of the base (then the extras, with ``extra="average"``), on the base's devices.
+        Inputs are never modified.
 
     Raises:
         InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
         BackendUnavailable: the named backend cannot run here.
     """
     settings = _settings(config, overrides)
+    if dtype is not None:  # before the work, not after it
+        _checks.floating_dtype("dtype", dtype)
     analysis = analyze(base, experts, settings, device=device, backend=backend, memory_budget=memory_budget)
     return analysis.merge(dtype=dtype)
 
@@ -126,9 +130,7 @@ def analyze(
 
 
 def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
-    if config is not None and not isinstance(config, MergeConfig):
-        raise InvalidInput(f"config: expected a MergeConfig, got {type(config).__name__}")
-    return (config or MergeConfig.r2m()).replace(**overrides)
+    return (MergeConfig.r2m() if config is None else checked(config)).replace(**overrides)
 
 
 def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:

@@ -3,8 +3,8 @@
 Notation (N experts, a tensor seen as m × n): θ₀ base, θ_j experts, τ_j = θ_j − θ₀ task vectors, residual
 X_i = Σ_j mixing[j, i] τ_j. All of them take float32, bfloat16, float16 (computed in float32) and float64 (computed in
 float64) tensors of any shape, mixed between experts. Results are bit-reproducible and do not depend on the number of
-threads. Every function raises ``InvalidInput`` for arguments that do not fit and ``BackendUnavailable`` for a backend
-that was asked for by name and cannot run here.
+threads. Every function raises ``InvalidInput`` for shapes and dtypes that do not fit and ``BackendUnavailable`` for a
+backend that was asked for by name and cannot run here.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def combine(
     backend: str = "auto",
 ) -> Tensor:
     """θ₀ + Σ_j core_j (θ_j − θ₀) + Σ_i scale_i · left_i right_i, rounded once to the dtype of ``out``.
+
+    An expert whose coefficient is 0 is not read. ``out`` may be ``base`` or one of the experts.
 
     Args:
         base: θ₀, any shape; seen as (m, n) = (first dimension, the rest) where factors are given.

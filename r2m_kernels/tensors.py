@@ -1,6 +1,6 @@
 """What the merge reads and writes: checkpoints seen as named tensors.
 
-The engine (:mod:`r2m_kernels.merging`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
+The engine (:mod:`r2m_kernels.engine`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
 one at a time, a :class:`TensorSink` takes them one at a time. Dictionaries are served here; files by the
 application.
 """

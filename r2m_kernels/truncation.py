@@ -1,4 +1,4 @@
-"""Step 3, the best rank-r approximation of every residual, as factors (README §4)."""
+"""Step 3, a near-optimal rank-r approximation of every residual, as factors (README §4)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def truncate_residuals(
 
     ``svd="randomized"``: range finder with power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4), then the
     eigenvectors of the small Gram BBᵀ in float64 in place of an SVD of B = QᵀX. ``svd="exact"``, or a short
-    side that is tiny or spanned by the sketch: eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖.
+    side that is tiny or spanned by the sketch: eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖
+    before the factors are rounded to the compute dtype.
     """
     smaller = min(base.shape[0], base.numel() // base.shape[0])
     width = -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -94,20 +95,20 @@ def _randomized(
     config: MergeConfig,
     operators: Operators,
 ) -> Factors:
-    def times(rhs: Tensor, precision: str = "tf32") -> Tensor:
-        return operators.residual_matmul(base, experts, mixing, rhs, precision=precision)
+    def times(rhs: Tensor) -> Tensor:  # only turns the subspace: operands may be rounded where that is faster
+        return operators.residual_matmul(base, experts, mixing, rhs, precision="tf32")
 
-    def transposed_times(rhs: Tensor, precision: str = "tf32") -> Tensor:
-        return operators.residual_matmul(base, experts, mixing, rhs, transpose=True, precision=precision)
+    def transposed_times(rhs: Tensor) -> Tensor:
+        return operators.residual_matmul(base, experts, mixing, rhs, transpose=True, precision="ieee")
 
     test = _test_matrix(config.seed, name, base.shape, width).to(base.device)
     # The same test matrix for every expert: their order cannot matter.
     basis = operators.orthonormalize(times(test.expand(len(experts), -1, -1)))
-    product = transposed_times(basis, "ieee")  # Bᵀ, (N, n, k): only what is kept needs full precision
+    product = transposed_times(basis)  # Bᵀ, (N, n, k)
     for _ in range(config.power_iterations):
         energy = product.double().square().sum(dim=(1, 2))
         basis = operators.orthonormalize(times(operators.orthonormalize(product)))
-        product = transposed_times(basis, "ieee")
+        product = transposed_times(basis)
         if config.tolerance is not None:
             grown = product.double().square().sum(dim=(1, 2))
             if bool((grown - energy <= config.tolerance * grown).all()):

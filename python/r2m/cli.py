@@ -16,8 +16,6 @@ import click
 
 from r2m.methods import METHODS
 
-_MERGE_OPTIONS = frozenset(name for method in METHODS.values() for name in method.options)
-
 
 class _SectionOption(click.Option):
     """An option that ``--help`` lists under a heading."""
@@ -189,7 +187,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     help="Scale all experts' residuals to one norm first.  [default: norm-match]",
 )
 @_option(_RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
-@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto, or one by name.")
+@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto or torch.")
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 def merge(
     base: str,

@@ -65,7 +65,7 @@ def merge_files(
             alone decides the layout.
         overwrite: replace ``out`` if it is an empty directory or the output of a former merge.
         memory_budget: working memory, in bytes or as "4GiB"; ``None``: the engine's choice.
-        progress: called as the work goes on, from any thread.
+        progress: called as the work goes on.
 
     Returns:
         The report, as in ``r2m_report.json``.

@@ -1,6 +1,7 @@
 """Merge methods by name: what each is, which options it uses, and the configuration they make.
 
-A new method is one entry here and one constructor of :class:`r2m_kernels.MergeConfig`.
+A new method is an entry in :data:`METHODS`, a branch of :func:`make_config` and a constructor of
+:class:`r2m_kernels.MergeConfig`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
         return MergeConfig.cart(fields.pop("rank", MergeConfig().rank), scale).replace(**fields)
     if method == "weight_average":
         return MergeConfig.weight_average().replace(**fields)
-    return MergeConfig.r2m(**fields)
+    if method == "r2m":
+        return MergeConfig.r2m(**fields)
+    raise AssertionError(f"no constructor for the method '{method}'")
 
 
 def _flag(name: str) -> str:

@@ -127,15 +127,18 @@ def _refuse_existing(out: str | Path, target: Path, overwrite: bool) -> None:
 
 def _replace(target: Path, partial: Path, overwrite: bool) -> None:
     former = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    # Without `overwrite` nothing is moved aside: should `target` have appeared meanwhile, the rename fails.
+    replaced = overwrite and os.path.lexists(target)
+    if replaced:
+        os.rename(target, former)
     try:
-        # Without `overwrite` nothing is moved aside: should `target` have appeared meanwhile, the rename fails.
-        if overwrite and os.path.lexists(target):
-            os.rename(target, former)
         os.rename(partial, target)
+    except BaseException:
+        if replaced:
+            os.rename(former, target)
+        raise
+    # The new output is in place: what fails from here on must not call the merge failed.
+    with contextlib.suppress(OSError):
         sync(target.parent)
-    finally:
-        if os.path.lexists(former):
-            if os.path.lexists(target):
-                shutil.rmtree(former)
-            else:
-                os.rename(former, target)
+    if replaced:
+        shutil.rmtree(former, ignore_errors=True)

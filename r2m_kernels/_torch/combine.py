@@ -29,7 +29,7 @@ def combine(
     theta, thetas = view(base), [view(expert) for expert in experts]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     merged = target.view(theta.shape)
-    largest = torch.finfo(dtype).max
+    largest = torch.finfo(dtype).max  # torch refuses a Python number beyond it; an overflow shows in the result
     weights = [min(max(float(weight), -largest), largest) for weight in core]
 
     def merge_panel(panel: list[slice]) -> None:

@@ -1,4 +1,4 @@
-"""No residual, mean or task vector is ever held whole; checked on every tensor that torch allocates."""
+"""No residual or task vector is ever held whole; checked on every tensor that torch allocates."""
 
 from __future__ import annotations
 

@@ -184,7 +184,10 @@ def test_combine_without_out_has_the_bases_dtype_and_shape():
         (lambda b, e: ops.task_gram([], []), "base: expected at least one, got none"),
         (lambda b, e: ops.task_gram([b], [[b, b]]), "tensors of expert 0: expected 1, got 2"),
         (lambda b, e: ops.task_gram([b], [[b.T]]), r"tensor 0 of expert 0: expected shape \(4, 3\), got \(3, 4\)"),
-        (lambda b, e: ops.task_gram([b.int()], [[b]]), "base tensor 0: expected one of float64, .* got int32"),
+        (
+            lambda b, e: ops.task_gram([b.int()], [[b]]),
+            "base tensor 0: expected one of torch.float64, .* got torch.int32",
+        ),
         (lambda b, e: ops.residual_matmul(b, e, torch.eye(2), b), r"mixing: expected shape \(1, 1\), got \(2, 2\)"),
         (
             lambda b, e: ops.residual_matmul(b, e, torch.eye(1), torch.ones(1, 4, 2)),
