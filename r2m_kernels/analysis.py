@@ -17,7 +17,7 @@ from r2m_kernels.engine import Engine, Progress, StepRecord
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
-from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink
+from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink, dtype_name
 from r2m_kernels.truncation import Factors, truncate_residuals, truncation_rank
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
@@ -110,6 +110,11 @@ class Analysis:
         """(N, N) float64 Gram matrix of one matrix or vector tensor."""
         return self._grams[name]
 
+    def residual_gram(self, name: str) -> Tensor:
+        """(N, N) float64, ⟨X_i, X_j⟩ of one matrix tensor before truncation: Mᵀ G_l M."""
+        mixing = self.real_subspace.mixing
+        return mixing.T @ self._grams[name] @ mixing
+
     def rank_of(self, name: str, config: MergeConfig) -> int:
         """Truncation rank of one matrix tensor under these options."""
         return truncation_rank(config.rank, self._engine.base.specs[name].shape)
@@ -125,7 +130,7 @@ class Analysis:
         source = self._engine.base
         devices = source.devices if isinstance(source, StateDictSource) else {}
         sink = StateDictSink(devices)
-        settings = self.config if config is None else checked(config)
+        settings = self._settings(config)
         self.write(sink, settings.replace(**overrides), dtype=dtype)
         return sink.state_dict
 
@@ -139,7 +144,7 @@ class Analysis:
         progress: Progress | None = None,
     ) -> None:
         """Step 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
-        settings = self.config if config is None else checked(config)
+        settings = self._settings(config)
         if dtype is not None:
             _checks.floating_dtype("dtype", dtype)
         residuals = self.residuals(settings)
@@ -151,13 +156,10 @@ class Analysis:
             keep = dtype is None or tensor.role == "copied"
             specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
         sink.begin(specs)
-        tied: dict[str, list[str]] = {}
-        for alias, first in aliases.items():
-            tied.setdefault(first, []).append(alias)
 
         def combine(tensor: PlannedTensor) -> None:
             merged = self._merged(tensor, settings, residuals, specs[tensor.name].dtype)
-            for name in [tensor.name, *tied.get(tensor.name, ())]:
+            for name in [tensor.name, *self.plan.tied.get(tensor.name, ())]:
                 sink.write(name, merged)
 
         roles = self.plan.of("matrix", "vector", "statistic", "copied", "extra")
@@ -166,7 +168,7 @@ class Analysis:
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:
         """Norms n, scales s, λ and η for these options."""
-        settings = self.config if config is None else checked(config)
+        settings = self._settings(config)
         self._check(settings)
         inner = self._inner_products(settings)
         count = len(self.experts)
@@ -184,8 +186,11 @@ class Analysis:
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
-        settings = self.config if config is None else checked(config)
+        settings = self._settings(config)
         return diagnostics.report(self, settings, self.residuals(settings), self._inner_products(settings))
+
+    def _settings(self, config: MergeConfig | None) -> MergeConfig:
+        return self.config if config is None else checked(config)
 
     def _check(self, config: MergeConfig) -> None:
         ours, theirs = self.config.to_dict(), config.to_dict()
@@ -216,9 +221,8 @@ class Analysis:
                 for tensor in self.plan.of("matrix")
                 if (factors := self._factors(tensor, config)) is not None
             }
-        mixing = self.real_subspace.mixing
         whole = {
-            tensor.name: mixing.T @ self._grams[tensor.name] @ mixing
+            tensor.name: self.residual_gram(tensor.name)
             for tensor in self.plan.of("matrix")
             if self._kept_whole(tensor, config)
         }
@@ -268,7 +272,7 @@ class Analysis:
 
 def _in_range(name: str, merged: Tensor) -> Tensor:
     if not bool(torch.isfinite(merged).all()):
-        dtype = str(merged.dtype).removeprefix("torch.")
+        dtype = dtype_name(merged.dtype)
         raise InvalidInput(
             f"tensor '{name}': merged values exceed the range of {dtype}; ask for a wider dtype or smaller core_scale "
             "and eta"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from r2m_kernels._checks import FLOATING
 from r2m_kernels.config import MergeConfig
 from r2m_kernels.errors import InvalidInput
-from r2m_kernels.tensors import TensorSource, TensorSpec
+from r2m_kernels.tensors import TensorSource, TensorSpec, dtype_name
 from r2m_kernels.truncation import truncation_rank
 
 Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
@@ -60,6 +60,7 @@ class Plan:
 
     tensors: tuple[PlannedTensor, ...]
     aliases: Mapping[str, str]
+    tied: Mapping[str, Sequence[str]]
     dropped: tuple[str, ...]
 
     def of(self, *roles: Role) -> list[PlannedTensor]:
@@ -100,7 +101,7 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     if config.extra == "average":
         tensors += [PlannedTensor(name, spec, "extra") for name, spec in extras.items()]
     dropped = tuple(extras) if config.extra == "drop" else ()
-    return Plan(tuple(tensors), aliases, dropped)
+    return Plan(tuple(tensors), aliases, tied, dropped)
 
 
 def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str]) -> PlannedTensor:
@@ -162,7 +163,7 @@ def _mismatches(
             if spec.shape != expected.shape:
                 shapes.append(f"shape: '{name}' expected {list(expected.shape)}, got {list(spec.shape)}")
             if not _compatible_dtypes(expected, spec):
-                dtypes.append(f"dtype: '{name}' expected {_dtype(expected)}, got {_dtype(spec)}")
+                dtypes.append(f"dtype: '{name}' expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}")
         kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
         if kinds:
             sentence = f"{source.label} does not fit {base.label}"
@@ -230,9 +231,5 @@ def _compatible_dtypes(expected: TensorSpec, got: TensorSpec) -> bool:
     return expected.dtype == got.dtype
 
 
-def _dtype(spec: TensorSpec) -> str:
-    return str(spec.dtype).removeprefix("torch.")
-
-
 def _describe(spec: TensorSpec) -> str:
-    return f"{_dtype(spec)} {list(spec.shape)}"
+    return f"{dtype_name(spec.dtype)} {list(spec.shape)}"

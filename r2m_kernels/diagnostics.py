@@ -12,6 +12,7 @@ from torch import Tensor
 from r2m_kernels._version import __version__
 from r2m_kernels.config import MergeConfig
 from r2m_kernels.real_subspace import GRAM_ERROR
+from r2m_kernels.tensors import dtype_name
 
 if TYPE_CHECKING:
     from r2m_kernels.analysis import Analysis, Residuals
@@ -96,7 +97,7 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
             "name": tensor.name,
             "role": tensor.role,
             "shape": list(tensor.spec.shape),
-            "dtype": str(tensor.spec.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.spec.dtype),
         }
         if tensor.role == "matrix":
             row["rank"] = analysis.rank_of(tensor.name, config)
@@ -112,7 +113,7 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
 
 def _kept_energy(analysis: Analysis, name: str, kept: Tensor) -> dict[str, Any]:
     mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(name)
-    whole = (mixing.T @ gram @ mixing).diag()
+    whole = analysis.residual_gram(name).diag()
     energies: dict[str, float | None] = {}
     uncertain = []
     for i, expert in enumerate(analysis.experts):

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` and so on, as messages and reports say it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape and dtype of a stored tensor, known without reading it."""

@@ -106,13 +106,11 @@ def _randomized(
     basis = operators.orthonormalize(times(test.expand(len(experts), -1, -1)))
     product = transposed_times(basis)  # Bᵀ, (N, n, k)
     for _ in range(config.power_iterations):
-        energy = product.double().square().sum(dim=(1, 2))
+        previous = product
         basis = operators.orthonormalize(times(operators.orthonormalize(product)))
         product = transposed_times(basis)
-        if config.tolerance is not None:
-            grown = product.double().square().sum(dim=(1, 2))
-            if bool((grown - energy <= config.tolerance * grown).all()):
-                break
+        if config.tolerance is not None and _settled(previous, product, config.tolerance):
+            break
     rotation = _leading_eigenvectors([_gram(block) for block in product], rank).to(product.dtype)
     return Factors(torch.bmm(basis, rotation), torch.bmm(product, rotation).transpose(1, 2).contiguous())
 
@@ -136,6 +134,12 @@ def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, o
     if wide:
         return Factors(vectors, other.transpose(1, 2).contiguous())
     return Factors(other, vectors.transpose(1, 2).contiguous())
+
+
+def _settled(previous: Tensor, product: Tensor, tolerance: float) -> bool:
+    """Whether no expert's energy ‖product_i‖² grew by more than ``tolerance`` of itself."""
+    before, after = (block.double().square().sum(dim=(1, 2)) for block in (previous, product))
+    return bool((after - before <= tolerance * after).all())
 
 
 def _gram(product: Tensor) -> Tensor:

@@ -203,8 +203,9 @@ def merge(
     **options: Any,
 ) -> None:
     """Merge checkpoints from files into a new directory."""
-    from r2m.execute import merge_files, name_experts
+    from r2m.execute import merge_files
     from r2m.methods import make_config
+    from r2m.naming import name_experts
     from r2m.progress import reporting
 
     given = {name: value for name, value in options.items() if value not in (None, ())}

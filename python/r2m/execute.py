@@ -16,11 +16,8 @@ import r2m_kernels
 from r2m.checkpoints.layout import parse_size
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink, write_file
-from r2m.naming import name_experts
 from r2m.output import COPIED_FILES, RECIPE_FILE, REPORT_FILE, check_output, new_directory
 from r2m_kernels import MergeConfig, ProgressEvent, _checks, analyze
-
-__all__ = ["OUTPUT_DTYPES", "merge_files", "name_experts"]
 
 OUTPUT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

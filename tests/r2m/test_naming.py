@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from r2m.execute import name_experts
+from r2m.naming import name_experts
 
 from r2m_kernels import InvalidInput
 
