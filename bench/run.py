@@ -107,7 +107,8 @@ def worst_error(base: StateDict, experts: list[StateDict]) -> float:
     for name, theta in base.items():
         thetas = [expert[name] for expert in experts]
         rank = truncation_rank(MergeConfig().rank, theta.shape)
-        factors = truncate_residuals(name, theta, thetas, mixing, rank, MergeConfig(), _torch)
+        group = ([name], [theta], [[other] for other in thetas])
+        (factors,) = truncate_residuals(*group, mixing, rank, MergeConfig(), _torch)
         tau = torch.stack([other.double() - theta.double() for other in thetas])
         residuals = torch.einsum("ji,jmn->imn", mixing, tau)
         for residual, left, right in zip(residuals, factors.left.double(), factors.right.double(), strict=True):

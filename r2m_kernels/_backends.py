@@ -14,17 +14,38 @@ from r2m_kernels import _checks
 from r2m_kernels.errors import BackendUnavailable, InvalidInput
 
 NAMES = ("auto", "torch", "native", "triton")
+# Of NVIDIA GPUs: Ampere, the first with tf32 and bf16 matrix units.
+OLDEST_CAPABILITY = 8
+
+
+class ShiftedTruncation(Protocol):
+    """Step 3 for L tensors of one shape: see :func:`r2m_kernels._triton.truncate.shifted_truncation`."""
+
+    def __call__(
+        self,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        mixing: Tensor,
+        keys: Tensor,
+        energies: Tensor,
+        rank: int,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Operators(Protocol):
-    """What a backend module provides: the heavy part of each step; arguments are as :mod:`r2m_kernels.ops` checks."""
+    """What a backend module provides: the heavy part of each step, for L tensors of one shape at once.
+
+    ``bases`` holds L tensors, ``experts`` N sequences of L tensors; arguments are as :mod:`r2m_kernels.ops` checks
+    them, with a leading L where a block belongs to a tensor.
+    """
 
     def task_gram(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor: ...
 
     def residual_matmul(
         self,
-        base: Tensor,
-        experts: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
         mixing: Tensor,
         rhs: Tensor,
         transpose: bool = False,
@@ -35,14 +56,19 @@ class Operators(Protocol):
 
     def combine(
         self,
-        base: Tensor,
-        experts: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
         core: Tensor,
         left: Tensor | None,
         right: Tensor | None,
         scale: Tensor | None,
-        out: Tensor,
+        outs: Sequence[Tensor],
     ) -> None: ...
+
+    @property
+    def shifted_truncation(self) -> ShiftedTruncation | None:
+        """A truncation of its own for whole groups, instead of the one in :mod:`r2m_kernels.truncation`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,9 +109,38 @@ def choose(name: str, device: torch.device) -> Backend:
         BackendUnavailable: it was asked for by name and cannot run here; a named backend never falls back.
     """
     _checks.choice("backend", name, NAMES)
-    if name in ("native", "triton"):
+    if name == "native":
         raise BackendUnavailable(
-            f"backend '{name}' is not part of this version of r2m_kernels; use backend='torch' or 'auto'"
+            "backend 'native' is not part of this version of r2m_kernels; use backend='torch' or 'auto'"
         )
-    reason = "asked for by name" if name == "torch" else f"the one backend this version has for {device.type}"
-    return Backend("torch", reason, cast(Operators, importlib.import_module("r2m_kernels._torch")))
+    if name == "torch":
+        return _backend("torch", "asked for by name")
+    missing = _why_not_triton(device)
+    if name == "triton":
+        if missing:
+            raise BackendUnavailable(f"backend 'triton' {missing}; use backend='torch' or 'auto'")
+        return _backend("triton", "asked for by name")
+    if device.type == "cpu":  # under Triton's interpreter too: that is for tests that ask for it
+        return _backend("torch", "the fastest one this version has for cpu")
+    if missing:
+        return _backend("torch", f"the Triton backend {missing}")
+    return _backend("triton", f"the fastest one this version has for {device.type}")
+
+
+def _backend(name: str, reason: str) -> Backend:
+    return Backend(name, reason, cast(Operators, importlib.import_module(f"r2m_kernels._{name}")))
+
+
+def _why_not_triton(device: torch.device) -> str:
+    """Why the Triton backend cannot run on ``device``, as what follows its name; empty where it can."""
+    try:
+        launch = importlib.import_module("r2m_kernels._triton.launch")
+    except ImportError as error:
+        return f"needs the package triton, which cannot be imported ({error})"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < OLDEST_CAPABILITY:
+            return f"needs a GPU of compute capability {OLDEST_CAPABILITY}.0 or newer"
+        return ""
+    if device.type == "cpu" and launch.INTERPRETED:
+        return ""
+    return f"runs on CUDA and ROCm GPUs and not on '{device.type}' (device='cuda' chooses one)"

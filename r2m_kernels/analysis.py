@@ -13,7 +13,7 @@ from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.compatibility import Plan, PlannedTensor
 from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Engine, Progress, StepRecord
+from r2m_kernels.engine import Engine, Group, Progress, StepRecord
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
@@ -157,10 +157,12 @@ class Analysis:
             specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
         sink.begin(specs)
 
-        def combine(tensor: PlannedTensor) -> None:
-            merged = self._merged(tensor, settings, residuals, specs[tensor.name].dtype)
-            for name in [tensor.name, *self.plan.tied.get(tensor.name, ())]:
-                sink.write(name, merged)
+        def combine(group: Group) -> list[None]:
+            dtypes = [specs[name].dtype for name in group.names]
+            for tensor, merged in zip(group.tensors, self._merged(group, settings, residuals, dtypes), strict=True):
+                for name in [tensor.name, *self.plan.tied.get(tensor.name, ())]:
+                    sink.write(name, merged)
+            return [None] * len(group.tensors)
 
         roles = self.plan.of("matrix", "vector", "statistic", "copied", "extra")
         self._engine.over("combination", roles, combine, progress)
@@ -241,42 +243,56 @@ class Analysis:
         # Analyzed at full rank, where factors were not needed, and asked for at a smaller one: truncated now.
         key = (tensor.name, rank)
         if key not in self._late:
-            base, experts = self._engine.inputs(tensor)
+            group = self._engine.load([tensor])
             mixing, operators = self.real_subspace.mixing, self._engine.backend.operators
-            self._late[key] = truncate_residuals(tensor.name, base, experts, mixing, rank, self.config, operators)
+            (self._late[key],) = truncate_residuals(
+                group.names, group.bases, group.experts, mixing, rank, self.config, operators
+            )
         return self._late[key]
 
-    def _merged(self, tensor: PlannedTensor, config: MergeConfig, residuals: Residuals, dtype: torch.dtype) -> Tensor:
-        if tensor.role == "copied":
-            return self._engine.base.read(tensor.name).clone()
-        if tensor.role in ("statistic", "extra"):
-            return _in_range(tensor.name, self._engine.mean_of_experts(tensor).to(dtype))
-        base, experts = self._engine.inputs(tensor)
+    def _merged(
+        self, group: Group, config: MergeConfig, residuals: Residuals, dtypes: list[torch.dtype]
+    ) -> list[Tensor]:
+        """The merged tensors of a group, whose role and rank are one."""
+        first = group.tensors[0]
+        if first.role == "copied":
+            return [self._engine.base.read(name).clone() for name in group.names]
+        if first.role in ("statistic", "extra"):
+            means = (self._engine.mean_of_experts(tensor) for tensor in group.tensors)
+            return _in_range(group.names, [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)])
         strength, scales = residuals.strength, residuals.scales
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
         left = right = scale = None
-        if tensor.role == "vector":
+        if first.role == "vector":
             weights = combination.vector_coefficients(scales, strength.core_scale, strength.eta)
-        elif self._kept_whole(tensor, config):
+        elif self._kept_whole(first, config):
             weights = combination.full_rank_coefficients(core, mixing, scales, strength.core_scale, strength.eta)
         else:
             weights = combination.matrix_coefficients(core, strength.core_scale)
-            factors = self._factors(tensor, config) if strength.eta != 0 else None
-            if factors is not None:
-                left, right = factors.left.to(base.device), factors.right.to(base.device)
-                scale = (strength.eta / len(experts)) * scales
-        merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-        self._engine.backend.operators.combine(base, experts, weights, left, right, scale, merged)
-        return _in_range(tensor.name, merged)
+            found = [self._factors(tensor, config) for tensor in group.tensors] if strength.eta != 0 else []
+            factors = [one for one in found if one is not None]
+            if factors:
+                left = _stacked([one.left.to(self.device) for one in factors])
+                right = _stacked([one.right.to(self.device) for one in factors])
+                scale = (strength.eta / len(core)) * scales
+        outs = [torch.empty_like(base, dtype=dtype) for base, dtype in zip(group.bases, dtypes, strict=True)]
+        self._engine.backend.operators.combine(group.bases, group.experts, weights, left, right, scale, outs)
+        return _in_range(group.names, outs)
 
 
-def _in_range(name: str, merged: Tensor) -> Tensor:
-    if not bool(torch.isfinite(merged).all()):
-        dtype = dtype_name(merged.dtype)
-        raise InvalidInput(
-            f"tensor '{name}': merged values exceed the range of {dtype}; ask for a wider dtype or smaller core_scale "
-            "and eta"
-        )
+def _stacked(factors: list[Tensor]) -> Tensor:
+    """Those of several tensors as one; of a single one without a copy."""
+    return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)
+
+
+def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in merged]).tolist()  # one wait for the device
+    for name, tensor, all_finite in zip(names, merged, finite, strict=True):
+        if not all_finite:
+            raise InvalidInput(
+                f"tensor '{name}': merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
+                "or smaller core_scale and eta"
+            )
     return merged
 
 

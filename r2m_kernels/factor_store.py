@@ -27,13 +27,17 @@ class FactorStore:
     Args:
         budget: bytes of factors held in memory; ``None``: all of them. What exceeds it goes to an unnamed temporary
             file in ``directory`` (default: the system's), which the operating system removes with the process.
+        on_device: bytes of them that may stay on the device where they were made; ``None``: all.
     """
 
-    def __init__(self, budget: int | None = None, directory: str | Path | None = None) -> None:
+    def __init__(
+        self, budget: int | None = None, directory: str | Path | None = None, on_device: int | None = None
+    ) -> None:
         self._budget = budget
+        self._on_device = on_device
         self._directory = directory
         self._held: dict[str, Factors] = {}
-        self._spilled: dict[str, tuple[_Spilled, _Spilled]] = {}
+        self._spilled: dict[str, tuple[_Spilled, _Spilled, bool]] = {}
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -42,22 +46,24 @@ class FactorStore:
         return name in self._held or name in self._spilled
 
     def put(self, name: str, factors: Factors) -> None:
-        """Keep the factors of one tensor; once per name."""
+        """Keep the factors of one tensor; once per name. Their inner products are not kept on disk."""
         size = factors.left.nbytes + factors.right.nbytes
         with self._lock:
             if self._budget is None or self._held_bytes + size <= self._budget:
+                if self._on_device is not None and self._held_bytes + size > self._on_device:
+                    factors = Factors(factors.left.cpu(), factors.right.cpu(), factors.ordered, factors.products)
                 self._held[name] = factors
                 self._held_bytes += size
                 return
-            self._spilled[name] = (self._append(factors.left), self._append(factors.right))
+            self._spilled[name] = (self._append(factors.left), self._append(factors.right), factors.ordered)
 
     def get(self, name: str) -> Factors:
         """The factors of a tensor, bit for bit; KeyError if there are none."""
         held = self._held.get(name)
         if held is not None:
             return held
-        left, right = self._spilled[name]
-        return Factors(self._load(left), self._load(right))
+        left, right, ordered = self._spilled[name]
+        return Factors(self._load(left), self._load(right), ordered)
 
     def close(self) -> None:
         """Give the temporary file back now."""

@@ -1,4 +1,4 @@
-"""Step 1, the task Gram matrix of one tensor (README §2)."""
+"""Step 1, the task Gram matrices of tensors (README §2)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from r2m_kernels._backends import Operators
 STRIP = 2**18
 
 
-def task_gram(base: Tensor, experts: Sequence[Tensor], operators: Operators, *, precise: bool) -> Tensor:
-    """G_l = A_l A_lᵀ, (N, N) float64, exactly symmetric.
+def task_grams(
+    bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], operators: Operators, *, precise: bool
+) -> list[Tensor]:
+    """G_l = A_l A_lᵀ of L tensors of one shape, (N, N) float64 each, exactly symmetric.
 
     Args:
         precise: compute in float64. For tensors that are merged without factors (vectors, full rank) the Gram is the
             only source of their residual norms, and a difference of nearly equal numbers needs the digits.
     """
+    grams = torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64)
     if precise:
-        flat = [tensor.ravel() for tensor in (base, *experts)]
-        gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
-        for start in range(0, base.numel(), STRIP):
-            theta, *others = (tensor[start : start + STRIP].double() for tensor in flat)
-            gram += operators.task_gram([theta], [[other] for other in others])[0]
+        flat = [[tensor.ravel() for tensor in tensors] for tensors in (bases, *experts)]
+        for start in range(0, bases[0].numel(), STRIP):
+            theta, *others = ([one[start : start + STRIP].double() for one in tensors] for tensors in flat)
+            grams += operators.task_gram(theta, others)
     else:
-        gram = operators.task_gram([base], [[expert] for expert in experts])[0]
-    return (gram + gram.T) / 2
+        grams = operators.task_gram(bases, experts)
+    return list((grams + grams.mT) / 2)
 
 
 def ordered_sum(grams: Sequence[Tensor], count: int) -> Tensor:

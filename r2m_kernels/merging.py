@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from r2m_kernels import _backends, _checks, compatibility, gram, norm_matching
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.analysis import Analysis
-from r2m_kernels.compatibility import Plan, PlannedTensor
+from r2m_kernels.compatibility import Plan
 from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Engine, Progress, ProgressEvent
+from r2m_kernels.engine import Engine, Group, Progress, ProgressEvent
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import layer_weights, real_subspace
@@ -103,7 +103,7 @@ def analyze(
     engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings.svd == "exact")
 
     # Step 1. Sums over tensors run in the order of names: the order in the file must not touch a bit.
-    grams = engine.over("task Gram", plan.of("matrix", "vector", "statistic", "extra"), engine.gram, progress)
+    grams = engine.over("task Gram", plan.of("matrix", "vector", "statistic", "extra"), engine.grams, progress)
     matrices = sorted(tensor.name for tensor in plan.of("matrix"))
     vectors = sorted(tensor.name for tensor in plan.of("vector"))
     count = len(sources)
@@ -112,16 +112,20 @@ def analyze(
     weighted = [gamma * grams[name] for gamma, name in zip(gammas, matrices, strict=True)]
     real = real_subspace(gram.ordered_sum(weighted, count), settings)
     # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
-    store = FactorStore(None if budget is None else budget // 2, spill_directory)
+    on_device = None if engine.device_budget is None else engine.device_budget // 2
+    store = FactorStore(None if budget is None else budget // 2, spill_directory, on_device)
     inner = {}
     if settings.eta != 0 and norm_matching.any_residual(real.mixing):
         truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
 
-        def truncate(tensor: PlannedTensor) -> Tensor:
-            inputs = engine.inputs(tensor)
-            factors = truncate_residuals(tensor.name, *inputs, real.mixing, tensor.rank, settings, chosen.operators)
-            store.put(tensor.name, factors)
-            return factors.inner_products()
+        def truncate(group: Group) -> Sequence[Tensor]:
+            known = [grams[name] for name in group.names]
+            rank, operators = group.tensors[0].rank, chosen.operators
+            arguments = (group.names, group.bases, group.experts, real.mixing, rank, settings, operators, known)
+            factors = truncate_residuals(*arguments)
+            for name, of_tensor in zip(group.names, factors, strict=True):
+                store.put(name, of_tensor)
+            return [of_tensor.inner_products() for of_tensor in factors]
 
         inner = engine.over("truncation", truncated, truncate, progress)
     matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)

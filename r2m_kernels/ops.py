@@ -59,8 +59,8 @@ def residual_matmul(
         experts: N tensors θ_j shaped as the base.
         mixing: (N, N); column i holds the weights of residual i. float64 recommended.
         rhs: (N, n, k), or (N, m, k) with ``transpose``.
-        precision: of the matrix units' operands, ``"ieee"``, ``"tf32x3"``, ``"tf32"`` or ``"bf16"``; backends
-            without such units compute in IEEE arithmetic whatever is asked.
+        precision: of the matrix units' operands, ``"ieee"``, ``"tf32x3"``, ``"tf32"`` or ``"bf16"``, at least: a
+            backend without such units, or without a kernel for this combination, computes more precisely.
 
     Returns:
         (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
@@ -76,7 +76,8 @@ def residual_matmul(
     _checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
     _checks.floating("rhs", rhs)
     operators = _backends.choose(backend, base.device).operators
-    return operators.residual_matmul(base, experts, mixing, rhs, transpose, precision)
+    group = [[expert] for expert in experts]
+    return operators.residual_matmul([base], group, mixing, rhs.unsqueeze(0), transpose, precision)[0]
 
 
 @deterministic
@@ -139,7 +140,8 @@ def combine(
     _checks.floating("out", out)
     _checks.same_shape("out", out, base.shape)
     operators = _backends.choose(backend, base.device).operators
-    operators.combine(base, experts, core, left, right, scale, out)
+    left, right = (None if factor is None else factor.unsqueeze(0) for factor in (left, right))
+    operators.combine([base], [[expert] for expert in experts], core, left, right, scale, [out])
     return out
 
 

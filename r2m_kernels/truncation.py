@@ -21,28 +21,45 @@ WIDTH_MULTIPLE = 16
 EXACT_UP_TO = 64
 # Elements of a residual that the exact truncation holds at once.
 EXACT_PIECE = 2**18
+# A residual that loses less than this share of its energy has so steep a spectrum that squaring it in float32, and
+# rounding operands, may lose more: the textbook method, which does neither, takes over.
+STEEP = 1e-3
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Truncated residuals of one tensor, F_i = left_i right_i, components by descending singular value.
+    """Truncated residuals of one tensor, F_i = left_i right_i.
 
     Attributes:
         left: (N, m, r).
         right: (N, r, n).
+        ordered: components come by descending singular value, so that the leading ones are a smaller truncation.
+        products: (N, N) float64, ⟨F_i, F_j⟩, where they came with the factors.
     """
 
     left: Tensor
     right: Tensor
+    ordered: bool = True
+    products: Tensor | None = None
 
     def truncated(self, rank: int) -> Factors:
-        """The leading ``rank`` components."""
+        """The leading ``rank`` components, by descending singular value."""
         if rank >= self.left.shape[2]:
             return self
-        return Factors(self.left[:, :, :rank], self.right[:, :rank])
+        whole = self if self.ordered else self._in_order()
+        return Factors(whole.left[:, :, :rank], whole.right[:, :rank])
+
+    def _in_order(self) -> Factors:
+        """The same F_i; one side is orthonormal, and the other's Gram has the squared singular values."""
+        tall = self.left.shape[1] >= self.right.shape[2]
+        weighted = self.left if tall else self.right.transpose(1, 2)
+        rotation = _leading_eigenvectors([_gram(block) for block in weighted], weighted.shape[2]).to(weighted)
+        return Factors(torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right))
 
     def inner_products(self) -> Tensor:
-        """⟨F_i, F_j⟩ from the factors alone: (N, N) float64."""
+        """⟨F_i, F_j⟩ from the factors alone: (N, N) float64 on the CPU."""
+        if self.products is not None:
+            return self.products
         count = len(self.left)
         left, right = self.left.double(), self.right.double()
         products = torch.empty(count, count, dtype=torch.float64)
@@ -63,43 +80,72 @@ def truncation_rank(rank: float | int, shape: Sequence[int]) -> int:
 
 
 def truncate_residuals(
-    name: str,
-    base: Tensor,
-    experts: Sequence[Tensor],
+    names: Sequence[str],
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
     mixing: Tensor,
     rank: int,
     config: MergeConfig,
     operators: Operators,
-) -> Factors:
+    grams: Sequence[Tensor] | None = None,
+) -> list[Factors]:
     """Near-optimal rank-r approximations of X_i = Σ_j mixing[j, i] τ_j for all experts, without storing any X_i.
 
-    ``svd="randomized"``: range finder with power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4), then the
-    eigenvectors of the small Gram BBᵀ in float64 in place of an SVD of B = QᵀX. ``svd="exact"``, or a short
-    side that is tiny or spanned by the sketch: eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖
-    before the factors are rounded to the compute dtype.
+    ``svd="randomized"``: the backend's own method for groups (README §4), else the textbook's: a range finder with
+    power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4), then the eigenvectors of the small Gram BBᵀ in
+    float64 in place of an SVD of B = QᵀX. ``svd="exact"``, or a short side that is tiny or spanned by the sketch:
+    eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖ before the factors are rounded to the
+    compute dtype.
+
+    Args:
+        names, bases: L tensors of one shape.
+        experts: N sequences of L tensors.
+        grams: the L task Gram matrices (N, N) float64, where they are known already.
+
+    Returns:
+        L factors; none depends on what else is in the group.
     """
-    smaller = min(base.shape[0], base.numel() // base.shape[0])
-    width = -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    of_tensor = list(zip(names, bases, zip(*experts, strict=True), strict=True))
+    smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
+    own = operators.shifted_truncation
+    width = rank if own else -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     if config.svd == "exact" or smaller <= max(width, EXACT_UP_TO):
-        return _exact(base, experts, mixing, rank, operators)
-    return _randomized(name, base, experts, mixing, rank, width, config, operators)
+        return [_exact(base, others, mixing, rank, operators) for _, base, others in of_tensor]
+    # A tolerance ends the iterations of each tensor on its own, which a group cannot.
+    if own is None or config.tolerance is not None:
+        return [_textbook(name, base, others, mixing, rank, config, operators) for name, base, others in of_tensor]
+    if grams is None:
+        grams = list(operators.task_gram(bases, experts))
+    keys = torch.tensor([_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
+    energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
+    left, right, products = own(bases, experts, mixing, keys, energies, rank, config.power_iterations)
+    factors = [Factors(*found[:2], False, found[2]) for found in zip(left, right, products, strict=True)]
+    kept = products.diagonal(dim1=1, dim2=2)
+    steep = ((energies > 0) & (energies - kept < STEEP * energies)).any(dim=1)
+    for index in steep.nonzero().flatten().tolist():
+        name, base, others = of_tensor[index]
+        factors[index] = _textbook(name, base, others, mixing, rank, config, operators)
+    return factors
 
 
-def _randomized(
+def _textbook(
     name: str,
     base: Tensor,
     experts: Sequence[Tensor],
     mixing: Tensor,
     rank: int,
-    width: int,
     config: MergeConfig,
     operators: Operators,
 ) -> Factors:
-    def times(rhs: Tensor) -> Tensor:  # only turns the subspace: operands may be rounded where that is faster
-        return operators.residual_matmul(base, experts, mixing, rhs, precision="tf32")
+    smaller = min(base.shape[0], base.numel() // base.shape[0])
+    width = min(smaller, -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    group = [[expert] for expert in experts]
+
+    def times(rhs: Tensor, transpose: bool = False) -> Tensor:
+        return operators.residual_matmul([base], group, mixing, rhs.unsqueeze(0), transpose, precision="tf32x3")[0]
 
     def transposed_times(rhs: Tensor) -> Tensor:
-        return operators.residual_matmul(base, experts, mixing, rhs, transpose=True, precision="ieee")
+        return times(rhs, transpose=True)
 
     test = _test_matrix(config.seed, name, base.shape, width).to(base.device)
     # The same test matrix for every expert: their order cannot matter.
@@ -111,7 +157,7 @@ def _randomized(
         product = transposed_times(basis)
         if config.tolerance is not None and _settled(previous, product, config.tolerance):
             break
-    rotation = _leading_eigenvectors([_gram(block) for block in product], rank).to(product.dtype)
+    rotation = _leading_eigenvectors([_gram(block) for block in product], rank).to(product)
     return Factors(torch.bmm(basis, rotation), torch.bmm(product, rotation).transpose(1, 2).contiguous())
 
 
@@ -125,10 +171,12 @@ def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, o
     step = max(1, EXACT_PIECE // side)
     for start in range(0, length, step):
         theta, *thetas = (whole.narrow(int(wide), start, min(step, length - start)) for whole in (matrix, *matrices))
-        piece = operators.residual_matmul(theta, thetas, mixing, identity, transpose=wide)
-        grams += operators.residual_matmul(theta, thetas, mixing, piece, transpose=not wide)
-    vectors = _leading_eigenvectors(list(grams), rank)
-    other = operators.residual_matmul(matrix, matrices, mixing, vectors, transpose=wide)
+        group = [[piece] for piece in thetas]
+        piece = operators.residual_matmul([theta], group, mixing, identity.unsqueeze(0), transpose=wide)
+        grams += operators.residual_matmul([theta], group, mixing, piece, transpose=not wide)[0]
+    vectors = _leading_eigenvectors([gram.cpu() for gram in grams], rank).to(base.device)
+    group = [[whole] for whole in matrices]
+    other = operators.residual_matmul([matrix], group, mixing, vectors.unsqueeze(0), transpose=wide)[0]
     dtype = torch.float64 if torch.float64 in {t.dtype for t in (base, *experts)} else torch.float32
     vectors, other = vectors.to(dtype), other.to(dtype)
     if wide:
@@ -143,8 +191,9 @@ def _settled(previous: Tensor, product: Tensor, tolerance: float) -> bool:
 
 
 def _gram(product: Tensor) -> Tensor:
+    """(k, k) float64 on the CPU, where small eigenvalue problems are solved for every device."""
     double = product.double()
-    return double.T @ double
+    return (double.T @ double).cpu()
 
 
 def _leading_eigenvectors(grams: Sequence[Tensor], rank: int) -> Tensor:
@@ -158,10 +207,13 @@ def _leading_eigenvectors(grams: Sequence[Tensor], rank: int) -> Tensor:
 
 
 def _test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tensor:
-    """Gaussian (n, width) float32, a function of (seed, tensor name, shape) alone; made on the CPU for all devices."""
-    m = shape[0]
-    n = math.prod(shape[1:])
-    key = f"{seed}\0{name}\0{m}x{n}".encode()
+    """Gaussian (n, width) float32, made on the CPU for all devices."""
     generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
-    return torch.randn(n, width, generator=generator)
+    generator.manual_seed(_key(seed, name, shape))
+    return torch.randn(math.prod(shape[1:]), width, generator=generator)
+
+
+def _key(seed: int, name: str, shape: Sequence[int]) -> int:
+    """63 bits, a function of (seed, tensor name, shape) alone: all that is random about a tensor."""
+    key = f"{seed}\0{name}\0{shape[0]}x{math.prod(shape[1:])}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

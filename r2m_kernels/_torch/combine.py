@@ -12,6 +12,20 @@ from r2m_kernels._torch.blocks import as_column, as_matrix, column_slices, compu
 
 
 def combine(
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    core: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    scale: Tensor | None,
+    outs: Sequence[Tensor],
+) -> None:
+    for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
+        lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
+        _combine(base, [expert[index] for expert in experts], core, lefts, rights, scale, out)
+
+
+def _combine(
     base: Tensor,
     experts: Sequence[Tensor],
     core: Tensor,

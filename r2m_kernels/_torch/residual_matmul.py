@@ -12,14 +12,19 @@ from r2m_kernels._torch.blocks import as_matrix, compute_dtype, residual_blocks,
 
 
 def residual_matmul(
-    base: Tensor,
-    experts: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
     mixing: Tensor,
     rhs: Tensor,
     transpose: bool = False,
     precision: str = "ieee",
 ) -> Tensor:
     """``precision`` is accepted for all backends' sake: torch on a CPU has IEEE arithmetic only."""
+    of_tensor = zip(bases, zip(*experts, strict=True), rhs, strict=True)
+    return torch.stack([_residual_matmul(base, others, mixing, block, transpose) for base, others, block in of_tensor])
+
+
+def _residual_matmul(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rhs: Tensor, transpose: bool) -> Tensor:
     dtype = torch.promote_types(compute_dtype([base, *experts]), rhs.dtype)
     matrix, matrices = as_matrix(base), [as_matrix(expert) for expert in experts]
     mixing, rhs = mixing.to(base.device, dtype), rhs.to(base.device, dtype)

@@ -209,9 +209,8 @@ def test_arguments_that_do_not_fit_are_named(call, sentence):
         call(base, [base.clone()])
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_backend_that_is_not_there_says_so(backend):
+def test_a_backend_that_is_not_there_says_so():
     from r2m_kernels import BackendUnavailable
 
-    with pytest.raises(BackendUnavailable, match=f"backend '{backend}' is not part of this version of r2m_kernels"):
-        ops.orthonormalize(torch.randn(4, 3), backend=backend)
+    with pytest.raises(BackendUnavailable, match="backend 'native' is not part of this version of r2m_kernels"):
+        ops.orthonormalize(torch.randn(4, 3), backend="native")

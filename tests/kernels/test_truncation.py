@@ -10,13 +10,19 @@ from r2m_kernels import MergeConfig
 from r2m_kernels import _torch as operators
 from r2m_kernels.truncation import truncate_residuals, truncation_rank
 
-IDENTITY = torch.eye(1, dtype=torch.float64)
+
+def truncated(name, experts, rank, **options):
+    """Factors of one tensor whose base is zero and whose residuals are the experts themselves."""
+    identity = torch.eye(len(experts), dtype=torch.float64)
+    group = ([name], [torch.zeros_like(experts[0])], [[expert] for expert in experts])
+    (factors,) = truncate_residuals(*group, identity, rank, MergeConfig(**options), operators)
+    return factors
 
 
 def truncation_error(matrix, rank, **options):
     """‖X − X̂‖ / optimum, or / ‖X‖ where the optimum is rounding."""
     x = matrix.float()
-    factors = truncate_residuals("x", torch.zeros_like(x), [x], IDENTITY, rank, MergeConfig(**options), operators)
+    factors = truncated("x", [x], rank, **options)
     assert factors.left.shape == (1, x.shape[0], rank)
     assert factors.right.shape == (1, rank, x.numel() // x.shape[0])
     error = float((x.double().flatten(1) - factors.left[0].double() @ factors.right[0].double()).norm())
@@ -69,7 +75,7 @@ def test_tolerance_stops_early_and_a_tight_one_does_not():
 
 def test_components_come_by_descending_size_so_that_a_smaller_rank_is_a_slice():
     x = matrix_with(spectrum("k^-1", 256), 256, 300).float()
-    factors = truncate_residuals("x", torch.zeros_like(x), [x], IDENTITY, 20, MergeConfig(), operators)
+    factors = truncated("x", [x], 20)
     smaller = factors.truncated(5)
     error = (x.double() - smaller.left[0].double() @ smaller.right[0].double()).norm()
     optimum = torch.linalg.svdvals(x.double())[5:].norm()
@@ -80,9 +86,7 @@ def test_components_come_by_descending_size_so_that_a_smaller_rank_is_a_slice():
 def test_inner_products_come_from_the_factors():
     generator = torch.Generator().manual_seed(0)
     experts = [torch.randn(200, 150, generator=generator) for _ in range(3)]
-    factors = truncate_residuals(
-        "x", torch.zeros(200, 150), experts, torch.eye(3, dtype=torch.float64), 10, MergeConfig(), operators
-    )
+    factors = truncated("x", experts, 10)
     explicit = (factors.left.double() @ factors.right.double()).flatten(1)
     assert torch.allclose(factors.inner_products(), explicit @ explicit.T, rtol=1e-10)
 
@@ -91,7 +95,7 @@ def test_the_test_matrix_depends_on_seed_and_name():
     x = matrix_with(spectrum("linear", 300), 300, 300).float()
 
     def factors(name, **options):
-        return truncate_residuals(name, torch.zeros_like(x), [x], IDENTITY, 10, MergeConfig(**options), operators).left
+        return truncated(name, [x], 10, **options).left
 
     assert torch.equal(factors("a"), factors("a"))
     assert not torch.equal(factors("a"), factors("b"))

@@ -1,0 +1,306 @@
+"""Does every kernel compile for every target in every configuration that can be chosen, and to what? No GPU needed.
+
+    python -m bench.compile_check [--json FILE] [--target sm_90 ...] [--processes 2]
+
+The operators themselves are run, on small CPU tensors, over all situations that lead to another configuration; their
+launches are caught and compiled for each target instead. So what is built here is what a GPU would be given: the same
+arguments, alignments and constants. The machine code is then inspected: registers, spills, shared memory, matrix
+instructions, 128-bit loads. Exit code 1 if a kernel spills, needs more shared memory than the chip has, lacks the
+matrix instruction that its configuration declares, or, where everything is aligned, loads less than 128 bits at once.
+
+Triton's own cache makes the second run quick: it is keyed by source, target and options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from r2m_kernels import _triton
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.residual_matmul import matrix_group, sketch
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the gate and its occupancy bound need to know of a target."""
+
+    target: GPUTarget
+    mma: str  # the matrix instruction to expect
+    wide_load: str
+    shared_limit: int  # bytes a program may have
+    shared_total: int  # bytes of one multiprocessor
+    registers: int  # 32-bit registers of one multiprocessor
+    threads: int  # resident on one multiprocessor
+
+
+NVIDIA_LOAD = r"\bLDG(?:STS)?\.\S*128"
+CHIPS = {
+    # 99 KiB: sm_80's configurations also serve 8.6, 8.9 and 12.x.
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), r"\bHMMA\b", NVIDIA_LOAD, 99 * 1024, 164 * 1024, 65536, 2048),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), r"\bHGMMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), r"\bUTC\w*MMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
+    "gfx942": Chip(
+        GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", r"\b(?:global|buffer)_load_dwordx4", 65536, 65536, 131072, 2048
+    ),
+}
+
+
+@dataclasses.dataclass
+class Launch:
+    """One caught launch: what to compile and what was chosen."""
+
+    kernel: Any
+    config: launch.Config
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def compiled(self) -> Any:
+        """For the active driver's target; nothing is run."""
+        options = launch.options(self.config)
+        return self.kernel.run(*self.arguments, **self.constants, **options, grid=(1,), warmup=True)
+
+    def declares_mma(self, target: str) -> bool:
+        """Whether its products belong on the matrix units: not float64 ones, nor plain float32 on NVIDIA."""
+        if not isinstance(self.config, launch.MatmulConfig) or self.constants.get("COMPUTE") != triton.language.float32:
+            return False
+        return self.config.precision != "ieee" or CHIPS[target].target.backend == "hip"
+
+    def described(self) -> dict[str, Any]:
+        """The configuration and the constants that are not in it, as plain values."""
+        constants = {name: value for name, value in self.constants.items() if name not in _CONFIGURED}
+        plain = {
+            name: value if isinstance(value, bool | int | str) else str(value) for name, value in constants.items()
+        }
+        return {**dataclasses.asdict(self.config), **{name.lower(): value for name, value in plain.items()}}
+
+
+_CONFIGURED = (
+    "PRECISION",
+    "ROWS",
+    "INNER",
+    "COLUMNS",
+    "EXPERTS",
+    "INPUTS",
+    "ALIGNED",
+    "STEPS",
+    "BLOCK",
+    "DIAGONAL",
+    "SIDE",
+)
+
+
+class _CompileOnly:
+    """Stands in for the GPU's driver: it names a target and has no device."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return launch.TARGETS.index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return CHIPS[self.target].target
+
+
+def situations() -> Iterator[Callable[[], object]]:
+    """Operator calls on small tensors that lead to every configuration."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for count in (3, 8):
+            for row in (64, 63):  # 63: rows do not start at multiples of 16 bytes
+                base = torch.zeros(32, row, dtype=dtype)
+                yield from _of_one_shape(base, [base.clone() for _ in range(count)])
+    for dtype in (torch.float32, torch.float64):
+        for length in (64, 63):
+            y = torch.zeros(2, length, 16, dtype=dtype)
+            yield lambda y=y: _triton.orthonormalize(y)
+
+
+def _of_one_shape(base: Tensor, experts: list[Tensor]) -> Iterator[Callable[[], object]]:
+    count, (m, n) = len(experts), base.shape
+    bases, others = [base], [[expert] for expert in experts]
+    mixing, core = torch.eye(count, dtype=torch.float64), torch.zeros(count)
+    shifted_by_one = [[torch.zeros(m * n + 1, dtype=t.dtype)[1:].view(m, n)] for t in (base, *experts)]
+    yield lambda: _triton.task_gram(bases, others)
+    yield lambda: _triton.task_gram(shifted_by_one[0], shifted_by_one[1:])
+    for transpose in (False, True):
+        for precision in ("bf16", "tf32", "tf32x3", "ieee"):
+            rhs = torch.zeros(1, count, m if transpose else n, 16)
+            yield lambda rhs=rhs, transpose=transpose, precision=precision: _triton.residual_matmul(
+                bases, others, mixing, rhs, transpose, precision
+            )
+        yield lambda transpose=transpose: sketch(
+            matrix_group(bases, others), mixing, torch.zeros(1, dtype=torch.int64), 16, transpose
+        )
+    left, right = torch.zeros(1, count, m, 16), torch.zeros(1, count, 16, n)
+    for out in dict.fromkeys((base.dtype, torch.promote_types(base.dtype, torch.float32))):
+        outs = [torch.empty(m, n, dtype=out)]
+        yield lambda outs=outs: _triton.combine(bases, others, core, left, right, core, outs)
+        yield lambda outs=outs: _triton.combine(bases, others, core, None, None, None, outs)
+        yield lambda outs=outs: _triton.combine(shifted_by_one[0], shifted_by_one[1:], core, None, None, None, outs)
+
+
+def launches(target: str) -> list[Launch]:
+    """Every launch that can happen on a target, each configuration and specialization once."""
+    caught: dict[str, Launch] = {}
+
+    def catch(kernel: Any, grid: Any, config: launch.Config, *arguments: Any, **constants: Any) -> None:
+        found = Launch(kernel, config, arguments, constants)
+        binder = kernel.device_caches[driver.active.get_current_device()][4]
+        _, specialization, _ = binder(*arguments, **constants, **launch.options(config))
+        caught.setdefault(f"{kernel.__name__} {specialization} {config}", found)
+
+    driver.set_active(_CompileOnly(target))
+    with mock.patch.object(launch, "start", catch), mock.patch.object(launch, "target_of", return_value=target):
+        for situation in situations():
+            situation()
+    return [caught[key] for key in sorted(caught)]  # every process sees the same order
+
+
+def inspected(target: str, found: Launch) -> dict[str, Any]:
+    """Compile one launch and read its machine code."""
+    chip = CHIPS[target]
+    driver.set_active(_CompileOnly(target))
+    start = time.perf_counter()
+    try:
+        kernel = found.compiled()
+    except Exception as error:  # a compiler may raise anything; the other kernels' rows are wanted all the same
+        what = {"kernel": found.kernel.__name__, "target": target, "config": found.described()}
+        return {**what, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+    seconds = time.perf_counter() - start
+    shared = kernel.metadata.shared
+    threads = found.config.warps * chip.target.warp_size
+    if chip.target.backend == "cuda":
+        usage, code = _cubin(kernel.asm["cubin"])
+        registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        held = -(-registers // 8) * 8 * threads
+    else:
+        code = kernel.asm["amdgcn"]
+        fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code))
+        registers, spills = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
+        spills = max(spills, 4 * int(fields["vgpr_spill_count"]))
+        held = -(-registers // 8) * 8 * threads
+    by_shared = chip.shared_total // shared if shared else chip.threads
+    return {
+        "kernel": found.kernel.__name__,
+        "target": target,
+        "config": found.described(),
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": shared,
+        "mma": len(re.findall(chip.mma, code)),
+        "wide_loads": len(re.findall(chip.wide_load, code)),
+        "programs_per_multiprocessor": min(chip.registers // held, by_shared, chip.threads // threads),
+        "declares_mma": found.declares_mma(target),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _cubin(binary: bytes) -> tuple[dict[str, int], str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+
+        def dump(tool: str, *options: str) -> str:
+            return subprocess.run(
+                [tools / tool, *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = dump("cuobjdump", "--dump-resource-usage")
+        code = dump("nvdisasm", "--print-code")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, code
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, in words."""
+    if "error" in row:
+        return [f"does not compile ({row['error']})"]
+    found = []
+    limit = CHIPS[row["target"]].shared_limit
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > limit:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
+    if row["declares_mma"] and not row["mma"]:
+        found.append("has no matrix instruction")
+    if row["config"]["aligned"] and not row["wide_loads"]:
+        found.append("has no 128-bit load")
+    return found
+
+
+def _share(part: tuple[list[str], int, int]) -> list[dict[str, Any]]:
+    targets, index, parts = part
+    everything = [(target, found) for target in targets for found in launches(target)]
+    return [inspected(*item) for item in everything[index::parts]]
+
+
+def check(targets: list[str], processes: int) -> list[dict[str, Any]]:
+    """A row for every kernel, configuration and target; compiled in several processes."""
+    parts = 4 * processes  # more parts than processes: some take longer
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        rows = [
+            row
+            for share in pool.imap_unordered(_share, [(targets, i, parts) for i in range(parts)], 1)
+            for row in share
+        ]
+    return sorted(rows, key=lambda row: (row["kernel"], row["target"], json.dumps(row["config"])))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--target", action="append", choices=launch.TARGETS, help="default: all of them")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    if launch.INTERPRETED:
+        print("TRITON_INTERPRET is set: there is nothing to compile", file=sys.stderr)
+        return 2
+    targets = options.target or list(launch.TARGETS)
+    start = time.perf_counter()
+    rows = check(targets, options.processes)
+    for row in (row for row in rows if "error" not in row):
+        print(
+            f"{row['kernel']:28} {row['target']:7} registers {row['registers']:4} shared {row['shared_bytes']:7} "
+            f"mma {row['mma']:4} wide loads {row['wide_loads']:3} {row['seconds']:5.1f} s  "
+            + " ".join(f"{name}={value}" for name, value in row["config"].items())
+        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    bad = [(row, failure) for row in rows for failure in failures(row)]
+    for row, failure in bad:
+        print(f"FAILED: {row['kernel']} on {row['target']} {failure}: {row['config']}")
+    counts = collections.Counter(row["target"] for row in rows)
+    covered = ", ".join(f"{target} {counts[target]}" for target in targets)
+    print(
+        f"Triton {triton.__version__}: kernels compiled and inspected: {covered}, {len(bad)} failures, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

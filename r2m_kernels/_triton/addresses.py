@@ -1,0 +1,96 @@
+"""Tables of addresses: one launch serves every tensor of a group, wherever each of them lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A vector load moves this many bytes and wants an address that is a multiple of it.
+VECTOR_BYTES = 16
+
+ELEMENT_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def tensor_at(slot, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer stored in a table's slot (masked off: null)."""
+    pointer = tl.load(slot, mask=mask, other=0).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # the compiler cannot know it, and would load 4 bytes at a time
+    return pointer
+
+
+@triton.jit
+def known_multiple(value, FACTOR: tl.constexpr):
+    """``value``, a multiple of FACTOR, so that the compiler knows: masks made with it are constant over a vector."""
+    return value // FACTOR * FACTOR  # tl.multiple_of says nothing about a kernel's own argument
+
+
+class Group:
+    """Tensors of one shape, base and experts, ready for a kernel.
+
+    Args:
+        row: elements of a row, or of the whole tensor where rows mean nothing.
+
+    Attributes:
+        bases, experts: contiguous and of one dtype; those that were not are copies.
+        table: (L, N + 1) int64 on the device: addresses of θ₀, θ_1 … θ_N.
+        aligned: every row of every tensor starts and ends at a multiple of 16 bytes.
+    """
+
+    def __init__(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], row: int) -> None:
+        dtypes = {tensor.dtype for tensors in (bases, *experts) for tensor in tensors}
+        # Mixed inputs are widened to the type they are computed in: a kernel reads one type.
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else wide
+        self.bases = [tensor.to(self.dtype).contiguous() for tensor in bases]
+        self.experts = [[tensor.to(self.dtype).contiguous() for tensor in tensors] for tensors in experts]
+        self.device = self.bases[0].device
+        self.table = address_table([self.bases, *self.experts], self.device)
+        self.aligned = aligned([tensor for tensors in (self.bases, *self.experts) for tensor in tensors], row)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What sums and products are carried in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def address_table(columns: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """(L, len(columns)) int64. The tensors must outlive the launch that reads the table."""
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in zip(*columns, strict=True)])
+    return addresses.to(device, non_blocking=True)
+
+
+def aligned(tensors: Sequence[Tensor], row: int) -> bool:
+    """Whether all rows of ``row`` elements start and end at a multiple of 16 bytes."""
+    return all(
+        row * tensor.element_size() % VECTOR_BYTES == 0 and tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors
+    )
+
+
+def vectors_fit(length: int) -> bool:
+    """Whether rows of ``length`` float32 or float64 numbers, as :func:`empty_rows` lays them, end at 16 bytes."""
+    return length % (VECTOR_BYTES // torch.float32.itemsize) == 0
+
+
+def padded_rows(rows: Tensor) -> Tensor:
+    """``rows`` laid out as :func:`empty_rows` does: itself where it is so, else a copy."""
+    result = empty_rows(rows.shape[:-1], rows.shape[-1], rows.dtype, rows.device)
+    if rows.stride() == result.stride() and rows.data_ptr() % VECTOR_BYTES == 0:
+        return rows
+    return result.copy_(rows)
+
+
+def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (*leading, length) tensor whose rows start at multiples of 16 elements."""
+    padded = -(-length // 16) * 16
+    return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :length]

@@ -1,0 +1,201 @@
+"""Step 5: the merged tensors in one read of each input and one write (README §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.addresses import (
+    ELEMENT_TYPES,
+    Group,
+    address_table,
+    aligned,
+    known_multiple,
+    padded_rows,
+    tensor_at,
+    vectors_fit,
+)
+
+
+@triton.jit
+def merged_inputs(
+    slots, core, offsets, inside, count, TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """θ₀ + Σ_j core_j (θ_j − θ₀) at these offsets; an expert whose coefficient is 0 is not read."""
+    theta = tl.load(tensor_at(slots, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
+    total = theta
+    for j in range(count):
+        weight = tl.load(core + j)
+        if weight != 0.0:
+            expert = tensor_at(slots + 1 + j, True, TYPE, ALIGNED)
+            total += weight * (tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta)
+    return total
+
+
+@triton.jit(do_not_specialize=["m", "n", "rank", "count", "left_stride", "right_stride", "column_tiles"])
+def combine_matrix_kernel(
+    table,
+    outputs,
+    core,
+    scale,
+    left,
+    right,
+    m,
+    n,
+    rank,
+    count,
+    left_stride,
+    right_stride,
+    column_tiles,
+    TYPE: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """out[l] = θ₀ + Σ_j core_j τ_lj + Σ_i scale_i left[l, i]ᵀ right[l, i], a tile a program.
+
+    table (L, N + 1), outputs (L,), core and scale (N,), left (L, N, rank, m), right (L, N, rank, n).
+    """
+    tensor = tl.program_id(1).to(tl.int64)
+    row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    if ALIGNED:
+        m, n = known_multiple(m, 4), known_multiple(n, 128 // TYPE.primitive_bitwidth)
+    left_stride, right_stride = known_multiple(left_stride, 16), known_multiple(right_stride, 16)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    steps = tl.cdiv(rank, INNER)
+    total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for step in range(count * steps):
+        i, depth = step // steps, (step % steps) * INNER + tl.arange(0, INNER)
+        where = (tensor * count + i) * rank + depth[:, None]
+        lefts = tl.load(left + where * left_stride + rows[None, :], mask=(depth < rank)[:, None] & (rows < m)[None, :])
+        rights = tl.load(
+            right + where * right_stride + columns[None, :], mask=(depth < rank)[:, None] & (columns < n)[None, :]
+        )
+        # Masked entries hold anything: zero them on both sides, since NaN · 0 is NaN.
+        lefts = tl.where((depth < rank)[:, None] & (rows < m)[None, :], lefts, 0.0) * tl.load(scale + i)
+        rights = tl.where((depth < rank)[:, None] & (columns < n)[None, :], rights, 0.0)
+        total = tl.dot(tl.trans(lefts), rights, total, input_precision=PRECISION, out_dtype=COMPUTE)
+    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    total += merged_inputs(table + tensor * (count + 1), core, offsets, inside, count, TYPE, COMPUTE, ALIGNED)
+    out = tensor_at(outputs + tensor, True, OUTPUT, ALIGNED)
+    tl.store(out + offsets, total.to(OUTPUT), mask=inside)
+
+
+@triton.jit(do_not_specialize=["elements", "count"])
+def combine_vector_kernel(
+    table,
+    outputs,
+    core,
+    elements: tl.int64,
+    count,
+    TYPE: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[l] = θ₀ + Σ_j core_j τ_lj for tensors without a low-rank term, a block of elements a program."""
+    block, tensor = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if ALIGNED:
+        elements = known_multiple(elements, 128 // TYPE.primitive_bitwidth)
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < elements
+    total = merged_inputs(table + tensor * (count + 1), core, offsets, inside, count, TYPE, COMPUTE, ALIGNED)
+    out = tensor_at(outputs + tensor, True, OUTPUT, ALIGNED)
+    tl.store(out + offsets, total.to(OUTPUT), mask=inside)
+
+
+def combine(
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    core: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    scale: Tensor | None,
+    outs: Sequence[Tensor],
+) -> None:
+    """Write the merged tensors of a group into ``outs``; see :func:`r2m_kernels.ops.combine`."""
+    if bases[0].numel() == 0:
+        return
+    count = len(experts)
+    row = bases[0].numel() if left is None else bases[0].numel() // bases[0].shape[0]
+    group = Group(bases, experts, row)
+    dtype = group.compute_dtype
+    # A kernel writes the type it reads or the one it computes in; any other output is rounded from the latter.
+    writable = outs[0].dtype in (group.dtype, dtype)
+    targets = [
+        out if writable and out.is_contiguous() else torch.empty(out.shape, dtype=dtype, device=out.device)
+        for out in outs
+    ]
+    if len({target.dtype for target in targets}) > 1:
+        targets = [torch.empty(out.shape, dtype=dtype, device=out.device) for out in outs]
+    outputs = address_table([targets], group.device)
+    fits = group.aligned and aligned(targets, row)
+    largest = torch.finfo(dtype).max  # a coefficient beyond the type becomes its largest number, not Inf · 0
+    weights = core.double().clamp(-largest, largest).to(group.device, dtype)
+    types = {
+        "TYPE": ELEMENT_TYPES[group.dtype],
+        "OUTPUT": ELEMENT_TYPES[targets[0].dtype],
+        "COMPUTE": ELEMENT_TYPES[dtype],
+    }
+    target = launch.target_of(group.device)
+    if left is None or right is None or scale is None:
+        elements = bases[0].numel()
+        flat = launch.combine_vector(target, fits)
+        launch.start(
+            combine_vector_kernel,
+            (-(-elements // flat.block), len(bases)),
+            flat,
+            group.table,
+            outputs,
+            weights,
+            elements,
+            count,
+            **types,
+            ALIGNED=flat.aligned,
+            BLOCK=flat.block,
+        )
+    else:
+        lefts = padded_rows(left.to(group.device, dtype).transpose(-1, -2))
+        rights = padded_rows(right.to(group.device, dtype))
+        rank, m, n = lefts.shape[-2], lefts.shape[-1], rights.shape[-1]
+        config = launch.combine_matrix(target, dtype, fits and vectors_fit(m))
+        column_tiles = -(-n // config.columns)
+        launch.start(
+            combine_matrix_kernel,
+            (-(-m // config.rows) * column_tiles, len(bases)),
+            config,
+            group.table,
+            outputs,
+            weights,
+            scale.to(group.device, dtype).contiguous(),
+            lefts,
+            rights,
+            m,
+            n,
+            rank,
+            count,
+            lefts.stride(-2),
+            rights.stride(-2),
+            column_tiles,
+            **types,
+            PRECISION=config.input_precision,
+            ALIGNED=config.aligned,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            INNER=config.inner,
+        )
+    for out, tensor in zip(outs, targets, strict=True):
+        if tensor is not out:
+            out.copy_(tensor)

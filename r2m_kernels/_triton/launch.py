@@ -1,0 +1,183 @@
+"""How every kernel is launched: small frozen configurations, chosen by pure functions of what is launched.
+
+Tile sizes stand in ``launch.json``, by operator, target and variant; ``python -m bench.tune`` rewrites it on a GPU.
+Nothing is tuned at run time. ``python -m bench.compile_check`` builds and inspects every configuration that can be
+chosen, by running the operators with :func:`start` replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+import torch
+import triton
+
+Precision = Literal["bf16", "tf32", "tf32x3", "ieee"]
+
+# Targets with tile sizes of their own; other GPUs use those of the nearest: see `target_of`.
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# Whether kernels run on CPU tensors, in Triton's interpreter, for tests: decided when they are imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Inputs (beside the base) whose loads a residual kernel unrolls; more are read in a loop.
+UNROLLED_INPUTS = 3
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """``task_gram``: a program sums ``steps`` blocks of ``block`` elements; ``diagonal``: N ≤ 4, one block pair."""
+
+    aligned: bool
+    diagonal: bool
+    steps: int
+    block: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """A product on the matrix units, a tile of ``rows`` × ``columns`` a program, ``inner`` of the sum at a time.
+
+    ``precision`` is that of the operands; ``experts`` residuals are served by one program; ``inputs`` > 0 unrolls the
+    loop over that many inputs.
+    """
+
+    precision: Precision
+    aligned: bool
+    rows: int
+    inner: int
+    columns: int
+    warps: int
+    stages: int
+    experts: int = 1
+    inputs: int = 0
+
+    @property
+    def input_precision(self) -> str:
+        """What ``tl.dot`` is told: bf16 operands have no choice left."""
+        return "ieee" if self.precision == "bf16" else self.precision
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Element-wise kernels and plain sums: ``block`` elements at a time."""
+
+    aligned: bool
+    block: int
+    warps: int
+    stages: int
+
+
+Config = GramConfig | MatmulConfig | VectorConfig
+
+
+def start(kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel. Every launch of this package goes through here."""
+    kernel[grid](*arguments, **constants, **options(config))
+
+
+def options(config: Config) -> dict[str, Any]:
+    """What Triton's compiler is told beside the constants."""
+    # Fused multiply-adds are the default today and announced to change: rounding bounds here allow both.
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+
+
+def target_of(device: torch.device) -> str:
+    """The entry of :data:`TARGETS` for a device; CPU tensors are the interpreter's, which takes any."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory and warp-level matrix instructions: sm_80's tiles fit that.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def fast_precision(target: str, dtype: torch.dtype) -> Precision:
+    """Of products that only turn a subspace (README §4), for inputs of ``dtype``.
+
+    16-bit inputs round their own task vectors more coarsely than bf16 rounds the residual.
+    """
+    return "tf32" if dtype == torch.float32 and target != "gfx942" else "bf16"
+
+
+def full_precision(target: str) -> Precision:
+    """float32-grade products on the matrix units."""
+    return "ieee" if target == "gfx942" else "tf32x3"
+
+
+def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> GramConfig:
+    """For N = ``count`` experts of ``dtype``."""
+    # Unaligned tensors are rare and small: they share one variant.
+    variant = f"{8 * dtype.itemsize}-bit" if aligned else "general"
+    return GramConfig(aligned, aligned and count <= 4, **_tiles("task_gram", target, variant))
+
+
+def residual_matmul(
+    target: str, dtype: torch.dtype, compute: torch.dtype, precision: str, aligned: bool, count: int
+) -> MatmulConfig:
+    """For N = ``count`` experts of ``dtype``, computed in ``compute``; never with less precision than asked for.
+
+    Built are, for every target and dtype, the two precisions of the method; one that is asked for and not among them
+    runs as the next one up. Odd row lengths, and ``ieee`` on NVIDIA, share the variant ``general``: plain arithmetic,
+    loads as wide as any address allows.
+    """
+    if compute == torch.float64:
+        return MatmulConfig("ieee", False, **_tiles("residual_matmul", target, "float64"))
+    fast, full = fast_precision(target, dtype), full_precision(target)
+    if not aligned or (precision == "ieee" and full != "ieee"):
+        return MatmulConfig("ieee", False, **_tiles("residual_matmul", target, "general"))
+    chosen = fast if precision in ("bf16", fast) else full
+    if count <= UNROLLED_INPUTS:
+        return MatmulConfig(chosen, True, inputs=UNROLLED_INPUTS, **_tiles("residual_matmul", target, chosen))
+    return MatmulConfig(chosen, True, **_tiles("residual_matmul", target, chosen + "/many"))
+
+
+def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
+    """For sums carried in ``compute``."""
+    if compute == torch.float64:
+        return MatmulConfig("ieee", False, **_tiles("combine_matrix", target, "float64"))
+    full = full_precision(target)
+    return MatmulConfig(full, aligned, **_tiles("combine_matrix", target, full if aligned else "general"))
+
+
+def combine_vector(target: str, aligned: bool) -> VectorConfig:
+    """Whatever the dtypes."""
+    return VectorConfig(aligned, **_tiles("combine_vector", target, "any"))
+
+
+def sums() -> VectorConfig:
+    """Float64 sums of partial results: too small to be worth a table."""
+    return VectorConfig(False, block=256, warps=4, stages=1)
+
+
+def vectors_gram(target: str, aligned: bool) -> MatmulConfig:
+    """Gram matrices of blocks of vectors, float64."""
+    return MatmulConfig("ieee", aligned, **_tiles("vectors_gram", target, "float64"))
+
+
+def triangular_product(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
+    """Triangular matrices times blocks of vectors."""
+    if compute == torch.float64:
+        return MatmulConfig("ieee", False, **_tiles("triangular_product", target, "float64"))
+    full = full_precision(target)
+    return MatmulConfig(full, aligned, **_tiles("triangular_product", target, full if aligned else "general"))
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The content of ``launch.json``: operator → target → variant → tile sizes."""
+    text = resources.files(__package__).joinpath("launch.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _tiles(operator: str, target: str, variant: str) -> dict[str, int]:
+    entry: dict[str, int] = table()[operator][target][variant]
+    return entry

@@ -1,0 +1,281 @@
+"""Products with the residuals X_i = Σ_j mixing[j, i] (θ_j − θ₀), which exist in registers only (README §4).
+
+A program owns a tile of rows of the result and up to four experts: it reads a tile of every input once, forms the
+experts' residual tiles, and multiplies each with that expert's right-hand side on the matrix units. Blocks of vectors
+lie in memory as rows, (N, k, length): tf32 matrix instructions want both operands contiguous along the inner dimension.
+
+The sketch multiplies with random signs that are made in registers too. ±1 is exact in every operand precision, and the
+pass waits for memory, not for the matrix units: a sparse test matrix would save nothing here and would need atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.addresses import (
+    ELEMENT_TYPES,
+    Group,
+    empty_rows,
+    known_multiple,
+    padded_rows,
+    tensor_at,
+    vectors_fit,
+)
+from r2m_kernels._triton.sums import sum_tiles
+
+
+@triton.jit
+def tile_mask(depth, rows, TRANSPOSE: tl.constexpr):
+    """The mask of an input's tile: (depth, rows) with TRANSPOSE, else (rows, depth)."""
+    if TRANSPOSE:
+        return depth[:, None] & rows[None, :]
+    return rows[:, None] & depth[None, :]
+
+
+@triton.jit
+def mixed_bits(x):
+    """A 32-bit hash: every input bit changes half of the output's (two rounds of xor-shift and odd multiplier)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_signs(key, rows, columns):
+    """±1 for every (row, column), independent for all practical purposes; a function of the 64-bit key and the two."""
+    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+    bits = mixed_bits(mixed_bits(rows.to(tl.uint32) ^ low) + columns.to(tl.uint32) * 0x9E3779B1 + high)
+    return 1.0 - 2.0 * (bits >> 31).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["m", "n", "k", "count", "rhs_stride", "out_stride"])
+def residual_matmul_kernel(
+    table,
+    mixing,
+    rhs,
+    out,
+    shift,
+    shifted,
+    squares,
+    m,
+    n,
+    k,
+    count,
+    rhs_stride,
+    out_stride,
+    TYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SIGNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out[l, i] = (X_li rhs[l, i]ᵀ − shift[l, i] · shifted[l, i]ᵀ)ᵀ for a block of experts i; X_liᵀ with TRANSPOSE.
+
+    table (L, N + 1), mixing (N, N), rhs (L, N, k, inner), out and shifted (L, N, k, outer), shift (L, N);
+    squares[l, i, column tile, row tile] = sum of the squares of the tile before the shift, float64.
+    INPUTS > 0 unrolls the loop over inputs (N ≤ INPUTS), so that all their loads are in flight at once.
+    SIGNS: rhs holds L keys instead, and row c of every expert's right-hand side is the random signs of column c.
+    """
+    tile, block, tensor = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(count, EXPERTS)
+    first, column_tile = (block % blocks) * EXPERTS, block // blocks
+    if ALIGNED:
+        m, n = known_multiple(m, 4), known_multiple(n, 128 // TYPE.primitive_bitwidth)
+    rhs_stride, out_stride = known_multiple(rhs_stride, 16), known_multiple(out_stride, 16)
+    outer, inner = (n, m) if TRANSPOSE else (m, n)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+
+    slots = table + tensor * (count + 1)
+    base = tensor_at(slots, True, TYPE, ALIGNED)
+    inputs, weights, sums = (), (), ()
+    for j in tl.static_range(INPUTS):
+        inputs += (tensor_at(slots + 1 + j, j < count, TYPE, ALIGNED),)
+        for i in tl.static_range(EXPERTS):
+            known = (j < count) & (first + i < count)
+            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0),)
+    for _ in tl.static_range(EXPERTS):
+        sums += (tl.zeros((ROWS, COLUMNS), COMPUTE),)
+
+    for start in range(0, inner, INNER):
+        depth = start + tl.arange(0, INNER)
+        if TRANSPOSE:
+            offsets = depth[:, None].to(tl.int64) * n + rows[None, :]
+        else:
+            offsets = rows[:, None].to(tl.int64) * n + depth[None, :]
+        inside = tile_mask(depth < inner, rows < outer, TRANSPOSE)
+        theta = tl.load(base + offsets, mask=inside, other=0.0).to(COMPUTE)
+        residuals = ()
+        for _ in tl.static_range(EXPERTS):
+            residuals += (tl.zeros(theta.shape, COMPUTE),)
+        if INPUTS > 0:
+            for j in tl.static_range(INPUTS):
+                # An unused slot is not read: 0 − θ₀ meets weights of 0.
+                used = tile_mask(depth < inner, rows < tl.where(j < count, outer, 0), TRANSPOSE)
+                tau = tl.load(inputs[j] + offsets, mask=used, other=0.0).to(COMPUTE) - theta
+                mixed = ()
+                for i in tl.static_range(EXPERTS):
+                    mixed += (residuals[i] + weights[j * EXPERTS + i] * tau,)
+                residuals = mixed
+        else:
+            for j in range(count):
+                expert = tensor_at(slots + 1 + j, True, TYPE, ALIGNED)
+                tau = tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta
+                mixed = ()
+                for i in tl.static_range(EXPERTS):
+                    weight = tl.load(mixing + j * count + first + i, mask=first + i < count, other=0.0)
+                    mixed += (residuals[i] + weight * tau,)
+                residuals = mixed
+        products = ()
+        for i in tl.static_range(EXPERTS):
+            here = (columns < tl.where(first + i < count, k, 0))[:, None] & (depth < inner)[None, :]
+            if SIGNS:
+                signs = random_signs(tl.load(rhs + tensor), depth[None, :], columns[:, None])
+                vectors = tl.where(here, signs, 0.0).to(OPERAND)
+            else:
+                block_of = ((tensor * count + first + i) * k + columns[:, None]) * rhs_stride
+                vectors = tl.load(rhs + block_of + depth[None, :], mask=here, other=0.0).to(OPERAND)
+            residual = residuals[i].to(OPERAND)
+            if TRANSPOSE:
+                residual = tl.trans(residual)
+            products += (tl.dot(residual, tl.trans(vectors), sums[i], input_precision=PRECISION, out_dtype=COMPUTE),)
+        sums = products
+
+    for i in tl.static_range(EXPERTS):
+        if first + i < count:
+            expert = tensor * count + first + i
+            result = sums[i]
+            slot = (expert * tl.cdiv(k, COLUMNS) + column_tile) * tl.num_programs(0) + tile
+            tl.store(squares + slot, tl.sum(tl.sum(result * result, axis=1).to(tl.float64)))
+            where = (expert * k + columns[None, :]) * out_stride + rows[:, None]
+            here = (rows < outer)[:, None] & (columns < k)[None, :]
+            amount = tl.load(shift + expert)
+            if amount != 0.0:
+                result -= amount.to(COMPUTE) * tl.load(shifted + where, mask=here, other=0.0)
+            tl.store(out + where, result, mask=here)
+
+
+def residual_matmul(
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    mixing: Tensor,
+    rhs: Tensor,
+    transpose: bool = False,
+    precision: str = "ieee",
+) -> Tensor:
+    """(L, N, m, k), a transposed view of rows; see :func:`r2m_kernels.ops.residual_matmul`."""
+    group = matrix_group(bases, experts)
+    rows, _ = multiply(group, mixing, rhs.transpose(-1, -2), transpose, precision)
+    return rows.transpose(-1, -2)
+
+
+def matrix_group(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Group:
+    """The group of tensors seen as (first dimension, the rest)."""
+    return Group(bases, experts, row=bases[0].numel() // max(1, bases[0].shape[0]))
+
+
+def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool) -> Tensor:
+    """X_li times k columns of random signs, the same for all experts, as rows: (L, N, k, m), (L, N, k, n) transposed.
+
+    Args:
+        keys: (L,) int64.
+    """
+    precision = launch.fast_precision(launch.target_of(group.device), group.dtype)
+    return _launch(group, mixing, keys.to(group.device), k, transpose, precision, None, None)[0]
+
+
+def multiply(
+    group: Group,
+    mixing: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    precision: str,
+    shift: Tensor | None = None,
+    shifted: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One launch: (X_li rhs_liᵀ)ᵀ − shift_li · shifted_li as rows, and the sum of squares of each before the shift.
+
+    Args:
+        rhs: (L, N, k, n); (L, N, k, m) with ``transpose``.
+        shift: (L, N) in the compute dtype.
+        shifted: shaped as the result.
+
+    Returns:
+        (L, N, k, m) ((L, N, k, n) with ``transpose``) and (L, N) float64, both on the device.
+    """
+    wide = torch.promote_types(group.compute_dtype, rhs.dtype) == torch.float64
+    rhs = padded_rows(rhs.to(group.device, torch.float64 if wide else torch.float32))
+    return _launch(group, mixing, rhs, rhs.shape[2], transpose, precision, shift, shifted)
+
+
+def _launch(
+    group: Group,
+    mixing: Tensor,
+    rhs: Tensor,
+    k: int,
+    transpose: bool,
+    precision: str,
+    shift: Tensor | None,
+    shifted: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    signs = rhs.dtype == torch.int64
+    dtype = group.compute_dtype if signs else rhs.dtype
+    size, count = len(group.bases), len(group.experts)
+    m = group.bases[0].shape[0]
+    n = group.bases[0].numel() // max(1, m)
+    outer = n if transpose else m
+    out = empty_rows((size, count, k), outer, dtype, group.device)
+    if out.numel() == 0 or m * n == 0:
+        return out.zero_(), torch.zeros(size, count, dtype=torch.float64, device=group.device)
+    target = launch.target_of(group.device)
+    aligned = group.aligned and vectors_fit(m)
+    config = launch.residual_matmul(target, group.dtype, dtype, precision, aligned, count)
+    tiles, column_tiles = -(-outer // config.rows), -(-k // config.columns)
+    if shift is None or shifted is None:
+        shift, shifted = torch.zeros(size, count, dtype=dtype, device=group.device), out
+    squares = torch.empty(size, count, column_tiles * tiles, dtype=torch.float64, device=group.device)
+    blocks = -(-count // config.experts)
+    launch.start(
+        residual_matmul_kernel,
+        (tiles, blocks * column_tiles, size),
+        config,
+        group.table,
+        mixing.to(group.device, dtype).contiguous(),
+        rhs,
+        out,
+        shift.contiguous(),
+        padded_rows(shifted),
+        squares,
+        m,
+        n,
+        k,
+        count,
+        0 if signs else rhs.stride(-2),
+        out.stride(-2),
+        TYPE=ELEMENT_TYPES[group.dtype],
+        COMPUTE=ELEMENT_TYPES[dtype],
+        OPERAND=tl.bfloat16 if config.precision == "bf16" else ELEMENT_TYPES[dtype],
+        PRECISION=config.input_precision,
+        TRANSPOSE=transpose,
+        SIGNS=signs,
+        ALIGNED=config.aligned,
+        INPUTS=config.inputs,
+        EXPERTS=config.experts,
+        ROWS=config.rows,
+        INNER=config.inner,
+        COLUMNS=config.columns,
+    )
+    return out, sum_tiles(squares)
