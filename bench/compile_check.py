@@ -96,6 +96,7 @@ class Launch:
 
 _CONFIGURED = (
     "PRECISION",
+    "DOT",
     "ROWS",
     "INNER",
     "COLUMNS",

@@ -89,6 +89,8 @@ def triangular_product_kernel(
 def orthonormalize(y: Tensor) -> Tensor:
     """(…, m, k), a transposed view of rows; see :func:`r2m_kernels.ops.orthonormalize`."""
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    if y.numel() == 0:
+        return y.to(dtype, copy=True)
     leading, (m, k) = y.shape[:-2], y.shape[-2:]
     rows = y.to(dtype).transpose(-1, -2).reshape(-1, k, m)
     return orthonormal_rows(rows).reshape(*leading, k, m).transpose(-1, -2)
@@ -97,8 +99,6 @@ def orthonormalize(y: Tensor) -> Tensor:
 def orthonormal_rows(vectors: Tensor) -> Tensor:
     """Orthonormal rows spanning those of every block: (B, k, length) → the same; rows left with nothing are zero."""
     vectors = padded_rows(vectors)
-    if vectors.numel() == 0:
-        return vectors
     # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
     smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
     for _ in range(2):

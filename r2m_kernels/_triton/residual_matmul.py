@@ -10,6 +10,7 @@ pass waits for memory, not for the matrix units: a sparse test matrix would save
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,7 @@ def residual_matmul_kernel(
     TYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     OPERAND: tl.constexpr,
+    DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -84,13 +86,15 @@ def residual_matmul_kernel(
 ):
     """out[l, i] = (X_li rhs[l, i]ᵀ − shift[l, i] · shifted[l, i]ᵀ)ᵀ for a block of experts i; X_liᵀ with TRANSPOSE.
 
-    table (L, N + 1), mixing (N, N), rhs (L, N, k, inner), out and shifted (L, N, k, outer), shift (L, N);
+    table (L, N + 1), mixing (L, N, N), rhs (L, N, k, inner), out and shifted (L, N, k, outer), shift (L, N);
     squares[l, i, column tile, row tile] = sum of the squares of the tile before the shift, float64.
     INPUTS > 0 unrolls the loop over inputs (N ≤ INPUTS), so that all their loads are in flight at once.
     SIGNS: rhs holds L keys instead, and row c of every expert's right-hand side is the random signs of column c.
     """
-    tile, block, tensor = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks = tl.cdiv(count, EXPERTS)
+    tensor = tl.program_id(1).to(tl.int64)
+    # Programs that read the same tile of the inputs are neighbours: all but the first find it in the L2 cache.
+    blocks, column_tiles = tl.cdiv(count, EXPERTS), tl.cdiv(k, COLUMNS)
+    tile, block = tl.program_id(0) // (blocks * column_tiles), tl.program_id(0) % (blocks * column_tiles)
     first, column_tile = (block % blocks) * EXPERTS, block // blocks
     if ALIGNED:
         m, n = known_multiple(m, 4), known_multiple(n, 128 // TYPE.primitive_bitwidth)
@@ -99,7 +103,7 @@ def residual_matmul_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
 
-    slots = table + tensor * (count + 1)
+    slots, mixing = table + tensor * (count + 1), mixing + tensor * count * count
     base = tensor_at(slots, True, TYPE, ALIGNED)
     inputs, weights, sums = (), (), ()
     for j in tl.static_range(INPUTS):
@@ -144,11 +148,11 @@ def residual_matmul_kernel(
             here = (columns < tl.where(first + i < count, k, 0))[:, None] & (depth < inner)[None, :]
             if SIGNS:
                 signs = random_signs(tl.load(rhs + tensor), depth[None, :], columns[:, None])
-                vectors = tl.where(here, signs, 0.0).to(OPERAND)
+                vectors = tl.where(here, signs, 0.0)
             else:
                 block_of = ((tensor * count + first + i) * k + columns[:, None]) * rhs_stride
-                vectors = tl.load(rhs + block_of + depth[None, :], mask=here, other=0.0).to(OPERAND)
-            residual = residuals[i].to(OPERAND)
+                vectors = tl.load(rhs + block_of + depth[None, :], mask=here, other=0.0)
+            vectors, residual = vectors.to(OPERAND).to(DOT), residuals[i].to(OPERAND).to(DOT)
             if TRANSPOSE:
                 residual = tl.trans(residual)
             products += (tl.dot(residual, tl.trans(vectors), sums[i], input_precision=PRECISION, out_dtype=COMPUTE),)
@@ -158,8 +162,9 @@ def residual_matmul_kernel(
         if first + i < count:
             expert = tensor * count + first + i
             result = sums[i]
-            slot = (expert * tl.cdiv(k, COLUMNS) + column_tile) * tl.num_programs(0) + tile
-            tl.store(squares + slot, tl.sum(tl.sum(result * result, axis=1).to(tl.float64)))
+            slot = (expert * column_tiles + column_tile) * tl.cdiv(outer, ROWS) + tile
+            wide = result.to(tl.float64)  # squares of what float32 holds may not fit it
+            tl.store(squares + slot, tl.sum(wide * wide))
             where = (expert * k + columns[None, :]) * out_stride + rows[:, None]
             here = (rows < outer)[:, None] & (columns < k)[None, :]
             amount = tl.load(shift + expert)
@@ -184,13 +189,14 @@ def residual_matmul(
 
 def matrix_group(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Group:
     """The group of tensors seen as (first dimension, the rest)."""
-    return Group(bases, experts, row=bases[0].numel() // max(1, bases[0].shape[0]))
+    return Group(bases, experts, row=math.prod(bases[0].shape[1:]))
 
 
 def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool) -> Tensor:
     """X_li times k columns of random signs, the same for all experts, as rows: (L, N, k, m), (L, N, k, n) transposed.
 
     Args:
+        mixing: (N, N), or (L, N, N) with one for each tensor.
         keys: (L,) int64.
     """
     precision = launch.fast_precision(launch.target_of(group.device), group.dtype)
@@ -209,6 +215,7 @@ def multiply(
     """One launch: (X_li rhs_liᵀ)ᵀ − shift_li · shifted_li as rows, and the sum of squares of each before the shift.
 
     Args:
+        mixing: (N, N), or (L, N, N) with one for each tensor.
         rhs: (L, N, k, n); (L, N, k, m) with ``transpose``.
         shift: (L, N) in the compute dtype.
         shifted: shaped as the result.
@@ -234,8 +241,7 @@ def _launch(
     signs = rhs.dtype == torch.int64
     dtype = group.compute_dtype if signs else rhs.dtype
     size, count = len(group.bases), len(group.experts)
-    m = group.bases[0].shape[0]
-    n = group.bases[0].numel() // max(1, m)
+    m, n = group.bases[0].shape[0], math.prod(group.bases[0].shape[1:])
     outer = n if transpose else m
     out = empty_rows((size, count, k), outer, dtype, group.device)
     if out.numel() == 0 or m * n == 0:
@@ -243,6 +249,7 @@ def _launch(
     target = launch.target_of(group.device)
     aligned = group.aligned and vectors_fit(m)
     config = launch.residual_matmul(target, group.dtype, dtype, precision, aligned, count)
+    operand = tl.bfloat16 if config.precision == "bf16" else ELEMENT_TYPES[dtype]
     tiles, column_tiles = -(-outer // config.rows), -(-k // config.columns)
     if shift is None or shifted is None:
         shift, shifted = torch.zeros(size, count, dtype=dtype, device=group.device), out
@@ -250,10 +257,10 @@ def _launch(
     blocks = -(-count // config.experts)
     launch.start(
         residual_matmul_kernel,
-        (tiles, blocks * column_tiles, size),
+        (tiles * blocks * column_tiles, size),
         config,
         group.table,
-        mixing.to(group.device, dtype).contiguous(),
+        mixing.to(group.device, dtype).expand(size, count, count).contiguous(),
         rhs,
         out,
         shift.contiguous(),
@@ -267,7 +274,9 @@ def _launch(
         out.stride(-2),
         TYPE=ELEMENT_TYPES[group.dtype],
         COMPUTE=ELEMENT_TYPES[dtype],
-        OPERAND=tl.bfloat16 if config.precision == "bf16" else ELEMENT_TYPES[dtype],
+        OPERAND=operand,
+        # The interpreter would multiply the bits of bf16 operands as integers: there they are rounded and widened.
+        DOT=ELEMENT_TYPES[dtype] if launch.INTERPRETED else operand,
         PRECISION=config.input_precision,
         TRANSPOSE=transpose,
         SIGNS=signs,

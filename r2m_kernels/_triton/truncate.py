@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from r2m_kernels._triton import launch
@@ -49,12 +50,14 @@ def shifted_truncation(
     target = launch.target_of(group.device)
     fast, full = launch.fast_precision(target, group.dtype), launch.full_precision(target)
     outside = min(m, n) - rank
-    whole = energies.to(group.device)
-    basis = _orthonormal(sketch(group, mixing, keys, rank, transpose=tall))
+    # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
+    scales = torch.where(energies > 0, energies, torch.inf).rsqrt()
+    unit = mixing.to(scales) * scales.unsqueeze(1)  # (L, N, N), columns are experts
+    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
     for _ in range(iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
-        product, kept = multiply(group, mixing, basis, not tall, fast)
-        shift = (SHIFT / max(1, outside) * (whole - kept)).clamp_min(0).to(basis.dtype)
-        basis, _ = multiply(group, mixing, product, tall, fast, shift, basis)
+        product, kept = multiply(group, unit, basis, not tall, fast)
+        shift = (SHIFT / max(1, outside) * (1.0 - kept)).clamp_min(0).to(basis.dtype)
+        basis, _ = multiply(group, unit, product, tall, fast, shift, basis)
         basis = _orthonormal(basis)
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)

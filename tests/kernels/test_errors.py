@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -244,11 +247,26 @@ def test_an_analysis_refuses_what_it_cannot_answer():
         analyze(base, experts, eta=0.0).merge(eta=0.5)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_named_backend_never_falls_back(backend):
+def test_a_named_backend_never_falls_back():
     base, experts = checkpoints(1, shapes={"a": (3, 4)})
-    with pytest.raises(BackendUnavailable, match=f"backend '{backend}' is not part of this version"):
-        merge(base, experts, backend=backend)
+    with pytest.raises(BackendUnavailable, match="backend 'native' is not part of this version"):
+        merge(base, experts, backend="native")
+
+
+def test_the_triton_backend_without_a_gpu_says_what_to_do():
+    code = """
+import torch, r2m_kernels
+try:
+    r2m_kernels.merge({"w": torch.ones(2, 2)}, [{"w": torch.ones(2, 2)}], backend="triton")
+except r2m_kernels.BackendUnavailable as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == (
+        "backend 'triton' runs on CUDA and ROCm GPUs and not on 'cpu' (device='cuda' chooses one); use backend='torch' "
+        "or 'auto'"
+    )
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", ""])

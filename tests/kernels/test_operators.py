@@ -12,6 +12,9 @@ from r2m_kernels import InvalidInput, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (13,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3), (16, 3, 5, 5), (700, 900)]
+BACKENDS = ["torch", "triton"]
+# Triton runs in its interpreter here, which is slow: it has no large shapes, and test_triton.py has more of the small.
+PAIRS = [(backend, shape) for backend in BACKENDS for shape in SHAPES if backend == "torch" or shape != (700, 900)]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 
 
@@ -26,11 +29,11 @@ def task_matrix(base, experts):
     return torch.stack([(expert.double() - base.double()).reshape(-1) for expert in experts])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), PAIRS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_task_gram_is_within_its_bound(shape, dtype):
+def test_task_gram_is_within_its_bound(backend, shape, dtype):
     base, experts = inputs(shape, dtype)
-    gram = ops.task_gram([base], [[expert] for expert in experts])
+    gram = ops.task_gram([base], [[expert] for expert in experts], backend=backend)
     exact = task_matrix(base, experts)
     assert gram.shape == (1, 3, 3)
     assert gram.dtype == torch.float64
@@ -47,34 +50,37 @@ def test_task_gram_is_within_its_bound_where_every_product_is_positive():
     assert ((gram - exact @ exact.T).abs() <= 16 * 2.0**-24 * exact @ exact.T).all()
 
 
-def test_task_gram_takes_a_group_of_tensors_and_any_number_of_experts():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_task_gram_takes_a_group_of_tensors_and_any_number_of_experts(backend):
     pairs = [inputs((9, 11), torch.float32, count=13, seed=seed) for seed in range(2)]
     pairs.append(inputs((5,), torch.bfloat16, count=13, seed=5))
-    grams = ops.task_gram([base for base, _ in pairs], [[experts[j] for _, experts in pairs] for j in range(13)])
+    group = [[experts[j] for _, experts in pairs] for j in range(13)]
+    grams = ops.task_gram([base for base, _ in pairs], group, backend=backend)
     for gram, (base, experts) in zip(grams, pairs, strict=True):
         assert torch.allclose(gram, task_matrix(base, experts) @ task_matrix(base, experts).T, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["base", "expert"])
-def test_task_gram_cannot_hide_a_non_finite_input(bad, where):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_task_gram_cannot_hide_a_non_finite_input(bad, where, backend):
     base, experts = inputs((70, 3), torch.float32)
     (base if where == "base" else experts[1])[69, 2] = bad
-    gram = ops.task_gram([base], [[expert] for expert in experts])[0]
+    gram = ops.task_gram([base], [[expert] for expert in experts], backend=backend)[0]
     assert not torch.isfinite(gram[1]).all()
     assert torch.isfinite(gram[0, 0]) == (where == "expert")
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape], ids=str)
+@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
-def test_residual_matmul_is_the_product_with_the_residual(shape, dtype, transpose):
+def test_residual_matmul_is_the_product_with_the_residual(backend, shape, dtype, transpose):
     base, experts = inputs(shape, dtype)
     generator = torch.Generator().manual_seed(1)
     mixing = torch.eye(3, dtype=torch.float64) - torch.rand(3, 1, generator=generator, dtype=torch.float64)
     m, n = shape[0], math.prod(shape[1:])
     rhs = torch.randn(3, m if transpose else n, 6, generator=generator).to(torch.promote_types(dtype, torch.float32))
-    result = ops.residual_matmul(base, experts, mixing, padded(rhs), transpose=transpose)
+    result = ops.residual_matmul(base, experts, mixing, padded(rhs), transpose=transpose, backend=backend)
     residual = (mixing.T @ task_matrix(base, experts)).reshape(3, m, n)
     magnitude = (mixing.abs().T @ task_matrix(base, experts).abs()).reshape(3, m, n)
     if transpose:
@@ -105,28 +111,30 @@ def test_tensors_of_several_panels_are_summed_whole(shape):
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 200, 40), (2, 2, 50, 7), (4, 6, 0)], ids=str)
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_orthonormalize_spans_its_input(shape, scale):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_orthonormalize_spans_its_input(shape, scale, backend):
     y = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    q = ops.orthonormalize(padded(y))
+    q = ops.orthonormalize(padded(y), backend=backend)
     assert q.shape == y.shape
     unit = torch.eye(shape[-1]).expand(*shape[:-2], -1, -1)
     assert torch.allclose(q.transpose(-1, -2) @ q, unit, atol=1e-5)
     assert torch.allclose(q @ (q.transpose(-1, -2) @ (y / scale)), y / scale, atol=1e-4)
 
 
-def test_orthonormalize_of_degenerate_blocks_is_finite():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_orthonormalize_of_degenerate_blocks_is_finite(backend):
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(60, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
-    q = ops.orthonormalize(torch.stack([torch.zeros(60, 10), low]))
+    q = ops.orthonormalize(torch.stack([torch.zeros(60, 10), low]), backend=backend)
     assert torch.equal(q[0], torch.zeros(60, 10))
     assert torch.isfinite(q).all()
     assert torch.allclose(q[1] @ (q[1].T @ low), low, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), PAIRS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", [0, 1, 5])
-def test_combine_is_within_its_bound_and_rounded_once(shape, dtype, rank):
+def test_combine_is_within_its_bound_and_rounded_once(backend, shape, dtype, rank):
     base, experts = inputs(shape, dtype)
     generator = torch.Generator().manual_seed(2)
     core = torch.rand(3, generator=generator, dtype=torch.float64) - 0.3
@@ -142,7 +150,7 @@ def test_combine_is_within_its_bound_and_rounded_once(shape, dtype, rank):
         magnitude = (weights * (left.double().abs() @ right.double().abs())).sum(0).reshape(shape)
     sentinel = torch.full([size + 4 for size in shape] or [3], -77.0, dtype=dtype)
     out = sentinel[tuple(slice(2, 2 + size) for size in shape)] if shape else sentinel[1]
-    assert ops.combine(base, experts, core, out=out, **factors) is out
+    assert ops.combine(base, experts, core, out=out, backend=backend, **factors) is out
 
     tau = task_matrix(base, experts)
     exact = base.double() + (core @ tau).reshape(shape) + low_rank
@@ -157,23 +165,26 @@ def test_combine_is_within_its_bound_and_rounded_once(shape, dtype, rank):
     assert outside == sentinel.numel() - out.numel()
 
 
-def test_empty_matrices_keep_their_shapes():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_matrices_keep_their_shapes(backend):
     base, mixing = torch.empty(0, 4), torch.eye(1)
-    assert ops.residual_matmul(base, [base], mixing, torch.ones(1, 4, 2)).shape == (1, 0, 2)
-    assert torch.equal(
-        ops.residual_matmul(base, [base], mixing, torch.ones(1, 0, 2), transpose=True), torch.zeros(1, 4, 2)
-    )
+    assert ops.residual_matmul(base, [base], mixing, torch.ones(1, 4, 2), backend=backend).shape == (1, 0, 2)
+    nothing = ops.residual_matmul(base, [base], mixing, torch.ones(1, 0, 2), transpose=True, backend=backend)
+    assert torch.equal(nothing, torch.zeros(1, 4, 2))
 
 
-def test_orthonormalize_does_not_hide_a_nan():
-    y = torch.ones(5, 2)
-    y[3, 1] = math.nan
-    assert not torch.isfinite(ops.orthonormalize(y)).all()
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_orthonormalize_does_not_hide_a_nan(columns, backend):
+    y = torch.ones(5, columns)
+    y[3, columns - 1] = math.nan
+    assert not torch.isfinite(ops.orthonormalize(y, backend=backend)).all()
 
 
-def test_combine_without_out_has_the_bases_dtype_and_shape():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_combine_without_out_has_the_bases_dtype_and_shape(backend):
     base, experts = inputs((4, 3), torch.bfloat16)
-    merged = ops.combine(base, experts, torch.full((3,), 1 / 3))
+    merged = ops.combine(base, experts, torch.full((3,), 1 / 3), backend=backend)
     assert merged.dtype == torch.bfloat16
     assert merged.shape == (4, 3)
 

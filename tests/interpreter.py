@@ -1,0 +1,49 @@
+"""Makes Triton's interpreter round as GPUs do, so that tests can hold kernels to the bounds of the real thing."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def round_to_bf16_as_hardware_does(monkeypatch) -> None:
+    """float32 → bfloat16 to the nearest, ties to even: the interpreter cuts the low bits off instead."""
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(values, source, target, mode)
+        tensor = torch.from_numpy(numpy.ascontiguousarray(values)).to(torch.bfloat16)
+        return tensor.view(torch.int16).numpy().view(numpy.uint16).reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def multiply_in_tf32(monkeypatch) -> None:
+    """tl.dot with tf32 or tf32x3 operands, emulated: the interpreter multiplies in full precision whatever is asked.
+
+    Operands are rounded to 10 mantissa bits; with tf32x3 each is a sum of two such numbers, and the product of the two
+    small ones is left out, as in the instruction sequence that Triton emits.
+    """
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self, a, b, accumulator, precision, *rest):
+        if a.data.dtype != numpy.float32 or "TF32" not in str(precision):
+            return multiply(self, a, b, accumulator, precision, *rest)
+        left, right = _tf32(a.data), _tf32(b.data)
+        product = left.astype(numpy.float64) @ right
+        if "x3" in str(precision):
+            low_left, low_right = _tf32(a.data - left), _tf32(b.data - right)
+            product += low_left.astype(numpy.float64) @ right + left.astype(numpy.float64) @ low_right
+        total = accumulator.data + product.astype(numpy.float32)
+        return interpreter.TensorHandle(total.astype(numpy.float32), accumulator.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def _tf32(values):
+    """Rounded to the nearest number with 10 mantissa bits."""
+    bits = numpy.ascontiguousarray(values).view(numpy.uint32)
+    return ((bits + numpy.uint32(0x1000)) & numpy.uint32(0xFFFFE000)).view(numpy.float32)

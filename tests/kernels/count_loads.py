@@ -1,0 +1,156 @@
+"""Run operators of the Triton backend in Triton's interpreter and count what their loops really move.
+
+A program, since TRITON_INTERPRET must be set before the kernels are imported: JSON lists, cases on standard input and
+counts on standard output. Loads and stores are counted by the true lanes of the mask, and told apart by address:
+those of checkpoints ("inputs"), else by the name of the kernel's argument that they fall into.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import inspect
+import json
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton.runtime.interpreter import InterpreterBuilder
+
+from r2m_kernels import _triton
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.orthonormalize import inner_products
+from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+class Counter:
+    """What the builder's operations moved while it is installed."""
+
+    def __init__(self, inputs):
+        self.inputs = [extent(tensor) for tensor in inputs]
+        self.arguments = []
+        self.loads, self.stores = collections.Counter(), collections.Counter()
+        self.dot_flops = self.distinct_input_bytes = 0
+        self.launches = []
+        self.program = []
+
+    def named(self, addresses):
+        """The name of what lies at the addresses of one load or store; all of them lie in one tensor or checkpoint."""
+        for start, end in self.inputs:
+            if start <= addresses.min() and addresses.max() < end:
+                return "inputs"
+        for name, (start, end) in self.arguments:
+            if start <= addresses.min() and addresses.max() < end:
+                return name
+        raise AssertionError("a load or store outside all tensors")
+
+    def moved(self, counts, pointers, mask):
+        active, addresses = np.broadcast_arrays(mask.data.astype(bool), pointers.data)
+        addresses, size = addresses[active], pointers.get_element_ty().primitive_bitwidth // 8
+        if addresses.size:
+            name = self.named(addresses)
+            counts[name] += addresses.size * size
+            if name == "inputs":
+                self.program.append((addresses, size))
+
+    def end_program(self):
+        if self.program:
+            distinct = np.unique(np.concatenate([addresses for addresses, _ in self.program]))
+            self.distinct_input_bytes += distinct.size * self.program[0][1]
+        self.program = []
+
+    def installed(self):
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        dot, next_program = InterpreterBuilder.create_dot, InterpreterBuilder.set_grid_idx
+        start = launch.start
+
+        def counted_load(builder, pointers, mask, *rest):
+            self.moved(self.loads, pointers, mask)
+            return load(builder, pointers, mask, *rest)
+
+        def counted_store(builder, pointers, value, mask, *rest):
+            self.moved(self.stores, pointers, mask)
+            return store(builder, pointers, value, mask, *rest)
+
+        def counted_dot(builder, a, b, *rest):
+            self.dot_flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+            return dot(builder, a, b, *rest)
+
+        def counted_program(builder, *index):
+            self.end_program()
+            return next_program(builder, *index)
+
+        def counted_start(kernel, grid, config, *arguments, **constants):
+            names = list(inspect.signature(kernel.fn).parameters)
+            self.arguments = [
+                (name, extent(value))
+                for name, value in zip(names, arguments, strict=False)
+                if isinstance(value, torch.Tensor)
+            ]
+            # Outputs of `combine` lie behind a table too.
+            self.arguments += [("outputs", extent(tensor)) for tensor in self.outputs]
+            self.launches.append({"kernel": kernel.fn.__name__, "grid": grid, "config": dataclasses.asdict(config)})
+            start(kernel, grid, config, *arguments, **constants)
+            self.end_program()
+
+        return mock.patch.multiple(
+            InterpreterBuilder,
+            create_masked_load=counted_load,
+            create_masked_store=counted_store,
+            create_dot=counted_dot,
+            set_grid_idx=counted_program,
+        ), mock.patch.object(launch, "start", counted_start)
+
+
+def extent(tensor):
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def counted(case):
+    m, n, count, k = case["m"], case["n"], case["experts"], case.get("k", 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tensors = [
+        [random(m, n, dtype=DTYPES[case["dtype_bytes"]]) for _ in range(case["tensors"])] for _ in range(count + 1)
+    ]
+    bases, experts = tensors[0], tensors[1:]
+    counter = Counter([tensor for row in tensors for tensor in row])
+    counter.outputs = outs = [torch.empty_like(base) for base in bases]
+    mixing, size = torch.eye(count, dtype=torch.float64) - 1 / count, len(bases)
+    patches = counter.installed()
+    with patches[0], patches[1]:
+        operator, transpose = case["operator"], case.get("transpose", False)
+        inner, outer = (m, n) if transpose else (n, m)
+        if operator == "task_gram":
+            _triton.task_gram(bases, experts)
+        elif operator == "sketch":
+            sketch(matrix_group(bases, experts), mixing, torch.arange(size), k, transpose)
+        elif operator == "multiply":
+            shift = (torch.ones(size, count), random(size, count, k, outer)) if case["shifted"] else (None, None)
+            rhs = random(size, count, k, inner)
+            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], *shift)
+        elif operator == "combine":
+            core = torch.ones(count, dtype=torch.float64)
+            core[: case["unread"]] = 0.0
+            left, right = (random(size, count, m, k), random(size, count, k, n)) if k else (None, None)
+            _triton.combine(bases, experts, core, left, right, core if k else None, outs)
+        elif operator == "orthonormalize":
+            _triton.orthonormalize(random(count * size, m, k))
+        elif operator == "inner_products":
+            inner_products(random(size, count, k, m), random(size, count, k, n))
+    names = ("loads", "stores", "dot_flops", "distinct_input_bytes", "launches")
+    return {name: getattr(counter, name) for name in names}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    json.dump([counted(case) for case in json.load(sys.stdin)], sys.stdout)

@@ -1,0 +1,329 @@
+"""The cost model against hand-worked numbers, and against what the kernels' loops move in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.cost_model import NOTE, launch_table, launch_tiles, report
+from r2m_kernels.cost_model import (
+    CHIPS,
+    MODELS,
+    Job,
+    Model,
+    StepCost,
+    Tile,
+    Tiles,
+    combine_matrix_cost,
+    combine_vector_cost,
+    floor_seconds,
+    inner_products_cost,
+    merge_costs,
+    orthonormalize_costs,
+    rank_of,
+    residual_matmul_cost,
+    task_gram_cost,
+)
+from r2m_kernels.truncation import truncation_rank
+
+# ---- by hand ----
+
+LAYERS = Model("layers", ((1024, 1024, 96), (4096, 1024, 24), (1024, 4096, 24)))
+# shared/GPU.md reckons with the bandwidth and the link that others have measured.
+MEASURED_BY_OTHERS = replace(CHIPS["H100"], bandwidth=3.0e12, host_link=55e9)
+
+
+def by_step(costs):
+    return {cost.step: cost for cost in costs}
+
+
+def test_the_reference_job_costs_what_was_worked_out_by_hand():
+    assert LAYERS.elements == 24 * (4 * 1024**2 + 2 * 4096 * 1024) == 301_989_888
+    costs = by_step(merge_costs(LAYERS, experts=3, rank=111))  # GPU.md: 103 columns and 8 of oversampling
+    inputs = 4 * LAYERS.elements * 4
+    assert inputs == pytest.approx(4.8e9, rel=0.01)
+    gram = costs["task Gram"]
+    assert gram.input_bytes == inputs
+    assert gram.flops == 2 * 6 * LAYERS.elements == pytest.approx(3.6e9, rel=0.01)
+    assert gram.floor_seconds(MEASURED_BY_OTHERS) == pytest.approx(1.6e-3, rel=0.02)
+    assert gram.launches == 2 * 3  # three shapes, and a kernel that sums
+    sketch, final, combine = costs["sketch V = AᵀS"], costs["final Y = AV"], costs["combine: matrices"]
+    assert sketch.flops == final.flops == combine.flops == 2 * LAYERS.elements * 111 * 3
+    assert sketch.flops == pytest.approx(0.2e12, rel=0.01)
+    assert sketch.launches == 2 * 3
+    assert (sketch.kind, final.kind) == ("tf32", "tf32x3")
+    assert (sketch.reread_factor, final.reread_factor) == (1.0, 3.0)
+    # In tf32x3 arithmetic takes 3 · 0.2 T / 495 T/s: less than the 1.6 ms of one read.
+    assert replace(final, bytes_read=0, bytes_written=0).floor_seconds(CHIPS["H100"]) == pytest.approx(
+        1.22e-3, rel=0.01
+    )
+    assert combine.input_bytes + combine.bytes_written == pytest.approx(6.0e9, rel=0.01)
+    factors = 3 * 111 * 4 * (96 * 2048 + 48 * 5120)
+    assert combine.bytes_read == inputs + factors
+    assert costs["transfer"].floor_seconds(MEASURED_BY_OTHERS) == pytest.approx(88e-3, rel=0.01)
+    # GPU.md, which has no inner products: about 16 ms.
+    rest = [cost for step, cost in costs.items() if step != "inner products"]
+    assert 15e-3 < floor_seconds(rest, MEASURED_BY_OTHERS) < 18e-3
+
+
+def test_a_shifted_step_reads_and_writes_what_its_formula_names():
+    costs = by_step(merge_costs(Model("one", ((64, 32, 1),)), experts=2, rank=8, power_iterations=2))
+    inputs, per_vector = 3 * 64 * 32 * 4, 2 * 8 * 4  # base and two experts; N · k numbers
+    down, back = costs["steps Y = AV"], costs["steps V = AᵀY − shift·V"]
+    squares = 2 * 8  # one tile of rows
+    assert down.bytes_read == 2 * (inputs + 32 * per_vector + squares)
+    assert back.bytes_read == 2 * (inputs + 64 * per_vector + 32 * per_vector + squares)
+    assert down.bytes_written == 2 * (64 * per_vector + 2 * squares)
+    assert back.bytes_written == 2 * (32 * per_vector + 2 * squares)
+    assert costs["orthonormalize: product"].launches == 3 * 2
+    assert costs["orthonormalize: Gram"].flops == 3 * 2 * 2 * (32 * 8 * 8)
+    without = by_step(merge_costs(Model("one", ((64, 32, 1),)), experts=2, rank=8, power_iterations=0))
+    assert "steps Y = AV" not in without
+    assert without["orthonormalize: Gram"].launches == 2
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "final", "factor"),
+    [
+        *[(experts, k, False, 1) for experts in (1, 2, 3) for k in (1, 100, 128)],
+        (4, 100, False, 1),  # one program serves four
+        (8, 100, False, 2),
+        (3, 129, False, 2),
+        (9, 300, False, 9),
+        (3, 100, True, 3),
+        (8, 410, True, 32),
+    ],
+)
+def test_a_pass_fetches_its_inputs_once_a_block_of_experts_and_tile_of_columns(experts, k, final, factor):
+    cost = residual_matmul_cost("pass", 1024, 4096, 1, k, Job(experts), False, "full" if final else "fast")
+    assert cost.reread_factor == factor
+    assert cost.fetched_bytes == factor * (experts + 1) * 1024 * 4096 * 4
+    # Compulsory traffic does not grow with it: inputs, and N · k vectors of 4096 (the sums of squares are small).
+    assert cost.bytes_read == pytest.approx(cost.input_bytes + experts * k * 4096 * 4, rel=1e-4)
+
+
+def test_more_than_four_experts_meet_in_pairs_of_blocks():
+    factor = {experts: task_gram_cost(10**6, 1, Job(experts)).reread_factor for experts in (1, 4, 5, 8, 12)}
+    # N = 5: (base + 4) + (base + 4 + 1) + (base + 1) = 13 of 6. N = 8: 5 + 9 + 5 of 9. N = 12: 3 · 5 + 3 · 9 of 13.
+    assert factor == pytest.approx({1: 1.0, 4: 1.0, 5: 13 / 6, 8: 19 / 9, 12: 42 / 13})
+
+
+def test_a_floor_is_the_slowest_resource():
+    chip = CHIPS["A100"]
+    step = StepCost("step", "tf32x3", flops=10**12, bytes_read=10**9, bytes_written=10**9, launches=1)
+    assert step.floor_seconds(chip) == pytest.approx(3 * 1e12 / 156e12)
+    assert replace(step, kind="tf32", flops=10**9).floor_seconds(chip) == pytest.approx(2e9 / 2.039e12)
+    assert replace(step, link_bytes=32 * 10**9).floor_seconds(chip) == pytest.approx(1.0)
+    reread = replace(step, kind="tf32", flops=0, input_bytes=10**9, fetched_bytes=3 * 10**9)
+    assert reread.floor_seconds(chip, cached=False) == pytest.approx(2 * reread.floor_seconds(chip))
+    with pytest.raises(ValueError, match="MI300X has no tf32x3 products"):
+        step.floor_seconds(CHIPS["MI300X"])
+    with pytest.raises(ValueError, match="different steps"):
+        step.plus(replace(step, step="another"))
+
+
+def test_models_have_the_sizes_that_are_published():
+    assert MODELS["vit_b_16"].elements == pytest.approx(86.2e6, rel=0.002)  # CLIP's towers with their projections
+    assert MODELS["vit_l_14"].elements == pytest.approx(304.0e6, rel=0.002)
+    assert MODELS["7b"].elements == 6_738_415_616
+    assert [count for *_, count in MODELS["vit_l_14"].matrices[:3]] == [96, 24, 24]
+
+
+@pytest.mark.parametrize("rank", [0.1, 0.07, 1.0, 1, 57, 5000])
+def test_the_rank_is_that_of_the_truncation(rank):
+    for m, n, _ in [shape for model in MODELS.values() for shape in model.matrices] + [(100, 3, 1), (1, 9, 1)]:
+        assert rank_of(rank, m, n) == truncation_rank(rank, (m, n))
+
+
+def test_sixteen_bit_inputs_halve_the_traffic_of_a_pass_and_an_unread_expert_saves_its_share():
+    wide, narrow = (by_step(merge_costs(LAYERS, 3, dtype_bytes=size)) for size in (4, 2))
+    for step in ("task Gram", "sketch V = AᵀS", "final Y = AV"):
+        assert narrow[step].input_bytes * 2 == wide[step].input_bytes
+    assert narrow["sketch V = AᵀS"].kind == "bf16"
+    fewer = by_step(merge_costs(LAYERS, 3, unread=1))["combine: matrices"]
+    assert wide["combine: matrices"].bytes_read - fewer.bytes_read == LAYERS.elements * 4
+
+
+def test_groups_change_launches_and_nothing_else():
+    whole, parts = (merge_costs(LAYERS, 3, group_bytes=size) for size in (None, 2**28))
+    # 16 MiB a square matrix and its experts' together, 64 MiB another: 16 and 4 in a group.
+    assert by_step(whole)["final Y = AV"].launches == 2 * 3
+    assert by_step(parts)["final Y = AV"].launches == 2 * (6 + 6 + 6)
+    assert [replace(cost, launches=0) for cost in whole] == [replace(cost, launches=0) for cost in parts]
+
+
+def test_inner_products_are_two_grams_of_all_factors():
+    cost = inner_products_cost(100, 50, 1, 4, Job(3))
+    assert cost.flops == 12 * 12 * 150  # N · r rows, half of every Gram matrix
+    assert cost.bytes_read == 12 * 150 * 4 + 4 * 12 * 12 * 8
+    assert cost.bytes_written == 4 * 12 * 12 * 8 + 9 * 8
+
+
+def test_the_defaults_are_the_launch_table_s():
+    assert launch_tiles(launch_table(), "sm_90", 4) == Tiles()
+
+
+def test_the_report_covers_every_chip_and_says_what_it_is():
+    lines = report()
+    for chip in CHIPS:
+        assert any(line.endswith(f"on {chip} ({NOTE})") for line in lines)
+    assert sum(NOTE in line for line in lines) == 2 * len(CHIPS) + 1
+    assert all(any(line.startswith(f"{model} ") and "/" in line for line in lines) for model in MODELS)
+    one = report(model="7b", experts=8, dtype="bfloat16", chip="MI300X")
+    assert sum(line.startswith("kernels, " + NOTE) for line in one) == 1
+    assert not any("tf32" in line for line in one)
+    (gram,) = [line.split() for line in report(model="vit_l_14", chip="H100") if line.startswith("task Gram")]
+    assert gram[2:5] == ["4.87", "0.01", "3.6"]
+
+
+# ---- against the loops ----
+
+# Rows of whole 16-byte vectors, but whole tiles nowhere.
+MATRIX = {"m": 76, "n": 136, "tensors": 1}
+ODD = {"m": 75, "n": 133, "tensors": 2}
+GRAMS = [
+    {**MATRIX, "experts": 3, "dtype_bytes": 4, "tensors": 2},
+    {**MATRIX, "experts": 3, "dtype_bytes": 2},
+    {**MATRIX, "experts": 6, "dtype_bytes": 4},
+    {**ODD, "experts": 3, "dtype_bytes": 4},
+]
+PASSES = [
+    {**MATRIX, "experts": experts, "k": k, "dtype_bytes": size, "transpose": transpose, **options}
+    for experts, k, size in [(2, 20, 4), (5, 150, 4), (2, 20, 2)]
+    for transpose in (False, True)
+    for options in (
+        {"operator": "sketch"},
+        {"operator": "multiply", "precision": "tf32" if size == 4 else "bf16", "shifted": True},
+        {"operator": "multiply", "precision": "tf32x3", "shifted": False},
+    )
+    if (size == 4 and experts == 2)
+    or options.get("shifted")
+    or (experts == 5 and not transpose and "shifted" in options)
+] + [{**ODD, "experts": 2, "k": 70, "dtype_bytes": 4, "operator": "multiply", "precision": "tf32", "shifted": True}]
+COMBINES = [
+    {**MATRIX, "experts": 3, "k": 20, "dtype_bytes": 4, "unread": 0},
+    {**MATRIX, "experts": 3, "k": 40, "dtype_bytes": 2, "unread": 1},
+    {**MATRIX, "experts": 3, "k": 0, "dtype_bytes": 4, "unread": 1},
+]
+BASES = [{"m": 136, "n": 8, "tensors": 1, "experts": 2, "k": 70, "dtype_bytes": 4}]
+PRODUCTS = [{**MATRIX, "experts": 3, "k": 12, "dtype_bytes": 4, "tensors": 2}]
+# One number each, or N × N of them: not worth a term in the model.
+NOT_COUNTED = ("table", "outputs", "mixing", "shift", "core", "scale")
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Counts of all cases, from one process that has the interpreter on."""
+    cases = [{"operator": "task_gram", **case} for case in GRAMS] + PASSES
+    cases += [{"operator": "combine", **case} for case in COMBINES]
+    cases += [{"operator": "orthonormalize", **case} for case in BASES]
+    cases += [{"operator": "inner_products", **case} for case in PRODUCTS]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("count_loads.py")],
+        input=json.dumps(cases),
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(map(json.dumps, cases), json.loads(done.stdout), strict=True))
+
+
+def found(counts, case, operator=None):
+    return counts[json.dumps(case if operator is None else {"operator": operator, **case})]
+
+
+def loads(count, *without):
+    return sum(size for name, size in count["loads"].items() if name not in (*NOT_COUNTED, *without))
+
+
+def tile_of(launch):
+    config = launch["config"]
+    return Tile(config["rows"], config["columns"], config["inner"], config["experts"])
+
+
+def job_of(case):
+    tiles = launch_tiles(launch_table(), "sm_90", case["dtype_bytes"])
+    return Job(case["experts"], case["dtype_bytes"], tiles, case.get("unread", 0))
+
+
+@pytest.mark.parametrize("case", GRAMS, ids=str)
+def test_the_task_gram_moves_what_is_predicted(counts, case):
+    count = found(counts, case, "task_gram")
+    config = count["launches"][0]["config"]
+    job = job_of(case)
+    if not config["aligned"]:
+        job = replace(job, tiles=replace(job.tiles, gram_elements=config["steps"] * config["block"]))
+    assert job.tiles.gram_elements == config["steps"] * config["block"]
+    cost = task_gram_cost(case["m"] * case["n"], case["tensors"], job, aligned=config["aligned"])
+    assert count["distinct_input_bytes"] == cost.fetched_bytes
+    assert loads(count) == cost.loads_bytes
+    assert count["loads"]["inputs"] >= cost.fetched_bytes >= cost.input_bytes
+    assert sum(count["stores"].values()) == cost.bytes_written
+    assert len(count["launches"]) == cost.launches
+
+
+@pytest.mark.parametrize("case", PASSES, ids=str)
+def test_a_pass_moves_and_multiplies_what_is_predicted(counts, case):
+    count = found(counts, case)
+    job, used = job_of(case), tile_of(count["launches"][0])
+    final = case.get("precision") == "tf32x3"
+    if case["m"] == ODD["m"]:
+        job = replace(job, tiles=replace(job.tiles, fast=used))
+    assert job.product(final)[0] == used
+    signs = case["operator"] == "sketch"
+    variant = "signs" if signs else "full" if final else "shifted"
+    shape = (case["m"], case["n"], case["tensors"], case["k"])
+    cost = residual_matmul_cost("pass", *shape, job, case.get("transpose", False), variant)
+    assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
+    assert loads(count, *["rhs"] * signs) == cost.loads_bytes
+    assert sum(count["stores"].values()) == cost.bytes_written
+    assert count["dot_flops"] == cost.padded_flops > cost.flops
+    assert len(count["launches"]) == cost.launches
+
+
+@pytest.mark.parametrize("case", COMBINES, ids=str)
+def test_the_combination_moves_and_multiplies_what_is_predicted(counts, case):
+    count, job = found(counts, case, "combine"), job_of(case)
+    if case["k"]:
+        assert job.tiles.combine == tile_of(count["launches"][0])
+        cost = combine_matrix_cost(case["m"], case["n"], case["tensors"], case["k"], job)
+        assert count["dot_flops"] == cost.padded_flops > cost.flops
+    else:
+        cost = combine_vector_cost(case["m"] * case["n"], case["tensors"], job)
+    assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
+    assert loads(count) == cost.loads_bytes
+    assert sum(count["stores"].values()) == cost.bytes_written
+    assert len(count["launches"]) == cost.launches
+
+
+@pytest.mark.parametrize("case", BASES, ids=str)
+def test_orthonormalization_moves_and_multiplies_what_is_predicted(counts, case):
+    count, job = found(counts, case, "orthonormalize"), job_of(case)
+    assert job.tiles.vectors_gram == tile_of(count["launches"][0])
+    assert job.tiles.triangular == tile_of(count["launches"][1])
+    gram, _, product = orthonormalize_costs(case["k"], case["m"], case["experts"], job)
+    assert loads(count) == gram.loads_bytes + product.loads_bytes
+    assert count["dot_flops"] == gram.padded_flops + product.padded_flops
+    assert len(count["launches"]) == gram.launches + product.launches
+    # Tiles on the diagonal are written twice, once as their own transpose.
+    assert count["stores"]["gram"] > gram.bytes_written
+    assert count["stores"]["out"] == product.bytes_written
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_inner_products_move_and_multiply_what_is_predicted(counts, case):
+    count, job = found(counts, case, "inner_products"), job_of(case)
+    cost = inner_products_cost(case["m"], case["n"], case["tensors"], case["k"], job)
+    square = case["tensors"] * (case["experts"] * case["k"]) ** 2 * 8
+    assert loads(count) == cost.loads_bytes - 3 * square  # the library multiplies and lays out anew
+    assert count["dot_flops"] == cost.padded_flops > cost.flops
+    assert len(count["launches"]) == cost.launches - 2

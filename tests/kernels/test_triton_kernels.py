@@ -1,0 +1,320 @@
+"""The Triton kernels in the interpreter, beyond what ``test_operators.py`` asks of every backend.
+
+All numbers of experts, inputs that touch NaN on both sides in memory, outputs between sentinels, aligned and not,
+tf32 arithmetic emulated; and mutants with a mask removed, which these very checks must catch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import multiply_in_tf32
+
+from r2m_kernels import _triton
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+
+COUNTS = [1, 2, 3, 8, 13]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FEW = [(torch.float32, 0), (torch.bfloat16, 1)]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
+# The second has rows of whole 16-byte vectors in every dtype: kernels for aligned tensors run on it.
+SHAPES = [(37, 53), (36, 72)]
+MARGIN = 8192  # elements of NaN before and after: more than any tile reaches
+SENTINEL = -77.0
+
+
+def embedded(tensor, offset=0):
+    """The same values, contiguous, amid NaN in memory; with ``offset`` 0 they start at a multiple of 16 bytes."""
+    buffer = tensor.new_full((tensor.numel() + 2 * MARGIN,), math.nan)
+    view = buffer[MARGIN + offset : MARGIN + offset + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+def inputs(shape, dtype, count, offset=0, tensors=None, seed=0):
+    """L bases and N × L experts in NaN, and the task vectors as (L, N, m·n) float64."""
+    tensors = tensors or (2 if count <= 3 else 1)
+    generator = torch.Generator().manual_seed(seed)
+    plain = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(tensors)]
+    bases = [embedded(base, offset) for base in plain]
+    experts = [
+        [embedded((base.double() + 0.1 * torch.randn(shape, generator=generator)).to(dtype), offset) for base in plain]
+        for _ in range(count)
+    ]
+    tau = torch.stack(
+        [torch.stack([(e[i].double() - b.double()).flatten() for e in experts]) for i, b in enumerate(plain)]
+    )
+    return bases, experts, tau
+
+
+def mixing_of(count):
+    return torch.eye(count, dtype=torch.float64) - torch.linspace(0.1, 0.4, count, dtype=torch.float64).unsqueeze(1)
+
+
+def check_task_gram(task_gram, shape, dtype, count, offset):
+    bases, experts, tau = inputs(shape, dtype, count, offset)
+    gram = task_gram(bases, experts)
+    # Everything is float64: well inside the 16·2⁻²⁴ that backends promise for float32.
+    assert ((gram - tau @ tau.mT).abs() <= 2.0**-44 * tau.abs() @ tau.abs().mT).all()
+
+
+def check_residual_matmul(module, monkeypatch, shape, dtype, count, offset, transpose, k=21):
+    bases, experts, tau = inputs(shape, dtype, count, offset)
+    mixing = mixing_of(count)
+    buffers = []
+
+    def between_sentinels(leading, length, dtype, device):
+        padded = -(-length // 16) * 16
+        buffer = torch.full((math.prod(leading) * padded + 2 * MARGIN,), SENTINEL, dtype=dtype)
+        view = buffer[MARGIN:-MARGIN].view(*leading, padded)[..., :length]
+        buffers.append((buffer, view))
+        return view
+
+    monkeypatch.setattr(module, "empty_rows", between_sentinels)
+    inner = shape[0] if transpose else shape[1]
+    rhs = torch.randn(len(bases), count, inner, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rhs = rhs.to(torch.promote_types(dtype, torch.float32))
+    result = module.residual_matmul(bases, experts, mixing, rhs, transpose, "tf32x3")
+    x = torch.einsum("ji,lje->lie", mixing, tau).unflatten(2, shape)
+    magnitude = torch.einsum("ji,lje->lie", mixing.abs(), tau.abs()).unflatten(2, shape)
+    if transpose:
+        x, magnitude = x.mT, magnitude.mT
+    # N + 1 roundings to form X, about 2·√K to sum K terms of one rounding each.
+    bound = (4 + count + 2 * math.sqrt(inner)) * UNIT[dtype] * magnitude @ rhs.double().abs()
+    assert ((result.double() - x @ rhs.double()).abs() <= bound).all()
+    for buffer, view in buffers:
+        assert int((buffer == SENTINEL).sum()) == buffer.numel() - view.numel()
+
+
+def check_combine(combine, shape, dtype, count, offset, rank):
+    bases, experts, tau = inputs(shape, dtype, count, offset)
+    generator = torch.Generator().manual_seed(2)
+    core = torch.rand(count, generator=generator, dtype=torch.float64) - 0.3
+    left = right = scale = None
+    low_rank = magnitude = torch.zeros(len(bases), *shape, dtype=torch.float64)
+    if rank:
+        scale = torch.rand(count, generator=generator, dtype=torch.float64)
+        left = torch.randn(len(bases), count, shape[0], rank, generator=generator)
+        right = torch.randn(len(bases), count, rank, shape[1], generator=generator)
+        low_rank = torch.einsum("i,limr,lirn->lmn", scale, left.double(), right.double())
+        magnitude = torch.einsum("i,limr,lirn->lmn", scale, left.double().abs(), right.double().abs())
+    buffers = [torch.full((math.prod(shape) + 2 * MARGIN,), SENTINEL, dtype=dtype) for _ in bases]
+    outs = [buffer[MARGIN + offset :][: math.prod(shape)].view(shape) for buffer in buffers]
+    combine(bases, experts, core, left, right, scale, outs)
+    for index, (base, out, buffer) in enumerate(zip(bases, outs, buffers, strict=True)):
+        exact = base.double() + (core @ tau[index]).view(shape) + low_rank[index]
+        size = base.double().abs() + (core.abs() @ tau[index].abs()).view(shape) + magnitude[index]
+        half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+        # The contract's 8 + 2·√r, and a rounding for every expert beyond four.
+        bound = half_ulp[dtype] * exact.abs() * (1 + 1e-6) + (8 + count + 2 * math.sqrt(rank)) * UNIT[dtype] * size
+        assert ((out.double() - exact).abs() <= bound + (2.0**-25 if dtype == torch.float16 else 0)).all()
+        assert int((buffer == SENTINEL).sum()) == buffer.numel() - out.numel()
+
+
+# The interpreter is slow: with many experts `make test` takes two dtypes, and `make test-all` the rest.
+CASES = [
+    pytest.param(dtype, count, offset, marks=() if count <= 3 or (dtype, offset) in FEW else pytest.mark.slow)
+    for dtype in DTYPES
+    for count in COUNTS
+    for offset in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("dtype", "count", "offset"), CASES)
+def test_task_gram_for_any_number_of_experts(dtype, count, offset):
+    for shape in SHAPES:
+        check_task_gram(_triton.task_gram, shape, dtype, count, offset)
+
+
+@pytest.mark.parametrize(("dtype", "count", "offset"), CASES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_residual_matmul_for_any_number_of_experts(monkeypatch, dtype, count, offset, transpose):
+    module = sys.modules["r2m_kernels._triton.residual_matmul"]
+    for shape in SHAPES:
+        check_residual_matmul(module, monkeypatch, shape, dtype, count, offset, transpose)
+
+
+@pytest.mark.parametrize(("dtype", "count", "offset"), CASES)
+@pytest.mark.parametrize("rank", [0, 7])
+def test_combine_for_any_number_of_experts(dtype, count, offset, rank):
+    for shape in SHAPES:
+        check_combine(_triton.combine, shape, dtype, count, offset, rank)
+
+
+def test_dtypes_mixed_between_experts_are_computed_in_the_widest():
+    bases, experts, _ = inputs((40, 24), torch.float32, 3)
+    experts[1] = [tensor.bfloat16() for tensor in experts[1]]
+    experts[2] = [tensor.half() for tensor in experts[2]]
+    wide = [[tensor.float() for tensor in expert] for expert in experts]
+    rhs = torch.randn(2, 3, 24, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_triton.task_gram(bases, experts), _triton.task_gram(bases, wide))
+    arguments = (mixing_of(3), rhs)
+    assert torch.equal(
+        _triton.residual_matmul(bases, experts, *arguments), _triton.residual_matmul(bases, wide, *arguments)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_columns_and_vectors_of_the_result(dtype):
+    # More than one tile of 128 columns, and of 64 rows.
+    bases, experts, tau = inputs((72, 136), dtype, 2, tensors=1)
+    rhs = torch.randn(1, 2, 136, 150, generator=torch.Generator().manual_seed(1))
+    result = _triton.residual_matmul(bases, experts, mixing_of(2), rhs, False, "tf32x3")
+    x = torch.einsum("ji,lje->lie", mixing_of(2), tau).unflatten(2, (72, 136))
+    assert (result - x @ rhs.double()).norm() <= 1e-6 * (x @ rhs.double()).norm()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_shift_is_subtracted_and_the_energy_is_from_before(transpose):
+    bases, experts, tau = inputs((68, 132), torch.float32, 3)
+    x = torch.einsum("ji,lje->lie", mixing_of(3), tau).unflatten(2, (68, 132))
+    x = x.mT if transpose else x
+    generator = torch.Generator().manual_seed(1)
+    rhs, shifted = (torch.randn(2, 3, 9, size, generator=generator) for size in (x.shape[3], x.shape[2]))
+    shift = torch.tensor([[0.0, 1.5, -2.0], [3.0, 0.0, 0.1]])
+    group = matrix_group(bases, experts)
+    rows, energy = multiply(group, mixing_of(3), rhs, transpose, "tf32x3", shift, shifted)
+    product = rhs.double() @ x.mT
+    assert torch.allclose(rows.double(), product - shift.double()[..., None, None] * shifted, rtol=0, atol=1e-4)
+    assert torch.allclose(energy, product.square().sum((2, 3)), rtol=1e-5)
+
+
+def test_the_sketch_is_the_residual_times_random_signs():
+    # The residual of one expert over a zero base, with mixing 1, is the expert itself: the identity shows the signs.
+    identity = [torch.eye(192)]
+    group = matrix_group([torch.zeros(192, 192)], [identity])
+    one = torch.eye(1, dtype=torch.float64)
+
+    def signs(key, k=96, transpose=False):
+        return sketch(group, one, torch.tensor([key]), k, transpose)[0, 0].double()
+
+    rows = signs(2**40 + 3)
+    assert set(rows.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(rows, signs(2**40 + 3, transpose=True))
+    assert torch.equal(rows[:16], signs(2**40 + 3, k=16))  # column c does not depend on how many there are
+    for other in (2**40 + 4, 3, 2**41 + 3):
+        assert abs(float((rows * signs(other)).mean())) < 0.03  # 4 standard deviations of 18432 coins
+    # Neither rows nor columns favour a sign, or one another: six standard deviations.
+    assert float(rows.mean(0).abs().max()) < 6 / math.sqrt(96)
+    assert float(rows.mean(1).abs().max()) < 6 / math.sqrt(192)
+    products = rows @ rows.T / 192 - torch.eye(96)
+    assert float(products.abs().max()) < 6 / math.sqrt(192)
+
+
+def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
+    bases, experts, _ = inputs((68, 136), torch.float32, 3, tensors=3)
+    last, others = bases[2:], [expert[2:] for expert in experts]
+    rhs = torch.randn(3, 3, 136, 20, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_triton.task_gram(bases, experts)[2:], _triton.task_gram(last, others))
+    for precision in ("tf32", "tf32x3", "ieee"):
+        together = _triton.residual_matmul(bases, experts, mixing_of(3), rhs, False, precision)
+        assert torch.equal(together[2:], _triton.residual_matmul(last, others, mixing_of(3), rhs[2:], False, precision))
+    y = torch.randn(20, 3, 70, 9, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(_triton.orthonormalize(y)[7], _triton.orthonormalize(y[7]))
+    assert torch.equal(_triton.orthonormalize(y)[7, 1], _triton.orthonormalize(y[7, 1]))
+
+
+@pytest.mark.parametrize("kind", ["equal columns", "zero column", "condition 1e7", "one column", "tiny"])
+def test_orthonormalize_of_ill_conditioned_blocks(kind):
+    y = torch.randn(150, 12, generator=torch.Generator().manual_seed(0))
+    if kind == "equal columns":
+        y[:, 5] = y[:, 2]
+    elif kind == "zero column":
+        y[:, 3] = 0.0
+    elif kind == "condition 1e7":
+        u, _, v = torch.linalg.svd(y.double(), full_matrices=False)
+        y = ((u * torch.logspace(0, -7, 12, dtype=torch.float64)) @ v).float()
+    elif kind == "one column":
+        y = y[:, :1]
+    else:
+        y = y * 1e-34  # lengths near the smallest that float32 can invert
+    q = _triton.orthonormalize(y).double()
+    kept = [i for i in range(y.shape[1]) if kind != "zero column" or i != 3]
+    gram = q[:, kept].T @ q[:, kept]
+    assert torch.allclose(gram, torch.eye(len(kept), dtype=torch.float64), atol=2e-6)
+    unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
+    assert float((unit - q @ (q.T @ unit)).abs().max()) <= 2e-6
+    if kind == "zero column":
+        assert torch.equal(q[:, 3], torch.zeros(150, dtype=torch.float64))
+
+
+# tf32 has 10 mantissa bits: an operand is off by 2⁻¹¹ of itself, a product by 2⁻¹⁰.
+@pytest.mark.parametrize("transpose", [False, True])
+def test_tf32_products_are_within_two_to_the_minus_ten(monkeypatch, transpose):
+    multiply_in_tf32(monkeypatch)
+    bases, experts, tau = inputs((68, 136), torch.float32, 3)
+    x = torch.einsum("ji,lje->lie", mixing_of(3), tau).unflatten(2, (68, 136))
+    x = x.mT if transpose else x
+    rhs = torch.randn(2, 3, x.shape[3], 20, generator=torch.Generator().manual_seed(1))
+    error, size = {}, x.abs() @ rhs.double().abs()
+    for precision in ("tf32", "tf32x3"):
+        result = _triton.residual_matmul(bases, experts, mixing_of(3), rhs, transpose, precision)
+        error[precision] = float(((result - x @ rhs.double()).abs() / size).max())
+    assert 2.0**-14 < error["tf32"] <= 2.0**-10 + 2.0**-20  # the first: the emulation does round
+    # What is left out is 2⁻²² of a product; forming X and summing add float32 roundings.
+    assert error["tf32x3"] <= 2.0**-22 + (4 + 3 + 2 * math.sqrt(136)) * 2.0**-24
+
+
+def test_combine_with_tf32x3_products_is_within_its_bound(monkeypatch):
+    multiply_in_tf32(monkeypatch)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_combine(_triton.combine, (68, 136), dtype, 3, 0, rank=33)
+
+
+def mutant(tmp_path, name, original, changed):
+    """A kernel module with one expression replaced, loaded under its own name from a file of its own."""
+    source = Path(sys.modules[f"r2m_kernels._triton.{name}"].__file__).read_text()
+    assert source.count(original) >= 1
+    path = tmp_path / f"mutant_{name}.py"
+    path.write_text(source.replace(original, changed))
+    spec = importlib.util.spec_from_file_location(f"mutant_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_read_beyond_the_end_is_caught(tmp_path, offset):
+    inside = "tl.where(row * 4 + a < count, elements, 0)"
+    module = mutant(tmp_path, "task_gram", inside, inside.replace("elements", "elements + 4"))
+    with pytest.raises(AssertionError):
+        check_task_gram(module.task_gram, (37, 53), torch.float32, 3, offset)
+
+
+@pytest.mark.parametrize(
+    "original", ["(rows < outer)[:, None] & (columns < k)[None, :]", "depth < inner, rows < outer"]
+)
+def test_a_product_without_its_masks_is_caught(tmp_path, monkeypatch, original):
+    everywhere = {"(": "(rows < rows + 1)[:, None] & (columns < k)[None, :]", "d": "depth >= 0, rows >= 0"}
+    module = mutant(tmp_path, "residual_matmul", original, everywhere[original[0]])
+    with pytest.raises(AssertionError):
+        check_residual_matmul(module, monkeypatch, (68, 136), torch.float32, 2, 0, transpose=False)
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_merged_tensor_written_without_its_mask_is_caught(tmp_path, rank):
+    module = mutant(
+        tmp_path,
+        "combine",
+        "tl.store(out + offsets, total.to(OUTPUT), mask=inside)",
+        "tl.store(out + offsets, total.to(OUTPUT))",
+    )
+    with pytest.raises(AssertionError):
+        check_combine(module.combine, (37, 53), torch.float32, 2, 0, rank)
+
+
+def test_precision_is_never_lower_than_asked_for():
+    order = ["bf16", "tf32", "tf32x3", "ieee"]
+    for target in launch.TARGETS:
+        for dtype in DTYPES[:3]:
+            for asked in order:
+                for aligned in (True, False):
+                    config = launch.residual_matmul(target, dtype, torch.float32, asked, aligned, 3)
+                    assert order.index(config.precision) >= order.index(asked)
+                    assert target != "gfx942" or config.precision in ("bf16", "ieee")  # ROCm has no tf32
+    assert launch.residual_matmul("sm_90", torch.float64, torch.float64, "tf32", True, 3).precision == "ieee"

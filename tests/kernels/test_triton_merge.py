@@ -1,0 +1,185 @@
+"""Whole steps and merges on the Triton backend, in the interpreter: against the definition and the torch backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import checkpoints, distance, floating, matrix_with, same_bits, spectrum
+from interpreter import multiply_in_tf32
+
+from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, _triton, analyze, merge, reference
+from r2m_kernels.truncation import truncate_residuals, truncation_rank
+
+# Two shapes with two tensors each make groups; tall, wide and one row length that is no multiple of a vector.
+SHAPES = {"a.weight": (72, 66), "b.weight": (72, 66), "c.weight": (66, 70), "d.weight": (66, 70), "e.weight": (40, 131)}
+SHAPES |= {"a.bias": (80,), "b.bias": (80,), "norm.running_var": (16,), "token": (1, 1, 33), "temperature": ()}
+
+
+def factors_of(matrix, rank, name="x", **options):
+    x = matrix.float()
+    group = ([name], [torch.zeros_like(x)], [[x]])
+    (factors,) = truncate_residuals(*group, torch.eye(1, dtype=torch.float64), rank, MergeConfig(**options), _triton)
+    return factors
+
+
+def error_of(factors, matrix):
+    exact = matrix.float().double()
+    return float((exact - factors.left[0].double() @ factors.right[0].double()).norm())
+
+
+QUALITY = [
+    pytest.param(
+        kind,
+        shape,
+        marks=() if (kind, shape) in (("k^-1/2", (512, 528)), ("16 spikes", (520, 512))) else pytest.mark.slow,
+    )
+    for kind in ("linear", "k^-1/2", "k^-1", "16 spikes")
+    for shape in ((512, 528), (520, 512))
+]
+
+
+@pytest.mark.parametrize(("kind", "shape"), QUALITY)
+def test_truncation_with_tf32_products_is_within_2_per_cent_of_the_optimum(monkeypatch, kind, shape):
+    multiply_in_tf32(monkeypatch)
+    values = spectrum(kind, 512)
+    matrix = matrix_with(values, *shape)
+    rank = truncation_rank(0.1, shape)
+    factors = factors_of(matrix, rank)
+    assert factors.left.shape == (1, shape[0], rank)
+    assert factors.right.shape == (1, rank, shape[1])
+    optimum = float(values[rank:].norm())
+    assert 0.9999 * optimum <= error_of(factors, matrix) <= 1.02 * optimum
+    # What came with the factors is what they say, and their order can be had.
+    explicit = (factors.left[0].double() @ factors.right[0].double()).square().sum()
+    assert float(factors.inner_products()) == pytest.approx(float(explicit), rel=1e-9)
+    smaller = factors.truncated(rank // 2)
+    assert error_of(smaller, matrix) <= 1.02 * float(values[rank // 2 :].norm())
+
+
+def steep(kind, size):
+    index = torch.arange(1, size + 1, dtype=torch.float64)
+    if kind == "19 spikes":
+        return torch.where(index <= 19, 140 * (20.0 - index) / 19 + 1, torch.linspace(1.0, 0.05, size).double())
+    return spectrum(kind, size) if kind in ("rank 8", "zero") else index ** -float(kind.removeprefix("k^-"))
+
+
+@pytest.mark.parametrize("kind", ["k^-2", "k^-3", "19 spikes", "rank 8", "zero"])
+def test_steep_spectra_are_left_to_the_careful_method(monkeypatch, kind):
+    multiply_in_tf32(monkeypatch)
+    values = steep(kind, 240)
+    matrix = matrix_with(values, 260, 240)
+    error = error_of(factors_of(matrix, 24), matrix)
+    # 1.05: fewer columns than the 50 of the contract, where luck matters more; below it, float32 of the input.
+    assert error <= 1.05 * float(values[24:].norm()) + 2e-6 * float(values.norm())
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_truncation_does_not_depend_on_the_scale(scale):
+    matrix = matrix_with(spectrum("linear", 80), 80, 96)
+    ordinary, scaled = (factors_of(factor * matrix, 8, svd="randomized") for factor in (1.0, scale))
+    optimum = float(spectrum("linear", 80)[8:].norm())
+    assert error_of(scaled, scale * matrix) / scale == pytest.approx(error_of(ordinary, matrix), rel=1e-3)
+    assert error_of(scaled, scale * matrix) / scale <= 1.02 * optimum
+
+
+def test_more_steps_help_and_a_tolerance_is_kept():
+    matrix = matrix_with(spectrum("linear", 100), 100, 112)
+    errors = [error_of(factors_of(matrix, 10, power_iterations=q), matrix) for q in (0, 3)]
+    assert errors[1] < errors[0]
+    assert factors_of(matrix, 10, tolerance=0.1).ordered  # each tensor on its own, by the textbook's method
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_exact_merge_is_as_near_to_the_definition_as_torchs(dtype, count):
+    base, experts = checkpoints(count, dtype=dtype, shapes=SHAPES, seed=count, scales=[1.0, 1.5, 0.7][:count])
+    expected = reference.merge(base, experts)
+    rounded = {key: tensor.to(dtype) for key, tensor in floating(expected).items()}
+    bound = 1.05 * distance(rounded, floating(expected)) + 2e-5 * distance(base, expected)
+    for backend in ("torch", "triton"):
+        merged = merge(base, experts, svd="exact", backend=backend)
+        assert distance(merged, floating(expected)) <= bound
+        assert all(merged[key].dtype == base[key].dtype and merged[key].shape == base[key].shape for key in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_randomized_merge_is_near_the_definition_where_the_spectrum_has_a_gap(dtype):
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base = {name: 0.02 * randn(96, 88) for name in ("a", "b")}
+    common = {name: randn(96, 3) @ randn(3, 88) for name in base}
+    experts = [
+        {
+            name: (t + 1e-2 * (common[name] + randn(96, 3) @ randn(3, 88) + 1e-3 * randn(96, 88))).to(dtype)
+            for name, t in base.items()
+        }
+        for _ in range(2)
+    ]
+    base = {name: tensor.to(dtype) for name, tensor in base.items()}
+    options = {"rank": 9, "dtype": torch.float32}  # what both have of rank 9: a gap, rounding of the inputs apart
+    exact = merge(base, experts, svd="exact", **options)
+    ours = merge(base, experts, backend="triton", **options)
+    assert distance(ours, exact) <= (2e-2 if dtype == torch.float32 else 6e-2) * distance(base, exact)
+
+
+def test_the_same_bits_twice_in_any_order_group_and_memory(tmp_path):
+    base, experts = checkpoints(2, shapes={"a": (68, 66), "b": (68, 66), "wide": (65, 72), "bias": (68,)})
+    expected = merge(base, experts, backend="triton")
+    names = list(base)[::-1]
+    turned = merge({n: base[n] for n in names}, [{n: e[n] for n in names} for e in experts], backend="triton")
+    assert same_bits(expected, {n: turned[n] for n in base})
+    analysis = analyze(base, experts, backend="triton", memory_budget="16KiB", spill_directory=tmp_path)
+    assert analysis.spilled_bytes > 0
+    assert same_bits(expected, analysis.merge())
+    config = MergeConfig.cart(rank=0.1, scale=1.0)  # no number of this configuration joins tensors
+    whole = merge(base, experts, config, backend="triton")
+    alone = merge({"b": base["b"]}, [{"b": e["b"]} for e in experts], config, backend="triton")
+    assert torch.equal(whole["b"], alone["b"])
+
+
+def test_an_analysis_merges_at_smaller_ranks_and_says_who_computed():
+    base, experts = checkpoints(2, shapes={"tall": (72, 66), "wide": (66, 72), "bias": (72,)})
+    analysis = analyze(base, experts, backend="triton", rank=0.3)
+    report = analysis.report()
+    assert report["backend"] == {"name": "triton", "reason": "asked for by name", "device": "cpu"}
+    smaller, exact = (
+        {row["name"]: row.get("kept_energy") for row in found.report(found.config.replace(rank=0.1))["tensors"]}
+        for found in (analysis, analyze(base, experts, svd="exact", rank=0.3))
+    )
+    for name, kept in exact.items():
+        if kept is not None:
+            lost, least = ([1 - one for one in row.values()] for row in (smaller[name], kept))
+            # 1.02 of the norm is 1.04 of the energy.
+            assert all(a <= 1.04 * b + 1e-6 for a, b in zip(lost, least, strict=True))
+    assert distance(analysis.merge(rank=0.1), analysis.merge()) > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_in_a_group_is_named_by_expert_and_tensor(bad):
+    base, experts = checkpoints(3, shapes=SHAPES)
+    experts[1]["d.weight"][3, 4] = bad
+    with pytest.raises(InvalidInput, match=r"'expert1'.*'d.weight' holds NaN or Inf in 1 of 4620 elements"):
+        merge(base, experts, backend="triton")
+
+
+def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    chosen = _backends.choose("auto", gpu)
+    assert (chosen.name, chosen.reason) == ("triton", "the fastest one this version has for cuda")
+    assert _backends.choose("auto", torch.device("cpu")).name == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    chosen = _backends.choose("auto", gpu)
+    assert chosen.name == "torch"
+    assert chosen.reason == "the Triton backend needs a GPU of compute capability 8.0 or newer"
+    with pytest.raises(
+        BackendUnavailable, match=r"backend 'triton' needs a GPU of compute capability 8\.0 or newer; use"
+    ):
+        _backends.choose("triton", gpu)
+    with pytest.raises(BackendUnavailable, match="backend 'triton' runs on CUDA and ROCm GPUs and not on 'mps'"):
+        _backends.choose("triton", torch.device("mps"))
