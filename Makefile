@@ -7,7 +7,7 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check kernels kernels-oldest format bench gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,11 +22,19 @@ $(READY): requirements.txt pyproject.toml setup.py
 demo: $(READY)  ## specialists trained on real faces, merged and judged: table and pictures under demo/
 	$(BIN)/r2m demo --out demo
 
-test: check  ## lint, types, import contracts and tests
+test: check kernels  ## lint, types, import contracts, kernels compiled for every GPU target, tests
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY)  ## the slow checks: the full demo, the wheel in an empty environment
-	$(PYTEST) -n 1 --timeout 1800 -m slow
+test-all: $(READY) kernels-oldest gpu-rehearsal  ## the slow checks: oldest Triton, GPU rehearsal, full demo, wheel
+	$(PYTEST) --timeout 1800 -m slow
+
+# Triton's cache is keyed by source, target and options: only what changed is compiled again.
+COMPILE_CHECK := -m bench.compile_check
+kernels: $(READY)  ## compile every kernel for every GPU target, no GPU needed, and inspect the machine code
+	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python $(COMPILE_CHECK) --json build/compile_check.json
+
+kernels-oldest: .venv-gpu/ready
+	TRITON_CACHE_DIR=$(CURDIR)/build/triton .venv-gpu/bin/python $(COMPILE_CHECK) --json build/compile_check_oldest.json
 
 check: $(READY)  ## lint, types and import contracts alone
 	$(BIN)/ruff check $(SOURCES)
@@ -42,5 +50,19 @@ format: $(READY)  ## rewrite the sources as `make check` wants them
 bench: $(READY)  ## speed against full SVD in one run, as JSON under bench/results/
 	$(BIN)/python -m bench.run
 
+# What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
+GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
+.venv-gpu/ready: requirements.txt Makefile
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet $(GPU_PACKAGES) \
+	  $$(grep -E '^(torch|pytest|safetensors)==' requirements.txt)
+	touch $@
+
+gpu:  ## on a machine with a GPU, without an install: right and fast? JSON in OUT or bench/results/
+	$(PYTHON) -m bench.gpu
+
+gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interpreter, with a GPU machine's packages
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-gpu/bin/python -m bench.gpu --rehearsal
+
 clean:  ## remove the environment and everything made
-	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-gpu build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -8,5 +8,5 @@ application = find_packages("python", include=["r2m", "r2m.*"])
 setup(
     packages=numerics + application,
     package_dir={"r2m_kernels": "r2m_kernels", "r2m": "python/r2m"},
-    package_data={"r2m_kernels": ["py.typed", "README.md"], "r2m": ["py.typed"]},
+    package_data={"r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"], "r2m": ["py.typed"]},
 )

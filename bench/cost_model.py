@@ -18,10 +18,10 @@ from importlib import resources
 from typing import Any
 
 from r2m_kernels.cost_model import CHIPS, MODELS, Chip, Kind, Model, StepCost, Tile, Tiles, floor_seconds, merge_costs
+from r2m_kernels.engine import DEVICE_GROUP_BYTES
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
-GROUP_BYTES = 2**28  # inputs of a launch, as in r2m_kernels/engine.py where no budget says otherwise
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,7 +48,7 @@ def launch_tiles(table: Mapping[str, Any], target: str, dtype_bytes: int) -> Til
 
 def costs_on(chip: Chip, model: Model, experts: int, rank: float | int, dtype: str) -> list[StepCost]:
     tiles = launch_tiles(launch_table(), chip.target, DTYPE_BYTES[dtype])
-    return merge_costs(model, experts, rank, DTYPE_BYTES[dtype], tiles=tiles, group_bytes=GROUP_BYTES)
+    return merge_costs(model, experts, rank, DTYPE_BYTES[dtype], tiles=tiles, group_bytes=DEVICE_GROUP_BYTES)
 
 
 def table_of(chip: Chip, model: Model, experts: int, rank: float | int, dtype: str) -> Iterator[str]:

@@ -94,11 +94,10 @@ def usable_device(value: str | torch.device) -> torch.device:
     if device.type == "meta":  # holds no numbers
         raise InvalidInput(f"device: expected one such as cpu, cuda or cuda:1, got '{value}'")
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=device).device  # "cuda" has an index from here on
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise BackendUnavailable(f"device '{value}' cannot be used here: {reason}") from None
-    return device
 
 
 def choose(name: str, device: torch.device) -> Backend:

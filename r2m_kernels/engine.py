@@ -21,12 +21,15 @@ from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import for_each, workers
 from r2m_kernels.compatibility import Plan, PlannedTensor
 from r2m_kernels.errors import InvalidInput
-from r2m_kernels.tensors import TensorSource
+from r2m_kernels.tensors import StateDictSource, TensorSource
 
 R = TypeVar("R")
 
-# Bytes of inputs in one group where no budget says otherwise: enough to fill a GPU, little beside its memory.
+# Bytes of inputs in one group, where no budget says less. What comes from elsewhere waits in pinned memory, which is
+# slow to get and to be had twice; what is on the device already can be taken in few launches, each of which costs the
+# host more time than a small group costs the GPU.
 GROUP_BYTES = 2**28
+DEVICE_GROUP_BYTES = 2**31
 # Of the device memory free at the start, what the merge takes unless it is told.
 DEVICE_SHARE = 0.8
 
@@ -103,9 +106,8 @@ class Engine:
             free = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
             self.device_budget = free if budget is None else min(free, budget)
         # Half is for factors; a quarter for inputs that stay; the rest for two groups, results and workspace.
-        self._group_bytes = GROUP_BYTES if self.device_budget is None else min(GROUP_BYTES, self.device_budget // 16)
-        if budget is not None:
-            self._group_bytes = min(self._group_bytes, budget // 8)
+        room = [] if self.device_budget is None else [self.device_budget // 16]
+        self._most_bytes = min([DEVICE_GROUP_BYTES, *room, *([] if budget is None else [budget // 8])])
         # Threads are for CPUs: a GPU has one queue of work.
         self._limit: int | None = None if device.type == "cpu" else 1
         if budget is not None:
@@ -214,12 +216,20 @@ class Engine:
             dtypes = tuple(source.specs[tensor.name].dtype for source in self._sources(tensor))
             key = (tensor.role, tensor.spec.shape, tensor.rank, dtypes)
             size = self._bytes(tensor)
-            if key not in alike or filled[key] + size > self._group_bytes:
+            most = self._most_bytes if self._on_device(tensor) else min(GROUP_BYTES, self._most_bytes)
+            if key not in alike or filled[key] + size > most:
                 alike.setdefault(key, []).append([])
                 filled[key] = 0
             alike[key][-1].append(tensor)
             filled[key] += size
         return [group for groups in alike.values() for group in groups]
+
+    def _on_device(self, tensor: PlannedTensor) -> bool:
+        """Whether nothing has to be brought for this tensor."""
+        if tensor.name in self._resident:
+            return True
+        sources = self._sources(tensor)
+        return all(isinstance(one, StateDictSource) and one.devices[tensor.name] == self.device for one in sources)
 
     def _load_ahead(self, tensors: list[PlannedTensor]) -> tuple[Group, torch.cuda.Event | None]:
         if self._stream is None:
@@ -231,17 +241,16 @@ class Engine:
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         if name in self._resident:
             return self._resident[name]
-        base, *experts = (self._to_device(source.read(name)) for source in (self.base, *self.experts))
-        size = sum(tensor.nbytes for tensor in (base, *experts))
-        if self.device_budget is not None and self._resident_bytes + size <= self.device_budget // 4:
+        found = [source.read(name) for source in (self.base, *self.experts)]
+        brought = sum(tensor.nbytes for tensor in found if tensor.device != self.device)
+        if self.device_budget is None or brought == 0:
+            return found[0].to(self.device), [tensor.to(self.device) for tensor in found[1:]]
+        pinned = (tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in found)
+        base, *experts = (tensor.to(self.device, non_blocking=True) for tensor in pinned)
+        if self._resident_bytes + brought <= self.device_budget // 4:
             self._resident[name] = (base, experts)
-            self._resident_bytes += size
+            self._resident_bytes += brought
         return base, experts
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._stream is None or tensor.device.type != "cpu":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _sources(self, tensor: PlannedTensor) -> list[TensorSource]:
         """Who is read for a tensor."""

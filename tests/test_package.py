@@ -50,7 +50,7 @@ def test_the_wheel_installs_and_merges_elsewhere(sources, tmp_path):
     (wheel,) = tmp_path.glob("r2m_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"r2m_kernels", "r2m"}
-    assert {"r2m_kernels/py.typed", "r2m_kernels/README.md", "r2m/demo/__init__.py"} <= set(names)
+    assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py"} <= set(names)
 
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)

@@ -187,7 +187,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     help="Scale all experts' residuals to one norm first.  [default: norm-match]",
 )
 @_option(_RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
-@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto or torch.")
+@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto, torch or triton (GPUs).")
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 def merge(
     base: str,

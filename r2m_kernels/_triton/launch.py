@@ -7,6 +7,7 @@ chosen, by running the operators with :func:`start` replaced.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ Config = GramConfig | MatmulConfig | VectorConfig
 
 
 def start(kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel. Every launch of this package goes through here."""
-    kernel[grid](*arguments, **constants, **options(config))
+    """Launch a kernel on the device of its first argument. Every launch of this package goes through here."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, **options(config))
 
 
 def options(config: Config) -> dict[str, Any]:

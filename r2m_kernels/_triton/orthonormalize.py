@@ -18,7 +18,8 @@ from r2m_kernels._triton.sums import sum_tiles
 # Added to the Gram matrix of vectors of length 1, so that it stays positive definite whatever their rank: above its
 # rounding (√m · 2⁻⁵³ · k < 1e-12 for m up to 10⁵ and k up to 10³), far below what the second pass can repair.
 RELATIVE_SHIFT = 1e-11
-# CUDA's triangular solve loops over matrices in batches smaller than 8.
+# Libraries have other algorithms for single matrices and small batches, and bits would depend on the batch: smaller
+# ones are filled up to this (CUDA's triangular solve loops over fewer than 8 matrices).
 SMALLEST_BATCH = 16
 
 
@@ -147,8 +148,8 @@ def _inverse_factor(gram: Tensor, smallest: float) -> Tensor:
     lengths = torch.where(present, squares, 1.0).rsqrt() * present  # 1/‖row‖, and 0 for rows without anything
     unit = gram * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
     unit.diagonal(dim1=-2, dim2=-1).copy_(torch.where(squares.isnan(), squares, 1.0 + RELATIVE_SHIFT))
-    # Libraries have other algorithms for single matrices and small batches: bits would depend on the batch.
-    unit = torch.cat([unit, unit[:1].expand(max(0, SMALLEST_BATCH - count), k, k)])
+    if count < SMALLEST_BATCH:
+        unit = torch.cat([unit, unit[:1].expand(SMALLEST_BATCH - count, k, k)])
     factor = torch.linalg.cholesky_ex(unit).L
     identity = torch.eye(k, dtype=torch.float64, device=gram.device).expand_as(factor)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)[:count]

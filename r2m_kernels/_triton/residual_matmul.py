@@ -34,9 +34,7 @@ from r2m_kernels._triton.sums import sum_tiles
 @triton.jit
 def tile_mask(depth, rows, TRANSPOSE: tl.constexpr):
     """The mask of an input's tile: (depth, rows) with TRANSPOSE, else (rows, depth)."""
-    if TRANSPOSE:
-        return depth[:, None] & rows[None, :]
-    return rows[:, None] & depth[None, :]
+    return depth[:, None] & rows[None, :] if TRANSPOSE else rows[:, None] & depth[None, :]
 
 
 @triton.jit

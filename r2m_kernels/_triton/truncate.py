@@ -52,7 +52,7 @@ def shifted_truncation(
     outside = min(m, n) - rank
     # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
     scales = torch.where(energies > 0, energies, torch.inf).rsqrt()
-    unit = mixing.to(scales) * scales.unsqueeze(1)  # (L, N, N), columns are experts
+    unit = (mixing.to(scales) * scales.unsqueeze(1)).to(group.device)  # (L, N, N), columns are experts
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
     for _ in range(iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
         product, kept = multiply(group, unit, basis, not tall, fast)

@@ -1,0 +1,177 @@
+"""Inputs for GPU cases and what is right about their results: float64 on the inputs' device, bounds with derivations.
+
+Each ``judge_…`` returns the largest error over its bound: at most 1 is right. NaN is infinitely wrong.
+u = 2⁻²⁴ is half a unit in the last place of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r2m_kernels._triton import launch
+
+U = 2.0**-24
+# What rounding both operands adds to |error| / (|X||rhs|). bf16 keeps 8 bits: 2⁻⁸ each at most. tf32 keeps 11: NVIDIA's
+# units drop the rest, 2⁻¹⁰ each. tf32x3 multiplies two rounded pieces of each: the pieces miss 2⁻²² of an operand
+# (2⁻¹¹ · 2⁻¹¹) and the product of the small pieces, as much again, is left out.
+OPERANDS = {"ieee": 0.0, "tf32x3": 12 * U, "tf32": 2.0**-9 + 2.0**-20, "bf16": 2.0**-7 + 2.0**-16}
+# Of a value, by storage type. Triton's interpreter (3.6, 3.9) cuts float32 down to bfloat16, where a GPU rounds.
+HALF_ULP = {
+    torch.float32: U,
+    torch.bfloat16: 2.0 ** (-7 if launch.INTERPRETED else -8),
+    torch.float16: 2.0**-11,
+    torch.float64: 2.0**-53,
+}
+TRUNCATION = 1.02  # of the optimum on decaying spectra, README §4
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    made = torch.Generator(device=device)
+    made.manual_seed(seed)
+    return made
+
+
+def framed(tensor: Tensor, offset: int = 64) -> Tensor:
+    """The same values, contiguous, inside a flat buffer of NaN: what reads outside shows. Aligned for offset 64."""
+    buffer = torch.full((tensor.numel() + 128 + offset,), math.nan, dtype=tensor.dtype, device=tensor.device)
+    view = buffer[offset : offset + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def decaying(m: int, n: int, source: torch.Generator) -> Tensor:
+    """(m, n) float32 with singular values falling about like k^-1/2."""
+    size = min(m, n)
+    weights = torch.arange(1, size + 1, device=source.device).rsqrt()
+    left = torch.randn(m, size, generator=source, device=source.device)
+    right = torch.randn(size, n, generator=source, device=source.device)
+    return (left * weights) @ right / size
+
+
+def inputs(
+    shape: tuple[int, int], dtype: torch.dtype, count: int, source: torch.Generator, offset: int = 64
+) -> tuple[Tensor, list[Tensor]]:
+    """A base and ``count`` experts: a common part, and a part of each one's own."""
+    base = torch.randn(*shape, generator=source, device=source.device)
+    common = decaying(*shape, source)
+    experts = [base + 0.6 * common + decaying(*shape, source) for _ in range(count)]
+    return framed(base.to(dtype), offset), [framed(expert.to(dtype), offset) for expert in experts]
+
+
+def mixing_of(count: int) -> Tensor:
+    """I − c1ᵀ with unequal c, as the method has it: float64."""
+    core = torch.linspace(0.5, 1.5, count, dtype=torch.float64) / count
+    return torch.eye(count, dtype=torch.float64) - core.unsqueeze(1)
+
+
+def task_matrix(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """(N, numel) float64."""
+    return torch.stack([(expert.double() - base.double()).reshape(-1) for expert in experts])
+
+
+def residuals(base: Tensor, experts: Sequence[Tensor], mixing: Tensor) -> Tensor:
+    """X: (N, m, n) float64."""
+    tau = task_matrix(base, experts)
+    return (mixing.to(tau).T @ tau).reshape(len(experts), base.shape[0], -1)
+
+
+def worst(error: Tensor, bound: Tensor) -> float:
+    """The largest error / bound; infinite where anything is NaN."""
+    quotient = torch.where(error == 0, torch.zeros_like(error), error / bound)
+    value = float(quotient.max())
+    return value if math.isfinite(value) else math.inf
+
+
+def judge_gram(gram: Tensor, base: Tensor, experts: Sequence[Tensor]) -> float:
+    """Against README §2: |error| ≤ 16u · |A||A|ᵀ."""
+    tau = task_matrix(base, experts)
+    return worst((gram.to(tau) - tau @ tau.T).abs(), 16 * U * tau.abs() @ tau.abs().T)
+
+
+def judge_product(
+    result: Tensor,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    mixing: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    precision: str,
+) -> float:
+    """Forming X costs N + 1 roundings an element, a sum of K terms about √K more; operands are rounded besides."""
+    x = residuals(base, experts, mixing)
+    magnitude = (mixing.abs().to(x).T @ task_matrix(base, experts).abs()).reshape(x.shape)
+    if transpose:
+        x, magnitude = x.transpose(1, 2), magnitude.transpose(1, 2)
+    double = rhs.double()
+    count = len(experts)
+    forming = (count + 5 + 2 * math.sqrt(rhs.shape[1])) * U * magnitude @ double.abs()
+    rounding = (1 + 2.0**-8) * OPERANDS[precision] * (x.abs() + forming.new_tensor(count * U) * magnitude)
+    return worst((result.double() - x @ double).abs(), forming + rounding @ double.abs())
+
+
+def judge_basis(q: Tensor, y: Tensor) -> float:
+    """Entries of Q come from one product of k terms in tf32x3: (12 + 8 + 2√k)u; QᵀQ doubles that, QQᵀy once more.
+
+    The second holds relative to ‖y‖, for the well-conditioned y given here.
+    """
+    q, y = q.double(), y.double()
+    k = y.shape[-1]
+    bound = q.new_tensor((20 + 2 * math.sqrt(k)) * U)
+    unit = (q.mT @ q - torch.eye(k, dtype=torch.float64, device=q.device)).abs()
+    missed = (y - q @ (q.mT @ y)).norm(dim=(-2, -1)) / y.norm(dim=(-2, -1))
+    return max(worst(unit, (2 * bound).expand_as(unit)), worst(missed, (4 * bound).expand_as(missed)))
+
+
+def judge_combined(
+    out: Tensor,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> float:
+    """Against README §6: ½ ulp + (8 + 2√r)u of the terms' magnitudes."""
+    tau = task_matrix(base, experts)
+    weights = core.to(tau)
+    exact = base.double() + (weights @ tau).reshape(base.shape)
+    magnitude = base.double().abs() + (weights.abs() @ tau.abs()).reshape(base.shape)
+    rank = 0
+    if left is not None and right is not None and scale is not None:
+        rank = left.shape[2]
+        each = scale.to(tau).view(-1, 1, 1)
+        exact += (each * (left.double() @ right.double())).sum(0)
+        magnitude += (each.abs() * (left.double().abs() @ right.double().abs())).sum(0)
+    bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + (8 + 2 * math.sqrt(rank)) * U * magnitude
+    if out.dtype == torch.float16:
+        bound = bound + 2.0**-25  # half a subnormal
+    return worst((out.double() - exact).abs(), bound)
+
+
+def truncation_excess(left: Tensor, right: Tensor, x: Tensor) -> float:
+    """‖X − F‖ / optimum, the worst of the experts; X is (N, m, n) float64.
+
+    The optimum comes from the eigenvalues of the short side's Gram, whose float64 rounding is far below these tails.
+    """
+    rank = left.shape[2]
+    if x.shape[1] > x.shape[2]:
+        x, left, right = x.mT, right.mT, left.mT
+    highest = 0.0
+    for residual, one, other in zip(x, left.double(), right.double(), strict=True):
+        tail = torch.linalg.eigvalsh(residual @ residual.T)[: len(residual) - rank].clamp_min(0).sum()
+        value = float((residual - one @ other).norm() / tail.sqrt())
+        highest = max(highest, value if math.isfinite(value) else math.inf)
+    return highest
+
+
+def judge_inner_products(products: Tensor, left: Tensor, right: Tensor) -> float:
+    """⟨F_i, F_j⟩ from float32 factors in float64: a hundredth of float32's rounding of ‖F_i‖‖F_j‖ is ample."""
+    lefts, rights = left.double().mT.flatten(0, 1), right.double().flatten(0, 1)  # (N·r, m) and (N·r, n)
+    count, rank = len(left), left.shape[2]
+    exact = ((lefts @ lefts.T) * (rights @ rights.T)).view(count, rank, count, rank).sum((1, 3))
+    lengths = exact.diagonal().clamp_min(0).sqrt()
+    return worst((products.to(exact) - exact).abs(), 0.01 * U * torch.outer(lengths, lengths))

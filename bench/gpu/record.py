@@ -1,0 +1,261 @@
+"""What the parts of ``bench.gpu`` share: the time left, the machine, JSON files, kernels caught and timed.
+
+Nothing here runs by itself; ``python -m bench.gpu`` does. Times are taken on a GPU only: in a rehearsal through
+Triton's interpreter everything is called and checked, and every time is null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+import triton
+
+from r2m_kernels import __version__
+from r2m_kernels._triton import launch
+from r2m_kernels.cost_model import CHIPS, Chip
+
+ROOT = Path(__file__).resolve().parents[2]
+# Written over between repeats: beyond the L2 cache of every GPU of today (and MI300's 256 MiB behind it).
+FLUSH_BYTES = 2**29
+# Clock cycles the GPU idles before a timed region, about 3 ms: so that the host has queued all of it by then.
+HEAD_START = 5_000_000
+# Names of GPUs with the memory that the cost model's datasheet rates are for; others of the name are slower.
+CHIP_NAMES = {
+    "A100": r"\bA100-SXM4-80GB",
+    "H100": r"\bH100 80GB HBM3",
+    "H200": r"\bH200\b",
+    "B200": r"\bB200\b",
+    "MI300X": r"\bMI300X\b",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One part's run: where, until when, and whether it is only a rehearsal on tiny cases."""
+
+    out: Path
+    deadline: float  # of time.monotonic()
+    rehearsal: bool
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.rehearsal else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def target(self) -> str:
+        return launch.target_of(self.device)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def synchronize(self) -> None:
+        if not self.rehearsal:
+            torch.cuda.synchronize()
+
+
+class Record:
+    """The JSON file of one part, replaced whole at every change: cut off anywhere, it holds what was done."""
+
+    def __init__(self, session: Session, part: str) -> None:
+        self.path = session.out / f"gpu_{part}.json"
+        self._start = time.monotonic()
+        self.content: dict[str, Any] = {
+            "part": part,
+            "finished": False,
+            "passed": False,
+            "seconds": 0.0,
+            "rehearsal": session.rehearsal,
+            "machine": machine(session),
+            "rows": [],
+        }
+        self.save()
+
+    def save(self) -> None:
+        self.content["seconds"] = round(time.monotonic() - self._start, 2)
+        write_json(self.path, self.content)
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        self.content["rows"].append(row)
+        self.save()
+        return row
+
+    def close(self, passed: bool, finished: bool = True) -> bool:
+        self.content.update(finished=finished, passed=passed and finished)
+        self.save()
+        return passed and finished
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no Inf and NaN: they become text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def machine(session: Session) -> dict[str, Any]:
+    """Everything a reader needs to tell whether two files may be compared."""
+    found: dict[str, Any] = {
+        "gpu": None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cores": os.cpu_count(),
+        "r2m_kernels": __version__,
+        # Both null where there is no git, or no repository.
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "changed_files": _output("git", "status", "--porcelain", "r2m_kernels", "bench", "tests/gpu"),
+    }
+    if not session.rehearsal:
+        properties = torch.cuda.get_device_properties(session.device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "target": session.target,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "driver": driver.splitlines()[0] if driver else None,
+        }
+    return found
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=ROOT)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def chip_of(session: Session) -> Chip | None:
+    """The cost model's entry for this GPU; None where it has none."""
+    if session.rehearsal:
+        return None
+    name = torch.cuda.get_device_properties(session.device).name
+    found = (CHIPS[chip] for chip, pattern in CHIP_NAMES.items() if chip in CHIPS and re.search(pattern, name))
+    return next(found, None)
+
+
+@dataclasses.dataclass
+class Caught:
+    """One launch that has run: it can be run again with the same arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: launch.Config
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    compiled: Any
+
+    def again(self) -> None:
+        launch.start(self.kernel, self.grid, self.config, *self.arguments, **self.constants)
+
+    @property
+    def spills(self) -> int:
+        """32-bit words of local memory a thread; known once a kernel has run, 0 in the interpreter."""
+        return int(getattr(self.compiled, "n_spills", 0) or 0)
+
+    @property
+    def registers(self) -> int | None:
+        return getattr(self.compiled, "n_regs", None)
+
+
+@contextlib.contextmanager
+def caught_launches() -> Iterator[list[Caught]]:
+    """Kernels launched inside run as always, and are listed."""
+    found: list[Caught] = []
+
+    def start(kernel: Any, grid: tuple[int, ...], config: launch.Config, *arguments: Any, **constants: Any) -> None:
+        compiled = kernel[grid](*arguments, **constants, **launch.options(config))
+        found.append(Caught(kernel, grid, config, arguments, constants, compiled))
+
+    with mock.patch.object(launch, "start", start):
+        yield found
+
+
+class Stopwatch:
+    """Times work on the GPU between two events, with a cold L2 cache and a queue that never runs dry."""
+
+    def __init__(self, session: Session) -> None:
+        self._on = not session.rehearsal
+        if self._on:
+            whole = torch.cuda.get_device_properties(session.device).total_memory
+            self._flush = torch.empty(min(FLUSH_BYTES, whole // 32), dtype=torch.uint8, device=session.device)
+
+    def milliseconds(self, work: Callable[[], object], repeats: int = 15, warmups: int = 2) -> list[float] | None:
+        """Of every repeat; None in a rehearsal, which calls the work once."""
+        if not self._on:
+            work()
+            return None
+        for _ in range(warmups):
+            work()
+        times = []
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            self._flush.zero_()
+            torch.cuda._sleep(HEAD_START)
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return times
+
+    def median(self, work: Callable[[], object], repeats: int = 15, warmups: int = 2) -> float | None:
+        times = self.milliseconds(work, repeats, warmups)
+        return None if times is None else statistics.median(times)
+
+
+def copy_bandwidth(session: Session, stopwatch: Stopwatch) -> float | None:
+    """B/s read and written by a plain copy inside the GPU's memory."""
+    size = 2**10 if session.rehearsal else 2**30
+    source = torch.ones(size, dtype=torch.uint8, device=session.device)
+    into = torch.empty_like(source)
+    milliseconds = stopwatch.median(lambda: into.copy_(source))
+    return None if milliseconds is None else 2 * size / (milliseconds / 1e3)
+
+
+def table(head: list[str], rows: list[list[Any]]) -> None:
+    """A short table for people; the files hold everything."""
+
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [head, *[[text(value) for value in row] for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip(), flush=True)

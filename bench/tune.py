@@ -1,0 +1,231 @@
+"""Which tile sizes are fastest on this GPU? Proposes a new ``r2m_kernels/_triton/launch.json``.
+
+    python -m bench.tune [--seconds 500] [--out DIR] [--write]
+
+For every operator and variant that this GPU uses, one field of the current configuration is changed at a time, to its
+neighbours; what does not compile, spills, or gives a wrong result is left out, and a change stays if the median of the
+kernel's times on a group of ViT-L/14's matrices falls by more than 3 %. The proposal, ``launch.proposed.json``, goes to
+``--out`` and is written again after every gain; ``--write`` puts it in place of the table in the sources too. When the
+time is up it stops with what it has. Run ``python -m bench.compile_check`` and the tests on what you take over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.operators import Case, GroupOf, cases
+from bench.gpu.record import ROOT, Record, Session, Stopwatch, caught_launches, table
+from r2m_kernels._triton import launch
+
+TABLE = ROOT / "r2m_kernels" / "_triton" / "launch.json"
+GAIN = 0.97
+# Smallest and largest value of a field; all but stages and experts are powers of two.
+LIMITS = {
+    "rows": (16, 128),
+    "inner": (16, 128),
+    "columns": (16, 256),
+    "warps": (2, 8),
+    "steps": (1, 32),
+    "block": (128, 4096),
+}
+SMALL = {"stages": (1, 4), "experts": (1, 4)}
+# Registers that a program's sums may take, of 65,536: the rest is for operands and addresses.
+ACCUMULATORS = 4 * 64 * 128
+KERNELS = {
+    "task_gram": "task_gram_kernel",
+    "residual_matmul": "residual_matmul_kernel",
+    "combine_matrix": "combine_matrix_kernel",
+    "vectors_gram": "vectors_gram_kernel",
+    "triangular_product": "triangular_product_kernel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """An entry of the launch table, and the cases of ``gpu_operators`` whose time it decides."""
+
+    operator: str
+    variant: str
+    dtype: torch.dtype
+    experts: int
+    timed: tuple[str, ...]
+
+
+def knobs(target: str) -> list[Knob]:
+    """What costs most comes first."""
+    full = launch.full_precision(target)
+    single, half = torch.float32, torch.bfloat16
+    products = ("product", "shifted product")
+    fast = launch.fast_precision(target, single), launch.fast_precision(target, half)
+    found = [
+        Knob("residual_matmul", fast[0], single, 3, products),
+        Knob("residual_matmul", full, single, 3, ("full product",)),
+        Knob("combine_matrix", full, single, 3, ("combine",)),
+        Knob("task_gram", "32-bit", single, 3, ("task_gram",)),
+        Knob("vectors_gram", "float64", single, 3, ("orthonormalize",)),
+        Knob("triangular_product", full, single, 3, ("orthonormalize",)),
+        Knob("residual_matmul", fast[1], half, 3, products),
+        Knob("task_gram", "16-bit", half, 3, ("task_gram",)),
+        Knob("residual_matmul", fast[0] + "/many", single, 8, products),
+        Knob("residual_matmul", full + "/many", single, 8, ("full product",)),
+        Knob("residual_matmul", fast[1] + "/many", half, 8, products),
+    ]
+    return list({(knob.operator, knob.variant): knob for knob in reversed(found)}.values())[::-1]
+
+
+def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Configurations that differ in one field (rows and columns are one in ``vectors_gram``)."""
+    for field, value in tiles.items():
+        if field in SMALL:
+            low, high = SMALL[field]
+            values = [value + step for step in (-1, 1) if low <= value + step <= high]
+        else:
+            low, high = LIMITS[field]
+            values = [one for one in (value // 2, value * 2) if low <= one <= high]
+        for one in values:
+            changed = {**tiles, field: one}
+            if knob.operator == "vectors_gram" and field in ("rows", "columns"):
+                changed |= {"rows": one, "columns": one}
+            sums = changed.get("rows", 1) * changed.get("columns", 1) * changed.get("experts", 1)
+            if sums <= ACCUMULATORS and changed != tiles:
+                yield changed
+
+
+def judged(knob: Knob, chosen: list[Case], stopwatch: Stopwatch, session: Session) -> tuple[float | None, str | None]:
+    """Milliseconds of the operator's own kernels over its cases, or why this configuration is out of the question."""
+    total = 0.0
+    for case in chosen:
+        try:
+            with caught_launches() as found:
+                worst = case.judge(case.call())
+            session.synchronize()
+        except Exception as failure:  # the compiler may refuse in any way
+            if not session.rehearsal:
+                torch.cuda.synchronize()  # raises if the GPU is lost, and ends the tuner
+            return None, f"{type(failure).__name__}: {str(failure).strip()[:200]}"
+        if worst > 1:
+            return None, f"error is {worst:.3g} x its bound"
+        own = [one for one in found if one.kernel.__name__ == KERNELS[knob.operator]]
+        if any(one.spills for one in own):
+            return None, "spills"
+        times = stopwatch.milliseconds(lambda own=own: [one.again() for one in own], repeats=9, warmups=1)
+        total += statistics.median(times) if times else 0.0
+    return (None if session.rehearsal else total), None
+
+
+def tuned(knob: Knob, stopwatch: Stopwatch, session: Session, group: GroupOf) -> Iterator[dict[str, Any]]:
+    """A row a configuration, the current one first; the launch table is left with the fastest."""
+    variants = launch.table()[knob.operator][session.target]
+    chosen = [case for case in cases(group, session.target) if case.operator in knob.timed]
+    best = dict(variants[knob.variant])
+    fastest, problem = judged(knob, chosen, stopwatch, session)
+    yield {"tiles": best, "milliseconds": fastest, "problem": problem, "kept": problem is None}
+    tried, improved = [best], True
+    while improved and session.left() > 3:
+        improved = False
+        for candidate in neighbours(knob, best):
+            if candidate in tried or session.left() < 3:
+                continue
+            tried.append(candidate)
+            variants[knob.variant] = candidate
+            try:
+                milliseconds, problem = judged(knob, chosen, stopwatch, session)
+            finally:
+                variants[knob.variant] = best
+            better = milliseconds is not None and (fastest is None or milliseconds < GAIN * fastest)
+            if better:
+                best, fastest, improved = candidate, milliseconds, True
+                variants[knob.variant] = best
+            yield {"tiles": candidate, "milliseconds": milliseconds, "problem": problem, "kept": better}
+            if better:
+                break  # its own neighbours next
+            if session.rehearsal and len(tried) > 1:
+                return
+
+
+def run(session: Session, record: Record) -> bool:
+    stopwatch, proposal = Stopwatch(session), copy.deepcopy(launch.table())
+    path = session.out / "launch.proposed.json"
+    if not session.rehearsal:
+        write_table(path, proposal)
+    shape, size = ((72, 80), 1) if session.rehearsal else ((4096, 1024), 24)
+    passed, gains = True, []
+    everything = knobs(session.target)
+    left = [f"{knob.operator} {knob.variant}" for knob in everything]
+    for knob in everything[:2] if session.rehearsal else everything:
+        if session.left() < 8:
+            break
+        left.pop(0)
+        group = GroupOf.made(session, shape, knob.dtype, knob.experts, size)
+        first: float | None = None
+        fastest: float | None = None
+        for index, row in enumerate(tuned(knob, stopwatch, session, group)):
+            record.add(operator=knob.operator, variant=knob.variant, experts=knob.experts, **row)
+            if index == 0:
+                # Only the configuration that is in use must work; a candidate may fail in any way.
+                first, passed = row["milliseconds"], passed and row["problem"] is None
+            if row["kept"]:
+                fastest = row["milliseconds"]
+                proposal[knob.operator][session.target][knob.variant] = row["tiles"]
+                if not session.rehearsal:
+                    write_table(path, proposal)
+        gain = None if first is None or fastest is None else first / fastest
+        tiles = proposal[knob.operator][session.target][knob.variant]
+        gains.append(
+            [knob.operator, knob.variant, first, fastest, gain, " ".join(f"{k}={v}" for k, v in tiles.items())]
+        )
+        del group
+        if not session.rehearsal:
+            torch.cuda.empty_cache()
+    record.content["untouched"] = left
+    table(["operator", "variant", "ms now", "ms best", "gain", "tiles"], gains)
+    return record.close(passed)  # it ends when its time does: what is untouched keeps its tiles
+
+
+def write_table(path: Path, content: dict[str, Any]) -> None:
+    """In the table's own layout, a line a variant, so that a diff shows what changed."""
+    lines = []
+    for operator, targets in content.items():
+        blocks = []
+        for target, variants in targets.items():
+            rows = ",\n".join(f'   "{variant}": {json.dumps(tiles)}' for variant, tiles in variants.items())
+            blocks.append(f'  "{target}": {{\n{rows}\n  }}')
+        lines.append(f' "{operator}": {{\n' + ",\n".join(blocks) + "\n }")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--out", type=Path, help="default: $OUT, or bench/results")
+    parser.add_argument("--write", action="store_true", help="put the proposal in place of the table in the sources")
+    options = parser.parse_args()
+    if launch.INTERPRETED or not torch.cuda.is_available():
+        print("bench.tune: tile sizes are measured on a GPU, and torch can use none here", file=sys.stderr)
+        return 3
+    out = (options.out or Path(os.environ.get("OUT") or ROOT / "bench" / "results")).resolve()
+    session = Session(out, time.monotonic() + options.seconds, rehearsal=False)
+    passed = run(session, Record(session, "tuner"))
+    if options.write and passed:
+        write_table(TABLE, json.loads((out / "launch.proposed.json").read_text(encoding="utf-8")))
+        print(f"{TABLE} is rewritten")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""The compile gate: does it cover every configuration that can be chosen, and does it see what it should refuse?
+
+Kernels are compiled in processes of their own, since in this one they are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2m_kernels._triton import launch
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def run(code, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def choosable(target):
+    """Every configuration that a pure function of `launch` can return, as (kernel, configuration)."""
+    found = set()
+    for aligned in (True, False):
+        found.add(("combine_vector_kernel", launch.combine_vector(target, aligned)))
+        found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
+        for compute in (torch.float32, torch.float64):
+            found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
+            found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
+        for dtype in DTYPES:
+            compute = torch.promote_types(dtype, torch.float32)
+            for count in range(1, 17):
+                found.add(("task_gram_kernel", launch.task_gram(target, dtype, count, aligned)))
+                for precision in ("bf16", "tf32", "tf32x3", "ieee"):
+                    config = launch.residual_matmul(target, dtype, compute, precision, aligned, count)
+                    found.add(("residual_matmul_kernel", config))
+    return found | {("sum_tiles_kernel", launch.sums())}
+
+
+@pytest.mark.parametrize("target", launch.TARGETS)
+def test_every_configuration_that_can_be_chosen_is_compiled(target):
+    code = """
+import dataclasses, json, sys
+from bench import compile_check
+found = compile_check.launches(sys.argv[1])
+print(json.dumps([(one.kernel.__name__, dataclasses.asdict(one.config)) for one in found]))
+"""
+    covered = {(kernel, tuple(sorted(config.items()))) for kernel, config in run(code, target)}
+    wanted = {(kernel, tuple(sorted(asdict(config).items()))) for kernel, config in choosable(target)}
+    assert wanted <= covered
+    assert covered <= wanted  # nor is anything compiled that never runs
+
+
+def test_every_entry_of_the_table_is_reachable_and_well_formed():
+    table = launch.table()
+    sizes = {"task_gram": launch.GramConfig, "combine_vector": launch.VectorConfig}
+    for operator, targets in table.items():
+        assert tuple(targets) == launch.TARGETS
+        known = {field.name for field in fields(sizes.get(operator, launch.MatmulConfig))}
+        for target, variants in targets.items():
+            for tiles in variants.values():
+                assert set(tiles) <= known
+                assert any(
+                    kernel == f"{operator}_kernel" and tiles.items() <= asdict(config).items()
+                    for kernel, config in choosable(target)
+                )
+
+
+@pytest.mark.parametrize(
+    ("target", "tiles", "failure"),
+    [
+        ("sm_80", {"experts": 4, "rows": 128}, "spills"),
+        ("sm_90", {"inner": 64, "stages": 6}, "bytes of shared memory"),
+        ("sm_90", {"rows": 32}, "has no matrix instruction"),  # a warp group's instruction wants 64 rows
+        ("sm_90", {"inner": 16, "rows": 16, "columns": 32}, "has no 128-bit load"),
+    ],
+)
+def test_the_gate_refuses_what_it_should(target, tiles, failure):
+    code = """
+import copy, json, sys
+from r2m_kernels._triton import launch
+from bench import compile_check
+target, tiles, table = sys.argv[1], json.loads(sys.argv[2]), copy.deepcopy(launch.table())
+table["residual_matmul"][target]["tf32"].update(tiles)
+launch.table = lambda: table
+chosen = [
+    found for found in compile_check.launches(target)
+    if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "tf32" and found.config.inputs
+    and found.constants["SIGNS"] and not found.constants["TRANSPOSE"]
+]
+print(json.dumps([compile_check.failures(compile_check.inspected(target, found)) for found in chosen]))
+"""
+    (found,) = run(code, target, json.dumps(tiles))
+    assert any(failure in one for one in found), found

@@ -1,0 +1,130 @@
+"""Operators on the GPU: inputs framed in NaN, aligned and off by one; outputs in sentinels; twice the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import SENTINEL, framed, mixing_of, residuals, same_bits, tensors, untouched, worst_excess
+
+from r2m_kernels import MergeConfig, _triton, ops
+from r2m_kernels._triton.residual_matmul import matrix_group, sketch
+from r2m_kernels.truncation import truncate_residuals
+
+OFFSETS = [pytest.param(0, id="aligned"), pytest.param(1, id="off by one")]
+DTYPES = [torch.float32, torch.bfloat16]
+# Of |error| / (|X||rhs|): operands cut to tf32's or rounded to bf16's digits, both of them; tf32x3 and ieee are held
+# to float32's grade. bench/gpu/checks.py has the derivations; here X is mixed from well-scaled terms.
+OPERANDS = {"bf16": 2.0**-7 * 1.01, "tf32": 2.0**-7 * 1.01, "tf32x3": 2.0**-20, "ieee": 0.0}
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_task_gram(device, shapes, dtype, offset):
+    for shape in shapes:
+        for count in (3, 5):
+            base, experts = tensors(shape, dtype, count, device, offset=offset)
+            first, second = (
+                ops.task_gram([base], [[expert] for expert in experts], backend="triton") for _ in range(2)
+            )
+            tau = residuals(base, experts, torch.eye(count, dtype=torch.float64)).flatten(1)
+            assert ((first[0] - tau @ tau.T).abs() <= 16 * 2.0**-24 * tau.abs() @ tau.abs().T).all()
+            assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3", "ieee"])
+@pytest.mark.parametrize("transpose", [False, True], ids=["X", "XT"])
+def test_residual_matmul(device, shapes, tiny, precision, transpose, offset):
+    for dtype in DTYPES[:1] if tiny else DTYPES:
+        for shape in shapes[: 1 if tiny else None]:
+            base, experts = tensors(shape, dtype, 3, device, offset=offset)
+            mixing, inner = mixing_of(3), shape[0] if transpose else shape[1]
+            rhs = torch.randn(3, inner, 20, generator=torch.Generator().manual_seed(1))
+            on_device = framed(rhs.to(device), offset)
+            first, second = (
+                ops.residual_matmul(base, experts, mixing, on_device, transpose, precision, backend="triton")
+                for _ in range(2)
+            )
+            x = residuals(base, experts, mixing)
+            magnitude = residuals(
+                torch.zeros_like(base), [(e.double() - base.double()).abs() for e in experts], mixing.abs()
+            )
+            if transpose:
+                x, magnitude = x.mT, magnitude.mT
+            forming = (8 + 2 * inner**0.5) * 2.0**-24
+            bound = (forming + OPERANDS[precision]) * magnitude @ rhs.double().abs()
+            assert ((first.cpu().double() - x @ rhs.double()).abs() <= bound).all()
+            assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_sketch_multiplies_with_signs(device, offset):
+    # X is the identity: what comes back is the signs themselves, exact in every precision.
+    side = 80
+    base, eye = framed(torch.zeros(side, side, device=device), offset), framed(torch.eye(side, device=device), offset)
+    group = matrix_group([base], [[eye]])
+    found = [sketch(group, torch.eye(1), torch.tensor([key]), 32, transpose=True).cpu() for key in (5, 5, 2**62 + 5)]
+    assert found[0].shape == (1, 1, 32, side)
+    assert (found[0].abs() == 1).all()
+    assert same_bits(found[0], found[1])
+    assert not same_bits(found[0], found[2])
+    # 2560 fair signs: their sum stays within four standard deviations, the rows' products within five of √80.
+    assert abs(float(found[0].sum())) <= 4 * (32 * side) ** 0.5
+    products = found[0][0, 0] @ found[0][0, 0].T - side * torch.eye(32)
+    assert float(products.abs().max()) <= 5 * side**0.5
+
+
+def test_orthonormalize(device, tiny):
+    for m, k in ((80, 12), (67, 7)) if tiny else ((1024, 103), (1031, 52)):
+        y = framed(torch.randn(2, m, k, generator=torch.Generator().manual_seed(2)).to(device), 1)
+        first, second = (ops.orthonormalize(y, backend="triton") for _ in range(2))
+        q = first.cpu().double()
+        # Products of k terms in float32 grade, (20 + 2√k)·2⁻²⁴, twice.
+        bound = 2 * (20 + 2 * k**0.5) * 2.0**-24
+        assert float((q.mT @ q - torch.eye(k, dtype=torch.float64)).abs().max()) <= bound
+        assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 20])
+def test_combine_writes_its_output_and_nothing_else(device, shapes, tiny, dtype, offset, rank):
+    for shape in shapes[: 1 if tiny else None]:
+        base, experts = tensors(shape, dtype, 3, device, offset=offset)
+        core, scale = torch.tensor([0.5, 0.0, -0.25]), torch.tensor([0.1, 0.2, 0.3])
+        source = torch.Generator().manual_seed(3)
+        left, right = torch.randn(3, shape[0], rank, generator=source), torch.randn(3, rank, shape[1], generator=source)
+        factors = (framed(left.to(device), offset), framed(right.to(device), offset), scale) if rank else ()
+        outs = [framed(torch.full_like(base, SENTINEL), offset, SENTINEL) for _ in range(2)]
+        for out in outs:
+            assert ops.combine(base, experts, core, *factors, out=out, backend="triton") is out
+            assert untouched(out)
+        assert same_bits(*outs)
+        tau = residuals(base, experts, torch.eye(3, dtype=torch.float64))
+        exact = base.cpu().double() + torch.einsum("i,imn->mn", core.double(), tau)
+        size = base.cpu().double().abs() + torch.einsum("i,imn->mn", core.double().abs(), tau.abs())
+        if rank:
+            exact += torch.einsum("i,imr,irn->mn", scale.double(), left.double(), right.double())
+            size += torch.einsum("i,imr,irn->mn", scale.double(), left.double().abs(), right.double().abs())
+        # Half an ulp; Triton's interpreter cuts down to bfloat16 where a GPU rounds.
+        half_ulp = 2.0**-24 if dtype == torch.float32 else 2.0 ** (-7 if tiny else -8)
+        bound = half_ulp * exact.abs() * (1 + 1e-6) + (8 + 2 * rank**0.5) * 2.0**-24 * size
+        assert ((outs[0].cpu().double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_truncation_is_near_its_optimum_and_does_not_depend_on_the_group(device, shapes, tiny, dtype):
+    # Eight tensors of three experts: more matrices than the batch that smaller groups are padded to.
+    mixing, names = mixing_of(3), list("abc" if tiny else "abcdefgh")
+    for shape in shapes[:1] if tiny else shapes:
+        of_tensor = [tensors(shape, dtype, 3, device, seed=seed) for seed in range(len(names))]
+        bases, experts = [base for base, _ in of_tensor], [[others[j] for _, others in of_tensor] for j in range(3)]
+        rank = min(shape) // 10
+        together = truncate_residuals(names, bases, experts, mixing, rank, MergeConfig(), _triton)
+        alone = truncate_residuals(
+            names[1:2], bases[1:2], [e[1:2] for e in experts], mixing, rank, MergeConfig(), _triton
+        )
+        for side in ("left", "right", "products"):
+            assert same_bits(getattr(together[1], side), getattr(alone[0], side))
+        for factors, (base, others) in list(zip(together, of_tensor, strict=True))[: 1 if tiny else 3]:
+            assert worst_excess(factors.left, factors.right, residuals(base, others, mixing)) <= 1.02
