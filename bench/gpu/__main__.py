@@ -26,7 +26,8 @@ from pathlib import Path
 try:
     import torch
 except ImportError:
-    raise SystemExit("bench.gpu: this Python has no torch; choose one that has, as in make gpu PYTHON=…") from None
+    print("bench.gpu: this Python has no torch; choose one that has, as in make gpu PYTHON=…", file=sys.stderr)
+    raise SystemExit(3) from None
 
 from bench.gpu.record import ROOT, Record, Session, write_json
 from r2m_kernels._triton import launch
