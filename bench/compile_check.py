@@ -31,7 +31,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -130,37 +129,34 @@ def situations() -> Iterator[Callable[[], object]]:
     """Operator calls on small tensors that lead to every configuration."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for count in (3, 8):
-            for row in (64, 63):  # 63: rows do not start at multiples of 16 bytes
-                base = torch.zeros(32, row, dtype=dtype)
-                yield from _of_one_shape(base, [base.clone() for _ in range(count)])
+            for shape in ((32, 64), (31, 63)):  # of the second neither rows nor the whole are 16-byte vectors
+                yield from _of_one_shape(shape, dtype, count)
     for dtype in (torch.float32, torch.float64):
         for length in (64, 63):
             y = torch.zeros(2, length, 16, dtype=dtype)
             yield lambda y=y: _triton.orthonormalize(y)
 
 
-def _of_one_shape(base: Tensor, experts: list[Tensor]) -> Iterator[Callable[[], object]]:
-    count, (m, n) = len(experts), base.shape
-    bases, others = [base], [[expert] for expert in experts]
+def _of_one_shape(shape: tuple[int, int], dtype: torch.dtype, count: int) -> Iterator[Callable[[], object]]:
+    m, n = shape
+    bases = [torch.zeros(shape, dtype=dtype)]
+    experts = [[torch.zeros(shape, dtype=dtype)] for _ in range(count)]
     mixing, core = torch.eye(count, dtype=torch.float64), torch.zeros(count)
-    shifted_by_one = [[torch.zeros(m * n + 1, dtype=t.dtype)[1:].view(m, n)] for t in (base, *experts)]
-    yield lambda: _triton.task_gram(bases, others)
-    yield lambda: _triton.task_gram(shifted_by_one[0], shifted_by_one[1:])
+    yield lambda: _triton.task_gram(bases, experts)
     for transpose in (False, True):
         for precision in ("bf16", "tf32", "tf32x3", "ieee"):
             rhs = torch.zeros(1, count, m if transpose else n, 16)
             yield lambda rhs=rhs, transpose=transpose, precision=precision: _triton.residual_matmul(
-                bases, others, mixing, rhs, transpose, precision
+                bases, experts, mixing, rhs, transpose, precision
             )
         yield lambda transpose=transpose: sketch(
-            matrix_group(bases, others), mixing, torch.zeros(1, dtype=torch.int64), 16, transpose
+            matrix_group(bases, experts), mixing, torch.zeros(1, dtype=torch.int64), 16, transpose
         )
     left, right = torch.zeros(1, count, m, 16), torch.zeros(1, count, 16, n)
-    for out in dict.fromkeys((base.dtype, torch.promote_types(base.dtype, torch.float32))):
-        outs = [torch.empty(m, n, dtype=out)]
-        yield lambda outs=outs: _triton.combine(bases, others, core, left, right, core, outs)
-        yield lambda outs=outs: _triton.combine(bases, others, core, None, None, None, outs)
-        yield lambda outs=outs: _triton.combine(shifted_by_one[0], shifted_by_one[1:], core, None, None, None, outs)
+    for out in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
+        outs = [torch.empty(shape, dtype=out)]
+        yield lambda outs=outs: _triton.combine(bases, experts, core, left, right, core, outs)
+        yield lambda outs=outs: _triton.combine(bases, experts, core, None, None, None, outs)
 
 
 def launches(target: str) -> list[Launch]:

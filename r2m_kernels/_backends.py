@@ -40,7 +40,9 @@ class Operators(Protocol):
     them, with a leading L where a block belongs to a tensor.
     """
 
-    def task_gram(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor: ...
+    def task_gram(
+        self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False
+    ) -> Tensor: ...
 
     def residual_matmul(
         self,

@@ -98,6 +98,11 @@ def same_shape(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise InvalidInput(f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def same_device(what: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidInput(f"{what}: expected device {device} as the base, got {tensor.device}")
+
+
 def not_empty(what: str, items: Sequence[Any]) -> None:
     if not items:
         raise InvalidInput(f"{what}: expected at least one, got none")

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -30,8 +30,11 @@ class _State(threading.local):
 _state = _State()
 
 
+_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
 class _TorchThreads:
-    """The thread count to restore, where several merges run side by side.
+    """The thread count and matmul precisions to restore, where several merges run side by side.
 
     The count in force is each thread's own, but a thread that never set one starts with what any thread set last: a
     second merge must not take the first one's 1 for the user's wish.
@@ -41,11 +44,16 @@ class _TorchThreads:
         self._lock = threading.Lock()
         self._inside = 0
         self._count = 1
+        self._precisions: list[str] = []
 
     def enter(self) -> int:
         with self._lock:
             if self._inside == 0:
                 self._count = torch.get_num_threads()
+                # A training script may have allowed tf32 or bf16 inside float32 products: not here.
+                self._precisions = [matmul.fp32_precision for matmul in _MATMULS]
+                for matmul in _MATMULS:
+                    matmul.fp32_precision = "ieee"
             self._inside += 1
             torch.set_num_threads(1)
             return self._count
@@ -54,6 +62,9 @@ class _TorchThreads:
         with self._lock:
             self._inside -= 1
             torch.set_num_threads(self._count)
+            if self._inside == 0:
+                for matmul, precision in zip(_MATMULS, self._precisions, strict=True):
+                    matmul.fp32_precision = precision
 
 
 _torch_threads = _TorchThreads()
@@ -80,11 +91,18 @@ def one_thread_per_product() -> Iterator[None]:
 
 
 def deterministic(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function inside :func:`one_thread_per_product`, without recording gradients."""
+    """Run a public function inside :func:`one_thread_per_product`, without gradients, autocast or a default device."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with one_thread_per_product(), torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(one_thread_per_product())
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
     return wrapper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +130,7 @@ class Analysis:
         """
         source = self._engine.base
         devices = source.devices if isinstance(source, StateDictSource) else {}
-        sink = StateDictSink(devices)
+        sink = StateDictSink(devices, self.plan.aliases)
         settings = self._settings(config)
         self.write(sink, settings.replace(**overrides), dtype=dtype)
         return sink.state_dict
@@ -272,7 +273,7 @@ class Analysis:
             found = [self._factors(tensor, config) for tensor in group.tensors] if strength.eta != 0 else []
             factors = [one for one in found if one is not None]
             if factors:
-                left = _stacked([one.left.to(self.device) for one in factors])
+                left = _stacked([one.left.to(self.device).mT for one in factors]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
                 scale = (strength.eta / len(core)) * scales
         outs = [torch.empty_like(base, dtype=dtype) for base, dtype in zip(group.bases, dtypes, strict=True)]
@@ -286,9 +287,10 @@ def _stacked(factors: list[Tensor]) -> Tensor:
 
 
 def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in merged]).tolist()  # one wait for the device
-    for name, tensor, all_finite in zip(names, merged, finite, strict=True):
-        if not all_finite:
+    # The largest magnitude is NaN or Inf if any element is, and needs one read. One wait for the device.
+    largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in merged]).tolist()
+    for name, tensor, value in zip(names, merged, largest, strict=True):
+        if not math.isfinite(value):
             raise InvalidInput(
                 f"tensor '{name}': merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
                 "or smaller core_scale and eta"

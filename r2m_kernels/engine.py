@@ -103,7 +103,8 @@ class Engine:
         self.device_budget: int | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            free = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = int(DEVICE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
             self.device_budget = free if budget is None else min(free, budget)
         # Half is for factors; a quarter for inputs that stay; the rest for two groups, results and workspace.
         room = [] if self.device_budget is None else [self.device_budget // 16]
@@ -164,9 +165,9 @@ class Engine:
         results: dict[str, R] = {}
         done = 0
         work = self._in_groups if self._grouped else self._on_threads
-        for names, found in work(tensors, function):
-            results.update(zip(names, found, strict=True))
-            done += sum(self._bytes(tensor) for tensor in tensors if tensor.name in names)
+        for group, found in work(tensors, function):
+            results.update(zip((tensor.name for tensor in group), found, strict=True))
+            done += sum(self._bytes(tensor) for tensor in group)
             if progress is not None:
                 progress(ProgressEvent(step, len(results), len(tensors), done, total))
         self.steps[step] = StepRecord(step, time.perf_counter() - start, total)
@@ -174,7 +175,7 @@ class Engine:
 
     def _on_threads(
         self, tensors: list[PlannedTensor], function: Callable[[Group], Sequence[R]]
-    ) -> Iterator[tuple[list[str], Sequence[R]]]:
+    ) -> Iterator[tuple[list[PlannedTensor], Sequence[R]]]:
         """One tensor at a time, several at once; a tensor too large for one thread's share goes alone.
 
         Alone means that its own blocks are spread over the threads instead; the result is the same to the bit.
@@ -187,13 +188,13 @@ class Engine:
             return function(self.load([tensor]))
 
         for tensor in alone:
-            yield [tensor.name], work(tensor)
+            yield [tensor], work(tensor)
         for tensor, found in zip(shared, for_each(work, shared, self._limit), strict=True):
-            yield [tensor.name], found
+            yield [tensor], found
 
     def _in_groups(
         self, tensors: list[PlannedTensor], function: Callable[[Group], Sequence[R]]
-    ) -> Iterator[tuple[list[str], Sequence[R]]]:
+    ) -> Iterator[tuple[list[PlannedTensor], Sequence[R]]]:
         """Tensors of one shape together; the next group is loaded while one is worked on."""
         groups = self._groups(tensors)
         with ThreadPoolExecutor(1, "r2m-load") as pool:
@@ -207,7 +208,7 @@ class Engine:
                     compute.wait_event(ready)
                     for tensor in (*group.bases, *(one for expert in group.experts for one in expert)):
                         tensor.record_stream(compute)  # its memory is not reused before these kernels are done
-                yield group.names, function(group)
+                yield group.tensors, function(group)
 
     def _groups(self, tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
         alike: dict[object, list[list[PlannedTensor]]] = {}
@@ -245,7 +246,7 @@ class Engine:
         brought = sum(tensor.nbytes for tensor in found if tensor.device != self.device)
         if self.device_budget is None or brought == 0:
             return found[0].to(self.device), [tensor.to(self.device) for tensor in found[1:]]
-        pinned = (tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in found)
+        pinned = (tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor for tensor in found)
         base, *experts = (tensor.to(self.device, non_blocking=True) for tensor in pinned)
         if self._resident_bytes + brought <= self.device_budget // 4:
             self._resident[name] = (base, experts)

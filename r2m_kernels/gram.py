@@ -9,9 +9,6 @@ from torch import Tensor
 
 from r2m_kernels._backends import Operators
 
-# Elements that are widened to float64 at once.
-STRIP = 2**18
-
 
 def task_grams(
     bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], operators: Operators, *, precise: bool
@@ -22,14 +19,7 @@ def task_grams(
         precise: compute in float64. For tensors that are merged without factors (vectors, full rank) the Gram is the
             only source of their residual norms, and a difference of nearly equal numbers needs the digits.
     """
-    grams = torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64)
-    if precise:
-        flat = [[tensor.ravel() for tensor in tensors] for tensors in (bases, *experts)]
-        for start in range(0, bases[0].numel(), STRIP):
-            theta, *others = ([one[start : start + STRIP].double() for one in tensors] for tensors in flat)
-            grams += operators.task_gram(theta, others)
-    else:
-        grams = operators.task_gram(bases, experts)
+    grams = operators.task_gram(bases, experts, precise=precise)
     return list((grams + grams.mT) / 2)
 
 

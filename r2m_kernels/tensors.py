@@ -105,10 +105,14 @@ class StateDictSink:
 
     Args:
         devices: name → device of the output; CPU where a name is absent.
+        aliases: name → the name it is tied to: both become one tensor.
     """
 
-    def __init__(self, devices: Mapping[str, torch.device] | None = None) -> None:
+    def __init__(
+        self, devices: Mapping[str, torch.device] | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
         self._devices = devices or {}
+        self._aliases = aliases or {}
         self._tensors: dict[str, Tensor | None] = {}
 
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
@@ -117,8 +121,10 @@ class StateDictSink:
         self._tensors = dict.fromkeys(specs)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Keep the tensor, on the device its name asks for."""
-        self._tensors[name] = tensor.to(self._devices.get(name, torch.device("cpu")))
+        """Keep the tensor, on the device its name asks for; a tied name comes after the one it is tied to."""
+        first = self._tensors.get(self._aliases.get(name, name))
+        device = self._devices.get(name, torch.device("cpu"))
+        self._tensors[name] = tensor.to(device) if first is None or first.device != device else first
 
     @property
     def state_dict(self) -> dict[str, Tensor]:

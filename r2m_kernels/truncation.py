@@ -121,7 +121,7 @@ def truncate_residuals(
     left, right, products = own(bases, experts, mixing, keys, energies, rank, config.power_iterations)
     factors = [Factors(*found[:2], False, found[2]) for found in zip(left, right, products, strict=True)]
     kept = products.diagonal(dim1=1, dim2=2)
-    steep = ((energies > 0) & (energies - kept < STEEP * energies)).any(dim=1)
+    steep = ((energies > 0) & ~(energies - kept >= STEEP * energies)).any(dim=1)  # NaN goes there too
     for index in steep.nonzero().flatten().tolist():
         name, base, others = of_tensor[index]
         factors[index] = _textbook(name, base, others, mixing, rank, config, operators)

@@ -18,6 +18,11 @@ MAX_BLOCK_COLUMNS = BLOCK_ELEMENTS // MIN_BLOCK_ROWS
 BLOCKS_PER_PANEL = 16
 
 
+def panel_limit(device: torch.device) -> int | None:
+    """Panels in work at once: a GPU has one queue of work, and streams that belong to threads."""
+    return None if device.type == "cpu" else 1
+
+
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float64 if any input is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

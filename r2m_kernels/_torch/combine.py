@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import as_column, as_matrix, column_slices, compute_dtype, element_panels, row_panels
+from r2m_kernels._torch.blocks import (
+    as_column,
+    as_matrix,
+    column_slices,
+    compute_dtype,
+    element_panels,
+    panel_limit,
+    row_panels,
+)
 
 
 def combine(
@@ -59,7 +67,7 @@ def _combine(
                 merged[rows, columns] = total  # the one rounding to the storage dtype
 
     panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
-    for _ in _parallel.for_each(merge_panel, panels):
+    for _ in _parallel.for_each(merge_panel, panels, panel_limit(base.device)):
         pass
     if target is not out:
         out.copy_(target)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, residual_blocks, row_panels
+from r2m_kernels._torch.blocks import as_matrix, compute_dtype, panel_limit, residual_blocks, row_panels
 
 
 def residual_matmul(
@@ -41,7 +41,7 @@ def _plain(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rhs: Tensor)
             for i in range(count):
                 result[i, rows].addmm_(residual[i], rhs[i, columns])
 
-    for _ in _parallel.for_each(multiply, row_panels(m, n)):
+    for _ in _parallel.for_each(multiply, row_panels(m, n), panel_limit(base.device)):
         pass
     return result
 
@@ -57,6 +57,6 @@ def _transposed(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rhs: Te
         return partial
 
     result: Tensor | None = None
-    for partial in _parallel.for_each(multiply, row_panels(m, n)):
+    for partial in _parallel.for_each(multiply, row_panels(m, n), panel_limit(base.device)):
         result = partial if result is None else result.add_(partial)
     return result if result is not None else torch.zeros(count, n, k, dtype=rhs.dtype, device=base.device)

@@ -8,16 +8,31 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import compute_dtype, element_panels, task_vectors
+from r2m_kernels._torch.blocks import compute_dtype, element_panels, panel_limit, task_vectors
 
 # Products are summed in the compute dtype within a tile and in float64 across tiles. A BLAS may sum a short product
 # one term after another, and then a tile of 8192 equal-signed terms is off by 29·2⁻²⁴ (seen): 256 keep it under 10.
 TILE = 256
 
 
-def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor:
-    grams = [_gram(base, [expert[index] for expert in experts]).cpu() for index, base in enumerate(bases)]
+# Elements that are widened to float64 at once.
+STRIP = 2**18
+
+
+def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+    """``precise``: differences and sums in float64, a strip of the inputs at a time."""
+    gram = _precise_gram if precise else _gram
+    grams = [gram(base, [expert[index] for expert in experts]).cpu() for index, base in enumerate(bases)]
     return torch.stack(grams)
+
+
+def _precise_gram(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    flat = [tensor.ravel() for tensor in (base, *experts)]
+    total = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=base.device)
+    for start in range(0, base.numel(), STRIP):
+        theta, *others = (tensor[start : start + STRIP].double() for tensor in flat)
+        total += _gram(theta, others)
+    return total
 
 
 def _gram(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -37,6 +52,6 @@ def _gram(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         return total
 
     total = torch.zeros(count, count, dtype=torch.float64, device=base.device)
-    for gram in _parallel.for_each(panel_gram, element_panels(flat_base.numel())):
+    for gram in _parallel.for_each(panel_gram, element_panels(flat_base.numel()), panel_limit(base.device)):
         total += gram
     return total

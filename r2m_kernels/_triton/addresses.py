@@ -42,9 +42,10 @@ class Group:
         row: elements of a row, or of the whole tensor where rows mean nothing.
 
     Attributes:
-        bases, experts: contiguous and of one dtype; those that were not are copies.
+        bases, experts: contiguous and of one dtype; those that were not are copies, and so are those that lie at odd
+            addresses without need: which kernel a tensor meets must depend on its shape and dtype only.
         table: (L, N + 1) int64 on the device: addresses of θ₀, θ_1 … θ_N.
-        aligned: every row of every tensor starts and ends at a multiple of 16 bytes.
+        aligned: rows are whole vectors, and every row of every tensor starts at a multiple of 16 bytes.
     """
 
     def __init__(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], row: int) -> None:
@@ -52,11 +53,15 @@ class Group:
         # Mixed inputs are widened to the type they are computed in: a kernel reads one type.
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         self.dtype = dtypes.pop() if len(dtypes) == 1 else wide
-        self.bases = [tensor.to(self.dtype).contiguous() for tensor in bases]
-        self.experts = [[tensor.to(self.dtype).contiguous() for tensor in tensors] for tensors in experts]
+        self.aligned = row * self.dtype.itemsize % VECTOR_BYTES == 0
+        self.bases = [self._placed(tensor) for tensor in bases]
+        self.experts = [[self._placed(tensor) for tensor in tensors] for tensors in experts]
         self.device = self.bases[0].device
         self.table = address_table([self.bases, *self.experts], self.device)
-        self.aligned = aligned([tensor for tensors in (self.bases, *self.experts) for tensor in tensors], row)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.dtype).contiguous()
+        return tensor if not self.aligned or well_placed(tensor) else tensor.clone()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -70,11 +75,9 @@ def address_table(columns: Sequence[Sequence[Tensor]], device: torch.device) -> 
     return addresses.to(device, non_blocking=True)
 
 
-def aligned(tensors: Sequence[Tensor], row: int) -> bool:
-    """Whether all rows of ``row`` elements start and end at a multiple of 16 bytes."""
-    return all(
-        row * tensor.element_size() % VECTOR_BYTES == 0 and tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors
-    )
+def well_placed(tensor: Tensor) -> bool:
+    """Whether it starts at a multiple of 16 bytes."""
+    return tensor.data_ptr() % VECTOR_BYTES == 0
 
 
 def vectors_fit(length: int) -> bool:
@@ -85,7 +88,7 @@ def vectors_fit(length: int) -> bool:
 def padded_rows(rows: Tensor) -> Tensor:
     """``rows`` laid out as :func:`empty_rows` does: itself where it is so, else a copy."""
     result = empty_rows(rows.shape[:-1], rows.shape[-1], rows.dtype, rows.device)
-    if rows.stride() == result.stride() and rows.data_ptr() % VECTOR_BYTES == 0:
+    if rows.stride() == result.stride() and well_placed(rows):
         return rows
     return result.copy_(rows)
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.addresses import (
     ELEMENT_TYPES,
+    VECTOR_BYTES,
     Group,
     address_table,
-    aligned,
     known_multiple,
     padded_rows,
     tensor_at,
     vectors_fit,
+    well_placed,
 )
 
 
@@ -133,15 +134,16 @@ def combine(
     group = Group(bases, experts, row)
     dtype = group.compute_dtype
     # A kernel writes the type it reads or the one it computes in; any other output is rounded from the latter.
-    writable = outs[0].dtype in (group.dtype, dtype)
+    kinds = {out.dtype for out in outs}
+    written = kinds.pop() if len(kinds) == 1 and kinds <= {group.dtype, dtype} else dtype
+    fits = group.aligned and row * written.itemsize % VECTOR_BYTES == 0
     targets = [
-        out if writable and out.is_contiguous() else torch.empty(out.shape, dtype=dtype, device=out.device)
+        out
+        if out.dtype == written and out.is_contiguous() and (well_placed(out) or not fits)
+        else torch.empty(out.shape, dtype=written, device=out.device)
         for out in outs
     ]
-    if len({target.dtype for target in targets}) > 1:
-        targets = [torch.empty(out.shape, dtype=dtype, device=out.device) for out in outs]
     outputs = address_table([targets], group.device)
-    fits = group.aligned and aligned(targets, row)
     largest = torch.finfo(dtype).max  # a coefficient beyond the type becomes its largest number, not Inf · 0
     weights = core.double().clamp(-largest, largest).to(group.device, dtype)
     types = {

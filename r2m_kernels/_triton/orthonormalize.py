@@ -18,6 +18,8 @@ from r2m_kernels._triton.sums import sum_tiles
 # Added to the Gram matrix of vectors of length 1, so that it stays positive definite whatever their rank: above its
 # rounding (√m · 2⁻⁵³ · k < 1e-12 for m up to 10⁵ and k up to 10³), far below what the second pass can repair.
 RELATIVE_SHIFT = 1e-11
+# Of the inner products' Gram matrices at once; three of them are in use.
+PRODUCTS_BYTES = 2**27
 # Libraries have other algorithms for single matrices and small batches, and bits would depend on the batch: smaller
 # ones are filled up to this (CUDA's triangular solve loops over fewer than 8 matrices).
 SMALLEST_BATCH = 16
@@ -111,10 +113,15 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over (left_i left_jᵀ) ∘ (right_i right_jᵀ), for rows (L, N, r, m) and (L, N, r, n): (L, N, N) float64."""
     size, count, rank, _ = left.shape
     dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-    # All experts' rows of a tensor in one block: its Gram holds every pair.
-    grams = [_gram(padded_rows(rows.to(dtype).flatten(1, 2))) for rows in (left, right)]
-    products = (grams[0] * grams[1]).view(size, count, rank, count, rank).transpose(2, 3).contiguous()
-    return sum_tiles(products.flatten(3))
+    total = torch.empty(size, count, count, dtype=torch.float64, device=left.device)
+    # A few tensors at a time: their Gram matrices, all experts' rows in one, grow with N²r².
+    step = max(1, PRODUCTS_BYTES // (8 * (count * rank) ** 2))
+    for start in range(0, size, step):
+        some = slice(start, start + step)
+        lefts, rights = (_gram(padded_rows(rows[some].to(dtype).flatten(1, 2))) for rows in (left, right))
+        products = lefts.mul_(rights).view(-1, count, rank, count, rank).transpose(2, 3)
+        total[some] = sum_tiles(products.flatten(3))
+    return total
 
 
 def _gram(vectors: Tensor) -> Tensor:

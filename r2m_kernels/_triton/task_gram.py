@@ -89,8 +89,8 @@ def task_gram_kernel(
                 tl.store(out + (4 * b + a) * chunks, total)
 
 
-def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(L, N, N) float64 on the CPU; see :func:`r2m_kernels.ops.task_gram`."""
+def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+    """(L, N, N) float64 on the CPU; see :func:`r2m_kernels.ops.task_gram`. All of it is ``precise``."""
     count = len(experts)
     result = torch.zeros(len(bases), count, count, dtype=torch.float64)
     groups: dict[tuple[int, tuple[torch.dtype, ...]], list[int]] = {}

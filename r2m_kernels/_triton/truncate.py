@@ -19,6 +19,8 @@ from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
+# Below it a residual counts as zero: what scales it to norm 1 would not fit float32.
+SMALLEST_ENERGY = 1e-70
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
@@ -51,7 +53,7 @@ def shifted_truncation(
     fast, full = launch.fast_precision(target, group.dtype), launch.full_precision(target)
     outside = min(m, n) - rank
     # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
-    scales = torch.where(energies > 0, energies, torch.inf).rsqrt()
+    scales = torch.where(energies > SMALLEST_ENERGY, energies, torch.inf).rsqrt()
     unit = (mixing.to(scales) * scales.unsqueeze(1)).to(group.device)  # (L, N, N), columns are experts
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
     for _ in range(iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):

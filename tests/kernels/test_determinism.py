@@ -143,3 +143,20 @@ def test_for_each_keeps_order_nests_and_passes_errors_on():
         with pytest.raises(ZeroDivisionError):
             list(_parallel.for_each(lambda i: 1 // (i - 5), range(9)))
     assert torch.get_num_threads() == 3
+
+
+def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs):
+    base, experts = inputs
+    expected = merge(base, experts)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # bf16 inside float32 products, on CPUs that can
+        torch.set_default_device("meta")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            merged = merge(base, experts)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision(before)
+    assert same_bits(expected, merged)

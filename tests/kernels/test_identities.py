@@ -10,7 +10,8 @@ from cases import SHAPES, checkpoints, distance, floating
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from r2m_kernels import MergeConfig, analyze, merge
+from r2m_kernels import MergeConfig, TensorSpec, analyze, merge
+from r2m_kernels.tensors import StateDictSink
 
 configs = st.builds(
     MergeConfig,
@@ -171,6 +172,16 @@ def test_a_long_vector_does_not_hide_a_small_residual_of_matrices():
         {"w": 1e-6 * torch.randn(30, 40, generator=generator), "b": torch.full((5000,), 100.0 + i)} for i in range(3)
     ]
     assert analyze(base, experts).residuals().strength.eta > 0
+
+
+def test_tied_weights_stay_tied_where_the_output_is_moved_to_another_device():
+    elsewhere = torch.device("meta")
+    sink = StateDictSink({"embed": elsewhere, "head": elsewhere}, {"head": "embed"})
+    sink.begin({name: TensorSpec((2,), torch.float32) for name in ("embed", "head")})
+    for name in ("embed", "head"):
+        sink.write(name, torch.ones(2))
+    assert sink.state_dict["head"] is sink.state_dict["embed"]
+    assert sink.state_dict["head"].device == elsewhere
 
 
 def test_tied_weights_stay_tied_and_count_once():

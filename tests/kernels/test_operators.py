@@ -211,6 +211,14 @@ def test_combine_without_out_has_the_bases_dtype_and_shape(backend):
         (lambda b, e: ops.orthonormalize(b.T), r"y: expected shape \(\.\.\., m, k\) with k <= m, got \(3, 4\)"),
         (lambda b, e: ops.combine(b, e, torch.ones(2)), r"core: expected shape \(1,\), got \(2,\)"),
         (lambda b, e: ops.combine(b, e, torch.ones(1), left=b), "left, right and scale: expected all of them or none"),
+        (
+            lambda b, e: ops.task_gram([b], [[b.to("meta")]]),
+            "tensor 0 of expert 0: expected device cpu as the base, got",
+        ),
+        (
+            lambda b, e: ops.combine(b, e, torch.ones(1), out=b.to("meta")),
+            "out: expected device cpu as the base, got meta",
+        ),
         (lambda b, e: ops.task_gram([b], [e], backend="tritn"), "backend: .* got 'tritn'; did you mean 'triton'?"),
     ],
 )

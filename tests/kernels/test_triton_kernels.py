@@ -216,6 +216,14 @@ def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
         assert torch.equal(together[2:], _triton.residual_matmul(last, others, mixing_of(3), rhs[2:], False, precision))
     y = torch.randn(20, 3, 70, 9, generator=torch.Generator().manual_seed(2))
     assert torch.equal(_triton.orthonormalize(y)[7], _triton.orthonormalize(y[7]))
+    # Nor on whether another tensor of the group lies at an odd address, as a view into a flat buffer may.
+    odd = [bases[0], embedded(bases[1], offset=1), bases[2]]
+    assert torch.equal(_triton.task_gram(odd, experts), _triton.task_gram(bases, experts))
+    for precision in ("tf32", "tf32x3"):
+        even, mixed = (
+            _triton.residual_matmul(group, experts, mixing_of(3), rhs, False, precision) for group in (bases, odd)
+        )
+        assert torch.equal(even, mixed)
     assert torch.equal(_triton.orthonormalize(y)[7, 1], _triton.orthonormalize(y[7, 1]))
 
 
