@@ -287,10 +287,10 @@ def _stacked(factors: list[Tensor]) -> Tensor:
 
 
 def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
-    # The largest magnitude is NaN or Inf if any element is, and needs one read. One wait for the device.
-    largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in merged]).tolist()
-    for name, tensor, value in zip(names, merged, largest, strict=True):
-        if not math.isfinite(value):
+    # Smallest and largest are NaN or Inf if any element is, and take one read. One wait for the device.
+    extremes = torch.stack([torch.stack(torch.aminmax(tensor)) for tensor in merged]).tolist()
+    for name, tensor, bounds in zip(names, merged, extremes, strict=True):
+        if not all(map(math.isfinite, bounds)):
             raise InvalidInput(
                 f"tensor '{name}': merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
                 "or smaller core_scale and eta"
