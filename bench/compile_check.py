@@ -6,7 +6,7 @@ The operators themselves are run, on small CPU tensors, over all situations that
 launches are caught and compiled for each target instead. So what is built here is what a GPU would be given: the same
 arguments, alignments and constants. The machine code is then inspected: registers, spills, shared memory, matrix
 instructions, 128-bit loads. Exit code 1 if a kernel spills, needs more shared memory than the chip has, lacks the
-matrix instruction that its configuration declares, or, where everything is aligned, loads less than 128 bits at once.
+matrix instruction that its configuration declares, or, where everything is aligned, has no 128-bit load.
 
 Triton's own cache makes the second run quick: it is keyed by source, target and options.
 """

@@ -54,7 +54,7 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """An entry of the launch table, and the cases of ``gpu_operators`` whose time it decides."""
+    """An entry of the launch table, and the cases of ``bench.gpu.operators`` whose time it decides."""
 
     operator: str
     variant: str

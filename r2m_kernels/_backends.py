@@ -36,8 +36,8 @@ class ShiftedTruncation(Protocol):
 class Operators(Protocol):
     """What a backend module provides: the heavy part of each step, for L tensors of one shape at once.
 
-    ``bases`` holds L tensors, ``experts`` N sequences of L tensors; arguments are as :mod:`r2m_kernels.ops` checks
-    them, with a leading L where a block belongs to a tensor.
+    The Gram's may have any shapes. ``bases`` holds L tensors, ``experts`` N sequences of L tensors; arguments are as
+    :mod:`r2m_kernels.ops` checks them, with a leading L where a block belongs to a tensor.
     """
 
     def task_gram(

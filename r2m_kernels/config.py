@@ -30,10 +30,13 @@ class MergeConfig:
         exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
         svd: ``"randomized"`` (range finder with power iterations) or ``"exact"`` (float64 eigendecomposition of the
             short side's Gram: an (s, s) float64 matrix per expert).
-        power_iterations: subspace iterations of the randomized truncation, ≥ 0.
-        oversampling: sketch columns beyond the rank, ≥ 0; the width is rounded up to a multiple of 16.
+        power_iterations: subspace iterations of the randomized truncation, ≥ 0; the Triton backend adds some at ranks
+            below 64 (README §4).
+        oversampling: sketch columns beyond the rank, ≥ 0; the width is rounded up to a multiple of 16. The Triton
+            backend's method has none.
         tolerance: stop power iterations when the energy in every residual's sketch grows by less than this fraction of
-            itself; ``None``: never stop early.
+            itself; ``None``: never stop early. On the Triton backend tensors then go one by one, by the torch
+            backend's method.
         seed: seed of the random test matrices; each depends on (seed, tensor name, shape) only.
         extra: tensors that all experts have and the base lacks, such as a head: ``"error"``, ``"average"``,
             ``"drop"``.

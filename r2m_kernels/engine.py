@@ -36,7 +36,10 @@ DEVICE_SHARE = 0.8
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One more tensor done. ``step`` is "task Gram", "truncation" or "combination"; counts are of that step."""
+    """More tensors done: one, or a group on the Triton backend.
+
+    ``step`` is "task Gram", "truncation" or "combination"; counts are of that step.
+    """
 
     step: str
     tensors_done: int

@@ -3,7 +3,8 @@
 Notation (N experts, a tensor seen as m × n): θ₀ base, θ_j experts, τ_j = θ_j − θ₀ task vectors, residual
 X_i = Σ_j mixing[j, i] τ_j. All of them take float32, bfloat16, float16 (computed in float32) and float64 (computed in
 float64) tensors of any shape, mixed between experts. Results are bit-reproducible and do not depend on the number of
-threads. Every function raises ``InvalidInput`` for shapes and dtypes that do not fit and ``BackendUnavailable`` for a
+threads; they are on the base's device, by which ``"auto"`` picks. Every function raises ``InvalidInput`` for shapes,
+dtypes and devices that do not fit and ``BackendUnavailable`` for a
 backend that was asked for by name and cannot run here.
 """
 
@@ -122,7 +123,7 @@ def combine(
 
     Returns:
         ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|); on NVIDIA's
-        matrix units 16 for 8.
+        matrix units 20 for 8.
     """
     _checks.not_empty("experts", experts)
     _check_inputs(base, experts, "")

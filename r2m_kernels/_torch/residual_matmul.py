@@ -19,7 +19,7 @@ def residual_matmul(
     transpose: bool = False,
     precision: str = "ieee",
 ) -> Tensor:
-    """``precision`` is accepted for all backends' sake: torch on a CPU has IEEE arithmetic only."""
+    """``precision`` is accepted for all backends' sake: float32 products are IEEE here (``_parallel`` sees to it)."""
     of_tensor = zip(bases, zip(*experts, strict=True), rhs, strict=True)
     return torch.stack([_residual_matmul(base, others, mixing, block, transpose) for base, others, block in of_tensor])
 

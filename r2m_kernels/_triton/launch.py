@@ -31,7 +31,10 @@ UNROLLED_INPUTS = 3
 
 @dataclass(frozen=True)
 class GramConfig:
-    """``task_gram``: a program sums ``steps`` blocks of ``block`` elements; ``diagonal``: N ≤ 4, one block pair."""
+    """``task_gram``: a program sums ``steps`` blocks of ``block`` elements.
+
+    ``diagonal``: experts make one block only (N ≤ 4; aligned tensors).
+    """
 
     aligned: bool
     diagonal: bool
@@ -117,7 +120,7 @@ def full_precision(target: str) -> Precision:
 
 def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> GramConfig:
     """For N = ``count`` experts of ``dtype``."""
-    # Unaligned tensors are rare and small: they share one variant.
+    # Sizes that are no whole number of vectors are rare: they share one variant.
     variant = f"{8 * dtype.itemsize}-bit" if aligned else "general"
     return GramConfig(aligned, aligned and count <= 4, **_tiles("task_gram", target, variant))
 
@@ -128,8 +131,8 @@ def residual_matmul(
     """For N = ``count`` experts of ``dtype``, computed in ``compute``; never with less precision than asked for.
 
     Built are, for every target and dtype, the two precisions of the method; one that is asked for and not among them
-    runs as the next one up. Odd row lengths, and ``ieee`` on NVIDIA, share the variant ``general``: plain arithmetic,
-    loads as wide as any address allows.
+    runs as the next one up. Rows that are not whole 16-byte vectors, an m that is no multiple of 4, and ``ieee`` on
+    NVIDIA share the variant ``general``: no matrix units there, and loads as wide as any address allows.
     """
     if compute == torch.float64:
         return MatmulConfig("ieee", False, **_tiles("residual_matmul", target, "float64"))

@@ -6,6 +6,8 @@ can have; the second removes what rounding the product to float32 left.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,8 @@ from r2m_kernels._triton import launch
 from r2m_kernels._triton.addresses import ELEMENT_TYPES, empty_rows, known_multiple, padded_rows, vectors_fit
 from r2m_kernels._triton.sums import sum_tiles
 
-# Added to the Gram matrix of vectors of length 1, so that it stays positive definite whatever their rank: above its
-# rounding (√m · 2⁻⁵³ · k < 1e-12 for m up to 10⁵ and k up to 10³), far below what the second pass can repair.
+# Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least
+# this, and four times its rounding √m · k · 2⁻⁵³ where that is more; far below what the second pass can repair.
 RELATIVE_SHIFT = 1e-11
 # Of the inner products' Gram matrices at once; three of them are in use.
 PRODUCTS_BYTES = 2**27
@@ -105,7 +107,7 @@ def orthonormal_rows(vectors: Tensor) -> Tensor:
     # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
     smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
     for _ in range(2):
-        vectors = _triangular_product(_inverse_factor(_gram(vectors), smallest), vectors)
+        vectors = _triangular_product(_inverse_factor(_gram(vectors), smallest, vectors.shape[-1]), vectors)
     return vectors
 
 
@@ -147,17 +149,19 @@ def _gram(vectors: Tensor) -> Tensor:
     return gram
 
 
-def _inverse_factor(gram: Tensor, smallest: float) -> Tensor:
+def _inverse_factor(gram: Tensor, smallest: float, length: int) -> Tensor:
     """T with T G Tᵀ = I, lower triangular, (B, k, k) float64, by one batched call a step: no loop over matrices."""
     count, k, _ = gram.shape
+    shift = max(RELATIVE_SHIFT, 4 * math.sqrt(length) * k * 2.0**-53)
     squares = gram.diagonal(dim1=-2, dim2=-1)
     present = ~(squares <= smallest)  # not "squares > smallest": a NaN is to stay one
     lengths = torch.where(present, squares, 1.0).rsqrt() * present  # 1/‖row‖, and 0 for rows without anything
     unit = gram * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    unit.diagonal(dim1=-2, dim2=-1).copy_(torch.where(squares.isnan(), squares, 1.0 + RELATIVE_SHIFT))
+    unit.diagonal(dim1=-2, dim2=-1).copy_(torch.where(squares.isnan(), squares, 1.0 + shift))
     if count < SMALLEST_BATCH:
         unit = torch.cat([unit, unit[:1].expand(SMALLEST_BATCH - count, k, k)])
-    factor = torch.linalg.cholesky_ex(unit).L
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)  # never a half-done factor
     identity = torch.eye(k, dtype=torch.float64, device=gram.device).expand_as(factor)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)[:count]
     return (inverse * lengths.unsqueeze(-2)).contiguous()  # rows: LAPACK's order is by columns

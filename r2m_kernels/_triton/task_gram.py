@@ -1,9 +1,10 @@
 """Step 1: the Gram matrices of the task vectors, in one read of all inputs (README §2).
 
-A program takes one chunk of one tensor and a pair of blocks of four experts. Differences and products are float64: at
-six multiply-adds for twelve to sixteen bytes (N = 3) they hide behind the loads on every data-centre GPU, no bound has
-to be argued, and nothing finite overflows. More than four experts are read in pairs of blocks; the pairs of one chunk
-are neighbours in the grid, so that all but the first find it in the L2 cache.
+A program takes one chunk of one tensor and a pair of blocks of four experts. Differences and products are float64: ten
+multiply-adds and four conversions for 16 bytes (8 of 16-bit inputs) should hide behind the loads on data-centre GPUs
+(predicted; not on consumer ones, whose float64 is slow), no bound has to be argued, and nothing finite overflows. More
+than four experts are read in pairs of blocks; the pairs of one chunk are neighbours in the grid, so that all but the
+first find it in the L2 cache.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from r2m_kernels import InvalidInput, ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (13,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3), (16, 3, 5, 5), (700, 900)]
 BACKENDS = ["torch", "triton"]
-# Triton runs in its interpreter here, which is slow: it has no large shapes, and test_triton.py has more of the small.
+# Triton runs in its interpreter here, which is slow: no large shapes; test_triton_kernels.py has more of the small.
 PAIRS = [(backend, shape) for backend in BACKENDS for shape in SHAPES if backend == "torch" or shape != (700, 900)]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 
