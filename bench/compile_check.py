@@ -192,13 +192,12 @@ def inspected(target: str, found: Launch) -> dict[str, Any]:
     if chip.target.backend == "cuda":
         usage, code = _cubin(kernel.asm["cubin"])
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
-        held = -(-registers // 8) * 8 * threads
     else:
         code = kernel.asm["amdgcn"]
         fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code))
         registers, spills = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
         spills = max(spills, 4 * int(fields["vgpr_spill_count"]))
-        held = -(-registers // 8) * 8 * threads
+    held = -(-registers // 8) * 8 * threads
     by_shared = chip.shared_total // shared if shared else chip.threads
     return {
         "kernel": found.kernel.__name__,

@@ -276,7 +276,11 @@ class Analysis:
                 left = _stacked([one.left.to(self.device).mT for one in factors]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
                 scale = (strength.eta / len(core)) * scales
-        outs = [torch.empty_like(base, dtype=dtype) for base, dtype in zip(group.bases, dtypes, strict=True)]
+        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
+        outs = [
+            torch.empty(base.shape, dtype=dtype, device=base.device)
+            for base, dtype in zip(group.bases, dtypes, strict=True)
+        ]
         self._engine.backend.operators.combine(group.bases, group.experts, weights, left, right, scale, outs)
         return _in_range(group.names, outs)
 

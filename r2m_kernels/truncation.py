@@ -108,7 +108,7 @@ def truncate_residuals(
     of_tensor = list(zip(names, bases, zip(*experts, strict=True), strict=True))
     smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
     own = operators.shifted_truncation
-    width = rank if own else -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    width = rank if own else _sketch_width(rank, config)
     if config.svd == "exact" or smaller <= max(width, EXACT_UP_TO):
         return [_exact(base, others, mixing, rank, operators) for _, base, others in of_tensor]
     # A tolerance ends the iterations of each tensor on its own, which a group cannot.
@@ -128,6 +128,10 @@ def truncate_residuals(
     return factors
 
 
+def _sketch_width(rank: int, config: MergeConfig) -> int:
+    return -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
 def _textbook(
     name: str,
     base: Tensor,
@@ -138,7 +142,7 @@ def _textbook(
     operators: Operators,
 ) -> Factors:
     smaller = min(base.shape[0], base.numel() // base.shape[0])
-    width = min(smaller, -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    width = min(smaller, _sketch_width(rank, config))
     group = [[expert] for expert in experts]
 
     def times(rhs: Tensor, transpose: bool = False) -> Tensor:

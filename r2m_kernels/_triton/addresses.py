@@ -87,13 +87,20 @@ def vectors_fit(length: int) -> bool:
 
 def padded_rows(rows: Tensor) -> Tensor:
     """``rows`` laid out as :func:`empty_rows` does: itself where it is so, else a copy."""
-    result = empty_rows(rows.shape[:-1], rows.shape[-1], rows.dtype, rows.device)
-    if rows.stride() == result.stride() and well_placed(rows):
+    *leading, length = rows.shape
+    stride, wanted = _padded(length), [1]
+    for size in reversed(leading):
+        wanted.append(stride)
+        stride *= max(1, size)
+    if list(rows.stride()) == wanted[::-1] and well_placed(rows):
         return rows
-    return result.copy_(rows)
+    return empty_rows(leading, length, rows.dtype, rows.device).copy_(rows)
 
 
 def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (*leading, length) tensor whose rows start at multiples of 16 elements."""
-    padded = -(-length // 16) * 16
-    return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :length]
+    return torch.empty((*leading, _padded(length)), dtype=dtype, device=device)[..., :length]
+
+
+def _padded(length: int) -> int:
+    return -(-length // 16) * 16

@@ -136,6 +136,17 @@ def test_names_shapes_dtypes_and_order_are_the_bases_and_inputs_stay_as_they_wer
     assert not any(merged[key].data_ptr() == base[key].data_ptr() for key in base)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_merged_tensors_are_contiguous_whatever_the_bases_layout(backend):
+    base = {"turned": torch.randn(12, 20).T, "conv": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)}
+    experts = [{name: tensor + 0.1 for name, tensor in base.items()}, dict(base)]
+    merged = merge(base, experts, backend=backend)
+    plain = merge({n: t.contiguous() for n, t in base.items()}, experts, backend=backend)
+    assert not base["turned"].is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in merged.values())
+    assert all(torch.equal(merged[name], plain[name]) for name in base)
+
+
 def test_statistics_are_plain_means_and_never_negative():
     base, experts = checkpoints(3)
     merged = merge(base, experts, eta=50.0, eta_mode="constant", core_scale=7.0)
