@@ -28,8 +28,9 @@ class MergeConfig:
         norm_match: rescale every specialist's residual to their mean norm.
         layer_weight: γ_l, ``"none"`` (1) or ``"frobenius"`` (1/‖A_l‖²_F).
         exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
-        svd: ``"randomized"`` (range finder with power iterations) or ``"exact"`` (float64 eigendecomposition of the
-            short side's Gram: an (s, s) float64 matrix per expert).
+        svd: ``"randomized"`` (the backend's fastest near-optimal method), ``"textbook"`` (range finder with power
+            iterations, for comparison) or ``"exact"`` (float64 eigendecomposition of the short side's Gram: an (s, s)
+            float64 matrix per expert).
         power_iterations: subspace iterations of the randomized truncation, ≥ 0; the Triton backend adds some at ranks
             below 64 (README §4).
         oversampling: sketch columns beyond the rank, ≥ 0; the width is rounded up to a multiple of 16. The Triton
@@ -56,7 +57,7 @@ class MergeConfig:
     norm_match: bool = True
     layer_weight: Literal["none", "frobenius"] = "none"
     exclude: tuple[str, ...] = ()
-    svd: Literal["randomized", "exact"] = "randomized"
+    svd: Literal["randomized", "textbook", "exact"] = "randomized"
     power_iterations: int = 2
     oversampling: int = 8
     tolerance: float | None = None
@@ -128,6 +129,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_mode": ("mean", "sum"),
     "eta_mode": ("relative", "constant", "core_norm", "sum"),
     "layer_weight": ("none", "frobenius"),
-    "svd": ("randomized", "exact"),
+    "svd": ("randomized", "textbook", "exact"),
     "extra": ("error", "average", "drop"),
 }

@@ -112,7 +112,7 @@ def truncate_residuals(
     if config.svd == "exact" or smaller <= max(width, EXACT_UP_TO):
         return [_exact(base, others, mixing, rank, operators) for _, base, others in of_tensor]
     # A tolerance ends the iterations of each tensor on its own, which a group cannot.
-    if own is None or config.tolerance is not None:
+    if own is None or config.svd == "textbook" or config.tolerance is not None:
         return [_textbook(name, base, others, mixing, rank, config, operators) for name, base, others in of_tensor]
     if grams is None:
         grams = list(operators.task_gram(bases, experts))
