@@ -162,7 +162,12 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     metavar="RANK",
     help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16).  [default: 0.1]",
 )
-@_option(_TRUNCATION, "--svd", type=_choice("randomized", "textbook", "exact"), help="How to truncate.  [default: randomized]")
+@_option(
+    _TRUNCATION,
+    "--svd",
+    type=_choice("randomized", "textbook", "exact"),
+    help="How to truncate.  [default: randomized]",
+)
 @_option(_TRUNCATION, "--power-iterations", type=int, help="Of the randomized truncation.  [default: 2]")
 @_option(_TRUNCATION, "--oversampling", type=int, help="Columns of the sketch beyond the rank.  [default: 8]")
 @_option(
