@@ -19,7 +19,20 @@ OLDEST_CAPABILITY = 8
 
 
 class ShiftedTruncation(Protocol):
-    """Step 3 for L tensors of one shape: see :func:`r2m_kernels._triton.truncate.shifted_truncation`."""
+    """A backend's fast method for step 3, for L tensors of one shape (README §4).
+
+    Args:
+        keys: (L,) int64, what the random numbers of each tensor are made from.
+        energies: (L, N) float64, ‖X_li‖² from the task Gram.
+        rank: r.
+        iterations, oversampling, tolerance: of :class:`r2m_kernels.MergeConfig`.
+
+    Returns:
+        Left (L, N, m, r), Right (L, N, r, n): orthonormal on the short side; and on the CPU in float64 the inner
+        products ⟨F_li, F_lj⟩ (L, N, N) where they are cheap here, whether each truncation can be relied on (L, N)
+        bool, and an estimate of the energy that the best truncation would keep beyond this one's (L, N), NaN where
+        there is none.
+    """
 
     def __call__(
         self,
@@ -30,7 +43,9 @@ class ShiftedTruncation(Protocol):
         energies: Tensor,
         rank: int,
         iterations: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        oversampling: int,
+        tolerance: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]: ...
 
 
 class Operators(Protocol):
@@ -67,9 +82,21 @@ class Operators(Protocol):
         outs: Sequence[Tensor],
     ) -> None: ...
 
+    def truncation_width(self, rank: int, oversampling: int) -> int:
+        """Columns or rows of the blocks that ``shifted_truncation`` works with."""
+        ...
+
     @property
-    def shifted_truncation(self) -> ShiftedTruncation | None:
-        """A truncation of its own for whole groups, instead of the one in :mod:`r2m_kernels.truncation`."""
+    def shifted_truncation(self) -> ShiftedTruncation: ...
+
+    @property
+    def orders_components(self) -> bool:
+        """Whether the factors of ``shifted_truncation`` come by descending singular value."""
+        ...
+
+    @property
+    def takes_tolerance(self) -> bool:
+        """Whether ``shifted_truncation`` can stop early."""
         ...
 
 

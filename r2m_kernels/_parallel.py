@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,6 +138,17 @@ def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None =
     finally:
         for future in waiting:
             future.cancel()
+
+
+def ordered_sum(
+    function: Callable[[T], tuple[Tensor, ...]], items: Iterable[T], limit: int | None = None
+) -> tuple[Tensor, ...]:
+    """Sums of what ``function`` gives for every item, one after another in their order, whoever computes them."""
+    total: tuple[Tensor, ...] | None = None
+    for found in for_each(function, items, limit):
+        total = found if total is None else tuple(one.add_(other) for one, other in zip(total, found, strict=True))
+    assert total is not None, "nothing to sum"
+    return total
 
 
 def _enter_worker() -> None:

@@ -31,13 +31,13 @@ class MergeConfig:
         svd: ``"randomized"`` (the backend's fastest near-optimal method), ``"textbook"`` (range finder with power
             iterations, for comparison) or ``"exact"`` (float64 eigendecomposition of the short side's Gram: an (s, s)
             float64 matrix per expert).
-        power_iterations: subspace iterations of the randomized truncation, ≥ 0; the Triton backend adds some at ranks
-            below 64 (README §4).
-        oversampling: sketch columns beyond the rank, ≥ 0; the width is rounded up to a multiple of 16. The Triton
-            backend's method has none.
-        tolerance: stop power iterations when the energy in every residual's sketch grows by less than this fraction of
-            itself; ``None``: never stop early. On the Triton backend tensors then go one by one, by the torch
-            backend's method.
+        power_iterations: of the textbook's truncation, ≥ 0. The torch and native backends' method takes one shifted
+            step for every two; the Triton backend's one for each, and more at ranks below 64 (README §4).
+        oversampling: sketch columns beyond the rank (beyond 1.3 times the rank where not by the textbook), ≥ 0; the
+            width is rounded up to a multiple of 16. The Triton backend's method has none.
+        tolerance: stop iterations when the energy in every residual's sketch grows by less than this fraction of
+            itself; ``None``: never stop early. On the Triton backend tensors then go one by one, by the textbook's
+            method.
         seed: seed of the random test matrices; each depends on (seed, tensor name, shape) only.
         extra: tensors that all experts have and the base lacks, such as a head: ``"error"``, ``"average"``,
             ``"drop"``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ class FactorStore:
         self._on_device = on_device
         self._directory = directory
         self._held: dict[str, Factors] = {}
-        self._spilled: dict[str, tuple[_Spilled, _Spilled, bool]] = {}
+        self._spilled: dict[str, tuple[_Spilled, _Spilled, Factors]] = {}
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -46,24 +46,26 @@ class FactorStore:
         return name in self._held or name in self._spilled
 
     def put(self, name: str, factors: Factors) -> None:
-        """Keep the factors of one tensor; once per name. Their inner products are not kept on disk."""
+        """Keep the factors of one tensor; once per name."""
         size = factors.left.nbytes + factors.right.nbytes
         with self._lock:
             if self._budget is None or self._held_bytes + size <= self._budget:
                 if self._on_device is not None and self._held_bytes + size > self._on_device:
-                    factors = Factors(factors.left.cpu(), factors.right.cpu(), factors.ordered, factors.products)
+                    factors = replace(factors, left=factors.left.cpu(), right=factors.right.cpu())
                 self._held[name] = factors
                 self._held_bytes += size
                 return
-            self._spilled[name] = (self._append(factors.left), self._append(factors.right), factors.ordered)
+            nothing = torch.empty(0)
+            rest = replace(factors, left=nothing, right=nothing)
+            self._spilled[name] = (self._append(factors.left), self._append(factors.right), rest)
 
     def get(self, name: str) -> Factors:
         """The factors of a tensor, bit for bit; KeyError if there are none."""
         held = self._held.get(name)
         if held is not None:
             return held
-        left, right, ordered = self._spilled[name]
-        return Factors(self._load(left), self._load(right), ordered)
+        left, right, rest = self._spilled[name]
+        return replace(rest, left=self._load(left), right=self._load(right))
 
     def close(self) -> None:
         """Give the temporary file back now."""

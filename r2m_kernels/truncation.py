@@ -21,9 +21,8 @@ WIDTH_MULTIPLE = 16
 EXACT_UP_TO = 64
 # Elements of a residual that the exact truncation holds at once.
 EXACT_PIECE = 2**18
-# A residual that loses less than this share of its energy has so steep a spectrum that squaring it in float32, and
-# rounding operands, may lose more: the textbook method, which does neither, takes over.
-STEEP = 1e-3
+# How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
+RATE = 4
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,15 @@ class Factors:
         right: (N, r, n).
         ordered: components come by descending singular value, so that the leading ones are a smaller truncation.
         products: (N, N) float64, ⟨F_i, F_j⟩, where they came with the factors.
+        gap: (N,) float64, an estimate of the energy that the best truncation at this rank would keep beyond this one's;
+            0 where this is the best one, NaN where nothing is known.
     """
 
     left: Tensor
     right: Tensor
     ordered: bool = True
     products: Tensor | None = None
+    gap: Tensor | None = None
 
     def truncated(self, rank: int) -> Factors:
         """The leading ``rank`` components, by descending singular value."""
@@ -91,11 +93,11 @@ def truncate_residuals(
 ) -> list[Factors]:
     """Near-optimal rank-r approximations of X_i = Σ_j mixing[j, i] τ_j for all experts, without storing any X_i.
 
-    ``svd="randomized"``: the backend's own method for groups (README §4), else the textbook's: a range finder with
-    power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4), then the eigenvectors of the small Gram BBᵀ in
-    float64 in place of an SVD of B = QᵀX. ``svd="exact"``, or a short side that is tiny or spanned by the sketch:
-    eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖ before the factors are rounded to the
-    compute dtype.
+    ``svd="randomized"``: the backend's own fast method (README §4). ``"textbook"``, and residuals too steep for the
+    former: a range finder with power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4), then the eigenvectors
+    of the small Gram BBᵀ in float64 in place of an SVD of B = QᵀX. ``"exact"``, or a short side that is tiny or
+    spanned by the sketch: eigenvectors of the short side's Gram in float64, exact to 1e-8 · ‖X‖ before the factors are
+    rounded to the compute dtype.
 
     Args:
         names, bases: L tensors of one shape.
@@ -107,24 +109,25 @@ def truncate_residuals(
     """
     of_tensor = list(zip(names, bases, zip(*experts, strict=True), strict=True))
     smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
-    own = operators.shifted_truncation
-    width = rank if own else _sketch_width(rank, config)
+    textbook = config.svd == "textbook" or (config.tolerance is not None and not operators.takes_tolerance)
+    width = _sketch_width(rank, config) if textbook else operators.truncation_width(rank, config.oversampling)
     if config.svd == "exact" or smaller <= max(width, EXACT_UP_TO):
         return [_exact(base, others, mixing, rank, operators) for _, base, others in of_tensor]
-    # A tolerance ends the iterations of each tensor on its own, which a group cannot.
-    if own is None or config.svd == "textbook" or config.tolerance is not None:
+    if textbook:
         return [_textbook(name, base, others, mixing, rank, config, operators) for name, base, others in of_tensor]
     if grams is None:
         grams = list(operators.task_gram(bases, experts))
     keys = torch.tensor([_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
     energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
-    left, right, products = own(bases, experts, mixing, keys, energies, rank, config.power_iterations)
-    factors = [Factors(*found[:2], False, found[2]) for found in zip(left, right, products, strict=True)]
-    kept = products.diagonal(dim1=1, dim2=2)
-    steep = ((energies > 0) & ~(energies - kept >= STEEP * energies)).any(dim=1)  # NaN goes there too
-    for index in steep.nonzero().flatten().tolist():
-        name, base, others = of_tensor[index]
-        factors[index] = _textbook(name, base, others, mixing, rank, config, operators)
+    options = (rank, config.power_iterations, config.oversampling, config.tolerance)
+    left, right, products, trusted, gap = operators.shifted_truncation(bases, experts, mixing, keys, energies, *options)
+    factors = []
+    for index, (name, base, others) in enumerate(of_tensor):
+        if bool(trusted[index].all()):
+            known = None if products is None else products[index]
+            factors.append(Factors(left[index], right[index], operators.orders_components, known, gap[index]))
+        else:
+            factors.append(_textbook(name, base, others, mixing, rank, config, operators))
     return factors
 
 
@@ -155,14 +158,33 @@ def _textbook(
     # The same test matrix for every expert: their order cannot matter.
     basis = operators.orthonormalize(times(test.expand(len(experts), -1, -1)))
     product = transposed_times(basis)  # Bᵀ, (N, n, k)
+    before, energy = None, _energies(product)
     for _ in range(config.power_iterations):
-        previous = product
         basis = operators.orthonormalize(times(operators.orthonormalize(product)))
         product = transposed_times(basis)
-        if config.tolerance is not None and _settled(previous, product, config.tolerance):
+        before, energy = energy, _energies(product)
+        if config.tolerance is not None and bool((energy - before <= config.tolerance * energy).all()):
             break
-    rotation = _leading_eigenvectors([_gram(block) for block in product], rank).to(product)
-    return Factors(torch.bmm(basis, rotation), torch.bmm(product, rotation).transpose(1, 2).contiguous())
+    grams = [_gram(block) for block in product]
+    rotation = _leading_eigenvectors(grams, rank).to(product)
+    gap = _gap(grams, rank, None if before is None else (energy - before).clamp_min(0))
+    right = torch.bmm(product, rotation).transpose(1, 2).contiguous()
+    return Factors(torch.bmm(basis, rotation), right, gap=gap)
+
+
+def _energies(product: Tensor) -> Tensor:
+    """‖product_i‖², (N,) float64 on the CPU."""
+    return product.double().square().sum(dim=(1, 2)).cpu()
+
+
+def _gap(grams: Sequence[Tensor], rank: int, growth: Tensor | None) -> Tensor:
+    """What the subspaces still miss: their last growth, shrunk at the rate that their Ritz values tell."""
+    if growth is None:
+        return torch.full((len(grams),), torch.nan, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(torch.stack(list(grams))).clamp_min(0)
+    ratio = values[:, 0] / values[:, -rank].clamp_min(torch.finfo(torch.float64).tiny)
+    gap: Tensor = growth * ratio**RATE
+    return gap
 
 
 def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, operators: Operators) -> Factors:
@@ -183,15 +205,10 @@ def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, o
     other = operators.residual_matmul([matrix], group, mixing, vectors.unsqueeze(0), transpose=wide)[0]
     dtype = torch.float64 if torch.float64 in {t.dtype for t in (base, *experts)} else torch.float32
     vectors, other = vectors.to(dtype), other.to(dtype)
+    gap = torch.zeros(len(experts), dtype=torch.float64)
     if wide:
-        return Factors(vectors, other.transpose(1, 2).contiguous())
-    return Factors(other, vectors.transpose(1, 2).contiguous())
-
-
-def _settled(previous: Tensor, product: Tensor, tolerance: float) -> bool:
-    """Whether no expert's energy ‖product_i‖² grew by more than ``tolerance`` of itself."""
-    before, after = (block.double().square().sum(dim=(1, 2)) for block in (previous, product))
-    return bool((after - before <= tolerance * after).all())
+        return Factors(vectors, other.transpose(1, 2).contiguous(), gap=gap)
+    return Factors(other, vectors.transpose(1, 2).contiguous(), gap=gap)
 
 
 def _gram(product: Tensor) -> Tensor:

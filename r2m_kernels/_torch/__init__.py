@@ -4,7 +4,18 @@ from r2m_kernels._torch.combine import combine
 from r2m_kernels._torch.orthonormalize import orthonormalize
 from r2m_kernels._torch.residual_matmul import residual_matmul
 from r2m_kernels._torch.task_gram import task_gram
+from r2m_kernels._torch.truncate import shifted_truncation, truncation_width
 
-__all__ = ["combine", "orthonormalize", "residual_matmul", "shifted_truncation", "task_gram"]
+__all__ = [
+    "combine",
+    "orders_components",
+    "orthonormalize",
+    "residual_matmul",
+    "shifted_truncation",
+    "takes_tolerance",
+    "task_gram",
+    "truncation_width",
+]
 
-shifted_truncation = None  # truncation.py's textbook method needs the other operators only
+orders_components = True
+takes_tolerance = True

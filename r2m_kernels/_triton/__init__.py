@@ -4,6 +4,18 @@ from r2m_kernels._triton.combine import combine
 from r2m_kernels._triton.orthonormalize import orthonormalize
 from r2m_kernels._triton.residual_matmul import residual_matmul
 from r2m_kernels._triton.task_gram import task_gram
-from r2m_kernels._triton.truncate import shifted_truncation
+from r2m_kernels._triton.truncate import shifted_truncation, truncation_width
 
-__all__ = ["combine", "orthonormalize", "residual_matmul", "shifted_truncation", "task_gram"]
+__all__ = [
+    "combine",
+    "orders_components",
+    "orthonormalize",
+    "residual_matmul",
+    "shifted_truncation",
+    "takes_tolerance",
+    "task_gram",
+    "truncation_width",
+]
+
+orders_components = False
+takes_tolerance = False  # each step would wait for the device, and a group would stop as one

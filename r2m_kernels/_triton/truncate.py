@@ -24,6 +24,16 @@ SMALLEST_ENERGY = 1e-70
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
+# A residual that loses less than this share of its energy has so steep a spectrum that squaring it in float32, and
+# rounding operands, may lose more.
+STEEP = 1e-3
+# Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
+SLOWEST = 0.95
+
+
+def truncation_width(rank: int, oversampling: int) -> int:
+    """Rows of a block: there is no oversampling."""
+    return rank
 
 
 def shifted_truncation(
@@ -34,16 +44,12 @@ def shifted_truncation(
     energies: Tensor,
     rank: int,
     iterations: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Near-optimal rank-r approximations of the residuals of L tensors of one shape.
+    oversampling: int = 0,
+    tolerance: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`r2m_kernels._backends.ShiftedTruncation`; components come in no order.
 
-    Args:
-        keys: (L,) int64, what the random signs of each tensor are made from.
-        energies: (L, N) float64, ‖X_li‖².
-
-    Returns:
-        Left (L, N, m, r), Right (L, N, r, n): orthonormal on the short side (Right where m ≥ n), components in no
-        order; and (L, N, N) float64 on the CPU, the inner products ⟨F_li, F_lj⟩.
+    ``oversampling`` and ``tolerance`` are accepted for all backends' sake.
     """
     group = matrix_group(bases, experts)
     m = bases[0].shape[0]
@@ -56,14 +62,29 @@ def shifted_truncation(
     scales = torch.where(energies > SMALLEST_ENERGY, energies, torch.inf).rsqrt()
     unit = (mixing.to(scales) * scales.unsqueeze(1)).to(group.device)  # (L, N, N), columns are experts
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
+    kept: list[Tensor] = []
     for _ in range(iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
-        product, kept = multiply(group, unit, basis, not tall, fast)
-        shift = (SHIFT / max(1, outside) * (1.0 - kept)).clamp_min(0).to(basis.dtype)
+        product, energy = multiply(group, unit, basis, not tall, fast)
+        kept.append(energy)
+        shift = (SHIFT / max(1, outside) * (1.0 - energy)).clamp_min(0).to(basis.dtype)
         basis, _ = multiply(group, unit, product, tall, fast, shift, basis)
         basis = _orthonormal(basis)
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)
-    return left.transpose(-1, -2), right, inner_products(left, right).cpu()
+    products = inner_products(left, right).cpu()
+    final = products.diagonal(dim1=1, dim2=2)
+    trusted = ~((energies > 0) & ~(energies - final >= STEEP * energies))  # NaN is not
+    gap = _left_to_gain([*(energies * one.cpu() for one in kept[-2:]), final])
+    return left.transpose(-1, -2), right, products, trusted, gap
+
+
+def _left_to_gain(kept: list[Tensor]) -> Tensor:
+    """What further steps would add to the kept energy: the last three continued as a geometric series (Aitken)."""
+    if len(kept) < 3:
+        return torch.full_like(kept[-1], torch.nan)
+    before, last = kept[1] - kept[0], (kept[2] - kept[1]).clamp_min(0)
+    ratio = (last / before.clamp_min(torch.finfo(before.dtype).tiny)).clamp(0, SLOWEST)
+    return last * ratio / (1 - ratio)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -61,16 +61,22 @@ def test_small_matrices_are_truncated_exactly():
 
 def test_more_power_iterations_and_more_oversampling_help():
     matrix = matrix_with(spectrum("linear", 512), 512, 600)
-    errors = [truncation_error(matrix, 40, power_iterations=q) for q in (0, 1, 2)]
+    errors = [truncation_error(matrix, 40, svd="textbook", power_iterations=q) for q in (0, 1, 2)]
+    assert errors[0] > errors[1] > errors[2]
+    assert truncation_error(matrix, 40, svd="textbook", power_iterations=0, oversampling=100) < errors[0]
+    errors = [truncation_error(matrix, 40, power_iterations=q) for q in (0, 2, 4)]  # a shifted step for every two
     assert errors[0] > errors[1] > errors[2]
     assert truncation_error(matrix, 40, power_iterations=0, oversampling=100) < errors[0]
 
 
-def test_tolerance_stops_early_and_a_tight_one_does_not():
+@pytest.mark.parametrize("svd", ["randomized", "textbook"])
+def test_tolerance_stops_early_and_a_tight_one_does_not(svd):
     matrix = matrix_with(spectrum("linear", 512), 512, 600)
-    one, six = (truncation_error(matrix, 40, power_iterations=q) for q in (1, 6))
-    assert truncation_error(matrix, 40, power_iterations=6, tolerance=0.5) == one
-    assert truncation_error(matrix, 40, power_iterations=6, tolerance=0.0) == six
+    first = 4 if svd == "randomized" else 1  # two steps are the first whose growth is known
+    one, six = (truncation_error(matrix, 40, svd=svd, power_iterations=q) for q in (first, 6))
+    assert six < one
+    assert truncation_error(matrix, 40, svd=svd, power_iterations=6, tolerance=0.5) == one
+    assert truncation_error(matrix, 40, svd=svd, power_iterations=6, tolerance=0.0) == six
 
 
 def test_components_come_by_descending_size_so_that_a_smaller_rank_is_a_slice():
