@@ -7,13 +7,13 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all check kernels kernels-oldest format bench gpu gpu-rehearsal clean
+.PHONY: help demo test test-all check kernels kernels-oldest sanitize format bench gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-$(READY): requirements.txt pyproject.toml setup.py
+$(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -25,8 +25,17 @@ demo: $(READY)  ## specialists trained on real faces, merged and judged: table a
 test: check kernels  ## lint, types, import contracts, kernels compiled for every GPU target, tests
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY) kernels-oldest gpu-rehearsal  ## the slow checks: oldest Triton, GPU rehearsal, full demo, wheel
+test-all: $(READY) kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel
 	$(PYTEST) --timeout 1800 -m slow
+
+# A sanitizer's runtime comes before everything else in the process; torch and Python leak by design.
+SANITIZED := build/sanitized
+sanitize: $(READY)  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects --sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  R2M_NATIVE=require R2M_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZED)/r2m_kernels/_native/libr2m_native.so \
+	  $(PYTEST) tests/kernels/test_native.py tests/kernels/test_operators.py -k "not triton and not torch- and not refused"
 
 # Triton's cache is keyed by source, target and options: only what changed is compiled again.
 COMPILE_CHECK := -m bench.compile_check
@@ -40,12 +49,14 @@ check: $(READY)  ## lint, types and import contracts alone
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/codespell $(SOURCES) *.md csrc
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(READY)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 bench: $(READY)  ## speed against full SVD in one run, as JSON under bench/results/
 	$(BIN)/python -m bench.run

@@ -1,12 +1,99 @@
-"""Builds the two packages of one distribution: the numerics at the top, the application under ``python/``."""
+"""Builds the two packages of one distribution, and the CPU kernels of ``csrc/`` as a plain shared library.
 
-from setuptools import find_packages, setup
+The library knows neither torch nor Python, so that one wheel serves every version of both. ``R2M_NATIVE=off`` builds
+without it, ``require`` fails where it cannot be built, ``auto`` (the default) then goes on without: the portable torch
+backend does the work. The compiler is ``$CXX``, or else ``c++``.
+"""
 
-numerics = find_packages(include=["r2m_kernels", "r2m_kernels.*"])
-application = find_packages("python", include=["r2m", "r2m.*"])
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+LIBRARY = "r2m_kernels._native.libr2m_native"
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    # Products may be fused with sums, which rounds once less; nothing else of IEEE arithmetic is given up.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+# Every variant is compiled for its own instructions, and chosen by what the CPU at hand has.
+VARIANTS = {
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ],
+}
+SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+PLAIN = ["r2m_native.cpp", "kernels_portable.cpp"]
+HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "convert.h"]
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+wish = os.environ.get("R2M_NATIVE", "auto")
+if wish not in ("auto", "require", "off"):
+    raise SystemExit(f"R2M_NATIVE: expected auto, require or off, got '{wish}'")
+
+
+class BuildLibrary(build_ext):
+    """Compiles ``csrc/`` with ``$CXX``: a library without Python's name mangling, flags or headers."""
+
+    user_options: ClassVar = [*build_ext.user_options, ("sanitize", None, "for tests: with AddressSanitizer and UBSan")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        """Without sanitizers."""
+        super().initialize_options()
+        self.sanitize = False
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Its path under the packages' root."""
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Every source with the flags of its variant, then the library."""
+        compiler = os.environ.get("CXX", "c++")
+        extra = SANITIZERS if self.sanitize else []
+        target = Path(self.get_ext_fullpath(ext.name))
+        objects = []
+        for source in ext.sources:
+            name = Path(source).name
+            target_object = Path(self.build_temp) / Path(name).with_suffix(".o")
+            objects.append(str(target_object))
+            self.mkpath(self.build_temp)
+            flags = [*FLAGS, *(["-DR2M_X86"] if X86 else []), *VARIANTS.get(name, []), *extra]
+            self._run([compiler, *flags, "-c", source, "-o", str(target_object)])
+        self.mkpath(str(target.parent))
+        self._run([compiler, "-shared", *extra, *objects, "-o", str(target)])
+
+    def _run(self, command: list[str]) -> None:
+        try:
+            self.spawn(command)
+        except (ExecError, PlatformError, OSError) as error:
+            raise CCompilerError(f"csrc could not be compiled ({error}); R2M_NATIVE=off builds without it") from None
+
+
+class Wheel(bdist_wheel):
+    """A wheel for this kind of machine and any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI, platform."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+sources = [f"csrc/{name}" for name in [*PLAIN, *(VARIANTS if X86 else [])]]
+library = Extension(LIBRARY, sources, depends=[f"csrc/{name}" for name in HEADERS], optional=wish == "auto")
 
 setup(
-    packages=numerics + application,
+    packages=find_packages(include=["r2m_kernels", "r2m_kernels.*"])
+    + find_packages("python", include=["r2m", "r2m.*"]),
     package_dir={"r2m_kernels": "r2m_kernels", "r2m": "python/r2m"},
     package_data={"r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"], "r2m": ["py.typed"]},
+    ext_modules=[] if wish == "off" else [library],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -137,22 +137,33 @@ def choose(name: str, device: torch.device) -> Backend:
         BackendUnavailable: it was asked for by name and cannot run here; a named backend never falls back.
     """
     _checks.choice("backend", name, NAMES)
-    if name == "native":
-        raise BackendUnavailable(
-            "backend 'native' is not part of this version of r2m_kernels; use backend='torch' or 'auto'"
-        )
     if name == "torch":
         return _backend("torch", "asked for by name")
+    if name == "native" or (name == "auto" and device.type == "cpu"):
+        return _on_cpu(name, device)
     missing = _why_not_triton(device)
     if name == "triton":
         if missing:
             raise BackendUnavailable(f"backend 'triton' {missing}; use backend='torch' or 'auto'")
         return _backend("triton", "asked for by name")
-    if device.type == "cpu":  # under Triton's interpreter too: that is for tests that ask for it
-        return _backend("torch", "the fastest one this version has for cpu")
     if missing:
         return _backend("torch", f"the Triton backend {missing}")
     return _backend("triton", f"the fastest one this version has for {device.type}")
+
+
+def _on_cpu(name: str, device: torch.device) -> Backend:
+    """The native backend; for ``"auto"`` the torch backend where that cannot run and need not."""
+    if device.type != "cpu":
+        raise BackendUnavailable(f"backend 'native' runs on CPUs and not on '{device.type}'; use backend='auto'")
+    library = importlib.import_module("r2m_kernels._native.library")
+    try:
+        loaded = library.load()
+    except BackendUnavailable as error:
+        if name == "native" or library.policy() == "require":
+            raise BackendUnavailable(f"backend 'native': {error}") from None
+        return _backend("torch", str(error))
+    why = "asked for by name" if name == "native" else "the fastest one for cpu"
+    return _backend("native", f"{why} ({library.VARIANTS[loaded.variant]} kernels)")
 
 
 def _backend(name: str, reason: str) -> Backend:

@@ -62,14 +62,11 @@ class Factors:
         """⟨F_i, F_j⟩ from the factors alone: (N, N) float64 on the CPU."""
         if self.products is not None:
             return self.products
-        count = len(self.left)
-        left, right = self.left.double(), self.right.double()
-        products = torch.empty(count, count, dtype=torch.float64)
-        for i in range(count):
-            for j in range(i + 1):
-                value = ((left[i].T @ left[j]) * (right[i] @ right[j].T)).sum()
-                products[i, j] = products[j, i] = value
-        return products
+        shape = (len(self.left), self.left.shape[2]) * 2
+        # In float64, since residuals may nearly cancel; all experts in one product, which runs faster than one a pair.
+        left, right = self.left.mT.double().flatten(0, 1), self.right.double().flatten(0, 1)
+        products = (left @ left.T).mul_(right @ right.T).view(shape).sum(dim=(1, 3))
+        return products.cpu()
 
 
 def truncation_rank(rank: float | int, shape: Sequence[int]) -> int:

@@ -59,5 +59,5 @@ def pytest_terminal_summary(terminalreporter):
     if ran:
         listed = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
         terminalreporter.write_line(
-            f"backends that ran: {listed}; triton in its interpreter; not in this version: native"
+            f"backends that ran: {listed}; triton in its interpreter"
         )

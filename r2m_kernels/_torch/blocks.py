@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,16 +78,3 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor], rows: slice, dtype: to
     for j, expert in enumerate(experts):
         torch.sub(expert[rows].to(dtype), block, out=stack[j])
     return stack
-
-
-def residual_blocks(
-    base: Tensor, experts: Sequence[Tensor], mixing: Tensor, slices: Sequence[slice]
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of the residuals X_i = Σ_j mixing[j, i] τ_j: rows, columns, (N, len(rows), len(columns))."""
-    count = len(experts)
-    weights = mixing.T.contiguous()
-    for columns in column_slices(base.shape[1]):
-        theta, thetas = base[:, columns], [expert[:, columns] for expert in experts]
-        for rows in slices:
-            tau = task_vectors(theta, thetas, rows, mixing.dtype)
-            yield rows, columns, torch.mm(weights, tau.view(count, -1)).view(tau.shape)

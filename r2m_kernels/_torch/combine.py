@@ -45,7 +45,7 @@ def _combine(
     dtype = compute_dtype([base, *experts])
     low_rank = None
     if left is not None and right is not None and scale is not None:
-        low_rank = _side_by_side(left, right, scale, dtype)
+        low_rank = side_by_side(left, right, scale, dtype)
     # Tensors without a low-rank part have no rows to speak of: they are walked through as one column.
     view = as_matrix if low_rank else as_column
     theta, thetas = view(base), [view(expert) for expert in experts]
@@ -73,7 +73,7 @@ def _combine(
         out.copy_(target)
 
 
-def _side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Σ_i s_i L_i R_i as one product: (m, N·r) and (N·r, n)."""
     count, m, rank = left.shape
     scaled = left.to(dtype) * scale.to(left.device, dtype).view(count, 1, 1)

@@ -101,6 +101,11 @@ def spectrum(kind: str, size: int) -> Tensor:
         "k^-1/2": index**-0.5,
         "k^-1": index**-1.0,
         "16 spikes": torch.where(index <= 16, 20.0 - index, linear),
+        "k^-2": index**-2.0,
+        "k^-3": index**-3.0,
+        "19 spikes": torch.where(index <= 19, 140.0, 1.0) * linear,
+        "geometric": 0.9**index,
+        "rank 40": torch.where(index <= 40, 1.0, 0.0),
         "rank 8": torch.where(index <= 8, 1.0, 0.0),
         "zero": torch.zeros(size, dtype=torch.float64),
     }[kind]

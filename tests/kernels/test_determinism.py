@@ -79,7 +79,8 @@ def test_one_tensor_does_not_depend_on_the_others(inputs):
     assert torch.equal(whole["medium"], alone["medium"])
 
 
-def test_operators_on_any_number_of_threads(inputs):
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_operators_on_any_number_of_threads(inputs, backend):
     base, experts = inputs
     tensor, others = base["big"], [expert["big"] for expert in experts]
     mixing = torch.eye(3, dtype=torch.float64) - 0.3
@@ -88,16 +89,16 @@ def test_operators_on_any_number_of_threads(inputs):
 
     def run():
         return [
-            ops.task_gram([tensor], [[other] for other in others]),
-            ops.residual_matmul(tensor, others, mixing, wide),
-            ops.residual_matmul(tensor, others, mixing, tall, transpose=True),
-            ops.orthonormalize(tall),
-            ops.combine(tensor, others, torch.ones(3) / 3, left, right, torch.ones(3)),
+            ops.task_gram([tensor], [[other] for other in others], backend=backend),
+            ops.residual_matmul(tensor, others, mixing, wide, backend=backend),
+            ops.residual_matmul(tensor, others, mixing, tall, transpose=True, backend=backend),
+            ops.orthonormalize(tall, backend=backend),
+            ops.combine(tensor, others, torch.ones(3) / 3, left, right, torch.ones(3), backend=backend),
         ]
 
     torch.set_num_threads(1)
     alone = run()
-    for threads in (2, 3):
+    for threads in (2, 7):
         torch.set_num_threads(threads)
         assert all(torch.equal(first, second) for first, second in zip(alone, run(), strict=True))
 

@@ -136,7 +136,7 @@ def test_names_shapes_dtypes_and_order_are_the_bases_and_inputs_stay_as_they_wer
     assert not any(merged[key].data_ptr() == base[key].data_ptr() for key in base)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_merged_tensors_are_contiguous_whatever_the_bases_layout(backend):
     base = {"turned": torch.randn(12, 20).T, "conv": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)}
     experts = [{name: tensor + 0.1 for name, tensor in base.items()}, dict(base)]

@@ -84,7 +84,7 @@ def test_cancellation_is_flagged_not_hidden():
 def test_report_is_strict_json_and_says_who_computed_it():
     _, _, _, report = reported(seed=4)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert report["backend"]["name"] == "torch"
+    assert report["backend"]["name"] == "native"
     assert "cpu" in report["backend"]["reason"]
     assert set(report["versions"]) == {"r2m_kernels", "torch", "numpy", "python"}
     assert report["config"]["seed"] == 0

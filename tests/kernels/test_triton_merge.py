@@ -172,7 +172,7 @@ def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     chosen = _backends.choose("auto", gpu)
     assert (chosen.name, chosen.reason) == ("triton", "the fastest one this version has for cuda")
-    assert _backends.choose("auto", torch.device("cpu")).name == "torch"
+    assert _backends.choose("auto", torch.device("cpu")).name == "native"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     chosen = _backends.choose("auto", gpu)
     assert chosen.name == "torch"

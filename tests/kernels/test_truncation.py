@@ -6,12 +6,14 @@ import pytest
 import torch
 from cases import matrix_with, spectrum
 
-from r2m_kernels import MergeConfig
-from r2m_kernels import _torch as operators
+from r2m_kernels import MergeConfig, _native, _torch, truncation
+from r2m_kernels._torch import truncate
 from r2m_kernels.truncation import truncate_residuals, truncation_rank
 
+BACKENDS = pytest.mark.parametrize("operators", [_torch, _native], ids=["torch", "native"])
 
-def truncated(name, experts, rank, **options):
+
+def truncated(name, experts, rank, operators=_native, **options):
     """Factors of one tensor whose base is zero and whose residuals are the experts themselves."""
     identity = torch.eye(len(experts), dtype=torch.float64)
     group = ([name], [torch.zeros_like(experts[0])], [[expert] for expert in experts])
@@ -31,11 +33,26 @@ def truncation_error(matrix, rank, **options):
     return error / optimum if optimum > 1e-6 * whole else error / max(whole, 1e-300)
 
 
-@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes"])
+@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes", "k^-2", "k^-3", "19 spikes"])
 @pytest.mark.parametrize("shape", [(512, 1024), (1024, 512), (600, 600)], ids=str)
-def test_randomized_truncation_is_within_2_per_cent_of_the_optimum(kind, shape):
+@BACKENDS
+def test_randomized_truncation_is_within_2_per_cent_of_the_optimum(kind, shape, operators):
     matrix = matrix_with(spectrum(kind, min(shape)), *shape)
-    assert 0.9999 <= truncation_error(matrix, truncation_rank(0.1, shape)) <= 1.02
+    assert 0.9999 <= truncation_error(matrix, truncation_rank(0.1, shape), operators=operators) <= 1.02
+
+
+@BACKENDS
+def test_gaussian_noise_is_within_2_1_per_cent(operators):
+    noise = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    assert 0.9999 <= truncation_error(noise, 103, operators=operators) <= 1.021
+
+
+@pytest.mark.parametrize("rank", [8, 16, 30])
+@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes", "geometric"])
+@BACKENDS
+def test_small_ranks_are_within_2_per_cent_too(rank, kind, operators):
+    matrix = matrix_with(spectrum(kind, 300), 300, 500)
+    assert 0.9999 <= truncation_error(matrix, rank, operators=operators) <= 1.02
 
 
 @pytest.mark.parametrize("kind", ["linear", "k^-1", "16 spikes"])
@@ -47,10 +64,45 @@ def test_exact_truncation_is_the_optimum(kind, shape):
 
 @pytest.mark.parametrize("kind", ["rank 8", "zero"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("svd", ["randomized", "exact"])
-def test_what_has_no_more_than_rank_r_is_kept_to_rounding(kind, scale, svd):
+@pytest.mark.parametrize("svd", ["randomized", "textbook", "exact"])
+@BACKENDS
+def test_what_has_no_more_than_rank_r_is_kept_to_rounding(kind, scale, svd, operators):
     matrix = scale * matrix_with(spectrum(kind, 256), 256, 512)
-    assert truncation_error(matrix, 16, svd=svd) <= 4e-6
+    assert truncation_error(matrix, 16, svd=svd, operators=operators) <= 4e-6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@BACKENDS
+def test_the_scale_of_a_residual_does_not_matter(scale, operators):
+    matrix = matrix_with(spectrum("k^-1/2", 256), 256, 512)
+    assert 0.9999 <= truncation_error(scale * matrix, 26, operators=operators) <= 1.02
+
+
+@pytest.mark.parametrize("kind", ["k^-2", "k^-3", "rank 40"])
+def test_steep_residuals_go_to_the_textbook_and_low_rank_ones_need_no_step(kind, monkeypatch):
+    calls = []
+    for name in ("_there_and_back", "_times"):
+        original = getattr(truncate, name)
+        monkeypatch.setattr(truncate, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
+    textbook = truncation._textbook
+    monkeypatch.setattr(truncation, "_textbook", lambda *a: calls.append("textbook") or textbook(*a))
+    truncated("x", [matrix_with(spectrum(kind, 512), 512, 600).float()], 52)
+    assert calls == (["_times"] if kind == "rank 40" else ["_times", "textbook"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes", "19 spikes"])
+@pytest.mark.parametrize("svd", ["randomized", "textbook"])
+def test_the_estimated_distance_to_the_optimum_is_of_the_right_size(kind, svd):
+    x = matrix_with(spectrum(kind, 512), 512, 1000).float()
+    factors = truncated("x", [x], 52, svd=svd)
+    error = float((x.double() - factors.left[0].double() @ factors.right[0].double()).square().sum())
+    best = float(torch.linalg.svdvals(x.double())[52:].square().sum())
+    assert (error - best) / 5 <= float(factors.gap[0]) <= 5 * (error - best)
+
+
+def test_an_exact_truncation_has_no_distance_to_the_optimum():
+    factors = truncated("x", [matrix_with(spectrum("linear", 100), 100, 200).float()], 10, svd="exact")
+    assert factors.gap.tolist() == [0.0]
 
 
 def test_small_matrices_are_truncated_exactly():

@@ -1,0 +1,254 @@
+// The kernels, written once. A variant includes this file after `#define R2M_NAMESPACE …`, and is compiled for its own
+// instructions; nothing here may be shared between variants by the linker, so all of it is static but the table.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "r2m_native.h"
+#include "variants.h"
+
+#define R2M_RESTRICT __restrict__
+
+namespace r2m {
+namespace R2M_NAMESPACE {
+
+#include "convert.h"
+
+// Lanes of a vector register; products are summed a lane each.
+#if defined(__AVX512F__)
+template <typename T>
+static constexpr int64_t LANES = 64 / sizeof(T);
+#elif defined(__AVX2__)
+template <typename T>
+static constexpr int64_t LANES = 32 / sizeof(T);
+#else
+template <typename T>
+static constexpr int64_t LANES = 16 / sizeof(T);
+#endif
+
+// Elements worked on at once: those of the base and of every expert stay in the first-level cache.
+static constexpr int64_t CHUNK = 512;
+// Terms summed in the compute type before a sum goes on in double.
+static constexpr int64_t TERMS = 8;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Memory of one call.
+struct Workspace {
+  void *memory;
+  explicit Workspace(int64_t bytes) : memory(malloc((size_t)(bytes > 0 ? bytes : 1))) {}
+  ~Workspace() { free(memory); }
+  Workspace(const Workspace &) = delete;
+  Workspace &operator=(const Workspace &) = delete;
+};
+
+template <typename T>
+static void subtract(const T *a, const T *b, int64_t count, T *R2M_RESTRICT out) {
+  for (int64_t k = 0; k < count; ++k) out[k] = a[k] - b[k];
+}
+
+template <typename T>
+static void add_multiple(T factor, const T *R2M_RESTRICT x, int64_t count, T *R2M_RESTRICT out) {
+  for (int64_t k = 0; k < count; ++k) out[k] += factor * x[k];
+}
+
+// The task vectors τ_j of a chunk, a row of CHUNK numbers each. `taus` has room for count + 2 rows.
+template <typename T>
+static void task_vectors(int64_t count, const r2m_matrix *inputs, int64_t row, int64_t column, int64_t length,
+                         T *taus) {
+  T *scratch = taus + count * CHUNK;
+  const T *base = read(inputs[0], row, column, length, scratch);
+  for (int64_t j = 0; j < count; ++j) {
+    const T *expert = read(inputs[1 + j], row, column, length, scratch + CHUNK);
+    subtract(expert, base, length, taus + j * CHUNK);
+  }
+}
+
+// X_i of a chunk.
+template <typename T>
+static void mix(int64_t count, const T *weights, const T *R2M_RESTRICT taus, int64_t length, T *R2M_RESTRICT x) {
+  for (int64_t k = 0; k < length; ++k) x[k] = weights[0] * taus[k];
+  for (int64_t j = 1; j < count; ++j) add_multiple(weights[j], taus + j * CHUNK, length, x);
+}
+
+// Adds Σ a b over a chunk to `sums`, a lane each. Both are padded with zeros to whole steps.
+template <typename T>
+static void add_product(const T *R2M_RESTRICT a, const T *R2M_RESTRICT b, int64_t steps, double *R2M_RESTRICT sums) {
+  constexpr int64_t L = LANES<T>;
+  double chunk[L] = {};
+  for (int64_t step = 0; step < steps; ++step) {
+    T lanes[L] = {};
+    for (int64_t term = 0; term < TERMS; ++term)
+      for (int64_t l = 0; l < L; ++l) lanes[l] += a[(step * TERMS + term) * L + l] * b[(step * TERMS + term) * L + l];
+    for (int64_t l = 0; l < L; ++l) chunk[l] += (double)lanes[l];
+  }
+  for (int64_t l = 0; l < L; ++l) sums[l] += chunk[l];
+}
+
+template <typename T>
+static int32_t task_gram(int64_t count, const r2m_matrix *inputs, int64_t first, int64_t last, double *gram) {
+  constexpr int64_t L = LANES<T>, STEP = L * TERMS;
+  static_assert(CHUNK % STEP == 0, "a chunk is whole steps");
+  const int64_t pairs = count * (count + 1) / 2;
+  Workspace taus((count + 2) * CHUNK * (int64_t)sizeof(T)), sums(pairs * L * (int64_t)sizeof(double));
+  if (!taus.memory || !sums.memory) return R2M_NO_MEMORY;
+  T *tau = (T *)taus.memory;
+  double *sum = (double *)sums.memory;
+  memset(sum, 0, (size_t)(pairs * L) * sizeof(double));
+  for (int64_t column = first; column < last; column += CHUNK) {
+    const int64_t length = smaller(CHUNK, last - column), steps = (length + STEP - 1) / STEP;
+    task_vectors(count, inputs, 0, column, length, tau);
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t k = length; k < steps * STEP; ++k) tau[j * CHUNK + k] = 0;
+    double *pair = sum;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j <= i; ++j, pair += L) add_product(tau + i * CHUNK, tau + j * CHUNK, steps, pair);
+  }
+  const double *pair = sum;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j, pair += L) {
+      double total = 0;
+      for (int64_t l = 0; l < L; ++l) total += pair[l];
+      gram[i * count + j] = gram[j * count + i] = total;
+    }
+  return R2M_OK;
+}
+
+template <typename T>
+static int32_t residual(int64_t count, const r2m_matrix *inputs, const void *weights, int64_t first_row, int64_t rows,
+                        int64_t first_column, int64_t columns, const r2m_matrix *out) {
+  Workspace taus((count + 3) * CHUNK * (int64_t)sizeof(T));
+  if (!taus.memory) return R2M_NO_MEMORY;
+  T *tau = (T *)taus.memory, *x = tau + (count + 2) * CHUNK;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; column += CHUNK) {
+      const int64_t length = smaller(CHUNK, columns - column);
+      task_vectors(count, inputs, first_row + row, first_column + column, length, tau);
+      for (int64_t i = 0; i < count; ++i) {
+        mix(count, (const T *)weights + i * count, tau, length, x);
+        write(x, out[i], row, column, length);
+      }
+    }
+  return R2M_OK;
+}
+
+template <typename T>
+static double energy_of(const T *x, int64_t length) {
+  constexpr int64_t L = LANES<double>;
+  double lanes[L] = {}, total = 0;
+  int64_t k = 0;
+  for (; k + L <= length; k += L)
+    for (int64_t l = 0; l < L; ++l) lanes[l] += (double)x[k + l] * (double)x[k + l];
+  for (; k < length; ++k) total += (double)x[k] * (double)x[k];
+  for (int64_t l = 0; l < L; ++l) total += lanes[l];
+  return total;
+}
+
+// Rows of X go, with their signs, to four rows of the sketch each. Columns are the outer loop: a strip of all sketches
+// stays in the second-level cache.
+template <typename T>
+static int32_t sketch_rows(int64_t count, const r2m_matrix *inputs, const T *weights, int64_t columns,
+                           int64_t first_row, int64_t last_row, int64_t width, int64_t long_side,
+                           const int32_t *offsets, const T *signs, const r2m_matrix *sketch, double *energy) {
+  constexpr int64_t STRIP = CHUNK / 2;
+  Workspace taus((count + 3) * CHUNK * (int64_t)sizeof(T));
+  if (!taus.memory) return R2M_NO_MEMORY;
+  T *tau = (T *)taus.memory, *x = tau + (count + 2) * CHUNK;
+  for (int64_t column = 0; column < columns; column += STRIP) {
+    const int64_t length = smaller(STRIP, columns - column);
+    for (int64_t row = first_row; row < last_row; ++row) {
+      task_vectors(count, inputs, row, column, length, tau);
+      for (int64_t i = 0; i < count; ++i) {
+        mix(count, weights + i * count, tau, length, x);
+        energy[i] += energy_of(x, length);
+        for (int64_t t = 0; t < 4; ++t) {
+          const int64_t bucket = (row % width + offsets[row / width * 4 + t]) % width;
+          add_multiple(signs[t * long_side + row], x, length, (T *)address(sketch[i], bucket, column));
+        }
+      }
+    }
+  }
+  return R2M_OK;
+}
+
+// A row of X, cut into pieces of `width`: each is added, with its signs, to the row of the sketch at four rotations.
+// Twice the width is room for the rotations without a wrap; the halves are added at the end.
+template <typename T>
+static int32_t sketch_columns(int64_t count, const r2m_matrix *inputs, const T *weights, int64_t columns,
+                              int64_t first_row, int64_t last_row, int64_t width, int64_t long_side,
+                              const int32_t *offsets, const T *signs, const r2m_matrix *sketch, double *energy) {
+  Workspace taus((count + 3) * CHUNK * (int64_t)sizeof(T)), sums(count * 2 * width * (int64_t)sizeof(T));
+  if (!taus.memory || !sums.memory) return R2M_NO_MEMORY;
+  T *tau = (T *)taus.memory, *x = tau + (count + 2) * CHUNK, *sum = (T *)sums.memory;
+  for (int64_t row = first_row; row < last_row; ++row) {
+    memset(sum, 0, (size_t)(count * 2 * width) * sizeof(T));
+    for (int64_t column = 0; column < columns;) {
+      const int64_t piece = column / width, within = column % width;
+      const int64_t length = smaller(smaller(CHUNK, width - within), columns - column);
+      task_vectors(count, inputs, row, column, length, tau);
+      for (int64_t i = 0; i < count; ++i) {
+        mix(count, weights + i * count, tau, length, x);
+        energy[i] += energy_of(x, length);
+        for (int64_t t = 0; t < 4; ++t) {
+          T *R2M_RESTRICT target = sum + i * 2 * width + within + offsets[piece * 4 + t];
+          const T *R2M_RESTRICT sign = signs + t * long_side + column;
+          for (int64_t k = 0; k < length; ++k) target[k] += sign[k] * x[k];
+        }
+      }
+      column += length;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T *out = (T *)address(sketch[i], row, 0);
+      for (int64_t k = 0; k < width; ++k) out[k] = sum[i * 2 * width + k] + sum[i * 2 * width + width + k];
+    }
+  }
+  return R2M_OK;
+}
+
+template <typename T>
+static int32_t sketch_of(int64_t count, const r2m_matrix *inputs, const void *weights, int64_t columns,
+                         int64_t first_row, int64_t last_row, int32_t along_rows, int64_t width, int64_t long_side,
+                         const int32_t *offsets, const void *signs, const r2m_matrix *sketch, double *energy) {
+  const auto kernel = along_rows ? sketch_rows<T> : sketch_columns<T>;
+  return kernel(count, inputs, (const T *)weights, columns, first_row, last_row, width, long_side, offsets,
+                (const T *)signs, sketch, energy);
+}
+
+template <typename T>
+static int32_t combine(int64_t count, const r2m_matrix *inputs, const void *core, int64_t rows, int64_t columns,
+                       const r2m_matrix *low_rank, const r2m_matrix *out) {
+  Workspace chunks(4 * CHUNK * (int64_t)sizeof(T));
+  if (!chunks.memory) return R2M_NO_MEMORY;
+  T *total = (T *)chunks.memory, *scratch = total + CHUNK;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; column += CHUNK) {
+      const int64_t length = smaller(CHUNK, columns - column);
+      const T *base = read(inputs[0], row, column, length, scratch);
+      memcpy(total, base, (size_t)length * sizeof(T));
+      for (int64_t j = 0; j < count; ++j) {
+        const T *expert = read(inputs[1 + j], row, column, length, scratch + CHUNK);
+        const T factor = ((const T *)core)[j];
+        for (int64_t k = 0; k < length; ++k) total[k] += factor * (expert[k] - base[k]);
+      }
+      if (low_rank) {
+        const T *term = (const T *)address(*low_rank, row, column);
+        for (int64_t k = 0; k < length; ++k) total[k] += term[k];
+      }
+      write(total, *out, row, column, length);
+    }
+  return R2M_OK;
+}
+
+const Kernels KERNELS = {
+    {task_gram<float>, task_gram<double>},
+    {residual<float>, residual<double>},
+    {sketch_of<float>, sketch_of<double>},
+    {combine<float>, combine<double>},
+};
+
+}  // namespace R2M_NAMESPACE
+}  // namespace r2m

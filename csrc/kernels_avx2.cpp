@@ -1,0 +1,2 @@
+#define R2M_NAMESPACE avx2
+#include "kernels.h"

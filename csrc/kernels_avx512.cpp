@@ -1,0 +1,2 @@
+#define R2M_NAMESPACE avx512
+#include "kernels.h"

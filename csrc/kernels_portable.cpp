@@ -1,0 +1,2 @@
+#define R2M_NAMESPACE portable
+#include "kernels.h"

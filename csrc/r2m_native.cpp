@@ -1,0 +1,106 @@
+// The ABI: checks what a caller could get wrong and hands over to the variant asked for.
+
+#include "r2m_native.h"
+
+#include <stddef.h>
+
+#include "variants.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
+
+int32_t capabilities() {
+  int32_t found = 1 << R2M_PORTABLE;
+#if defined(R2M_X86)
+  // The builtin asks the CPU and whether the operating system saves the registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 1 << R2M_AVX2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    found |= 1 << R2M_AVX512;
+    unsigned eax, ebx, ecx, edx;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1)) found |= HAS_BFLOAT16_PRODUCTS;
+  }
+#endif
+  return found;
+}
+
+const r2m::Kernels *kernels(int32_t variant) {
+  if (variant < 0 || variant > R2M_AVX512 || !(capabilities() >> variant & 1)) return nullptr;
+#if defined(R2M_X86)
+  if (variant == R2M_AVX2) return &r2m::avx2::KERNELS;
+  if (variant == R2M_AVX512) return &r2m::avx512::KERNELS;
+#endif
+  return &r2m::portable::KERNELS;
+}
+
+bool usable(const r2m_matrix &matrix) {
+  return matrix.data && matrix.dtype >= R2M_FLOAT32 && matrix.dtype <= R2M_FLOAT16;
+}
+
+bool usable(int64_t count, const r2m_matrix *matrices) {
+  if (count < 1 || !matrices) return false;
+  for (int64_t index = 0; index < count; ++index)
+    if (!usable(matrices[index])) return false;
+  return true;
+}
+
+int64_t compute_dtype(int32_t compute_double) { return compute_double ? R2M_FLOAT64 : R2M_FLOAT32; }
+
+}  // namespace
+
+int32_t r2m_abi_version(void) { return R2M_ABI_VERSION; }
+
+int32_t r2m_capabilities(void) { return capabilities(); }
+
+int32_t r2m_task_gram(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t first,
+                      int64_t last, double *gram) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !gram) return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  return table ? table->task_gram[compute_double != 0](count, inputs, first, last, gram) : R2M_NO_VARIANT;
+}
+
+int32_t r2m_residual(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                     const void *weights, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
+                     const r2m_matrix *out) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || !usable(count, out) || !weights || first_row < 0 || rows < 0 ||
+      first_column < 0 || columns < 0)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->residual[compute_double != 0](count, inputs, weights, first_row, rows, first_column, columns, out);
+}
+
+int32_t r2m_sketch(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                   const void *weights, int64_t columns, int64_t first_row, int64_t last_row, int32_t along_rows,
+                   int64_t width, int64_t long_side, const int32_t *offsets, const void *signs,
+                   const r2m_matrix *sketch, double *energy) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || !usable(count, sketch) || !weights || columns < 0 ||
+      first_row < 0 || last_row < first_row || width < 1 || long_side < (along_rows ? last_row : columns) || !offsets ||
+      !signs || !energy)
+    return R2M_BAD_ARGUMENT;
+  for (int64_t i = 0; i < count; ++i)
+    if (sketch[i].dtype != compute_dtype(compute_double)) return R2M_BAD_ARGUMENT;
+  for (int64_t k = 0; k < (long_side + width - 1) / width * 4; ++k)
+    if (offsets[k] < 0 || offsets[k] >= width) return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->sketch[compute_double != 0](count, inputs, weights, columns, first_row, last_row, along_rows, width,
+                                            long_side, offsets, signs, sketch, energy);
+}
+
+int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, const void *core,
+                    int64_t rows, int64_t columns, const r2m_matrix *low_rank, const r2m_matrix *out) {
+  // Without experts the result is the base, in another dtype perhaps.
+  if (!usable(count < 0 ? 0 : count + 1, inputs) || (count > 0 && !core) || rows < 0 || columns < 0 ||
+      (low_rank && (!low_rank->data || low_rank->dtype != compute_dtype(compute_double))) || !usable(1, out))
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->combine[compute_double != 0](count, inputs, core, rows, columns, low_rank, out);
+}

@@ -1,0 +1,76 @@
+/* The C ABI of the CPU kernels. Plain C types only: no exception, allocation or global crosses it.
+ *
+ * Every function is single-threaded and re-entrant: callers cut the work into ranges and run them on threads of their
+ * own. Formulas and symbols are those of r2m_kernels/README.md: base θ0, experts θ_j, task vectors τ_j = θ_j − θ0,
+ * residuals X_i = Σ_j weights[i][j] τ_j. Sums are formed in the compute type: double if `compute_double` is not 0, else
+ * float. All functions but the first two return one of the R2M_* codes below.
+ */
+#ifndef R2M_NATIVE_H
+#define R2M_NATIVE_H
+
+#include <stdint.h>
+
+/* Raised with every change of a signature, a struct or a meaning; the loader refuses any other number. */
+#define R2M_ABI_VERSION 1
+
+#define R2M_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { R2M_OK = 0, R2M_NO_MEMORY = 1, R2M_BAD_ARGUMENT = 2, R2M_NO_VARIANT = 3 };
+enum { R2M_FLOAT32 = 0, R2M_FLOAT64 = 1, R2M_BFLOAT16 = 2, R2M_FLOAT16 = 3 };
+enum { R2M_PORTABLE = 0, R2M_AVX2 = 1, R2M_AVX512 = 2 };
+
+/* A matrix in memory: element (row, column) lies at data + (row * row_stride + column) elements. */
+typedef struct {
+  void *data;
+  int64_t row_stride;
+  int64_t dtype;
+} r2m_matrix;
+
+R2M_API int32_t r2m_abi_version(void);
+
+/* Bit v is set if variant v was compiled in and this CPU runs it; bit 8 if the CPU multiplies bfloat16 in hardware. */
+R2M_API int32_t r2m_capabilities(void);
+
+/* gram[i][j] = Σ τ_i τ_j over columns [first, last) of one-row matrices: inputs[0] is the base, then `count` experts.
+ *
+ * Float: products are summed in float over 8 terms a lane and in double from there, so that
+ * |error| ≤ 10·2⁻²⁴ · Σ|τ_i τ_j|. NaN and Inf in an input reach the Gram. */
+R2M_API int32_t r2m_task_gram(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                              int64_t first, int64_t last, double *gram);
+
+/* out[i] = X_i[rows, columns], as float, bfloat16 (rounded to nearest, ties to even) or the compute type.
+ *
+ * weights: count × count of the compute type. out: `count` matrices whose first element is (first_row, first_column).
+ */
+R2M_API int32_t r2m_residual(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                             const void *weights, int64_t first_row, int64_t rows, int64_t first_column,
+                             int64_t columns, const r2m_matrix *out);
+
+/* A sparse sketch of every X_i and its energy, in one read of the inputs.
+ *
+ * S has 4 entries ±1 in each of its rows c: signs[t * long_side + c] in column (c mod width + offsets[c / width][t])
+ * mod width, t = 0 … 3. With `along_rows` the long side is that of the rows: sketch[i] += SᵀX_i over the given rows,
+ * (width × columns). Without, it is that of the columns: sketch[i][row] = X_i[row] S for the given rows, (rows ×
+ * width). energy[i] += ‖X_i[rows]‖², in double. sketch, signs and weights are of the compute type. */
+R2M_API int32_t r2m_sketch(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                           const void *weights, int64_t columns, int64_t first_row, int64_t last_row,
+                           int32_t along_rows, int64_t width, int64_t long_side, const int32_t *offsets,
+                           const void *signs, const r2m_matrix *sketch, double *energy);
+
+/* out = θ0 + Σ_j core[j] τ_j + low_rank, rounded once to the dtype of `out`, over rows × columns from the origin.
+ *
+ * core: `count` numbers of the compute type. low_rank: of the compute type, or NULL for none. `out` may be an
+ * input. */
+R2M_API int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                            const void *core, int64_t rows, int64_t columns, const r2m_matrix *low_rank,
+                            const r2m_matrix *out);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

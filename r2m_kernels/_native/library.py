@@ -1,0 +1,134 @@
+"""Finds, judges and calls the shared library of ``csrc/``; the ABI is described in ``csrc/r2m_native.h``.
+
+``R2M_NATIVE``: ``auto`` (default) uses the library where it is there, ``off`` never, ``require`` makes its absence an
+error. ``R2M_NATIVE_LIBRARY`` names another file than the package's own, such as one built with a sanitizer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2m_kernels.errors import BackendUnavailable, InvalidInput
+
+ABI_VERSION = 1
+POLICIES = ("auto", "require", "off")
+# By the bit of r2m_capabilities, slowest first.
+VARIANTS = ("portable", "avx2", "avx512")
+BFLOAT16_PRODUCTS = 8
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+FAILURES = {1: "out of memory", 2: "bad argument", 3: "this CPU lacks the variant's instructions"}
+
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """``r2m_matrix``."""
+
+    _fields_ = (("data", _POINTER), ("row_stride", _LONG), ("dtype", _LONG))
+
+
+_ARGUMENTS = {
+    "r2m_task_gram": (_LONG, _POINTER, _LONG, _LONG, _POINTER),
+    "r2m_residual": (_LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER),
+    "r2m_sketch": (
+        *(_LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _LONG, _LONG),
+        *(_POINTER, _POINTER, _POINTER, _POINTER),
+    ),
+    "r2m_combine": (_LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+}
+
+
+class Library:
+    """The loaded library and the variant in use.
+
+    Attributes:
+        variant: index into :data:`VARIANTS`.
+        multiplies_bfloat16: whether the CPU has instructions for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BackendUnavailable(f"the native library cannot be loaded ({error})") from None
+        try:
+            version = int(functions.r2m_abi_version())
+        except AttributeError:
+            raise BackendUnavailable(f"'{path}' is not the native library of r2m_kernels") from None
+        if version != ABI_VERSION:
+            raise BackendUnavailable(
+                f"the native library '{path}' has ABI {version}, and this version of r2m_kernels needs {ABI_VERSION}; "
+                "install the package again"
+            )
+        capabilities = int(functions.r2m_capabilities())
+        self.variants = [index for index in range(len(VARIANTS)) if capabilities >> index & 1]
+        self.variant = self.variants[-1]
+        self.multiplies_bfloat16 = bool(capabilities >> BFLOAT16_PRODUCTS & 1)
+        self._functions = {}
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = (_INT, _INT, *arguments), _INT
+            self._functions[name] = function
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+        """Run a kernel in the compute type ``dtype``; other threads run meanwhile."""
+        code = self._functions[name](self.variant, int(dtype == torch.float64), *arguments)
+        if code == 1:
+            raise MemoryError(f"{name}: out of memory")
+        if code != 0:
+            raise RuntimeError(f"{name}: {FAILURES.get(code, f'code {code}')}")
+
+
+@functools.cache
+def _library(path: Path) -> Library:
+    return Library(path)
+
+
+def policy() -> str:
+    """``R2M_NATIVE``; InvalidInput if it is none of the three."""
+    value = os.environ.get("R2M_NATIVE") or "auto"
+    if value not in POLICIES:
+        raise InvalidInput(f"R2M_NATIVE: expected one of 'auto', 'require', 'off', got '{value}'")
+    return value
+
+
+def load() -> Library:
+    """The library, loaded once.
+
+    Raises:
+        BackendUnavailable: it is switched off, missing, of another ABI or foreign.
+        InvalidInput: ``R2M_NATIVE`` has no meaning.
+    """
+    if policy() == "off":
+        raise BackendUnavailable("the native kernels are switched off by R2M_NATIVE=off")
+    given = os.environ.get("R2M_NATIVE_LIBRARY")
+    path = Path(given) if given else Path(__file__).with_name("libr2m_native.so")
+    if not path.is_file():
+        why = "there is no such file" if given else "this installation was built without a C++ compiler"
+        raise BackendUnavailable(f"the native library '{path}' is missing: {why}")
+    return _library(path)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The same matrix with neighbouring elements of a row side by side; a copy where they are not."""
+    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """All elements as one row, side by side; a copy where they are not."""
+    return rows_of(tensor.reshape(1, -1))
+
+
+def matrices(tensors: Sequence[Tensor]) -> ctypes.Array[Matrix]:
+    """``r2m_matrix`` of 2-D tensors from :func:`rows_of`; the caller keeps the tensors alive."""
+    found = (Matrix * len(tensors))()
+    for entry, tensor in zip(found, tensors, strict=True):
+        entry.data, entry.row_stride, entry.dtype = tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype]
+    return found

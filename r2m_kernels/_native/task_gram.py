@@ -1,0 +1,42 @@
+"""Step 1: the Gram matrices of the task vectors, in one read of all inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r2m_kernels import _parallel
+from r2m_kernels._native.library import flat, load, matrices
+from r2m_kernels._torch.blocks import compute_dtype
+
+# Elements of one call; panels are summed in order.
+PANEL = 2**20
+
+
+def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+    """``precise``: differences and sums in float64."""
+    of_tensor = zip(bases, zip(*experts, strict=True), strict=True)
+    return torch.stack([_gram(base, others, precise) for base, others in of_tensor])
+
+
+def _gram(base: Tensor, experts: Sequence[Tensor], precise: bool) -> Tensor:
+    count, elements = len(experts), base.numel()
+    total = torch.zeros(count, count, dtype=torch.float64)
+    if elements == 0:
+        return total
+    library = load()
+    rows = [flat(tensor) for tensor in (base, *experts)]
+    dtype = torch.float64 if precise else compute_dtype(rows)
+    inputs = matrices(rows)
+
+    def of_panel(first: int) -> Tensor:
+        gram = torch.empty(count, count, dtype=torch.float64)
+        last = min(first + PANEL, elements)
+        library.call("r2m_task_gram", dtype, count, inputs, first, last, gram.data_ptr())
+        return gram
+
+    for gram in _parallel.for_each(of_panel, range(0, elements, PANEL)):
+        total += gram
+    return total
