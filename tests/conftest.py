@@ -58,6 +58,4 @@ def pytest_terminal_summary(terminalreporter):
                 ran[value] = ran.get(value, 0) + 1
     if ran:
         listed = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
-        terminalreporter.write_line(
-            f"backends that ran: {listed}; triton in its interpreter"
-        )
+        terminalreporter.write_line(f"backends that ran: {listed}; triton in its interpreter")
