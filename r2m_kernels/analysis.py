@@ -61,6 +61,7 @@ class Analysis:
         vector_gram: Tensor,
         grams: dict[str, Tensor],
         inner_products: dict[str, Tensor],
+        truncations: dict[str, tuple[str, Tensor | None]],
         engine: Engine,
         store: FactorStore,
     ) -> None:
@@ -75,6 +76,7 @@ class Analysis:
         self._store = store
         # By the rank's text: 1 (rank one) and 1.0 (full rank) are the same key otherwise.
         self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner_products}
+        self._truncations = truncations
         self._late: dict[tuple[str, int], Factors] = {}
 
     @property
@@ -115,6 +117,10 @@ class Analysis:
         """(N, N) float64, ⟨X_i, X_j⟩ of one matrix tensor before truncation: Mᵀ G_l M."""
         mixing = self.real_subspace.mixing
         return mixing.T @ self._grams[name] @ mixing
+
+    def truncation_of(self, tensor: PlannedTensor, config: MergeConfig) -> tuple[str, Tensor | None] | None:
+        """Method of a tensor's truncation and its estimated gap to the optimum; None at other ranks than analyzed."""
+        return self._truncations.get(tensor.name) if self.rank_of(tensor.name, config) == tensor.rank else None
 
     def rank_of(self, name: str, config: MergeConfig) -> int:
         """Truncation rank of one matrix tensor under these options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,20 @@ from r2m_kernels.tensors import dtype_name
 
 if TYPE_CHECKING:
     from r2m_kernels.analysis import Analysis, Residuals
+    from r2m_kernels.compatibility import PlannedTensor
 
 # Thresholds of the warnings: first guesses, not calibrated on detectors.
 WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
 CLOSE_TO_CORE = 0.01  # ‖residual term‖/‖core‖ below this: the merge is its core
+# What the estimate of a truncation's distance to the optimum rests on, by the method that truncated.
+BASIS = {
+    "exact": "an exact truncation",
+    "textbook": "growth of the kept energy in the last iteration, continued at the rate of the Ritz values",
+    "shifted": "growth of the kept energy in the last step, continued at the rate of the Ritz values",
+    "shifted on triton": "the last three kept energies, continued as a geometric series",
+}
 UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
 
 
@@ -90,6 +99,7 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
 
     ``kept_energy`` is ‖F_il‖²/‖X_il‖² per expert: the kept part from the factors, the whole from the Gram, whose
     difference of large numbers is ``uncertain`` where its rounding bound exceeds 1 % of the value.
+    ``distance_to_optimum`` estimates ‖X_il − F_il‖ / the smallest possible − 1 per expert, on ``distance_basis``.
     """
     rows = []
     for tensor in analysis.plan.tensors:
@@ -101,12 +111,13 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
         }
         if tensor.role == "matrix":
             row["rank"] = analysis.rank_of(tensor.name, config)
-            row["kept_energy"] = row["uncertain"] = None
+            row.update(dict.fromkeys(("kept_energy", "uncertain", "distance_to_optimum", "distance_basis")))
             if tensor.name in inner and row["rank"] == min(tensor.matrix_shape):
                 row["kept_energy"] = dict.fromkeys(analysis.experts, 1.0)
                 row["uncertain"] = []
             elif tensor.name in inner:
                 row.update(_kept_energy(analysis, tensor.name, inner[tensor.name].diag()))
+                row.update(_distance(analysis, tensor, config, inner[tensor.name].diag()))
         rows.append(row)
     return rows
 
@@ -122,6 +133,26 @@ def _kept_energy(analysis: Analysis, name: str, kept: Tensor) -> dict[str, Any]:
         if bound > UNCERTAIN * float(whole[i]):
             uncertain.append(expert)
     return {"kept_energy": energies, "uncertain": uncertain}
+
+
+def _distance(analysis: Analysis, tensor: PlannedTensor, config: MergeConfig, kept: Tensor) -> dict[str, Any]:
+    """None where the analyzed rank is another, nothing is known, or what was cut off is within rounding."""
+    found = analysis.truncation_of(tensor, config)
+    if found is None:
+        return {}
+    method, gap = found
+    mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(tensor.name)
+    lost = analysis.residual_gram(tensor.name).diag() - kept
+    distances: dict[str, float | None] = {}
+    for i, expert in enumerate(analysis.experts):
+        best = math.nan if gap is None else float(lost[i] - gap[i])
+        if method == "exact":
+            distances[expert] = 0.0
+        else:
+            known = best > _cancellation(mixing[:, i], gram)
+            distances[expert] = math.sqrt(float(lost[i]) / best) - 1 if known else None
+    on_triton = method == "shifted" and analysis.backend.name == "triton"
+    return {"distance_to_optimum": distances, "distance_basis": BASIS["shifted on triton" if on_triton else method]}
 
 
 def _cancellation(weights: Tensor, gram: Tensor) -> float:

@@ -114,7 +114,7 @@ def analyze(
     # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
     on_device = None if engine.device_budget is None else engine.device_budget // 2
     store = FactorStore(None if budget is None else budget // 2, spill_directory, on_device)
-    inner = {}
+    inner, found = {}, {}
     if settings.eta != 0 and norm_matching.any_residual(real.mixing):
         truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
 
@@ -125,12 +125,13 @@ def analyze(
             factors = truncate_residuals(*arguments)
             for name, of_tensor in zip(group.names, factors, strict=True):
                 store.put(name, of_tensor)
+                found[name] = (of_tensor.method, of_tensor.gap)
             return [of_tensor.inner_products() for of_tensor in factors]
 
         inner = engine.over("truncation", truncated, truncate, progress)
     matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)
     vector_gram = gram.ordered_sum([grams[name] for name in vectors], count)
-    return Analysis(settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, engine, store)
+    return Analysis(settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, found, engine, store)
 
 
 def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:

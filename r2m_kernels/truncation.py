@@ -36,6 +36,7 @@ class Factors:
         products: (N, N) float64, ⟨F_i, F_j⟩, where they came with the factors.
         gap: (N,) float64, an estimate of the energy that the best truncation at this rank would keep beyond this one's;
             0 where this is the best one, NaN where nothing is known.
+        method: who truncated: "exact", "textbook", or "shifted" for the backend's own.
     """
 
     left: Tensor
@@ -43,6 +44,7 @@ class Factors:
     ordered: bool = True
     products: Tensor | None = None
     gap: Tensor | None = None
+    method: str = "exact"
 
     def truncated(self, rank: int) -> Factors:
         """The leading ``rank`` components, by descending singular value."""
@@ -122,7 +124,8 @@ def truncate_residuals(
     for index, (name, base, others) in enumerate(of_tensor):
         if bool(trusted[index].all()):
             known = None if products is None else products[index]
-            factors.append(Factors(left[index], right[index], operators.orders_components, known, gap[index]))
+            ordered = operators.orders_components
+            factors.append(Factors(left[index], right[index], ordered, known, gap[index], "shifted"))
         else:
             factors.append(_textbook(name, base, others, mixing, rank, config, operators))
     return factors
@@ -166,7 +169,7 @@ def _textbook(
     rotation = _leading_eigenvectors(grams, rank).to(product)
     gap = _gap(grams, rank, None if before is None else (energy - before).clamp_min(0))
     right = torch.bmm(product, rotation).transpose(1, 2).contiguous()
-    return Factors(torch.bmm(basis, rotation), right, gap=gap)
+    return Factors(torch.bmm(basis, rotation), right, gap=gap, method="textbook")
 
 
 def _energies(product: Tensor) -> Tensor:

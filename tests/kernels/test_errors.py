@@ -247,12 +247,6 @@ def test_an_analysis_refuses_what_it_cannot_answer():
         analyze(base, experts, eta=0.0).merge(eta=0.5)
 
 
-def test_a_named_backend_never_falls_back():
-    base, experts = checkpoints(1, shapes={"a": (3, 4)})
-    with pytest.raises(BackendUnavailable, match="backend 'native' is not part of this version"):
-        merge(base, experts, backend="native")
-
-
 def test_the_triton_backend_without_a_gpu_says_what_to_do():
     code = """
 import torch, r2m_kernels

@@ -71,6 +71,26 @@ def test_a_smaller_rank_has_its_own_energies():
             assert at_smaller["kept_energy"]["e0"] < row["kept_energy"]["e0"]
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("svd", ["randomized", "textbook", "exact"])
+def test_the_distance_to_the_optimum_is_estimated_and_says_on_what(backend, svd):
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(400, 500)}
+    experts = {f"e{i}": {"w": torch.randn(400, 500, generator=generator)} for i in range(2)}
+    analysis = analyze(base, experts, svd=svd, backend=backend, eta_mode="constant")
+    row = analysis.report()["tensors"][0]
+    mixing = analysis.real_subspace.mixing
+    residual = (mixing.T @ task_matrix(base, experts, ["w"])).reshape(2, 400, 500)
+    smallest = torch.linalg.svdvals(residual)[:, 40:].square().sum(1)
+    for i, (expert, distance) in enumerate(row["distance_to_optimum"].items()):
+        lost = float(residual[i].square().sum()) * (1 - row["kept_energy"][expert])
+        truth = math.sqrt(lost / float(smallest[i])) - 1
+        assert truth / 3 - 1e-5 <= distance <= 3 * truth + 1e-5
+    assert row["distance_basis"].startswith("an exact truncation" if svd == "exact" else "growth of the kept energy")
+    # The leading components of another rank are not what the estimate was made for.
+    assert analysis.report(analysis.config.replace(rank=0.05))["tensors"][0]["distance_to_optimum"] is None
+
+
 def test_cancellation_is_flagged_not_hidden():
     # Experts alike to five digits: the residual's energy is a difference of nearly equal numbers.
     generator = torch.Generator().manual_seed(0)
