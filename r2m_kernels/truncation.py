@@ -64,10 +64,13 @@ class Factors:
         """⟨F_i, F_j⟩ from the factors alone: (N, N) float64 on the CPU."""
         if self.products is not None:
             return self.products
-        shape = (len(self.left), self.left.shape[2]) * 2
-        # In float64, since residuals may nearly cancel; all experts in one product, which runs faster than one a pair.
-        left, right = self.left.mT.double().flatten(0, 1), self.right.double().flatten(0, 1)
-        products = (left @ left.T).mul_(right @ right.T).view(shape).sum(dim=(1, 3))
+        count, rank = len(self.left), self.left.shape[2]
+        products = self.left.new_empty(count, count, dtype=torch.float64)
+        # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
+        left, right = self.left.mT.double(), self.right.double()
+        for i in range(count):
+            pairs = (left[i] @ left[i:].flatten(0, 1).T).mul_(right[i] @ right[i:].flatten(0, 1).T)
+            products[i, i:] = products[i:, i] = pairs.view(rank, count - i, rank).sum(dim=(0, 2))
         return products.cpu()
 
 

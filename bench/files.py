@@ -1,0 +1,100 @@
+"""Whole commands on the same files: time, CPU time and peak memory of each, interleaved, every one its own process.
+
+    python -m bench.files DIRECTORY [--blocks 4] [--repeats 3] [--peers .venv-peers]
+
+Prints JSON, and leaves what was merged in DIRECTORY for ``bench/run.py`` to compare. Imports nothing heavy: on Linux a
+child's peak memory starts with what its parent had when it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+EXPERTS = 3
+
+
+def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[str, list[str]]:
+    """Name → command, which writes ``directory / name``."""
+    base, experts = directory / "base.safetensors", [directory / f"expert{i}.safetensors" for i in range(EXPERTS)]
+    files = [str(path) for path in (base, *experts)]
+    merge = [sys.executable, "-m", "r2m", "merge", "--base", str(base), "--overwrite"]
+    merge += [word for index, path in enumerate(experts) for word in ("--expert", f"e{index}={path}")]
+
+    def to(name: str) -> str:
+        return str(directory / name)
+
+    fusion = [str(peers / "bin/python"), "-m", "bench.peers"] if peers else []
+    if tsvm:  # one SVD a task vector and two a tensor: minutes on four blocks
+        return {"fusion-bench TSV-M, one block": [*fusion, "tsvm", *files, to("tsvm.safetensors")]} if peers else {}
+    script = [sys.executable, "-m", "bench.rivals"]
+    found = {
+        "r2m": [*merge, "--out", to("r2m")],
+        "r2m --method weight_average": [*merge, "--method", "weight_average", "--out", to("r2m_average")],
+        "script: load, average, save": [*script, "average", *files, to("script_average.safetensors")],
+        "script: svd_lowrank": [*script, "svd_lowrank", *files, to("script_lowrank.safetensors")],
+    }
+    if peers:
+        for method, weight in (("linear", 1.0), ("task_arithmetic", 0.3)):
+            recipe: dict[str, Any] = {
+                "merge_method": method,
+                "models": [{"model": str(path), "parameters": {"weight": weight}} for path in experts],
+                "parameters": {"normalize": method == "linear"},
+                "dtype": "float32",
+            }
+            if method != "linear":
+                recipe["base_model"] = str(base)
+            path = directory / f"{method}.yaml"
+            path.write_text(json.dumps(recipe))  # JSON is YAML
+            command = [str(peers / "bin/mergekit-pytorch"), str(path), to(f"mergekit_{method}"), "--quiet"]
+            found[f"mergekit {method}"] = command
+        found["fusion-bench simple_average"] = [*fusion, "simple_average", *files, to("fusion_average.safetensors")]
+    return found
+
+
+def timed(command: list[str], log: Path) -> dict[str, float]:
+    """Wall and CPU seconds and peak bytes of one process."""
+    with log.open("wb") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+    if status != 0:
+        sys.exit(f"{' '.join(command)}: status {status}\n{log.read_text(errors='replace')[-2000:]}")
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", type=Path)
+    options = parser.parse_args()
+    peers = options.peers if options.peers and (options.peers / "bin/mergekit-pytorch").exists() else None
+    write = "from pathlib import Path; from bench.cases import write_checkpoints"
+    measured: dict[str, list[dict[str, float]]] = {}
+    for folder, blocks, repeats in (("", options.blocks, options.repeats), ("one_block", 1, 1)):
+        directory = options.directory / folder
+        directory.mkdir(exist_ok=True)
+        wanted = commands(directory, peers, tsvm=bool(folder))
+        if wanted:
+            code = f"{write}; write_checkpoints(Path({str(directory)!r}), {blocks}, {EXPERTS})"
+            subprocess.run([sys.executable, "-c", code], check=True)
+        for _ in range(repeats):
+            for name, command in wanted.items():
+                shutil.rmtree(directory / name.replace(" ", "_"), ignore_errors=True)  # mergekit's, of the last run
+                measured.setdefault(name, []).append(timed(command, directory / "log"))
+    print(json.dumps({"blocks": options.blocks, "experts": EXPERTS, "runs": measured, "peers": peers is not None}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
