@@ -116,7 +116,9 @@ def analyze(
     store = FactorStore(None if budget is None else budget // 2, spill_directory, on_device)
     inner, found = {}, {}
     if settings.eta != 0 and norm_matching.any_residual(real.mixing):
+        # Largest first: the last thread to finish then has a small one in hand.
         truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
+        truncated.sort(key=lambda tensor: -tensor.spec.numel)
 
         def truncate(group: Group) -> Sequence[Tensor]:
             known = [grams[name] for name in group.names]
