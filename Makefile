@@ -7,7 +7,7 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all check kernels kernels-oldest sanitize format bench gpu gpu-rehearsal clean
+.PHONY: help demo test test-all check kernels kernels-oldest sanitize format bench bench-peers gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,8 +58,17 @@ format: $(READY)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
-bench: $(READY)  ## speed against full SVD in one run, as JSON under bench/results/
-	$(BIN)/python -m bench.run
+bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plots and the README's table
+	$(BIN)/python -m bench.run --peers .venv-peers
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.compare --readme
+
+# Each in the version that was measured; torch as in requirements.txt.
+bench-peers: .venv-peers/ready  ## the environment in which `make bench` also runs mergekit and fusion-bench
+.venv-peers/ready: requirements.txt Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet mergekit==0.1.5 fusion-bench==0.2.33 $$(grep -E '^torch==' requirements.txt)
+	touch $@
 
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
@@ -76,4 +85,4 @@ gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interprete
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-gpu/bin/python -m bench.gpu --rehearsal
 
 clean:  ## remove the environment and everything made
-	rm -rf .venv .venv-gpu build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-gpu .venv-peers build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -33,7 +33,7 @@ class MergeConfig:
             float64 matrix per expert).
         power_iterations: of the textbook's truncation, ≥ 0. The torch and native backends' method takes one shifted
             step for every two; the Triton backend's one for each, and more at ranks below 64 (README §4).
-        oversampling: sketch columns beyond the rank (beyond 1.3 times the rank where not by the textbook), ≥ 0; the
+        oversampling: sketch columns beyond the rank (beyond 1.4 times the rank where not by the textbook), ≥ 0; the
             width is rounded up to a multiple of 16. The Triton backend's method has none.
         tolerance: stop iterations when the energy in every residual's sketch grows by less than this fraction of
             itself; ``None``: never stop early. On the Triton backend tensors then go one by one, by the textbook's

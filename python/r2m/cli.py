@@ -6,7 +6,10 @@ Exit codes: 0 done; 1 the machine refused (no space, no permission); 2 the input
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import Any
 import click
 
 from r2m.methods import METHODS
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class _SectionOption(click.Option):
@@ -168,7 +173,9 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     type=_choice("randomized", "textbook", "exact"),
     help="How to truncate.  [default: randomized]",
 )
-@_option(_TRUNCATION, "--power-iterations", type=int, help="Of the randomized truncation.  [default: 2]")
+@_option(
+    _TRUNCATION, "--power-iterations", type=int, help="Of the truncation: more is closer to the optimum.  [default: 2]"
+)
 @_option(_TRUNCATION, "--oversampling", type=int, help="Columns of the sketch beyond the rank.  [default: 8]")
 @_option(
     _TRUNCATION,
@@ -192,7 +199,13 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     help="Scale all experts' residuals to one norm first.  [default: norm-match]",
 )
 @_option(_RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
-@_option(_RUN, "--backend", default="auto", show_default=True, help="Who computes: auto, torch or triton (GPUs).")
+@_option(
+    _RUN,
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="Who computes: auto, native (CPUs), triton (GPUs) or torch.",
+)
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 def merge(
     base: str,
@@ -208,6 +221,7 @@ def merge(
     **options: Any,
 ) -> None:
     """Merge checkpoints from files into a new directory."""
+    _settle_memory()
     from r2m.execute import merge_files
     from r2m.methods import make_config
     from r2m.naming import name_experts
@@ -281,6 +295,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         click.echo(f"Error: {error}", err=True)
         return 2
+
+
+def _settle_memory() -> None:
+    """How this process takes and returns large buffers; torch has to be imported after it.
+
+    A merge goes through many: in huge pages they come with a few hundred page faults instead of a hundred thousand. And
+    glibc, once it has seen one, would keep freed buffers of up to 32 MiB for later, a seventh of the peak memory.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator: madvise(MADV_HUGEPAGE) from 2 MiB on
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 12 << 20)
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -23,9 +23,9 @@ from r2m_kernels._torch.residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
-# Rows of a block for each component kept, and the multiple it is rounded up to (BLAS runs best there).
-WIDTH_RATIO = 1.3
-WIDTH_MULTIPLE = 16
+# Rows of a block for each component kept, and the multiple it is rounded up to (BLAS runs better there).
+WIDTH_RATIO = 1.4
+WIDTH_MULTIPLE = 8
 # Ratio of the smallest to the largest eigenvalue of the sketch's Gram: below it the spectrum is too steep for a step,
 # which squares it, in float32 (k^-1 at rank 100: 2e-5) or float64.
 STEEP = {torch.float32: 2.0**-18, torch.float64: 2.0**-40}

@@ -83,7 +83,7 @@ def test_every_entry_of_the_table_is_reachable_and_well_formed():
     [
         ("sm_80", {"experts": 4, "rows": 128}, "spills"),
         ("sm_90", {"inner": 64, "stages": 6}, "bytes of shared memory"),
-        ("sm_90", {"rows": 32}, "has no matrix instruction"),  # a warp group's instruction wants 64 rows
+        ("sm_100", {"rows": 32}, "has no matrix instruction"),  # its unit wants 64 rows
         ("sm_90", {"inner": 16, "rows": 16, "columns": 32}, "has no 128-bit load"),
     ],
 )
