@@ -174,7 +174,7 @@ template <typename T>
 static int32_t sketch_rows(int64_t count, const r2m_matrix *inputs, const T *weights, int64_t columns,
                            int64_t first_row, int64_t last_row, int64_t width, int64_t long_side,
                            const int32_t *offsets, const T *signs, const r2m_matrix *sketch, double *energy) {
-  constexpr int64_t STRIP = CHUNK / 2;
+  constexpr int64_t STRIP = CHUNK;
   Workspace taus((count + 3) * CHUNK * (int64_t)sizeof(T));
   if (!taus.memory) return R2M_NO_MEMORY;
   T *tau = (T *)taus.memory, *x = tau + (count + 2) * CHUNK;

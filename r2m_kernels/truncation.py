@@ -66,11 +66,17 @@ class Factors:
             return self.products
         count, rank = len(self.left), self.left.shape[2]
         products = self.left.new_empty(count, count, dtype=torch.float64)
-        # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
         left, right = self.left.mT.double(), self.right.double()
-        for i in range(count):
-            pairs = (left[i] @ left[i:].flatten(0, 1).T).mul_(right[i] @ right[i:].flatten(0, 1).T)
-            products[i, i:] = products[i:, i] = pairs.view(rank, count - i, rank).sum(dim=(0, 2))
+        # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
+        # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
+        # squares of their own lengths, and products of two roundings.
+        first = 1 if self.ordered else 0
+        if self.ordered:
+            products.diagonal().copy_((left.square().sum(2) * right.square().sum(2)).sum(1))
+        for i in range(count - first):
+            others = slice(i + first, count)
+            pairs = (left[i] @ left[others].flatten(0, 1).T).mul_(right[i] @ right[others].flatten(0, 1).T)
+            products[i, others] = products[others, i] = pairs.view(rank, count - i - first, rank).sum(dim=(0, 2))
         return products.cpu()
 
 
