@@ -66,8 +66,9 @@ def timed(command: list[str], log: Path) -> dict[str, float]:
         process = subprocess.Popen(command, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)  # it is gone, and Popen did not see that
     if status != 0:
-        sys.exit(f"{' '.join(command)}: status {status}\n{log.read_text(errors='replace')[-2000:]}")
+        sys.exit(f"{' '.join(command)}: status {process.returncode}\n{log.read_text(errors='replace')[-2000:]}")
     return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = "r2m_kernels/_native/libr2m_native.so"
 
 
 def run(*command, cwd, **environment):
@@ -50,7 +51,8 @@ def test_the_wheel_installs_and_merges_elsewhere(sources, tmp_path):
     (wheel,) = tmp_path.glob("r2m_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"r2m_kernels", "r2m"}
-    assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py"} <= set(names)
+    assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py", LIBRARY} <= set(names)
+    assert wheel.stem.split("-")[2:4] == ["py3", "none"]  # of any Python and any torch, on one kind of machine
 
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
@@ -64,6 +66,36 @@ def test_the_wheel_installs_and_merges_elsewhere(sources, tmp_path):
     run(sys.executable, *command, cwd=elsewhere, PYTHONPATH=str(site))
     merged = load_file(elsewhere / "merged" / "model.safetensors")
     assert torch.allclose(merged["w"], torch.ones(30, 40))
+    report = json.loads((elsewhere / "merged" / "r2m_report.json").read_text())
+    assert report["backend"]["name"] == "native"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment", [{"R2M_NATIVE": "off"}, {"CXX": "/no/such/compiler"}], ids=lambda e: next(iter(e))
+)
+def test_a_build_without_a_compiler_merges_by_torch_and_says_so(environment, sources, tmp_path):
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation")
+    run(*pip, "--target", site, ".", cwd=sources, **environment)
+    assert not (site / LIBRARY).exists()
+    code = """
+import torch, r2m_kernels
+w = torch.ones(2, 2)
+print(r2m_kernels.analyze({"w": w}, [{"w": w}]).report()["backend"])
+"""
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "'name': 'torch'" in found
+    assert "built without a C++ compiler" in found
+
+
+@pytest.mark.slow
+def test_a_build_that_requires_the_kernels_fails_without_a_compiler(sources, tmp_path):
+    command = (sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path / "lib")
+    environment = {**os.environ, "R2M_NATIVE": "require", "CXX": "/no/such/compiler"}
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "/no/such/compiler" in done.stderr
 
 
 @pytest.mark.slow
@@ -72,6 +104,9 @@ def test_the_source_archive_holds_what_a_build_needs(sources, tmp_path):
     archive = run(sys.executable, "-c", hook, tmp_path, cwd=sources).splitlines()[-1]
     with tarfile.open(tmp_path / archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
+    assert set(os.listdir(ROOT / "csrc")) - {".clang-format"} <= {
+        name.removeprefix("csrc/") for name in names if name.startswith("csrc/")
+    }
     assert {"setup.py", "csrc/README.md", "python/r2m/cli.py", "requirements.txt", "Makefile", "LICENSE"} <= names
 
 
