@@ -35,6 +35,8 @@ static constexpr int64_t LANES = 16 / sizeof(T);
 static constexpr int64_t CHUNK = 128;
 // Terms summed in the compute type before a sum goes on in double.
 static constexpr int64_t TERMS = 8;
+// Chunks whose sums in double are added up before they join the others.
+static constexpr int64_t GROUP = 64;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -113,20 +115,24 @@ template <typename T>
 static int32_t task_gram(int64_t count, const r2m_matrix *inputs, int64_t first, int64_t last, double *gram) {
   constexpr int64_t L = LANES<T>, STEP = L * TERMS;
   static_assert(CHUNK % STEP == 0, "a chunk is whole steps");
-  const int64_t pairs = count * (count + 1) / 2;
-  Workspace taus((count + 2) * CHUNK * (int64_t)sizeof(T)), sums(pairs * L * (int64_t)sizeof(double));
+  const int64_t pairs = count * (count + 1) / 2, lanes = pairs * L;
+  Workspace taus((count + 2) * CHUNK * (int64_t)sizeof(T)), sums(2 * lanes * (int64_t)sizeof(double));
   if (!taus.memory || !sums.memory) return R2M_NO_MEMORY;
   T *tau = (T *)taus.memory;
-  double *sum = (double *)sums.memory;
-  memset(sum, 0, (size_t)(pairs * L) * sizeof(double));
+  // A sum of n terms one after another is off by up to n roundings; of groups, by those of a group and of their number.
+  double *group = (double *)sums.memory, *sum = group + lanes;
+  memset(group, 0, (size_t)(2 * lanes) * sizeof(double));
   for (int64_t column = first; column < last; column += CHUNK) {
     const int64_t length = smaller(CHUNK, last - column), steps = (length + STEP - 1) / STEP;
     task_vectors(count, inputs, 0, column, length, tau);
     for (int64_t j = 0; j < count; ++j)
       for (int64_t k = length; k < steps * STEP; ++k) tau[j * CHUNK + k] = 0;
-    double *pair = sum;
+    double *pair = group;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j <= i; ++j, pair += L) add_product(tau + i * CHUNK, tau + j * CHUNK, steps, pair);
+    if ((column - first) / CHUNK % GROUP == GROUP - 1 || column + CHUNK >= last) {
+      for (int64_t l = 0; l < lanes; ++l) sum[l] += group[l], group[l] = 0;
+    }
   }
   const double *pair = sum;
   for (int64_t i = 0; i < count; ++i)

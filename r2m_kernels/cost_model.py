@@ -130,12 +130,12 @@ class Tiles:
 
     gram_elements: int = 8 * 512  # that a program of the task Gram sums
     fast: Tile = Tile(64, 128, 16, 3)  # products that only turn the subspace, N ≤ 3
-    fast_many: Tile = Tile(64, 128, 16, 4)  # the same for N > 3
-    full: Tile = Tile(64, 128, 32, 1)  # the final product, N ≤ 3
-    full_many: Tile = Tile(64, 128, 32, 1)
-    combine: Tile = Tile(64, 64, 32)
-    vectors_gram: Tile = Tile(32, 32, 16)
-    triangular: Tile = Tile(64, 64, 16)
+    fast_many: Tile = Tile(64, 128, 32, 4)  # the same for N > 3
+    full: Tile = Tile(16, 128, 32, 1)  # the final product, N ≤ 3
+    full_many: Tile = Tile(32, 128, 32, 1)
+    combine: Tile = Tile(32, 128, 16)
+    vectors_gram: Tile = Tile(32, 32, 32)
+    triangular: Tile = Tile(16, 256, 16)
     fast_kind: Kind = "tf32"  # with 32-bit inputs; 16-bit ones use bf16 everywhere
     full_kind: Kind = "tf32x3"  # of the final and the triangular product and the combination
 
