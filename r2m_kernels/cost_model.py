@@ -134,7 +134,7 @@ class Tiles:
     full: Tile = Tile(16, 128, 32, 1)  # the final product, N ≤ 3
     full_many: Tile = Tile(32, 128, 32, 1)
     combine: Tile = Tile(32, 128, 16)
-    vectors_gram: Tile = Tile(32, 32, 32)
+    vectors_gram: Tile = Tile(32, 32, 16)
     triangular: Tile = Tile(16, 256, 16)
     fast_kind: Kind = "tf32"  # with 32-bit inputs; 16-bit ones use bf16 everywhere
     full_kind: Kind = "tf32x3"  # of the final and the triangular product and the combination
