@@ -49,6 +49,25 @@ def number(name: str, value: Any, minimum: float | None = None) -> float:
     return result
 
 
+def share(name: str, value: Any) -> float:
+    """A number in (0, 1]."""
+    result = number(name, value)
+    if not 0.0 < result <= 1.0:
+        raise InvalidInput(f"{name}: expected a number in (0, 1], got {value}")
+    return result
+
+
+def weights(name: str, value: Any) -> tuple[float, ...]:
+    """Positive numbers, one per expert; how many there are is checked where the experts are known."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise InvalidInput(f"{name}: expected one positive number per expert, got {value!r}")
+    found = tuple(number(f"{name}[{index}]", item) for index, item in enumerate(value))
+    for index, item in enumerate(found):
+        if item <= 0:
+            raise InvalidInput(f"{name}[{index}]: expected a positive number, got {item:g}")
+    return found
+
+
 def rank(value: Any) -> float | int:
     """A truncation rank: an integer of at least 1, or a ratio in (0, 1]."""
     expected = "a ratio in (0, 1] or a whole number of at least 1"

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2m_kernels import _checks, combination, diagnostics, gram, norm_matching
+from r2m_kernels import _checks, combination, diagnostics, elementwise, gram, norm_matching, spectral_maps
 from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import deterministic
-from r2m_kernels.compatibility import Plan, PlannedTensor
+from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
 from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Engine, Group, Progress, StepRecord
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
 from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink, dtype_name
-from r2m_kernels.truncation import Factors, truncate_residuals, truncation_rank
+from r2m_kernels.truncation import Factors, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
-FREE_FIELDS = ("rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match")
+FREE_FIELDS = frozenset({"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match"})
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Analysis:
         grams: dict[str, Tensor],
         inner_products: dict[str, Tensor],
         truncations: dict[str, tuple[str, Tensor | None]],
+        thresholds: Tensor | None,
         engine: Engine,
         store: FactorStore,
     ) -> None:
@@ -77,6 +78,7 @@ class Analysis:
         # By the rank's text: 1 (rank one) and 1.0 (full rank) are the same key otherwise.
         self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner_products}
         self._truncations = truncations
+        self._thresholds = thresholds
         self._late: dict[tuple[str, int], Factors] = {}
 
     @property
@@ -124,7 +126,7 @@ class Analysis:
 
     def rank_of(self, name: str, config: MergeConfig) -> int:
         """Truncation rank of one matrix tensor under these options."""
-        return truncation_rank(config.rank, self._engine.base.specs[name].shape)
+        return residual_rank(config, self._engine.base.specs[name].shape, len(self.experts))
 
     def merge(
         self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
@@ -180,18 +182,17 @@ class Analysis:
         settings = self._settings(config)
         self._check(settings)
         inner = self._inner_products(settings)
-        count = len(self.experts)
+        count, weights = len(self.experts), self.real_subspace.weights
         matrix = gram.ordered_sum([inner[name] for name in sorted(inner)], count)
-        center = torch.eye(count, dtype=torch.float64) - 1.0 / count
-        vector = center @ self.vector_gram @ center
+        center = torch.eye(count, dtype=torch.float64) - weights
+        vector = center @ self.vector_gram @ center.T
         longest = _longest(self.matrix_gram + self.vector_gram)
         norms = norm_matching.residual_norms(matrix.diag() + vector.diag(), longest)
-        scales = norm_matching.matching_scales(norms, settings.norm_match)
+        scales = norm_matching.matching_scales(norms, weights, settings.norm_match)
         core = self.real_subspace.core
         core_norm = float((core @ self.matrix_gram @ core).clamp_min(0).sqrt())
-        return Residuals(
-            norms, scales, combination.strength(settings, core_norm, matrix, scales, _longest(self.matrix_gram))
-        )
+        longest = _longest(self.matrix_gram)
+        return Residuals(norms, scales, combination.strength(settings, core_norm, matrix, scales, weights, longest))
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
@@ -203,8 +204,9 @@ class Analysis:
 
     def _check(self, config: MergeConfig) -> None:
         ours, theirs = self.config.to_dict(), config.to_dict()
+        free = FREE_FIELDS if self.config.spectrum == "truncate" else FREE_FIELDS - {"rank"}
         for field in ours:
-            if field not in FREE_FIELDS and ours[field] != theirs[field]:
+            if field not in free and ours[field] != theirs[field]:
                 raise InvalidInput(
                     f"{field}: this analysis was made with {getattr(self.config, field)!r} and cannot be merged with "
                     f"{getattr(config, field)!r}; analyze again"
@@ -238,7 +240,7 @@ class Analysis:
         return {**self._inner_at[rank], **whole}
 
     def _kept_whole(self, tensor: PlannedTensor, config: MergeConfig) -> bool:
-        return self.rank_of(tensor.name, config) == min(tensor.matrix_shape)
+        return self.rank_of(tensor.name, config) == min(tensor.matrix_shape) and not tensor.mapped
 
     def _factors(self, tensor: PlannedTensor, config: MergeConfig) -> Factors | None:
         """Truncated residuals at the config's rank; None where there are none, or nothing is truncated."""
@@ -265,15 +267,18 @@ class Analysis:
         if first.role == "copied":
             return [self._engine.base.read(name).clone() for name in group.names]
         if first.role in ("statistic", "extra"):
-            means = (self._engine.mean_of_experts(tensor) for tensor in group.tensors)
+            weights = self.real_subspace.weights
+            means = (self._engine.mean_of_experts(tensor, weights) for tensor in group.tensors)
             return _in_range(group.names, [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)])
-        strength, scales = residuals.strength, residuals.scales
+        strength, scales, shares = residuals.strength, residuals.scales, self.real_subspace.weights
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
         left = right = scale = None
         if first.role == "vector":
-            weights = combination.vector_coefficients(scales, strength.core_scale, strength.eta)
+            weights = combination.vector_coefficients(scales, shares, strength.core_scale, strength.eta)
         elif self._kept_whole(first, config):
-            weights = combination.full_rank_coefficients(core, mixing, scales, strength.core_scale, strength.eta)
+            weights = combination.full_rank_coefficients(
+                core, mixing, scales, shares, strength.core_scale, strength.eta
+            )
         else:
             weights = combination.matrix_coefficients(core, strength.core_scale)
             found = [self._factors(tensor, config) for tensor in group.tensors] if strength.eta != 0 else []
@@ -281,14 +286,29 @@ class Analysis:
             if factors:
                 left = _stacked([one.left.to(self.device).mT for one in factors]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
-                scale = (strength.eta / len(core)) * scales
+                scale = strength.eta * shares * scales
         # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
             torch.empty(base.shape, dtype=dtype, device=base.device)
             for base, dtype in zip(group.bases, dtypes, strict=True)
         ]
+        if config.elementwise != "none":
+            self._combine_elements(group, config, strength.core_scale, outs)
+            return _in_range(group.names, outs)
+        if first.role == "matrix" and config.core_spectrum == "flat":
+            for index, out in enumerate(outs):
+                base, experts = group.inputs(index)
+                change = spectral_maps.flattened(base, experts, len(core) * weights)
+                out.copy_((base.double() + change.view(base.shape)).to(out.dtype))
+            return _in_range(group.names, outs)
         self._engine.backend.operators.combine(group.bases, group.experts, weights, left, right, scale, outs)
         return _in_range(group.names, outs)
+
+    def _combine_elements(self, group: Group, config: MergeConfig, core_scale: float, outs: list[Tensor]) -> None:
+        for index, (name, out) in enumerate(zip(group.names, outs, strict=True)):
+            base, experts = group.inputs(index)
+            weights = self.real_subspace.weights
+            elementwise.combine(name, base, experts, out, weights, core_scale, config, self._thresholds)
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:

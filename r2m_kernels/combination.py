@@ -22,7 +22,7 @@ class Strength:
         core_scale: λ.
         eta: η.
         core_norm: ‖λ τ_core‖ over matrix tensors.
-        residual_norm: ‖(1/N) Σ s_i F_i‖ over matrix tensors, 0 where it is rounding.
+        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding.
     """
 
     core_scale: float
@@ -31,20 +31,24 @@ class Strength:
     residual_norm: float
 
 
-def strength(config: MergeConfig, core_norm: float, inner_products: Tensor, scales: Tensor, longest: float) -> Strength:
+def strength(
+    config: MergeConfig, core_norm: float, inner_products: Tensor, scales: Tensor, weights: Tensor, longest: float
+) -> Strength:
     """λ and η of ``config``.
 
     Args:
         core_norm: ‖τ_core‖ over matrix tensors.
         inner_products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
         scales: (N,) s.
+        weights: (N,) w.
         longest: max_j ‖τ_j‖ over matrix tensors, the yardstick of rounding.
     """
     count = len(scales)
     core_scale = config.core_scale * (count if config.core_mode == "sum" else 1)
     scaled_core = abs(core_scale) * core_norm
-    residual = float((scales @ inner_products @ scales).clamp_min(0).sqrt()) / count
-    if residual <= NEGLIGIBLE * longest * float(scales.mean()):
+    weighted = weights * scales
+    residual = float((weighted @ inner_products @ weighted).clamp_min(0).sqrt())
+    if residual <= NEGLIGIBLE * longest * float(weighted.sum()):
         residual = 0.0
     eta = config.eta
     if config.eta_mode == "sum":
@@ -61,12 +65,13 @@ def matrix_coefficients(core: Tensor, core_scale: float) -> Tensor:
     return core_scale * core
 
 
-def full_rank_coefficients(core: Tensor, mixing: Tensor, scales: Tensor, core_scale: float, eta: float) -> Tensor:
-    """(N,) where nothing is truncated: λ c + (η/N) M s."""
-    return core_scale * core + (eta / len(core)) * (mixing @ scales)
+def full_rank_coefficients(
+    core: Tensor, mixing: Tensor, scales: Tensor, weights: Tensor, core_scale: float, eta: float
+) -> Tensor:
+    """(N,) where nothing is truncated: λ c + η M (w s)."""
+    return core_scale * core + eta * (mixing @ (weights * scales))
 
 
-def vector_coefficients(scales: Tensor, core_scale: float, eta: float) -> Tensor:
-    """(N,) of λ · mean + (η/N) Σ_i s_i (τ_i − mean)."""
-    count = len(scales)
-    return core_scale / count + (eta / count) * (scales - scales.mean())
+def vector_coefficients(scales: Tensor, weights: Tensor, core_scale: float, eta: float) -> Tensor:
+    """(N,) of λ · mean + η Σ_i w_i s_i (τ_i − mean), the mean being Σ w_j τ_j."""
+    return core_scale * weights + eta * weights * (scales - weights @ scales)

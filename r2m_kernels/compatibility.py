@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from r2m_kernels import _checks
 from r2m_kernels._checks import FLOATING
 from r2m_kernels.config import MergeConfig
 from r2m_kernels.errors import InvalidInput
@@ -31,17 +32,19 @@ class PlannedTensor:
         role: ``matrix``: takes part in subspace and truncation; ``vector``: mean plus matched deviation;
             ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
         rank: truncation rank of a matrix; 0 for other roles.
+        mapped: its residuals' singular values are changed, not only cut off: never linear in the task vectors.
     """
 
     name: str
     spec: TensorSpec
     role: Role
     rank: int = 0
+    mapped: bool = False
 
     @property
     def full_rank(self) -> bool:
         """A matrix that is kept whole: linear in the task vectors, no factors needed."""
-        return self.role == "matrix" and self.rank == min(self.matrix_shape)
+        return self.role == "matrix" and self.rank == min(self.matrix_shape) and not self.mapped
 
     @property
     def truncated(self) -> bool:
@@ -77,6 +80,8 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     """
     if not experts:
         raise InvalidInput("experts: expected at least one, got none")
+    if config.weights is not None:
+        _checks.same_length("weights", config.weights, len(experts))
     extras = _extras(base, experts)
     problems = _mismatches(base, experts, extras, config)
     if problems:
@@ -90,7 +95,7 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     for alias, first in aliases.items():
         tied.setdefault(first, []).append(alias)
     tensors = [
-        _planned(name, spec, config, [name, *tied.get(name, ())])
+        _planned(name, spec, config, [name, *tied.get(name, ())], len(experts))
         for name, spec in base.specs.items()
         if name not in aliases
     ]
@@ -104,7 +109,7 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     return Plan(tuple(tensors), aliases, tied, dropped)
 
 
-def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str]) -> PlannedTensor:
+def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str], count: int) -> PlannedTensor:
     """The role of a tensor that goes by ``names``; ``name`` is the first of them."""
     if not spec.dtype.is_floating_point or spec.numel == 0:
         return PlannedTensor(name, spec, "copied")
@@ -112,7 +117,16 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str])
         return PlannedTensor(name, spec, "statistic")
     if len(spec.shape) < 2 or any(fnmatch.fnmatchcase(known, glob) for known in names for glob in config.exclude):
         return PlannedTensor(name, spec, "vector")
-    return PlannedTensor(name, spec, "matrix", truncation_rank(config.rank, spec.shape))
+    rank = residual_rank(config, spec.shape, count)
+    return PlannedTensor(name, spec, "matrix", rank, config.eta != 0 and config.spectrum != "truncate")
+
+
+def residual_rank(config: MergeConfig, shape: Sequence[int], count: int) -> int:
+    """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
+    smaller = min(shape[0], math.prod(shape[1:]))
+    if config.spectrum == "rescale":
+        return smaller
+    return truncation_rank(config.rank, shape, smaller // count if config.spectrum == "orthogonal" else None)
 
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:

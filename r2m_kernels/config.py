@@ -15,8 +15,8 @@ class MergeConfig:
     """How to merge. Immutable; every field is checked on construction.
 
     Attributes:
-        real_rank: k, dimension of the Real subspace (≥ 1). ``None``: the whole span of the task vectors, so that the
-            core is their plain mean (weight averaging, CART).
+        real_rank: k, dimension of the Real subspace. ``None``: the whole span of the task vectors, so that the
+            core is their mean (weight averaging, CART). 0: none, so that residuals are the task vectors (STAR, TSV-M).
         center: subtract the mean task vector before the Real subspace is computed.
         residual: ``"core"``: residual i = τ_i − τ_core; ``"own"``: residual i = τ_i − Πτ_i.
         rank: truncation rank of each residual matrix: a ratio in (0, 1] of min(m, n), rounded up, or an integer ≥ 1.
@@ -27,6 +27,18 @@ class MergeConfig:
             ``"core_norm"``: η = eta · ‖λ τ_core‖ (not scale-free); ``"sum"``: η = eta · N (CART).
         norm_match: rescale every specialist's residual to their mean norm.
         layer_weight: γ_l, ``"none"`` (1) or ``"frobenius"`` (1/‖A_l‖²_F).
+        weights: one positive number per expert, or ``None`` for equal ones: an expert of weight 2 counts as two equal
+            experts, as a merge of two should when it is merged again. Only their ratios matter.
+        spectrum: what becomes of a residual's singular values. ``"truncate"``: the leading r_l stay. ``"rescale"``:
+            the fewest whose sum is ``rank`` (then a share) of all, scaled up to the sum of all (STAR).
+            ``"orthogonal"``: the leading r_l ≤ min(m, n)/N stay, and the singular vectors of all experts are made
+            orthonormal together (TSV-M).
+        core_spectrum: ``"keep"``, or ``"flat"``: N times the core, all its singular values set to their mean (Iso-C).
+        elementwise: ``"none"``, or how elements of the task vectors are dropped: ``"ties"`` keeps the largest
+            ``density`` of each expert's over all tensors and averages those that agree in sign with their sum;
+            ``"dare"`` keeps a random ``density`` and divides by it. λ times the mean of what is left is added to the
+            base; there are no residuals.
+        density: share of elements kept by ``elementwise``, in (0, 1].
         exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
         svd: ``"randomized"`` (the backend's fastest near-optimal method), ``"textbook"`` (range finder with power
             iterations, for comparison) or ``"exact"`` (float64 eigendecomposition of the short side's Gram: an (s, s)
@@ -56,6 +68,11 @@ class MergeConfig:
     eta_mode: Literal["relative", "constant", "core_norm", "sum"] = "relative"
     norm_match: bool = True
     layer_weight: Literal["none", "frobenius"] = "none"
+    weights: tuple[float, ...] | None = None
+    spectrum: Literal["truncate", "rescale", "orthogonal"] = "truncate"
+    core_spectrum: Literal["keep", "flat"] = "keep"
+    elementwise: Literal["none", "ties", "dare"] = "none"
+    density: float = 0.2
     exclude: tuple[str, ...] = ()
     svd: Literal["randomized", "textbook", "exact"] = "randomized"
     power_iterations: int = 2
@@ -67,7 +84,7 @@ class MergeConfig:
     def __post_init__(self) -> None:
         normal = object.__setattr__  # the dataclass is frozen; numpy scalars and lists become plain values here
         if self.real_rank is not None:
-            normal(self, "real_rank", _checks.integer("real_rank", self.real_rank, minimum=1))
+            normal(self, "real_rank", _checks.integer("real_rank", self.real_rank, minimum=0))
         normal(self, "rank", _checks.rank(self.rank))
         for field in ("center", "norm_match"):
             _checks.boolean(field, getattr(self, field))
@@ -80,6 +97,17 @@ class MergeConfig:
         for field, choices in _CHOICES.items():
             _checks.choice(field, getattr(self, field), choices)
         normal(self, "exclude", _checks.globs("exclude", self.exclude))
+        normal(self, "density", _checks.share("density", self.density))
+        if self.weights is not None:
+            normal(self, "weights", _checks.weights("weights", self.weights))
+        if self.spectrum == "rescale" and isinstance(self.rank, int):
+            raise InvalidInput(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
+        if self.elementwise != "none" and (self.eta != 0 or self.real_rank is not None or self.core_spectrum != "keep"):
+            raise InvalidInput(
+                f"elementwise: '{self.elementwise}' has neither residuals nor subspace; expected eta=0, real_rank=None "
+                f"and core_spectrum='keep', got eta={self.eta:g}, real_rank={self.real_rank}, "
+                f"core_spectrum='{self.core_spectrum}'"
+            )
 
     @classmethod
     def r2m(cls, **overrides: Any) -> MergeConfig:
@@ -103,6 +131,61 @@ class MergeConfig:
         scale = _checks.number("scale", scale, minimum=0.0)
         return cls(real_rank=None, rank=rank, eta=scale, eta_mode="sum", norm_match=False)
 
+    @classmethod
+    def star(cls, share: float = 0.4) -> MergeConfig:
+        """θ₀ + mean of the τ_i cut to ``share`` of their nuclear norm and scaled up to it (STAR, arXiv 2502.10339)."""
+        share = _checks.share("share", share)
+        return cls(
+            real_rank=0, rank=share, spectrum="rescale", eta=1.0, eta_mode="constant", norm_match=False, svd="exact"
+        )
+
+    @classmethod
+    def tsv_m(cls, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · Σ of the τ_i at rank min(m, n)/N, decorrelated (TSV-M, arXiv 2412.00081); vectors: mean."""
+        scale = _checks.number("scale", scale, minimum=0.0)
+        return cls(
+            real_rank=0,
+            rank=1.0,
+            spectrum="orthogonal",
+            core_scale=scale,
+            eta=scale,
+            eta_mode="sum",
+            norm_match=False,
+        )
+
+    @classmethod
+    def iso_c(cls, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · Σ τ_i with equal singular values (Iso-C, arXiv 2502.04959); vectors: scale · mean."""
+        scale = _checks.number("scale", scale)
+        return cls(
+            real_rank=None, core_spectrum="flat", core_scale=scale, eta=0.0, eta_mode="constant", norm_match=False
+        )
+
+    @classmethod
+    def ties(cls, density: float = 0.2, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · mean of the elements that agree in sign, of the largest ``density`` (TIES, arXiv 2306.01708)."""
+        return cls._by_elements("ties", density, scale, "mean")
+
+    @classmethod
+    def dare(cls, density: float = 0.2, scale: float = 0.3) -> MergeConfig:
+        """θ₀ + scale · Σ of a random ``density`` of elements, divided by it (DARE, arXiv 2311.03099)."""
+        return cls._by_elements("dare", density, scale, "sum")
+
+    @classmethod
+    def _by_elements(
+        cls, rule: Literal["ties", "dare"], density: float, scale: float, mode: Literal["mean", "sum"]
+    ) -> MergeConfig:
+        return cls(
+            real_rank=None,
+            elementwise=rule,
+            density=_checks.share("density", density),
+            core_scale=_checks.number("scale", scale),
+            core_mode=mode,
+            eta=0.0,
+            eta_mode="constant",
+            norm_match=False,
+        )
+
     def replace(self, **overrides: Any) -> MergeConfig:
         """A copy with some fields changed.
 
@@ -114,7 +197,8 @@ class MergeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
-        return {**dataclasses.asdict(self), "exclude": list(self.exclude)}
+        weights = None if self.weights is None else list(self.weights)
+        return {**dataclasses.asdict(self), "exclude": list(self.exclude), "weights": weights}
 
 
 def checked(config: object) -> MergeConfig:
@@ -129,6 +213,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_mode": ("mean", "sum"),
     "eta_mode": ("relative", "constant", "core_norm", "sum"),
     "layer_weight": ("none", "frobenius"),
+    "spectrum": ("truncate", "rescale", "orthogonal"),
+    "core_spectrum": ("keep", "flat"),
+    "elementwise": ("none", "ties", "dare"),
     "svd": ("randomized", "textbook", "exact"),
     "extra": ("error", "average", "drop"),
 }

@@ -38,8 +38,7 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
     """See :meth:`r2m_kernels.Analysis.report`."""
     names = analysis.experts
     real, gram, strength = analysis.real_subspace, analysis.matrix_gram, residuals.strength
-    count = len(names)
-    mean_norm = float(gram.sum().clamp_min(0).sqrt()) / count
+    mean_norm = float((real.weights @ gram @ real.weights).clamp_min(0).sqrt())
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
     residual_term = strength.eta * strength.residual_norm
@@ -112,7 +111,9 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
         if tensor.role == "matrix":
             row["rank"] = analysis.rank_of(tensor.name, config)
             row.update(dict.fromkeys(("kept_energy", "uncertain", "distance_to_optimum", "distance_basis")))
-            if tensor.name in inner and row["rank"] == min(tensor.matrix_shape):
+            if tensor.mapped:  # energies of other singular values than the residual's say nothing about a truncation
+                pass
+            elif tensor.name in inner and row["rank"] == min(tensor.matrix_shape):
                 row["kept_energy"] = dict.fromkeys(analysis.experts, 1.0)
                 row["uncertain"] = []
             elif tensor.name in inner:
@@ -181,7 +182,7 @@ def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) 
         if norm == 0 and analysis.plan.of("matrix"):
             found.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
     ratio = core["norm_ratio_to_mean"]
-    if ratio is not None and ratio < WEAK_CORE:
+    if config.real_rank != 0 and ratio is not None and ratio < WEAK_CORE:
         found.append(
             f"the core has {ratio:.2f} of the mean task vector's length: the specialists share little of what "
             "the core keeps, and the merge may fall behind plain averaging"

@@ -127,11 +127,19 @@ class Engine:
         experts = [[others[j] for _, others in loaded] for j in range(len(self.experts))]
         return Group(tensors, [base for base, _ in loaded], experts)
 
-    def mean_of_experts(self, tensor: PlannedTensor) -> Tensor:
-        """Plain mean of the experts' tensors, float64: θ₀ plus rounded differences could turn a variance negative."""
+    def mean_of_experts(self, tensor: PlannedTensor, weights: Tensor) -> Tensor:
+        """Weighted mean of the experts' tensors: θ₀ plus rounded differences could turn a variance negative.
+
+        Args:
+            tensor: what to read.
+            weights: (N,) w, summing to 1.
+
+        Returns:
+            float64 on the CPU.
+        """
         total = torch.zeros(tensor.spec.shape, dtype=torch.float64)
-        for source in self.experts:
-            total += source.read(tensor.name).to("cpu", torch.float64)
+        for weight, source in zip((weights * len(weights)).tolist(), self.experts, strict=True):
+            total += source.read(tensor.name).to("cpu", torch.float64) * weight
         return total / len(self.experts)
 
     def grams(self, group: Group) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2m_kernels import _backends, _checks, compatibility, gram, norm_matching
+from r2m_kernels import _backends, _checks, compatibility, elementwise, gram, norm_matching
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.analysis import Analysis
 from r2m_kernels.compatibility import Plan
@@ -22,8 +22,9 @@ from r2m_kernels.engine import Engine, Group, Progress, ProgressEvent
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import layer_weights, real_subspace
+from r2m_kernels.spectral_maps import map_spectra
 from r2m_kernels.tensors import StateDictSource, TensorSource
-from r2m_kernels.truncation import truncate_residuals
+from r2m_kernels.truncation import compute_dtype, truncate_residuals
 
 __all__ = ["Analysis", "Checkpoint", "Progress", "ProgressEvent", "analyze", "merge"]
 
@@ -125,15 +126,37 @@ def analyze(
             rank, operators = group.tensors[0].rank, chosen.operators
             arguments = (group.names, group.bases, group.experts, real.mixing, rank, settings, operators, known)
             factors = truncate_residuals(*arguments)
+            dtype = compute_dtype([group.bases[0], *(expert[0] for expert in group.experts)])
+            factors = map_spectra(factors, settings, dtype)
             for name, of_tensor in zip(group.names, factors, strict=True):
                 store.put(name, of_tensor)
                 found[name] = (of_tensor.method, of_tensor.gap)
             return [of_tensor.inner_products() for of_tensor in factors]
 
         inner = engine.over("truncation", truncated, truncate, progress)
+    thresholds = _thresholds(engine, plan, settings, progress) if settings.elementwise == "ties" else None
     matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)
     vector_gram = gram.ordered_sum([grams[name] for name in vectors], count)
-    return Analysis(settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, found, engine, store)
+    return Analysis(
+        settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, found, thresholds, engine, store
+    )
+
+
+def _thresholds(engine: Engine, plan: Plan, settings: MergeConfig, progress: Progress | None) -> Tensor:
+    """The smallest magnitude that TIES keeps of each expert: (N,) float32."""
+    tensors = plan.of("matrix", "vector")
+    elements = sum(tensor.spec.numel for tensor in tensors)
+    magnitudes = elementwise.Magnitudes(elements, settings.density, len(engine.experts))
+
+    def count(group: Group) -> list[None]:
+        for index in range(len(group.tensors)):
+            magnitudes.count(*group.inputs(index))
+        return [None] * len(group.tensors)
+
+    engine.over("magnitudes", tensors, count, progress)
+    magnitudes.narrow()
+    engine.over("thresholds", tensors, count, progress)
+    return magnitudes.thresholds()
 
 
 def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:

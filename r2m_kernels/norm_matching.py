@@ -28,9 +28,9 @@ def residual_norms(squares: Tensor, longest: float) -> Tensor:
     return torch.where(norms > NEGLIGIBLE * longest, norms, 0.0)
 
 
-def matching_scales(norms: Tensor, match: bool) -> Tensor:
-    """s_i = mean(n) / n_i, 0 where n_i = 0; all 1 without matching (0 where n_i = 0)."""
+def matching_scales(norms: Tensor, weights: Tensor, match: bool) -> Tensor:
+    """s_i = Σ_j w_j n_j / n_i, 0 where n_i = 0; all 1 without matching (0 where n_i = 0)."""
     present = norms > 0
     if not match:
         return present.double()
-    return torch.where(present, norms.mean() / torch.where(present, norms, 1.0), 0.0)
+    return torch.where(present, (weights @ norms) / torch.where(present, norms, 1.0), 0.0)

@@ -20,7 +20,8 @@ class RealSubspace:
 
     Attributes:
         gram: (N, N) weighted Gram matrix G = Σ γ_l G_l.
-        eigenvalues: (N,) of K = H G H, descending.
+        weights: (N,) w, summing to 1: the mean task vector is Σ w_j τ_j.
+        eigenvalues: (N,) of K = D H G Hᵀ D, D² = N diag(w), descending.
         dimension: how many were kept: at most k, fewer where K has no more above the noise.
         core: (N,) coefficients c, so that τ_core = Σ c_j τ_j.
         mixing: (N, N) M, residual i = Σ_j M[j, i] τ_j.
@@ -28,11 +29,20 @@ class RealSubspace:
     """
 
     gram: Tensor
+    weights: Tensor
     eigenvalues: Tensor
     dimension: int
     core: Tensor
     mixing: Tensor
     gap: float | None
+
+
+def mean_weights(config: MergeConfig, count: int) -> Tensor:
+    """(N,) float64 w: 1/N, or the configured weights over their sum."""
+    if config.weights is None:
+        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+    weights = torch.tensor(config.weights, dtype=torch.float64)
+    return weights / weights.sum()
 
 
 def layer_weights(grams: Sequence[Tensor], config: MergeConfig) -> list[float]:
@@ -47,9 +57,12 @@ def real_subspace(gram: Tensor, config: MergeConfig) -> RealSubspace:
     """The top-k right singular vectors of the task matrix, from its (N, N) weighted Gram matrix."""
     count = len(gram)
     identity = torch.eye(count, dtype=torch.float64)
-    mean = torch.full((count,), 1.0 / count, dtype=torch.float64)
-    centering = identity - mean if config.center else identity
-    eigenvalues, vectors = torch.linalg.eigh(centering @ gram @ centering)
+    mean = mean_weights(config, count)
+    # Rows of the task matrix that are centred, if asked for, and as long as an expert counts.
+    rows = identity - mean if config.center else identity
+    if config.weights is not None:
+        rows = (count * mean).sqrt().unsqueeze(1) * rows
+    eigenvalues, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
 
     if config.real_rank is None:
@@ -57,12 +70,12 @@ def real_subspace(gram: Tensor, config: MergeConfig) -> RealSubspace:
     else:
         above_noise = int((eigenvalues > GRAM_ERROR * gram.trace()).sum())
         dimension = min(config.real_rank, above_noise)
-        weights = centering @ vectors[:, :dimension] / eigenvalues[:dimension].sqrt()
-        projector = weights @ weights.T @ gram  # on coefficients: AᵀW has orthonormal columns
+        basis = rows.T @ vectors[:, :dimension] / eigenvalues[:dimension].sqrt()
+        projector = basis @ basis.T @ gram  # on coefficients: Aᵀ·basis has orthonormal columns
         core = projector @ mean
         cut = 0 < dimension < count
         gap = float(1 - eigenvalues[dimension].clamp_min(0) / eigenvalues[dimension - 1]) if cut else None
 
     removed = projector if config.residual == "own" else core.unsqueeze(1)  # from column i: P e_i, or c
     mixing = identity - removed
-    return RealSubspace(gram, eigenvalues, dimension, core, mixing, gap)
+    return RealSubspace(gram, mean, eigenvalues, dimension, core, mixing, gap)

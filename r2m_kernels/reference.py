@@ -29,13 +29,20 @@ def merge(
     norm_match: bool = True,
     layer_weight: str = "none",
     exclude: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    spectrum: str = "truncate",
+    core_spectrum: str = "keep",
+    elementwise: str = "none",
+    density: float = 0.2,
 ) -> dict[str, Tensor]:
-    """Merge state dicts; options mean what :class:`r2m_kernels.MergeConfig` says, with an exact SVD.
+    """Merge state dicts; options mean what :class:`r2m_kernels.MergeConfig` says, with an exact SVD; no ``"dare"``.
 
     Returns:
         Floating-point tensors in float64, others as in the base.
     """
     count = len(experts)
+    share = torch.tensor([1.0] * count if weights is None else list(weights), dtype=torch.float64)
+    share = share / share.sum()
     floating = {name: tensor.double() for name, tensor in base.items() if tensor.is_floating_point()}
     statistics = [name for name in floating if name.split(".")[-1] in ("running_mean", "running_var")]
     matrices = [
@@ -60,20 +67,22 @@ def merge(
     # The Real subspace: top-k right singular vectors of the weighted, perhaps centred, task matrix.
     weighted = torch.cat([math.sqrt(gamma[name]) * tau[name] for name in matrices] or [torch.zeros(count, 0)], 1)
     weighted = weighted.double()
-    centered = weighted - weighted.mean(0) if center else weighted
-    left, singular, _ = torch.linalg.svd(centered, full_matrices=False)
+    centered = weighted - share @ weighted if center else weighted
+    # An expert that counts twice is two rows, or one that is longer by the root of two.
+    length = (count * share).sqrt().unsqueeze(1)
+    left, singular, _ = torch.linalg.svd(length * centered, full_matrices=False)
     significant = int((singular**2 > 16 * 2.0**-24 * weighted.square().sum()).sum())
     if real_rank is None:
-        core = torch.full((count,), 1.0 / count, dtype=torch.float64)
+        core = share
         projector = torch.eye(count, dtype=torch.float64)
     else:
         k = min(real_rank, significant)
         # Right singular vector v = (centred task matrix)ᵀ u / σ, so ⟨v, τ_j⟩ gives coefficients of the centred rows.
-        along = left[:, :k] / singular[:k]
+        along = length * left[:, :k] / singular[:k]
         if center:
-            along = along - along.mean(0)
+            along = along - share.unsqueeze(1) * along.sum(0)
         projector = along @ (along.T @ weighted @ weighted.T)
-        core = projector.mean(1)
+        core = projector @ share
 
     def core_of(name: str) -> Tensor:
         return core @ tau[name]
@@ -90,9 +99,16 @@ def merge(
         m, n = shape[0], math.prod(shape[1:])
         r = rank if isinstance(rank, int) else max(1, math.ceil(rank * min(m, n) * (1 - 1e-12)))
         u, s, vh = torch.linalg.svd(residuals_of(name).reshape(count, m, n), full_matrices=False)
+        if spectrum == "rescale":  # STAR
+            inside = s.cumsum(1) - s < rank * s.sum(1, keepdim=True) * (1 - 1e-12)
+            s = s * inside * s.sum(1, keepdim=True) / (s * inside).sum(1, keepdim=True).clamp_min(1e-300)
+            r = min(m, n)
+        elif spectrum == "orthogonal":  # TSV-M
+            r = min(r, max(1, min(m, n) // count))
+            u, vh = _together(u[..., :r]), _together(vh[:, :r].mT).mT
         kept[name] = ((u[..., :r] * s[:, None, :r]) @ vh[:, :r]).reshape(count, -1)
     for name in vectors:
-        kept[name] = tau[name] - tau[name].mean(0)
+        kept[name] = tau[name] - share @ tau[name]
 
     def squares(names: Sequence[str], rows: Mapping[str, Tensor]) -> Tensor:
         return sum((rows[name].square().sum(1) for name in names), torch.zeros(count, dtype=torch.float64))
@@ -103,14 +119,14 @@ def merge(
     norms[norms <= 64 * 2.0**-24 * longest] = 0.0
     scales = torch.zeros(count, dtype=torch.float64)
     present = norms > 0
-    scales[present] = norms.mean() / norms[present] if norm_match else 1.0
+    scales[present] = (share @ norms) / norms[present] if norm_match else 1.0
 
     # Strength of the residual term.
     lam = core_scale * (count if core_mode == "sum" else 1)
     core_norm = abs(lam) * math.sqrt(sum(float(core_of(name).square().sum()) for name in matrices))
-    term_norm = math.sqrt(sum(float((scales @ kept[name] / count).square().sum()) for name in matrices))
+    term_norm = math.sqrt(sum(float(((share * scales) @ kept[name]).square().sum()) for name in matrices))
     longest_matrix = float(squares(matrices, tau).max().sqrt())
-    if term_norm <= 64 * 2.0**-24 * longest_matrix * float(scales.mean()):
+    if term_norm <= 64 * 2.0**-24 * longest_matrix * float(share @ scales):
         term_norm = 0.0
     strength = {
         "constant": eta,
@@ -119,15 +135,40 @@ def merge(
         "relative": eta * core_norm / term_norm if term_norm > 0 else 0.0,
     }[eta_mode]
 
+    agreeing: dict[str, Tensor] = {}
+    if elementwise == "ties":
+        everything = torch.cat([tau[name] for name in [*matrices, *vectors]], 1).abs()
+        smallest = everything.sort(1).values[:, everything.shape[1] - int(everything.shape[1] * density) - 1]
+        if density == 1:
+            smallest = torch.zeros(count, dtype=torch.float64)
+        for name in [*matrices, *vectors]:
+            rows = torch.where(tau[name].abs() >= smallest[:, None], tau[name], 0.0)
+            agree = (rows * (share @ rows) > 0).double() * share[:, None]
+            agreeing[name] = (agree * rows).sum(0) / agree.sum(0).clamp_min(1e-300)
+
     merged: dict[str, Tensor] = {}
     for name, tensor in base.items():
         if name not in floating:
             merged[name] = tensor.clone()
             continue
         if name in statistics:
-            update = tau[name].mean(0)
+            update = share @ tau[name]
+        elif elementwise == "ties":
+            update = lam * agreeing[name]
         else:
-            shared = core_of(name) if name in matrices else tau[name].mean(0)
-            update = lam * shared + strength / count * (scales @ kept[name])
+            shared = core_of(name) if name in matrices else share @ tau[name]
+            if core_spectrum == "flat" and name in matrices:  # Iso-C
+                shape = floating[name].shape
+                u, s, vh = torch.linalg.svd(count * shared.reshape(shape[0], -1), full_matrices=False)
+                shared = (s.mean() * u @ vh).reshape(-1)
+            update = lam * shared + strength * ((share * scales) @ kept[name])
         merged[name] = floating[name] + update.reshape(floating[name].shape)
     return merged
+
+
+def _together(vectors: Tensor) -> Tensor:
+    """(N, m, r) with orthonormal columns each → the nearest with all N·r columns orthonormal (TSV-M)."""
+    count, _, rank = vectors.shape
+    u, _, vh = torch.linalg.svd(vectors.transpose(0, 1).flatten(1), full_matrices=False)
+    made: Tensor = (u @ vh).view(-1, count, rank).transpose(0, 1)
+    return made

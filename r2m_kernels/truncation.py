@@ -80,9 +80,16 @@ class Factors:
         return products.cpu()
 
 
-def truncation_rank(rank: float | int, shape: Sequence[int]) -> int:
-    """r_l = max(1, ⌈rank · min(m, n)⌉) for a ratio, at most min(m, n)."""
+def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 where one of them is."""
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+
+
+def truncation_rank(rank: float | int, shape: Sequence[int], most: int | None = None) -> int:
+    """r_l = max(1, ⌈rank · min(m, n)⌉) for a ratio, at most ``most`` or min(m, n)."""
     smaller = min(shape[0], math.prod(shape[1:]))
+    if most is not None:
+        return min(max(1, most), truncation_rank(rank, shape))
     if isinstance(rank, int):
         return min(rank, smaller)
     # 0.07 · 100 is 7.000000000000001 in binary: a hair above a whole number is that number.
@@ -119,13 +126,15 @@ def truncate_residuals(
     smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
     textbook = config.svd == "textbook" or (config.tolerance is not None and not operators.takes_tolerance)
     width = _sketch_width(rank, config) if textbook else operators.truncation_width(rank, config.oversampling)
-    if config.svd == "exact" or smaller <= max(width, EXACT_UP_TO):
-        return [_exact(base, others, mixing, rank, operators) for _, base, others in of_tensor]
+    if config.svd == "exact" or config.spectrum == "rescale" or smaller <= max(width, EXACT_UP_TO):
+        # What maps spectra further works in float64: the conditions of its problems are its own.
+        keep = config.spectrum != "truncate"
+        return [_exact(base, others, mixing, rank, operators, keep) for _, base, others in of_tensor]
     if textbook:
         return [_textbook(name, base, others, mixing, rank, config, operators) for name, base, others in of_tensor]
     if grams is None:
         grams = list(operators.task_gram(bases, experts))
-    keys = torch.tensor([_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
+    keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
     energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
     options = (rank, config.power_iterations, config.oversampling, config.tolerance)
     left, right, products, trusted, gap = operators.shifted_truncation(bases, experts, mixing, keys, energies, *options)
@@ -196,7 +205,9 @@ def _gap(grams: Sequence[Tensor], rank: int, growth: Tensor | None) -> Tensor:
     return gap
 
 
-def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, operators: Operators) -> Factors:
+def _exact(
+    base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, operators: Operators, keep_float64: bool
+) -> Factors:
     matrix, matrices = base.flatten(1), [expert.flatten(1) for expert in experts]
     wide = matrix.shape[0] <= matrix.shape[1]
     side, length = sorted(matrix.shape)
@@ -212,7 +223,7 @@ def _exact(base: Tensor, experts: Sequence[Tensor], mixing: Tensor, rank: int, o
     vectors = _leading_eigenvectors([gram.cpu() for gram in grams], rank).to(base.device)
     group = [[whole] for whole in matrices]
     other = operators.residual_matmul([matrix], group, mixing, vectors.unsqueeze(0), transpose=wide)[0]
-    dtype = torch.float64 if torch.float64 in {t.dtype for t in (base, *experts)} else torch.float32
+    dtype = torch.float64 if keep_float64 else compute_dtype([base, *experts])
     vectors, other = vectors.to(dtype), other.to(dtype)
     gap = torch.zeros(len(experts), dtype=torch.float64)
     if wide:
@@ -239,11 +250,11 @@ def _leading_eigenvectors(grams: Sequence[Tensor], rank: int) -> Tensor:
 def _test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tensor:
     """Gaussian (n, width) float32, made on the CPU for all devices."""
     generator = torch.Generator()
-    generator.manual_seed(_key(seed, name, shape))
+    generator.manual_seed(tensor_key(seed, name, shape))
     return torch.randn(math.prod(shape[1:]), width, generator=generator)
 
 
-def _key(seed: int, name: str, shape: Sequence[int]) -> int:
+def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:
     """63 bits, a function of (seed, tensor name, shape) alone: all that is random about a tensor."""
     key = f"{seed}\0{name}\0{shape[0]}x{math.prod(shape[1:])}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

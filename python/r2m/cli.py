@@ -132,7 +132,11 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     _METHOD,
     "--scale",
     type=float,
-    help="Factor of the sum in task_arithmetic (0.3, usual where it is not tuned) and cart (1, not tuned).",
+    help="Factor of the sum in task_arithmetic and dare (0.3, usual where it is not tuned), cart, tsv_m and iso_c, and "
+    "of the mean in ties (1, not tuned).",
+)
+@_option(
+    _METHOD, "--density", type=float, help="Share of each expert's elements that ties and dare keep.  [default: 0.2]"
 )
 @_option(_REAL, "--real-rank", type=int, metavar="K", help="Dimension of the Real subspace.  [default: 1]")
 @_option(
@@ -165,7 +169,8 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     _TRUNCATION,
     "--rank",
     metavar="RANK",
-    help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16).  [default: 0.1]",
+    help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16); in star a share of the "
+    "nuclear norm, 0.4 if left out.  [default: 0.1]",
 )
 @_option(
     _TRUNCATION,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # Every method can do this; it is about which tensors take part and not about how they are merged.
 _COMMON = frozenset({"extra"})
-_TRUNCATION = frozenset({"rank", "exclude", "svd", "power_iterations", "oversampling", "tolerance", "seed"})
+_RANDOMIZED = frozenset({"svd", "power_iterations", "oversampling", "tolerance", "seed"})
+_TRUNCATION = _RANDOMIZED | {"rank", "exclude"}
 _R2M = frozenset({"real_rank", "center", "residual", "core_scale", "eta", "eta_mode", "norm_match", "layer_weight"})
 
 
@@ -43,6 +44,30 @@ METHODS: dict[str, Method] = {
     "cart": Method(
         "mean + scale · sum of truncated centred task vectors (CART, arXiv 2412.12153)",
         _COMMON | _TRUNCATION | {"scale"},
+        scale=1.0,
+    ),
+    "ties": Method(
+        "base + scale · mean of the largest elements that agree in sign (TIES, arXiv 2306.01708)",
+        _COMMON | {"scale", "density"},
+        scale=1.0,
+    ),
+    "dare": Method(
+        "base + scale · sum of task vectors with elements dropped at random (DARE, arXiv 2311.03099)",
+        _COMMON | {"scale", "density", "seed"},
+        scale=0.3,
+    ),
+    "star": Method(
+        "mean of task vectors cut to a share of their nuclear norm and scaled up to it (STAR, arXiv 2502.10339)",
+        _COMMON | {"rank", "exclude"},
+    ),
+    "tsv_m": Method(
+        "base + scale · sum of decorrelated low-rank task vectors (TSV-M, arXiv 2412.00081)",
+        _COMMON | _RANDOMIZED | {"scale", "exclude"},
+        scale=1.0,
+    ),
+    "iso_c": Method(
+        "base + scale · sum of task vectors with equal singular values (Iso-C, arXiv 2502.04959)",
+        _COMMON | {"scale", "exclude"},
         scale=1.0,
     ),
 }
@@ -76,6 +101,16 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
         return MergeConfig.cart(fields.pop("rank", MergeConfig().rank), scale).replace(**fields)
     if method == "weight_average":
         return MergeConfig.weight_average().replace(**fields)
+    if method == "star":
+        return MergeConfig.star(fields.pop("rank", 0.4)).replace(**fields)
+    if method == "tsv_m":
+        return MergeConfig.tsv_m(scale).replace(**fields)
+    if method == "iso_c":
+        return MergeConfig.iso_c(scale).replace(**fields)
+    if method == "ties":
+        return MergeConfig.ties(scale=scale).replace(**fields)
+    if method == "dare":
+        return MergeConfig.dare(scale=scale).replace(**fields)
     if method == "r2m":
         return MergeConfig.r2m(**fields)
     raise AssertionError(f"no constructor for the method '{method}'")

@@ -33,8 +33,8 @@ def message(error):
         ({"core_scale": 1e39}, "core_scale: expected a finite number up to 1e+30, got 1e+39"),
         ({"eta": 10**40}, f"eta: expected a finite number of at least 0 up to 1e+30, got {10**40}"),
         ({"core_scale": math.inf}, "core_scale: expected a finite number, got inf"),
-        ({"real_rank": 0}, "real_rank: expected a whole number of at least 1, got 0"),
-        ({"real_rank": 1.0}, "real_rank: expected a whole number of at least 1, got 1.0"),
+        ({"real_rank": -1}, "real_rank: expected a whole number of at least 0, got -1"),
+        ({"real_rank": 1.0}, "real_rank: expected a whole number of at least 0, got 1.0"),
         ({"center": 1}, "center: expected True or False, got 1"),
         ({"residual": "croe"}, "residual: expected one of 'core', 'own', got 'croe'; did you mean 'core'?"),
         ({"eta_mode": 3}, "eta_mode: expected one of 'relative', 'constant', 'core_norm', 'sum', got 3"),
@@ -42,6 +42,18 @@ def message(error):
         ({"power_iterations": -1}, "power_iterations: expected a whole number of at least 0, got -1"),
         ({"tolerance": -1e-3}, "tolerance: expected a finite number of at least 0, got -0.001"),
         ({"seed": 0.5}, "seed: expected a whole number, got 0.5"),
+        ({"density": 0}, "density: expected a number in (0, 1], got 0"),
+        ({"weights": ()}, "weights: expected one positive number per expert, got ()"),
+        ({"weights": (1, 0)}, "weights[1]: expected a positive number, got 0"),
+        (
+            {"spectrum": "rescale", "rank": 4},
+            "rank: expected a share of the nuclear norm with spectrum='rescale', got 4",
+        ),
+        (
+            {"elementwise": "ties"},
+            "elementwise: 'ties' has neither residuals nor subspace; expected eta=0, real_rank=None and "
+            "core_spectrum='keep', got eta=0.6, real_rank=1, core_spectrum='keep'",
+        ),
         ({"rnak": 0.1}, "unknown option 'rnak'; did you mean 'rank'?"),
     ],
 )

@@ -22,7 +22,13 @@ CONFIGS = {
     "weight average": MergeConfig.weight_average().to_dict(),
     "task arithmetic": MergeConfig.task_arithmetic(0.4).to_dict(),
     "CART": MergeConfig.cart(rank=0.2, scale=0.7).to_dict(),
+    "STAR": MergeConfig.star(0.4).to_dict(),
+    "TSV-M": MergeConfig.tsv_m(0.7).to_dict(),
+    "Iso-C": MergeConfig.iso_c(0.7).to_dict(),
+    "TIES": MergeConfig.ties(0.3, 0.7).to_dict(),
+    "TIES, everything kept": MergeConfig.ties(1.0, 1.2).to_dict(),
 }
+WEIGHTED = ("default", "centred", "own", "full rank", "CART", "weight average", "STAR", "TSV-M", "Iso-C", "TIES")
 ENGINE_ONLY = ("svd", "power_iterations", "oversampling", "tolerance", "seed", "extra")
 
 
@@ -40,6 +46,15 @@ def test_exact_svd_is_within_2e_5_of_the_definition(name, dtype, count):
     expected = definition(base, experts, options)
     merged = merge(base, experts, **options)
     assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weighted_experts_are_within_2e_5_of_the_definition_too(name, count):
+    base, experts = checkpoints(count, seed=count)
+    options = {**CONFIGS[name], "svd": "exact", "weights": (2.0, 1.0, 0.5, 3.0, 1.5)[:count]}
+    expected = definition(base, experts, options)
+    assert distance(merge(base, experts, **options), expected) <= 2e-5 * distance(base, expected)
 
 
 @pytest.mark.parametrize("options", [{"center": True}, {}, {"center": True, "residual": "own"}], ids=str)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 OPTIONS = {option.name: option for option in cli.merge.params if isinstance(option, click.Option)}
 
 
+# Fields of other methods, and the weights of experts, which belong to files.
+OTHERS = {"core_mode", "weights", "spectrum", "core_spectrum", "elementwise", "density"}
+
+
 def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) -> None:
     result = command("merge", *checkpoints.arguments, "--out", "a/merged")
     report = json.loads(Path("a/merged/r2m_report.json").read_text())
@@ -164,6 +168,13 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         ("--method task_arithmetic --scale 0", MergeConfig.task_arithmetic(0.0)),
         ("--method cart", MergeConfig.cart(0.1, 1.0)),
         ("--method cart --rank 4 --scale 0.5 --seed 3", replace(MergeConfig.cart(4, 0.5), seed=3)),
+        ("--method star", MergeConfig.star(0.4)),
+        ("--method star --rank 0.7", MergeConfig.star(0.7)),
+        ("--method tsv_m --scale 0.8 --seed 3", replace(MergeConfig.tsv_m(0.8), seed=3)),
+        ("--method iso_c --scale 0.5", MergeConfig.iso_c(0.5)),
+        ("--method ties --density 0.1", MergeConfig.ties(0.1, 1.0)),
+        ("--method ties --scale 0.5", MergeConfig.ties(0.2, 0.5)),
+        ("--method dare --density 0.5 --seed 2", replace(MergeConfig.dare(0.5, 0.3), seed=2)),
         ("--eta 0 --center --no-norm-match", MergeConfig.r2m(eta=0, center=True, norm_match=False)),
         ("--no-center --norm-match", MergeConfig.r2m()),
         ("--seed 0", MergeConfig.r2m()),
@@ -184,14 +195,13 @@ def test_a_point_makes_a_rank_a_ratio(configuration: Callable[..., dict[str, Any
 
 
 def test_every_field_of_the_configuration_is_an_option_of_r2m() -> None:
-    # core_mode belongs to task arithmetic.
-    assert METHODS["r2m"].options == set(MergeConfig().to_dict()) - {"core_mode"}
+    assert METHODS["r2m"].options == set(MergeConfig().to_dict()) - OTHERS
     assert METHODS["r2m"].options | {"scale"} <= set(OPTIONS)
 
 
 def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None:
     for name, value in MergeConfig().to_dict().items():
-        if name in ("core_mode", "exclude"):
+        if name in (OTHERS | {"exclude"}) - {"density"}:
             continue
         text = OPTIONS[name].help
         if isinstance(value, bool):
@@ -201,7 +211,7 @@ def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None
         assert text is not None
         assert text.endswith(f"[default: {shown}]"), name
     for name, choices in _CHOICES.items():
-        if name != "core_mode":
+        if name not in OTHERS:
             kind = OPTIONS[name].type
             assert isinstance(kind, click.Choice)
             assert tuple(kind.choices) == choices

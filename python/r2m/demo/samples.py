@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from r2m.demo.camera import capture, capture_elsewhere, compress, store
 from r2m.demo.faces import PHOTOGRAPHS_EACH, Photographs, crop_face
-from r2m.demo.forgeries import TRAINED, UNSEEN, forge
+from r2m.demo.forgeries import TRAINED, UNSEEN, Forgery, forge
 from r2m.demo.resampling import Picture, clip, halve, smooth
 
 DEGRADATIONS = ("none", "blur", "noise", "compression", "half size", "contrast")
@@ -82,11 +82,12 @@ def make_forged(
     label: str,
     *,
     elsewhere: bool = False,
+    forgery: Forgery | None = None,
 ) -> Picture:
     """Forged pictures: as ``make_real``, with the forgery between crop and camera.
 
     Donors are other people among ``people``, so that no person crosses from one part of the split to another.
-    ``elsewhere`` also shifts the forgery's parameters.
+    ``elsewhere`` also shifts the forgery's parameters. ``forgery`` forges in place of the demo's of that name.
     """
     rng = _generator(seed, label, kind)
     camera = capture_elsewhere if elsewhere else capture
@@ -97,7 +98,11 @@ def make_forged(
                 other = people[(index + int(rng.integers(1, len(people)))) % len(people)]
                 donor = crop_face(photographs[other, rng.integers(PHOTOGRAPHS_EACH)], rng)
                 picture = crop_face(photographs[person, number], rng)
-                made.append(camera(forge(kind, picture, donor, rng, shifted=elsewhere), rng))
+                if forgery is None:
+                    forged = forge(kind, picture, donor, rng, shifted=elsewhere)
+                else:
+                    forged = forgery(picture, donor, rng)
+                made.append(camera(forged, rng))
     return np.stack(made)
 
 

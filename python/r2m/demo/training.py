@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from r2m.demo.networks import FEATURES, Detector, initialise, new_detector
+from r2m.demo.networks import Detector, initialise, new_detector
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import DEGRADATIONS, PretrainingSet
 
@@ -36,7 +36,13 @@ class Recipe:
     weight_decay: float = 0.01
 
 
-def train_base(data: PretrainingSet, recipe: Recipe, seed: int, progress: Progress) -> Detector:
+def train_base(
+    data: PretrainingSet,
+    recipe: Recipe,
+    seed: int,
+    progress: Progress,
+    new: Callable[[int], Detector] = new_detector,
+) -> Detector:
     """Train a backbone to tell rotation, degradation and identity, then give it a fresh real/fake head.
 
     Args:
@@ -44,15 +50,16 @@ def train_base(data: PretrainingSet, recipe: Recipe, seed: int, progress: Progre
         recipe: steps, batch and learning rate.
         seed: of the parameters and of the order of pictures.
         progress: called after each step.
+        new: makes the detector from the seed.
 
     Returns:
         A detector in evaluation mode: the trained backbone, and the head that every specialist starts from.
     """
-    detector = new_detector(seed)
+    detector = new(seed)
     people = int(data.identity.max()) + 1
     kinds = (4, len(DEGRADATIONS), people)
     with torch.device("meta"):
-        heads = nn.ModuleList([nn.Linear(FEATURES, count) for count in kinds])
+        heads = nn.ModuleList([nn.Linear(detector.head.in_features, count) for count in kinds])
     heads.to_empty(device="cpu")
     initialise(heads, torch.Generator().manual_seed(seed))
     pictures = torch.from_numpy(data.pictures)

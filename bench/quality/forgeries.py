@@ -1,0 +1,51 @@
+"""Three more forgery families that specialists can be trained on, beside the demo's; same form, same rules."""
+
+from __future__ import annotations
+
+import numpy as np
+from r2m.demo.forgeries import Forgery
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, smooth
+
+
+def feature_exchange(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """FE, face editing: one feature, eyes or mouth, of another person, in a small soft patch of matched tone."""
+    side = picture.shape[0]
+    eyes = rng.random() < 0.5
+    centre = (side * (0.42 if eyes else 0.72) + rng.uniform(-2.0, 2.0), side / 2 + rng.uniform(-2.0, 2.0))
+    axes = (rng.uniform(4.5, 6.5), rng.uniform(11.0, 14.0)) if eyes else (rng.uniform(5.0, 7.0), rng.uniform(8.0, 11.0))
+    mask = ellipse(side, centre, axes, rng.uniform(1.5, 3.0))
+    rows, columns = grid(side)
+    patch = bilinear(donor, rows + rng.uniform(-1.5, 1.5), columns + rng.uniform(-1.5, 1.5))
+    inside = mask > 0.5
+    toned = patch + rng.uniform(0.6, 0.95) * (picture[inside].mean() - patch[inside].mean())
+    return clip(picture * (1 - mask) + toned * mask)
+
+
+def noise_and_denoise(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """DD, diffusion: noised and denoised three times by a local Wiener filter, so that texture is made up anew."""
+    made = picture
+    for _ in range(3):
+        level = rng.uniform(0.02, 0.035)
+        noisy = made + rng.normal(0.0, level, made.shape).astype(np.float32)
+        mean = smooth(noisy, 1.2)
+        variance = np.maximum(smooth((noisy - mean) ** 2, 1.2) - level**2, 0.0)
+        made = mean + variance / (variance + level**2) * (noisy - mean)
+    low = smooth(made, 1.0)
+    detail, wanted = made - low, picture - smooth(picture, 1.0)
+    return clip(low + detail * (wanted.std() / max(float(detail.std()), 1e-4)))
+
+
+def retouching(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+    """RT, retouching: skin smoothed where it is nearly flat, edges kept and local contrast raised, in one ellipse."""
+    side = picture.shape[0]
+    low = smooth(picture, rng.uniform(1.2, 1.8))
+    detail = picture - low
+    limit = rng.uniform(0.03, 0.05)
+    flat = np.exp(-((smooth(np.abs(detail), 1.5) / limit) ** 2))
+    changed = low + (1 - 0.9 * flat) * detail * rng.uniform(1.05, 1.2)
+    centre = (side / 2 + rng.uniform(-2.0, 2.0), side / 2 + rng.uniform(-2.0, 2.0))
+    mask = ellipse(side, centre, (rng.uniform(16.0, 20.0), rng.uniform(13.0, 16.0)), rng.uniform(3.0, 5.0))
+    return clip(picture * (1 - mask) + changed * mask)
+
+
+FURTHER_FORGERIES: dict[str, Forgery] = {"FE": feature_exchange, "DD": noise_and_denoise, "RT": retouching}

@@ -1,0 +1,51 @@
+"""Which detectors are trained, on which seeds, and how many pictures judge them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from r2m.demo.settings import FULL
+from r2m.demo.training import Recipe
+
+# Everything is chosen on the first five (on their validation people) and confirmed once on the other five.
+DEVELOPMENT, FRESH = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+# Where up to six specialists are merged, and where something is wrong with one of them.
+MANY = (0, 1)
+MAIN = ("FS", "FR", "EFS")
+FURTHER = ("FE", "DD", "RT")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one architecture is trained; every specialist by the same recipe, the joint model three times as long."""
+
+    base: Recipe
+    specialist: Recipe
+    joint: Recipe
+    draws: int  # crops of each training photograph, real and for each forgery
+
+
+# The CNN's are the demo's, so that its first seed is this benchmark's first.
+TRAINING = {
+    "cnn": Training(FULL.base, FULL.specialist, FULL.joint, FULL.training_draws),
+    "vit": Training(
+        base=Recipe(steps=400, learning_rate=2e-3),
+        specialist=Recipe(steps=300, learning_rate=2e-3),
+        joint=Recipe(steps=900, learning_rate=2e-3),
+        draws=FULL.training_draws,
+    ),
+}
+VALIDATION_DRAWS = 2
+TEST_DRAWS = 2
+
+
+def training(architecture: str, quick: bool) -> Training:
+    """The recipes of an architecture; a third of the steps with ``quick``."""
+    full = TRAINING[architecture]
+    if not quick:
+        return full
+    short = {name: replace(getattr(full, name), steps=getattr(full, name).steps // 3) for name in _RECIPES}
+    return replace(full, **short)
+
+
+_RECIPES = ("base", "specialist", "joint")

@@ -1,0 +1,123 @@
+"""TIES and DARE: elements of the task vectors dropped before they are added (README §8). Streamed in blocks.
+
+No task vector is stored here either. The threshold of TIES is one number per expert over all tensors: the exact order
+statistic of |τ| as float32, from counts of the upper and then the lower half of its bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from r2m_kernels.config import MergeConfig
+from r2m_kernels.truncation import tensor_key
+
+BLOCK = 2**20  # elements of a tensor worked on at once
+HALF = 2**16
+
+
+class Magnitudes:
+    """Finds the magnitude below which a share of each expert's elements lies, in two passes over all tensors.
+
+    Args:
+        elements: of all tensors together.
+        density: share of elements to keep, the largest ones.
+        experts: N.
+    """
+
+    def __init__(self, elements: int, density: float, experts: int) -> None:
+        # The rank, from 1, of the smallest element that is kept: as the authors of TIES count it.
+        self._order = max(1, elements - int(elements * density))
+        self._counts = torch.zeros(experts, HALF, dtype=torch.int64)
+        self._lock = threading.Lock()
+        self._upper: list[int] | None = None
+        self._below = [0] * experts
+
+    def count(self, base: Tensor, experts: Sequence[Tensor]) -> None:
+        """Count one tensor's elements; from any thread, since sums of integers have no order."""
+        for theta, *thetas in _blocks(base, experts):
+            for j, other in enumerate(thetas):
+                bits = (other - theta).abs().float().view(torch.int32)
+                upper = bits >> 16
+                found = upper if self._upper is None else bits[upper == self._upper[j]] & (HALF - 1)
+                counts = torch.bincount(found, minlength=HALF).cpu()
+                with self._lock:
+                    self._counts[j] += counts
+
+    def narrow(self) -> None:
+        """After the first pass: only elements with the upper half of the threshold's bits matter now."""
+        self._upper = []
+        for j, counts in enumerate(self._counts):
+            upper, below = _nth(counts, self._order)
+            self._upper.append(upper)
+            self._below[j] = below
+        self._counts.zero_()
+
+    def thresholds(self) -> Tensor:
+        """After the second pass: (N,) float32, the smallest magnitude that is kept."""
+        assert self._upper is not None
+        pairs = zip(self._upper, self._counts, self._below, strict=True)
+        bits = [(upper << 16) + _nth(counts, self._order - below)[0] for upper, counts, below in pairs]
+        return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def _nth(counts: Tensor, order: int) -> tuple[int, int]:
+    """The bucket that holds element ``order`` (from 1), and how many lie in buckets below it."""
+    running = counts.cumsum(0)
+    bucket = int(torch.searchsorted(running, order))
+    return bucket, int(running[bucket] - counts[bucket])
+
+
+def combine(
+    name: str,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    out: Tensor,
+    weights: Tensor,
+    scale: float,
+    config: MergeConfig,
+    thresholds: Tensor | None,
+) -> None:
+    """θ₀ + scale · the mean of what is left of the task vectors, into ``out``.
+
+    Args:
+        name: of the tensor; random masks depend on (seed, name, shape) and the expert's place.
+        base, experts: θ₀ and N θ_j of one shape.
+        out: where to write.
+        weights: (N,) w, summing to 1.
+        scale: λ.
+        config: the rule and its density.
+        thresholds: (N,) of TIES.
+    """
+    generators = [
+        torch.Generator().manual_seed(tensor_key(config.seed, f"{name}\0{j}", base.shape or (1,)))
+        for j in range(len(experts))
+    ]
+    written = out.view(-1)
+    start = 0
+    for theta, *thetas in _blocks(base, experts):
+        rows = torch.stack([other - theta for other in thetas])
+        weight = weights.to(rows).unsqueeze(1)
+        if thresholds is not None:
+            rows *= rows.abs().float() >= thresholds.to(rows.device).unsqueeze(1)
+            sums = (rows * weight).sum(dim=0)
+            agree = rows * sums > 0
+            total = (agree * weight).sum(dim=0)
+            merged = (rows * weight * agree).sum(dim=0) / torch.where(total > 0, total, 1.0)
+        else:
+            kept = torch.stack([torch.rand(len(theta), generator=one) < config.density for one in generators])
+            merged = (rows * weight * kept.to(rows.device)).sum(dim=0) / config.density
+        written[start : start + len(theta)] = theta + scale * merged
+        start += len(theta)
+
+
+def _blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Base and experts flat, a block at a time, in float32 (float64 where one of them is)."""
+    tensors = [base, *experts]
+    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, base.numel(), BLOCK):
+        yield [tensor[start : start + BLOCK].to(dtype) for tensor in flat]

@@ -1,0 +1,187 @@
+"""Other methods in the engine's form: what defines each, beyond agreement with the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import checkpoints, distance, floating
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
+from r2m_kernels.elementwise import Magnitudes
+
+METHODS = {
+    "R2M": MergeConfig.r2m(),
+    "STAR": MergeConfig.star(),
+    "TSV-M": MergeConfig.tsv_m(0.8),
+    "Iso-C": MergeConfig.iso_c(0.8),
+    "TIES": MergeConfig.ties(0.3, 0.9),
+    "DARE": MergeConfig.dare(0.5, 0.3),
+}
+# A repeated expert is one of twice the weight; but TSV-M gives each its own directions, and DARE its own mask.
+REPEATABLE = {
+    "R2M": MergeConfig.r2m(svd="exact"),
+    "R2M, centred": MergeConfig.r2m(svd="exact", center=True, residual="own"),
+    "weight average": MergeConfig.weight_average(),
+    "CART": MergeConfig.cart(0.2, 0.5).replace(svd="exact", eta_mode="constant"),
+    "STAR": MergeConfig.star(),
+    "TIES": MergeConfig.ties(0.3, 0.9),
+}
+
+
+def change(base, merged, name):
+    return (merged[name].double() - base[name].double()).flatten(1)
+
+
+@pytest.mark.parametrize("name", REPEATABLE)
+def test_a_weight_of_two_is_the_expert_twice(name):
+    base, (first, second) = checkpoints(2, dtype=torch.float64, scales=[1.0, 1.4])
+    config = REPEATABLE[name]
+    twice = merge(base, [first, first, second], config)
+    weighted = merge(base, [first, second], config, weights=(2, 1))
+    equal = merge(base, [first, second], config)
+    assert distance(twice, weighted) <= 1e-6 * distance(base, weighted)
+    assert distance(twice, equal) > 1e-2 * distance(base, equal)
+
+
+@given(weights=st.lists(st.floats(0.1, 10), min_size=3, max_size=3), factor=st.floats(0.01, 100))
+def test_only_the_ratios_of_weights_matter(weights, factor):
+    base, experts = checkpoints(3, dtype=torch.float64)
+    one = merge(base, experts, weights=tuple(weights), svd="exact")
+    other = merge(base, experts, weights=tuple(factor * weight for weight in weights), svd="exact")
+    assert distance(one, other) <= 1e-9 * distance(base, one)
+
+
+def test_weights_are_one_per_expert():
+    base, experts = checkpoints(2)
+    with pytest.raises(InvalidInput, match=r"^weights: expected 2, got 3$"):
+        merge(base, experts, weights=(1, 1, 1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_order_of_tensors_and_the_number_of_threads_change_no_bit(name, backend):
+    base, experts = checkpoints(3)
+    turned = [dict(reversed(state.items())) for state in (base, *experts)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = merge(base, experts, METHODS[name], backend=backend)
+        torch.set_num_threads(2)
+        other = merge(turned[0], turned[1:], METHODS[name], backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one[key], other[key]) for key in base)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_16_bit_checkpoints_and_one_expert(name):
+    base, experts = checkpoints(1, dtype=torch.bfloat16)
+    merged = merge(base, experts, METHODS[name])
+    assert {key: tensor.dtype for key, tensor in merged.items()} == {key: tensor.dtype for key, tensor in base.items()}
+    assert all(torch.isfinite(tensor).all() for tensor in floating(merged).values())
+
+
+def test_tsv_m_makes_singular_vectors_of_all_experts_orthonormal():
+    base, experts = checkpoints(3)
+    change_of = change(base, merge(base, experts, MergeConfig.tsv_m().replace(svd="exact")), "encoder.weight")
+    rank = 67 // 3
+    expected = [torch.linalg.svdvals(change(base, expert, "encoder.weight"))[:rank] for expert in experts]
+    found = torch.linalg.svdvals(change_of)[: 3 * rank]
+    assert torch.allclose(found, torch.cat(expected).sort(descending=True).values, rtol=1e-4, atol=1e-6)
+
+
+def test_iso_c_makes_singular_values_equal():
+    base, experts = checkpoints(3)
+    total = sum(change(base, expert, "encoder.weight") for expert in experts)
+    found = torch.linalg.svdvals(change(base, merge(base, experts, MergeConfig.iso_c(0.5)), "encoder.weight"))
+    assert torch.allclose(found, torch.full_like(found, 0.5 * float(torch.linalg.svdvals(total).mean())), rtol=1e-5)
+
+
+def test_star_keeps_the_nuclear_norm_in_few_components():
+    base, (expert,) = checkpoints(1)
+    whole = torch.linalg.svdvals(change(base, expert, "encoder.weight"))
+    merged = torch.linalg.svdvals(change(base, merge(base, [expert], MergeConfig.star(0.5)), "encoder.weight"))
+    needed = int((whole.cumsum(0) < 0.5 * whole.sum()).sum()) + 1
+    assert 1 < needed < len(whole)
+    assert int((merged > 1e-4 * merged[0]).sum()) == needed
+    assert math.isclose(merged[:needed].sum(), whole.sum(), rel_tol=1e-5)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    density=st.floats(0.01, 1.0),
+    ties=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_thresholds_are_the_exact_order_statistic_over_all_tensors(sizes, density, ties, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(2, size, generator=generator) for size in sizes]
+    if ties:
+        tensors = [(2 * tensor).round() / 2 for tensor in tensors]
+    elements = sum(sizes)
+    magnitudes = Magnitudes(elements, density, 2)
+    for _ in range(2):
+        for tensor in tensors:
+            magnitudes.count(torch.zeros(tensor.shape[1]), list(tensor))
+        if magnitudes._upper is None:
+            magnitudes.narrow()
+    expected = torch.cat(tensors, dim=1).abs().sort(dim=1).values[:, max(1, elements - int(elements * density)) - 1]
+    assert torch.equal(magnitudes.thresholds(), expected)
+
+
+def test_dare_keeps_its_share_and_is_right_on_average():
+    shape = {"w": (200, 300)}
+    base, experts = checkpoints(2, shapes=shape, dtype=torch.float64)
+    full = merge(base, experts, MergeConfig.task_arithmetic(0.5))["w"] - base["w"]
+    total, seeds = torch.zeros_like(full), 200
+    for seed in range(seeds):
+        total += merge(base, experts, MergeConfig.dare(0.25, 0.5).replace(seed=seed))["w"] - base["w"]
+    one = merge(base, experts[:1], MergeConfig.dare(0.25, 0.5))["w"] - base["w"]
+    kept = float((one != 0).double().mean())
+    assert abs(kept - 0.25) < 4 * math.sqrt(0.25 * 0.75 / one.numel())
+    # Each element's variance is (1/d − 1) Σ τ²·scale²; the mean of 200 seeds is off by a root of 200 less.
+    spread = 0.5 * sum((expert["w"] - base["w"]).square() for expert in experts).sqrt() * math.sqrt(3 / seeds)
+    error = (total / seeds - full) / spread
+    assert abs(float(error.square().mean()) - 1) < 0.05
+
+
+def test_dare_drops_other_elements_of_every_expert_and_tensor():
+    base, (expert, _) = checkpoints(2, shapes={"a": (50, 60), "b": (50, 60)})
+    config = MergeConfig.dare(0.5, 1.0)
+    both = merge(base, [expert, expert], config)
+    counts = ((both["a"] - base["a"]) / (expert["a"] - base["a"])).round().unique()
+    assert counts.tolist() == [0.0, 2.0, 4.0]
+    one = merge(base, [expert], config)
+    assert not torch.equal(one["a"] == base["a"], one["b"] == base["b"])
+
+
+@pytest.mark.parametrize("name", ["STAR", "TSV-M"])
+def test_a_mapped_analysis_has_one_rank(name):
+    base, experts = checkpoints(3)
+    analysis = analyze(base, experts, METHODS[name])
+    assert floating(analysis.merge(eta=0.5)).keys() == floating(base).keys()
+    with pytest.raises(InvalidInput, match=r"^rank: this analysis was made with"):
+        analysis.merge(rank=0.05)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_reports_of_other_methods_hold_no_warnings_about_what_they_do_not_do(name):
+    base, experts = checkpoints(3)
+    report = analyze(base, experts, METHODS[name]).report()
+    assert report["warnings"] == []
+    for row in report["tensors"]:
+        if row["role"] == "matrix" and name in ("STAR", "TSV-M"):
+            assert row["kept_energy"] is None
+
+
+def test_ties_ignores_what_is_small_and_what_disagrees():
+    base = {"w": torch.zeros(2, 5)}
+    first = {"w": torch.tensor([[4.0, 0.1, -3.0, 1.0, 0.0], [0.2, 2.0, 0.3, 0.1, 0.0]])}
+    second = {"w": torch.tensor([[2.0, 0.2, 5.0, 0.1, 0.1], [0.2, -0.1, 0.2, 3.0, 0.1]])}
+    # Half stays, counted as the authors do: elements from the (10 − 5)-th smallest on, 0.2 in both.
+    expected = torch.tensor([[3.0, 0.2, 5.0, 1.0, 0.0], [0.2, 2.0, 0.25, 3.0, 0.0]])
+    assert torch.allclose(merge(base, [first, second], MergeConfig.ties(0.5, 1.0))["w"], expected)
