@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2m_kernels import _checks, combination, diagnostics, elementwise, gram, norm_matching, spectral_maps
+from r2m_kernels import (
+    _checks,
+    combination,
+    diagnostics,
+    elementwise,
+    gram,
+    norm_matching,
+    row_weights,
+    spectral_maps,
+    update_scale,
+)
 from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import deterministic
 from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
@@ -19,10 +29,12 @@ from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
 from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink, dtype_name
-from r2m_kernels.truncation import Factors, truncate_residuals
+from r2m_kernels.truncation import Factors, compute_dtype, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
-FREE_FIELDS = frozenset({"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match"})
+FREE_FIELDS = frozenset(
+    {"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"}
+)
 
 
 @dataclass(frozen=True)
@@ -270,11 +282,49 @@ class Analysis:
             weights = self.real_subspace.weights
             means = (self._engine.mean_of_experts(tensor, weights) for tensor in group.tensors)
             return _in_range(group.names, [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)])
+        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
+        outs = [
+            torch.empty(base.shape, dtype=dtype, device=base.device)
+            for base, dtype in zip(group.bases, dtypes, strict=True)
+        ]
+        if first.role == "matrix" and config.scale != "none":
+            for index in range(len(group.tensors)):
+                self._combine_scaled(group.single(index), config, residuals, outs[index])
+        else:
+            self._combine(group, config, residuals, outs)
+        return _in_range(group.names, outs)
+
+    def _combine_scaled(self, group: Group, config: MergeConfig, residuals: Residuals, out: Tensor) -> None:
+        """One matrix with its change scaled as a whole or by columns."""
+        if config.scale == "layer":
+            gain = update_scale.layer_gain(self._grams[group.names[0]], self.real_subspace.weights)
+            strength = residuals.strength
+            strength = replace(strength, core_scale=gain * strength.core_scale, eta=gain * strength.eta)
+            self._combine(group, config, replace(residuals, strength=strength), [out])
+            return
+        base, experts = group.inputs(0)
+        wide = torch.empty(out.shape, dtype=compute_dtype([base, *experts]), device=out.device)
+        self._combine(group, config, residuals, [wide])
+        update_scale.match_columns(base, experts, wide, self.real_subspace.core, out)
+
+    def _combine(self, group: Group, config: MergeConfig, residuals: Residuals, outs: list[Tensor]) -> None:
+        """Step 5 for tensors of one role, shape and rank."""
+        first = group.tensors[0]
         strength, scales, shares = residuals.strength, residuals.scales, self.real_subspace.weights
+        if config.elementwise != "none":
+            self._combine_elements(group, config, strength.core_scale, outs)
+            return
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
         left = right = scale = None
         if first.role == "vector":
             weights = combination.vector_coefficients(scales, shares, strength.core_scale, strength.eta)
+        elif config.row_power > 0:
+            rule = row_weights.RowRule(
+                strength.core_scale * core, mixing, shares, scales, strength.eta, config.row_power
+            )
+            for index, out in enumerate(outs):
+                row_weights.combine(*group.inputs(index), rule, out)
+            return
         elif self._kept_whole(first, config):
             weights = combination.full_rank_coefficients(
                 core, mixing, scales, shares, strength.core_scale, strength.eta
@@ -287,22 +337,13 @@ class Analysis:
                 left = _stacked([one.left.to(self.device).mT for one in factors]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
                 scale = strength.eta * shares * scales
-        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
-        outs = [
-            torch.empty(base.shape, dtype=dtype, device=base.device)
-            for base, dtype in zip(group.bases, dtypes, strict=True)
-        ]
-        if config.elementwise != "none":
-            self._combine_elements(group, config, strength.core_scale, outs)
-            return _in_range(group.names, outs)
         if first.role == "matrix" and config.core_spectrum == "flat":
             for index, out in enumerate(outs):
                 base, experts = group.inputs(index)
                 change = spectral_maps.flattened(base, experts, len(core) * weights)
                 out.copy_((base.double() + change.view(base.shape)).to(out.dtype))
-            return _in_range(group.names, outs)
+            return
         self._engine.backend.operators.combine(group.bases, group.experts, weights, left, right, scale, outs)
-        return _in_range(group.names, outs)
 
     def _combine_elements(self, group: Group, config: MergeConfig, core_scale: float, outs: list[Tensor]) -> None:
         for index, (name, out) in enumerate(zip(group.names, outs, strict=True)):

@@ -26,6 +26,12 @@ class MergeConfig:
         eta_mode: ``"relative"``: the residual term's norm is eta times the core's; ``"constant"``: η = eta;
             ``"core_norm"``: η = eta · ‖λ τ_core‖ (not scale-free); ``"sum"``: η = eta · N (CART).
         norm_match: rescale every specialist's residual to their mean norm.
+        row_power: p ≥ 0. 0: every specialist's residual counts alike. Above: in each row (output neuron) of a matrix it
+            counts in proportion to the p-th power of its length there; ``norm_match`` then applies to these weights
+            alone. Needs ``rank=1.0``, and no relative eta.
+        scale: what the change of a matrix is multiplied by at the end. ``"none"``: 1. ``"layer"``: (mean ‖τ_i‖ /
+            ‖mean τ‖)^½, a number per tensor. ``"column"``: a number per column, so that its length is the specialists'
+            mean one. Never more than 4.
         layer_weight: γ_l, ``"none"`` (1) or ``"frobenius"`` (1/‖A_l‖²_F).
         weights: one positive number per expert, or ``None`` for equal ones: an expert of weight 2 counts as two equal
             experts, as a merge of two should when it is merged again. Only their ratios matter.
@@ -67,6 +73,8 @@ class MergeConfig:
     eta: float = 0.6
     eta_mode: Literal["relative", "constant", "core_norm", "sum"] = "relative"
     norm_match: bool = True
+    row_power: float = 0.0
+    scale: Literal["none", "layer", "column"] = "none"
     layer_weight: Literal["none", "frobenius"] = "none"
     weights: tuple[float, ...] | None = None
     spectrum: Literal["truncate", "rescale", "orthogonal"] = "truncate"
@@ -90,6 +98,7 @@ class MergeConfig:
             _checks.boolean(field, getattr(self, field))
         normal(self, "core_scale", _checks.number("core_scale", self.core_scale))
         normal(self, "eta", _checks.number("eta", self.eta, minimum=0.0))
+        normal(self, "row_power", _checks.number("row_power", self.row_power, minimum=0.0))
         if self.tolerance is not None:
             normal(self, "tolerance", _checks.number("tolerance", self.tolerance, minimum=0.0))
         for field, minimum in (("power_iterations", 0), ("oversampling", 0), ("seed", None)):
@@ -102,6 +111,7 @@ class MergeConfig:
             normal(self, "weights", _checks.weights("weights", self.weights))
         if self.spectrum == "rescale" and isinstance(self.rank, int):
             raise InvalidInput(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
+        self._check_row_power()
         if self.elementwise != "none" and (self.eta != 0 or self.real_rank is not None or self.core_spectrum != "keep"):
             raise InvalidInput(
                 f"elementwise: '{self.elementwise}' has neither residuals nor subspace; expected eta=0, real_rank=None "
@@ -109,10 +119,36 @@ class MergeConfig:
                 f"core_spectrum='{self.core_spectrum}'"
             )
 
+    def _check_row_power(self) -> None:
+        if self.row_power == 0:
+            return
+        if not (isinstance(self.rank, float) and self.rank == 1 and self.spectrum == "truncate"):
+            raise InvalidInput(
+                f"row_power: weighs whole residuals; expected rank=1.0 and spectrum='truncate', got rank={self.rank}, "
+                f"spectrum='{self.spectrum}'"
+            )
+        if self.eta_mode == "relative":
+            raise InvalidInput("row_power: expected eta_mode 'constant', 'core_norm' or 'sum', got 'relative'")
+        if self.core_spectrum != "keep":
+            raise InvalidInput(f"row_power: expected core_spectrum='keep', got '{self.core_spectrum}'")
+
     @classmethod
     def r2m(cls, **overrides: Any) -> MergeConfig:
         """R²M (arXiv 2509.24367) with the defaults of this package; ``overrides`` are fields."""
         return cls().replace(**overrides)
+
+    @classmethod
+    def r2m_paper(cls, **overrides: Any) -> MergeConfig:
+        """R²M as summaries of the paper and the authors' public script have it; ``overrides`` are fields.
+
+        Settled: the top right singular vector of the task vectors as the Real subspace, residuals truncated layer by
+        layer, one norm per specialist, heads averaged. Uncertain, since the paper's body was not at hand: centring
+        (summaries have it, the script does not), residuals as τ_i − Πτ_i (the script: τ_i − core), the rank (0.05, 0.1
+        and 0.2 occur in the script's file names), and η (the script: 0.4, 0.6 or 0.8 times ‖core‖, which is not
+        scale-free). docs/quality.md has what these settings did here.
+        """
+        settings = {"center": True, "residual": "own", "rank": 0.1, "eta": 0.6, "eta_mode": "core_norm"}
+        return cls(norm_match=True, real_rank=1).replace(**{**settings, **overrides})
 
     @classmethod
     def weight_average(cls) -> MergeConfig:
@@ -213,6 +249,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_mode": ("mean", "sum"),
     "eta_mode": ("relative", "constant", "core_norm", "sum"),
     "layer_weight": ("none", "frobenius"),
+    "scale": ("none", "layer", "column"),
     "spectrum": ("truncate", "rescale", "orthogonal"),
     "core_spectrum": ("keep", "flat"),
     "elementwise": ("none", "ties", "dare"),

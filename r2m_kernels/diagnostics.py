@@ -41,7 +41,8 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
     mean_norm = float((real.weights @ gram @ real.weights).clamp_min(0).sqrt())
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
-    residual_term = strength.eta * strength.residual_norm
+    # With weights by row the residual term is made as the rows pass: nobody knows its norm before.
+    residual_term = strength.eta * strength.residual_norm if config.row_power == 0 else None
     with_residuals = config.eta != 0
     numbers: dict[str, Any] = {
         "versions": {
@@ -80,7 +81,9 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
             "scales": _by_name(names, residuals.scales) if with_residuals else None,
             "eta_used": strength.eta,
             "norm": residual_term if with_residuals else 0.0,
-            "norm_ratio_to_core": residual_term / strength.core_norm if strength.core_norm > 0 else None,
+            "norm_ratio_to_core": (
+                residual_term / strength.core_norm if residual_term is not None and strength.core_norm > 0 else None
+            ),
         },
         "tensors": tensor_rows(analysis, config, inner),
         "tied": dict(analysis.plan.aliases),

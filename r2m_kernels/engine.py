@@ -82,6 +82,11 @@ class Group:
         """One tensor's: the base's and the experts'."""
         return self.bases[index], [expert[index] for expert in self.experts]
 
+    def single(self, index: int) -> Group:
+        """A group of one of its tensors, with its inputs."""
+        base, experts = self.inputs(index)
+        return Group([self.tensors[index]], [base], [[expert] for expert in experts])
+
 
 class Engine:
     """Reads tensors, moves them to the device and hands them to a step."""

@@ -34,6 +34,8 @@ def merge(
     core_spectrum: str = "keep",
     elementwise: str = "none",
     density: float = 0.2,
+    row_power: float = 0.0,
+    scale: str = "none",
 ) -> dict[str, Tensor]:
     """Merge state dicts; options mean what :class:`r2m_kernels.MergeConfig` says, with an exact SVD; no ``"dare"``.
 
@@ -161,7 +163,27 @@ def merge(
                 shape = floating[name].shape
                 u, s, vh = torch.linalg.svd(count * shared.reshape(shape[0], -1), full_matrices=False)
                 shared = (s.mean() * u @ vh).reshape(-1)
-            update = lam * shared + strength * ((share * scales) @ kept[name])
+            term = (share * scales) @ kept[name]
+            if row_power > 0 and name in matrices:
+                rows = kept[name].reshape(count, floating[name].shape[0], -1)
+                lengths = scales[:, None] * rows.norm(dim=2)
+                lengths = lengths / lengths.max(0).values.clamp_min(1e-300)
+                lengths[:, lengths.sum(0) == 0] = 1.0
+                counts = share[:, None] * lengths**row_power
+                counts = counts / counts.sum(0)
+                term = (counts[..., None] * rows).sum(0).reshape(-1)
+            update = lam * shared + strength * term
+        if name in matrices and scale == "layer":
+            mean_length, length_of_mean = share @ tau[name].norm(dim=1), (share @ tau[name]).norm()
+            if mean_length > 0:
+                update = update * (mean_length / torch.maximum(length_of_mean, mean_length / 16)) ** 0.5
+        elif name in matrices and scale == "column":
+            of_experts = tau[name].reshape(count, floating[name].shape[0], -1).norm(dim=1)
+            of_update = update.reshape(floating[name].shape[0], -1)
+            wanted = core.abs() @ of_experts / core.abs().sum()
+            reached = of_update.norm(dim=0)
+            factors = torch.where(reached > 0, wanted / reached.clamp_min(1e-300), 1.0).clamp_max(4)
+            update = (of_update * factors).reshape(-1)
         merged[name] = floating[name] + update.reshape(floating[name].shape)
     return merged
 

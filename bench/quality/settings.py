@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from r2m.demo.settings import FULL
 from r2m.demo.training import Recipe
 
-# Everything is chosen on the first five (on their validation people) and confirmed once on the other five.
-DEVELOPMENT, FRESH = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+# Everything is chosen on the first five (on their validation people) and confirmed once on the other five. Seed 5 was
+# looked at while this benchmark was written, and is neither.
+DEVELOPMENT, FRESH = (0, 1, 2, 3, 4), (6, 7, 8, 9, 10)
 # Where up to six specialists are merged, and where something is wrong with one of them.
 MANY = (0, 1)
 MAIN = ("FS", "FR", "EFS")
@@ -35,8 +36,7 @@ TRAINING = {
         draws=FULL.training_draws,
     ),
 }
-VALIDATION_DRAWS = 2
-TEST_DRAWS = 2
+VALIDATION_DRAWS, TEST_DRAWS = 4, 2  # crops of each photograph that judge; one with ``quick``
 
 
 def training(architecture: str, quick: bool) -> Training:

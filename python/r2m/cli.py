@@ -203,6 +203,21 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     default=None,
     help="Scale all experts' residuals to one norm first.  [default: norm-match]",
 )
+@_option(
+    _STRENGTH,
+    "--row-power",
+    type=float,
+    metavar="P",
+    help="In each row of a matrix, weigh an expert's residual by the P-th power of its length there; 0: all alike. "
+    "Needs --rank 1.0 and another --eta-mode than relative.  [default: 0]",
+)
+@_option(
+    _STRENGTH,
+    "--scale-by",
+    type=_choice("none", "layer", "column"),
+    help="Lengthen the change of each matrix towards the experts' own: as a whole, or column by column.  "
+    "[default: none]",
+)
 @_option(_RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
 @_option(
     _RUN,

@@ -17,7 +17,20 @@ if TYPE_CHECKING:
 _COMMON = frozenset({"extra"})
 _RANDOMIZED = frozenset({"svd", "power_iterations", "oversampling", "tolerance", "seed"})
 _TRUNCATION = _RANDOMIZED | {"rank", "exclude"}
-_R2M = frozenset({"real_rank", "center", "residual", "core_scale", "eta", "eta_mode", "norm_match", "layer_weight"})
+_R2M = frozenset(
+    {
+        "real_rank",
+        "center",
+        "residual",
+        "core_scale",
+        "eta",
+        "eta_mode",
+        "norm_match",
+        "row_power",
+        "layer_weight",
+        "scale_by",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,8 @@ class Method:
 
     Attributes:
         title: the method in a few words, with its source.
-        options: the options it uses, by their names in :class:`r2m_kernels.MergeConfig`, and ``scale``.
+        options: the options it uses, by their names in :class:`r2m_kernels.MergeConfig`; but ``scale`` is the
+            method's own factor, and the field of that name is called ``scale_by``.
         scale: default of ``scale``; None where it is not used.
     """
 
@@ -37,7 +51,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "r2m": Method("R²M (arXiv 2509.24367)", _COMMON | _TRUNCATION | _R2M),
-    "weight_average": Method("mean of the experts (model soups, arXiv 2203.05482)", _COMMON),
+    "weight_average": Method("mean of the experts (model soups, arXiv 2203.05482)", _COMMON | {"core_scale", "scale_by"}),
     # 0.3 is what the literature uses where the scale is not tuned.
     "task_arithmetic": Method("base + scale · sum of task vectors (arXiv 2212.04089)", _COMMON | {"scale"}, scale=0.3),
     # Untuned: 1 adds every truncated residual as it is.
@@ -78,7 +92,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
 
     Args:
         method: a key of :data:`METHODS`.
-        options: fields of :class:`r2m_kernels.MergeConfig`, and ``scale``; those absent have their defaults.
+        options: fields of :class:`r2m_kernels.MergeConfig`, and ``scale`` and ``scale_by``; those absent have their defaults.
 
     Raises:
         InvalidInput: an unknown method, an option that the method does not use, or a bad value.
@@ -93,6 +107,8 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
             raise InvalidInput(f"{_flag(name)}: not used by the method '{method}', which uses {used}")
     fields = dict(options)
     scale = fields.pop("scale", METHODS[method].scale)
+    if "scale_by" in fields:
+        fields["scale"] = fields.pop("scale_by")
     if scale is not None:
         scale = _checks.number("scale", scale)
     if method == "task_arithmetic":

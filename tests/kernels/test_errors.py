@@ -54,6 +54,21 @@ def message(error):
             "elementwise: 'ties' has neither residuals nor subspace; expected eta=0, real_rank=None and "
             "core_spectrum='keep', got eta=0.6, real_rank=1, core_spectrum='keep'",
         ),
+        ({"row_power": -1}, "row_power: expected a finite number of at least 0, got -1"),
+        (
+            {"row_power": 2, "rank": 1, "eta_mode": "constant"},
+            "row_power: weighs whole residuals; expected rank=1.0 and spectrum='truncate', got rank=1, "
+            "spectrum='truncate'",
+        ),
+        (
+            {"row_power": 2, "rank": 1.0, "eta_mode": "relative"},
+            "row_power: expected eta_mode 'constant', 'core_norm' or 'sum', got 'relative'",
+        ),
+        (
+            {"row_power": 2, "rank": 1.0, "eta_mode": "sum", "core_spectrum": "flat"},
+            "row_power: expected core_spectrum='keep', got 'flat'",
+        ),
+        ({"scale": "row"}, "scale: expected one of 'none', 'layer', 'column', got 'row'"),
         ({"rnak": 0.1}, "unknown option 'rnak'; did you mean 'rank'?"),
     ],
 )

@@ -19,6 +19,12 @@ CONFIGS = {
     "no matching, scaled core": {"norm_match": False, "core_scale": 1.3},
     "frobenius": {"layer_weight": "frobenius", "real_rank": 2, "center": True},
     "excluded": {"exclude": ("conv*", "tall.weight")},
+    "rows": {"rank": 1.0, "eta_mode": "constant", "eta": 0.9, "row_power": 2.0, "core_scale": 1.2},
+    "rows, own": {"rank": 1.0, "eta_mode": "constant", "row_power": 3.5, "residual": "own", "norm_match": False},
+    "rows of task vectors": {"rank": 1.0, "eta_mode": "constant", "row_power": 4, "real_rank": 0},
+    "layers scaled": {"scale": "layer"},
+    "columns scaled": {"scale": "column"},
+    "rows, columns scaled": {"rank": 1.0, "eta_mode": "constant", "row_power": 1.0, "scale": "column"},
     "weight average": MergeConfig.weight_average().to_dict(),
     "task arithmetic": MergeConfig.task_arithmetic(0.4).to_dict(),
     "CART": MergeConfig.cart(rank=0.2, scale=0.7).to_dict(),
@@ -28,7 +34,21 @@ CONFIGS = {
     "TIES": MergeConfig.ties(0.3, 0.7).to_dict(),
     "TIES, everything kept": MergeConfig.ties(1.0, 1.2).to_dict(),
 }
-WEIGHTED = ("default", "centred", "own", "full rank", "CART", "weight average", "STAR", "TSV-M", "Iso-C", "TIES")
+WEIGHTED = (
+    "default",
+    "centred",
+    "own",
+    "full rank",
+    "CART",
+    "weight average",
+    "STAR",
+    "TSV-M",
+    "Iso-C",
+    "TIES",
+    "rows",
+    "layers scaled",
+    "columns scaled",
+)
 ENGINE_ONLY = ("svd", "power_iterations", "oversampling", "tolerance", "seed", "extra")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels.elementwise import Magnitudes
 
+ROWS = MergeConfig.r2m(rank=1.0, eta_mode="constant", eta=1.0, row_power=2.0, core_scale=1.2)
 METHODS = {
     "R2M": MergeConfig.r2m(),
     "STAR": MergeConfig.star(),
@@ -20,6 +21,9 @@ METHODS = {
     "Iso-C": MergeConfig.iso_c(0.8),
     "TIES": MergeConfig.ties(0.3, 0.9),
     "DARE": MergeConfig.dare(0.5, 0.3),
+    "R2M, rows": ROWS,
+    "R2M, layers scaled": MergeConfig.r2m(scale="layer"),
+    "R2M, columns scaled": MergeConfig.r2m(scale="column"),
 }
 # A repeated expert is one of twice the weight; but TSV-M gives each its own directions, and DARE its own mask.
 REPEATABLE = {
@@ -29,6 +33,9 @@ REPEATABLE = {
     "CART": MergeConfig.cart(0.2, 0.5).replace(svd="exact", eta_mode="constant"),
     "STAR": MergeConfig.star(),
     "TIES": MergeConfig.ties(0.3, 0.9),
+    "R2M, rows": ROWS,
+    "R2M, layers scaled": MergeConfig.r2m(svd="exact", scale="layer"),
+    "R2M, columns scaled": MergeConfig.r2m(svd="exact", scale="column"),
 }
 
 
@@ -185,3 +192,51 @@ def test_ties_ignores_what_is_small_and_what_disagrees():
     # Half stays, counted as the authors do: elements from the (10 − 5)-th smallest on, 0.2 in both.
     expected = torch.tensor([[3.0, 0.2, 5.0, 1.0, 0.0], [0.2, 2.0, 0.25, 3.0, 0.0]])
     assert torch.allclose(merge(base, [first, second], MergeConfig.ties(0.5, 1.0))["w"], expected)
+
+
+def test_row_power_gives_every_row_to_the_expert_that_changed_it():
+    base = {"w": torch.zeros(3, 2), "b": torch.zeros(3)}
+    first = {"w": torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([1.0, 0.0, 0.0])}
+    second = {"w": torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]), "b": torch.zeros(3)}
+    # No subspace: residuals are the task vectors. Lengths 2 and 1 squared are 4 to 1; a row that nobody changed stays.
+    config = MergeConfig(rank=1.0, real_rank=0, eta=1.0, eta_mode="constant", row_power=2.0, norm_match=False)
+    merged = merge(base, [first, second], config)
+    assert torch.allclose(merged["w"], torch.tensor([[1.6, 0.2], [0.0, 1.0], [0.0, 0.0]]))
+    assert torch.allclose(merged["b"], torch.tensor([0.5, 0.0, 0.0]))
+    # Norms over all tensors, 5^½ and ½ for the bias's deviations from their mean: matching divides the lengths by them.
+    ratio = (2 * math.sqrt(2.25)) ** 2 / (1 * math.sqrt(5.25)) ** 2
+    matched = merge(base, [first, second], config, norm_match=True)
+    assert torch.allclose(matched["w"][0], torch.tensor([2 * ratio, 1.0]) / (ratio + 1))
+
+
+@pytest.mark.parametrize("power", [1.0, 40.0, 1e6])
+def test_no_power_leaves_the_range_of_numbers(power):
+    base, experts = checkpoints(3, scales=[1e-12, 1.0, 1e3])
+    merged = merge(base, experts, ROWS, row_power=power, norm_match=False)
+    assert all(torch.isfinite(tensor).all() for tensor in floating(merged).values())
+
+
+def test_scaled_columns_are_as_long_as_the_experts_own():
+    base, experts = checkpoints(3)
+    analysis = analyze(base, experts, scale="column")
+    lengths = torch.stack([change(base, expert, "encoder.weight").norm(dim=0) for expert in experts])
+    core = analysis.real_subspace.core.abs()
+    found = change(base, analysis.merge(), "encoder.weight").norm(dim=0)
+    assert torch.allclose(found, core @ lengths / core.sum(), rtol=1e-4)
+
+
+def test_layers_are_scaled_by_half_of_what_averaging_lost():
+    base, experts = checkpoints(3, shared=0.0)
+    plain = change(base, merge(base, experts, MergeConfig.weight_average()), "encoder.weight")
+    scaled = change(base, merge(base, experts, MergeConfig.weight_average(), scale="layer"), "encoder.weight")
+    lengths = torch.stack([change(base, expert, "encoder.weight").norm() for expert in experts])
+    assert torch.allclose(scaled, (lengths.mean() / plain.norm()).sqrt() * plain, rtol=1e-5, atol=1e-7)
+    assert scaled.norm() > 1.1 * plain.norm()
+
+
+@pytest.mark.parametrize("mode", ["layer", "column"])
+def test_experts_that_cancel_are_not_blown_up(mode):
+    base, (first,) = checkpoints(1, shapes={"w": (40, 30)})
+    second = {"w": 2 * base["w"] - first["w"] * (1 + 1e-6)} | {"steps": base["steps"]}
+    merged = merge(base, [first, second], MergeConfig.weight_average(), scale=mode)
+    assert distance(base, merged) < 1e-5 * distance(base, first) * 2

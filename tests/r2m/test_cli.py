@@ -137,7 +137,7 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
     words = (
         "--real-rank 2 --center --residual own --core-scale 1.5 --layer-weight frobenius --exclude a* "
         "--exclude *.b --rank 16 --svd exact --power-iterations 3 --oversampling 4 --tolerance 0.01 --seed 7 "
-        "--eta 0.3 --eta-mode constant --no-norm-match --extra drop"
+        "--eta 0.3 --eta-mode constant --no-norm-match --extra drop --scale-by layer"
     )
     assert configuration(*words.split())["config"] == MergeConfig(
         real_rank=2,
@@ -156,6 +156,7 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         eta_mode="constant",
         norm_match=False,
         extra="drop",
+        scale="layer",
     )
 
 
@@ -178,6 +179,8 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         ("--eta 0 --center --no-norm-match", MergeConfig.r2m(eta=0, center=True, norm_match=False)),
         ("--no-center --norm-match", MergeConfig.r2m()),
         ("--seed 0", MergeConfig.r2m()),
+        ("--rank 1.0 --eta-mode constant --row-power 2", MergeConfig.r2m(rank=1.0, eta_mode="constant", row_power=2.0)),
+        ("--method weight_average --scale-by column", replace(MergeConfig.weight_average(), scale="column")),
     ],
 )
 def test_methods(configuration: Callable[..., dict[str, Any]], words: str, config: MergeConfig) -> None:
@@ -195,7 +198,8 @@ def test_a_point_makes_a_rank_a_ratio(configuration: Callable[..., dict[str, Any
 
 
 def test_every_field_of_the_configuration_is_an_option_of_r2m() -> None:
-    assert METHODS["r2m"].options == set(MergeConfig().to_dict()) - OTHERS
+    fields = {"scale_by" if name == "scale" else name for name in MergeConfig().to_dict()}
+    assert METHODS["r2m"].options == fields - OTHERS
     assert METHODS["r2m"].options | {"scale"} <= set(OPTIONS)
 
 
@@ -203,7 +207,7 @@ def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None
     for name, value in MergeConfig().to_dict().items():
         if name in (OTHERS | {"exclude"}) - {"density"}:
             continue
-        text = OPTIONS[name].help
+        text = OPTIONS["scale_by" if name == "scale" else name].help
         if isinstance(value, bool):
             shown = ("" if value else "no-") + name.replace("_", "-")
         else:
@@ -212,7 +216,7 @@ def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None
         assert text.endswith(f"[default: {shown}]"), name
     for name, choices in _CHOICES.items():
         if name not in OTHERS:
-            kind = OPTIONS[name].type
+            kind = OPTIONS["scale_by" if name == "scale" else name].type
             assert isinstance(kind, click.Choice)
             assert tuple(kind.choices) == choices
     assert isinstance(OPTIONS["dtype"].type, click.Choice)
@@ -221,7 +225,7 @@ def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "r2m"])
 def test_an_option_that_a_method_does_not_use_is_refused(method: str) -> None:
-    values = {**MergeConfig().to_dict(), "scale": 1.0}
+    values = {**MergeConfig().to_dict(), "scale": 1.0, "scale_by": "none"}
     for name in METHODS["r2m"].options | {"scale"}:
         if name in METHODS[method].options:
             make_config(method, {name: values[name]})
@@ -348,7 +352,7 @@ BAD_INPUT = {
     ),
     "unused option": (
         FILES.format("fs.safetensors") + " --method weight_average --eta 1",
-        "--eta: not used by the method 'weight_average', which uses --extra",
+        "--eta: not used by the method 'weight_average', which uses --core-scale, --extra, --scale-by",
     ),
     "size": (
         FILES.format("fs.safetensors") + " --max-shard-size 5XB",

@@ -1,0 +1,295 @@
+"""Beyond the table: sweeps, more specialists, something wrong with one of them, features, heads, identities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from r2m.demo.evaluation import Scores, ensemble, group_auc, score_group
+from r2m.demo.resampling import Picture
+from r2m.demo.samples import Group
+from r2m_kernels import MergeConfig, analyze, merge
+from torch import Tensor
+
+from bench.quality import settings
+from bench.quality.groups import all_families, test_groups, validation_group
+from bench.quality.methods import Method, apply
+from bench.quality.models import Models, Run, StateDict
+from bench.quality.networks import load_state
+
+RANKS = (0.05, 0.1, 0.2, 0.4, 1.0)
+STRENGTHS = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5)
+SCALES = (0.6, 0.8, 1.0, 1.2, 1.4, 1.7)
+ORDERS = 2  # in which six specialists are added one at a time
+UNEQUAL = 3.0  # times the norm of one specialist's task vector
+
+Numbers = dict[str, Any]
+
+
+def sweeps(run: Run) -> Numbers:
+    """AUC over rank, η and scale, in-distribution and unseen: curves to look at, not to choose from."""
+    base, experts = _trained(run)
+    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
+    curves: dict[str, list[tuple[float, MergeConfig]]] = {
+        "rank": [(value, MergeConfig.r2m(rank=value)) for value in RANKS],
+        "eta": [(value, MergeConfig.r2m(eta=value)) for value in STRENGTHS],
+        "scale": [(value, MergeConfig.r2m(core_scale=value)) for value in SCALES],
+        "scale of the average": [(value, MergeConfig.weight_average().replace(core_scale=value)) for value in SCALES],
+    }
+    return {
+        name: [[value, _aucs(run, merge(base, experts, config), groups)] for value, config in curve]
+        for name, curve in curves.items()
+    }
+
+
+def many(run: Run, chosen: Mapping[str, Method]) -> Numbers:
+    """One to six specialists, in several orders: mean AUC over all six families, and over the unseen ones.
+
+    Args:
+        run: whose specialists.
+        chosen: row → method with its chosen candidate.
+    """
+    models = Models(run)
+    base = models.base()
+    experts = {kind: models.specialist(kind) for kind in settings.MAIN + settings.FURTHER}
+    groups = {"six families": all_families(run), "unseen": test_groups(run)["unseen"]}
+    scores = {kind: _scores(run, state, groups) for kind, state in experts.items()}
+    orders = [np.random.default_rng([run.seed, index]).permutation(list(experts)) for index in range(ORDERS)]
+    found: list[Numbers] = []
+    for index, count in itertools.product(range(ORDERS), range(1, len(experts) + 1)):
+        kinds = [str(kind) for kind in orders[index][:count]]
+        members = [experts[kind] for kind in kinds]
+        aucs = {"ensemble": {name: group_auc(ensemble([scores[kind][name] for kind in kinds])) for name in groups}}
+        for row, method in chosen.items():
+            aucs[row] = _aucs(run, _merge(method, base, members), groups)
+        found.append({"order": index, "experts": kinds, "auc": aucs, "report": _report(base, members)})
+    return {"merges": found}
+
+
+def robustness(run: Run, chosen: Mapping[str, Method]) -> Numbers:
+    """What one bad specialist does, and 16-bit storage: in-distribution and unseen AUC of each method."""
+    models = Models(run)
+    base, experts = _trained(run)
+    fs, fr, efs = experts
+    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
+    cases: dict[str, tuple[StateDict, list[StateDict]]] = {
+        "as trained": (base, experts),
+        "FR with shuffled labels": (base, [fs, models.shuffled("FR"), efs]),
+        f"FR's task vector × {UNEQUAL:g}": (base, [fs, _lengthened(base, fr), efs]),
+        "bfloat16 storage": (_bfloat16(base), [_bfloat16(expert) for expert in experts]),
+    }
+    if run.seed == settings.MANY[0]:
+        cases["FR trained ten times as long"] = (base, [fs, models.overtrained("FR"), efs])
+    found = {}
+    for case, (start, members) in cases.items():
+        scores = [_scores(run, _float32(member), groups) for member in members]
+        aucs = {"ensemble": {name: group_auc(ensemble([one[name] for one in scores])) for name in groups}}
+        for row, method in chosen.items():
+            aucs[row] = _aucs(run, _float32(_merge(method, start, members)), groups)
+        found[case] = {"auc": aucs, "report": _report(start, members)}
+    return found
+
+
+def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
+    """What the report says of good and bad merges by the default, without data, beside how bad they are.
+
+    Pairs and all three; one whose update is too long; and one that was fine-tuned from another base, which is the
+    mistake that names and shapes cannot show.
+
+    Args:
+        run: whose specialists.
+        elsewhere: a run of the same architecture, whose specialist is the stranger.
+    """
+    base, experts = _trained(run)
+    groups = {"in-distribution": test_groups(run)["in-distribution"]}
+    known = dict(zip(settings.MAIN, experts, strict=True))
+    stranger = Models(elsewhere).specialist("FR")
+    cases = {"+".join(kinds): [known[kind] for kind in kinds] for kinds in itertools.combinations(settings.MAIN, 2)}
+    cases["+".join(settings.MAIN)] = experts
+    cases[f"FR's update × {UNEQUAL:g}"] = [experts[0], _lengthened(base, experts[1]), experts[2]]
+    cases["FR of another base"] = [experts[0], stranger, experts[2]]
+    found = []
+    for case, members in cases.items():
+        together = ensemble([_scores(run, member, groups)["in-distribution"] for member in members])
+        merged = _aucs(run, merge(base, members, MergeConfig.r2m()), groups)["in-distribution"]
+        found.append({"case": case, "shortfall": group_auc(together) - merged, "report": _report(base, members)})
+    return found
+
+
+def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
+    """The paper's analysis: how alike features are between models, and how far apart Real and Fake lie.
+
+    Cosines are of a picture's features in two models, each minus that model's mean over all pictures. ``separation``:
+    distance of the means of Fake and Real along their common direction, over the standard deviation along it;
+    ``off axis``: standard deviation of what lies across that direction, a dimension, over the same distance.
+    """
+    base, experts = _trained(run)
+    states = {"base": base, **dict(zip(settings.MAIN, experts, strict=True)), **merged}
+    group = test_groups(run)["in-distribution"]
+    real = {name: _features(run, state, group.real) for name, state in states.items()}
+    forged = np.concatenate(list(group.forged.values()))
+    fake = {name: _features(run, state, forged) for name, state in states.items()}
+    names = list(states)
+    middle = {name: torch.cat([real[name], fake[name]]).mean(0) for name in names}
+
+    def alike(of: Mapping[str, Tensor]) -> list[list[float]]:
+        units = {name: torch.nn.functional.normalize(of[name] - middle[name], dim=1) for name in names}
+        return [[float((units[a] * units[b]).sum(1).mean()) for b in names] for a in names]
+
+    spread = {}
+    for name in names:
+        apart = fake[name].mean(0) - real[name].mean(0)
+        axis = apart / apart.norm()
+        within = torch.cat([real[name] - real[name].mean(0), fake[name] - fake[name].mean(0)])
+        along = within @ axis
+        across = within - along.unsqueeze(1) * axis
+        spread[name] = {
+            "separation": float(apart.norm() / along.std()),
+            "off_axis": float((across.square().sum(1).mean() / (len(axis) - 1)).sqrt() / apart.norm()),
+            "size": float(within.norm(dim=1).mean()),
+        }
+    return {"models": names, "real": alike(real), "fake": alike(fake), "spread": spread}
+
+
+def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
+    """AUC of one merged trunk with several heads: mean, each expert's, refit on the validation people, or combined."""
+    _, experts = _trained(run)
+    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
+    known = validation_group(run)
+    found: Numbers = {}
+    for trunk, state in trunks.items():
+        of_heads: dict[str, dict[str, float]] = {}
+        features_of = {
+            name: {kind: _features(run, state, pictures) for kind, pictures in _parts(group).items()}
+            for name, group in groups.items()
+        }
+        mean = _head(state)
+        own = [_head(expert) for expert in experts]
+        refit = _fit(_features(run, state, known.real), torch.cat([*(_features(run, state, p) for p in known.forged.values())]))
+        for name, parts in features_of.items():
+            single = {"mean": mean, **{f"{kind}'s": head for kind, head in zip(settings.MAIN, own, strict=True)}}
+            logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in single.items()}
+            logits["refit"] = {kind: _logit(x, refit) for kind, x in parts.items()}
+            several = {kind: np.stack([_logit(x, head) for head in own]) for kind, x in parts.items()}
+            logits["largest of three"] = {kind: value.max(0) for kind, value in several.items()}
+            logits["log-sum-exp of three"] = {kind: np.logaddexp.reduce(value, 0) for kind, value in several.items()}
+            for label, scores in logits.items():
+                of_heads.setdefault(label, {})[name] = group_auc(scores)
+        found[trunk] = of_heads
+    return found
+
+
+def identities(run: Run) -> Numbers:
+    """What must hold whatever is merged: distances of weights relative to the update, and a difference of AUC."""
+    base, experts = _trained(run)
+    average = merge(base, experts, MergeConfig.weight_average())
+    whole = merge(base, experts, MergeConfig.r2m(rank=1.0, eta=1.0, eta_mode="constant", norm_match=False))
+    groups = test_groups(run)
+    found: Numbers = {"full rank, η = 1, no matching: distance to the average": _distance(base, whole, average)}
+    for name, config in (("weight average", MergeConfig.weight_average()), ("R2M", MergeConfig.r2m())):
+        three = merge(base, experts, config)
+        two = merge(base, experts[:2], config)
+        again = merge(base, [two, experts[2]], config.replace(weights=(2, 1)))
+        alike, apart = (_aucs(run, state, groups) for state in (three, again))
+        found[f"{name}: two and one with counts against three"] = max(abs(alike[group] - apart[group]) for group in groups)
+    return found
+
+
+def _trained(run: Run) -> tuple[StateDict, list[StateDict]]:
+    models = Models(run)
+    return models.base(), [models.specialist(kind) for kind in settings.MAIN]
+
+
+def _merge(method: Method, base: StateDict, experts: Sequence[StateDict]) -> StateDict:
+    (candidate,) = method.candidates.values()
+    return dict(apply(candidate, base, experts))
+
+
+def _scores(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, dict[str, Scores]]:
+    detector = load_state(run.architecture, state)
+    return {name: score_group(detector, group) for name, group in groups.items()}
+
+
+def _aucs(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, float]:
+    return {name: group_auc(scores) for name, scores in _scores(run, state, groups).items()}
+
+
+def _report(base: StateDict, experts: Sequence[StateDict]) -> Numbers:
+    """The numbers of the report that could tell a bad merge, without data."""
+    report = analyze(base, list(experts)).report()
+    coefficients = [abs(value) for value in report["core"]["coefficients"].values()]
+    norms = list(report["task_vectors"]["norms"].values())
+    cosines = torch.tensor(report["task_vectors"]["cosines"])
+    count = len(experts)
+    off = cosines[~torch.eye(count, dtype=torch.bool)]
+    return {
+        "‖core‖/‖mean‖": report["core"]["norm_ratio_to_mean"],
+        "leading expert's share of the core": max(coefficients) / sum(coefficients),
+        "largest scale": max(report["residual"]["scales"].values()),
+        "mean/mean norm": report["core"]["mean_norm"] / float(np.mean(norms)),
+        "largest/smallest task vector": max(norms) / min(norms),
+        "longest/median task vector": max(norms) / float(np.median(norms)),
+        "smallest cosine": float(off.min()) if count > 1 else None,
+        "mean cosine": float(off.mean()) if count > 1 else None,
+        "gap": report["core"]["gap"],
+        "warnings": report["warnings"],
+    }
+
+
+def _lengthened(base: StateDict, expert: StateDict) -> StateDict:
+    """An expert whose task vector is ``UNEQUAL`` times as long."""
+    return {
+        name: base[name] + UNEQUAL * (tensor - base[name]) if _moves(name, expert) else tensor
+        for name, tensor in expert.items()
+    }
+
+
+def _moves(name: str, state: StateDict) -> bool:
+    return state[name].is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
+
+
+def _bfloat16(state: StateDict) -> StateDict:
+    return {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def _float32(state: StateDict) -> StateDict:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def _features(run: Run, state: StateDict, pictures: Picture, batch: int = 64) -> Tensor:
+    backbone = load_state(run.architecture, state).backbone
+    with torch.inference_mode():
+        parts = [backbone(torch.from_numpy(pictures[at : at + batch])) for at in range(0, len(pictures), batch)]
+    return torch.cat(parts).double()
+
+
+def _parts(group: Group) -> dict[str, Picture]:
+    return {"real": group.real, **group.forged}
+
+
+def _head(state: StateDict) -> tuple[Tensor, float]:
+    """A two-logit head as one direction and an offset."""
+    weight, bias = state["head.weight"].double(), state["head.bias"].double()
+    return weight[1] - weight[0], float(bias[1] - bias[0])
+
+
+def _logit(features_: Tensor, head: tuple[Tensor, float]) -> Scores:
+    direction, offset = head
+    return np.asarray((features_ @ direction + offset).numpy())
+
+
+def _fit(real: Tensor, fake: Tensor, ridge: float = 0.1) -> tuple[Tensor, float]:
+    """Linear discriminant in closed form, the covariance shrunk by a tenth of its mean variance."""
+    within = torch.cat([real - real.mean(0), fake - fake.mean(0)])
+    covariance = within.T @ within / len(within)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+    return torch.linalg.solve(covariance, fake.mean(0) - real.mean(0)), 0.0
+
+
+def _distance(base: StateDict, first: StateDict, second: StateDict) -> float:
+    apart = sum(float((first[name].double() - second[name].double()).square().sum()) for name in base)
+    moved = sum(float((base[name].double() - second[name].double()).square().sum()) for name in base)
+    return float(np.sqrt(apart / moved))

@@ -1,0 +1,114 @@
+"""The table, from the JSON: on stdout, and as rows for docs/quality.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.quality.groups import GROUPS
+from bench.quality.judging import paired
+
+Content = Mapping[str, Any]
+BASELINES = ("weight average", "weight average × 1.2", "CART", "TIES", "task arithmetic")
+
+
+def runs_of(content: Content, which: str, architecture: str | None = None) -> list[str]:
+    """Names of the runs that a number is taken over: ``fresh`` or ``development``, of one architecture or both."""
+    return [name for name in content[which] if architecture in (None, name.partition("-")[0])]
+
+
+def reported(content: Content) -> str:
+    """The fresh seeds, which is what counts; development ones where there are no others."""
+    return "fresh" if content["fresh"] else "development"
+
+
+def values(content: Content, row: str, group: str, runs: Sequence[str]) -> list[float]:
+    """AUC of a row in a group, run by run."""
+    return [content["runs"][name][row]["auc"][group] for name in runs]
+
+
+def against(content: Content, row: str, other: str, group: str, runs: Sequence[str]) -> dict[str, float]:
+    """Paired difference of two rows, with its interval."""
+    ours, theirs = (values(content, name, group, runs) for name in (row, other))
+    return paired([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def rows_of(content: Content) -> list[str]:
+    """The rows in order."""
+    first: Mapping[str, Any] = next(iter(content["runs"].values()))
+    return list(first)
+
+
+def main_table(content: Content, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """A row each: mean and standard deviation per group, differences to the average, worst forgery, ECE."""
+    found = []
+    for row in rows_of(content):
+        worst = Counter(content["runs"][name][row]["worst_forgery"] for name in runs).most_common(1)[0][0]
+        groups = {group: values(content, row, group, runs) for group in GROUPS}
+        found.append(
+            {
+                "row": row,
+                "mean": {group: float(np.mean(of_group)) for group, of_group in groups.items()},
+                "deviation": {
+                    group: float(np.std(of_group, ddof=1)) if len(of_group) > 1 else 0.0
+                    for group, of_group in groups.items()
+                },
+                "against": {
+                    other: {group: against(content, row, other, group, runs) for group in GROUPS}
+                    for other in ("weight average", "CART")
+                },
+                "worst": float(np.mean([content["runs"][name][row]["worst"] for name in runs])),
+                "worst_forgery": worst,
+                "ece": float(np.mean([content["runs"][name][row]["ece"] for name in runs])),
+            }
+        )
+    return found
+
+
+def difference(value: Mapping[str, float]) -> str:
+    """+.012 [+.003, +.021] 8/10."""
+    return (
+        f"{short(value['mean'], True)} [{short(value['low'], True)}, {short(value['high'], True)}] "
+        f"{value['wins']}/{value['runs']}"
+    )
+
+
+def short(value: float, signed: bool = False) -> str:
+    """Three digits without the zero: .823, +.007."""
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return text.replace("0.", ".", 1)
+
+
+def print_tables(content: Content) -> None:
+    """AUC by group, then paired differences to the average."""
+    console = Console(width=160)
+    which = reported(content)
+    runs = runs_of(content, which)
+    rows = main_table(content, runs)
+    table = Table(title=f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for group in (*GROUPS, "worst forgery", "ECE"):
+        table.add_column(group, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
+        table.add_row(row["row"], *cells, f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
+    console.print(table)
+    table = Table(title="paired difference to the weight average, 95 % interval, wins", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for group in GROUPS:
+        table.add_column(group, justify="right", no_wrap=True)
+    for row in rows:
+        if row["row"] != "weight average":
+            table.add_row(row["row"], *(difference(row["against"]["weight average"][group]) for group in GROUPS))
+    console.print(table)
+    for architecture, chosen in content["chosen"].items():
+        words = "; ".join(f"{method} {choice}" for method, choice in chosen.items() if choice)
+        console.print(f"Picked on validation, {architecture}: {words}", highlight=False, soft_wrap=True)
+    if content["quick"]:
+        console.print("Quick run: a third of the training and one seed; these numbers show how it runs and not more.")
