@@ -7,7 +7,7 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all check kernels kernels-oldest sanitize format bench bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo test test-all check kernels kernels-oldest sanitize format quality bench bench-peers gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,7 +25,7 @@ demo: $(READY)  ## specialists trained on real faces, merged and judged: table a
 test: check kernels  ## lint, types, import contracts, kernels compiled for every GPU target, tests
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY) kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel
+test-all: $(READY) .venv-peers/ready kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel, fusion-bench, quick quality
 	$(PYTEST) --timeout 1800 -m slow
 
 # A sanitizer's runtime comes before everything else in the process; torch and Python leak by design.
@@ -57,6 +57,9 @@ format: $(READY)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+
+quality: $(READY)  ## does it detect? detectors trained, merged by every method and judged: JSON, pictures, docs/quality.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality
 
 bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plots and the README's table
 	$(BIN)/python -m bench.run --peers .venv-peers

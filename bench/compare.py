@@ -34,7 +34,8 @@ def cpu_text(cpu: dict[str, Any]) -> list[str]:
     text = [
         f"**On a CPU** ({cores}, {kernels}, torch {machine['torch']}, {machine['date']}; `make bench`, "
         "`bench/results/cpu.json`; medians of interleaved runs). Two Transformer blocks of ViT-L/14's size "
-        f"({blocks['parameters'] / 1e6:.1f} M parameters), three experts, float32 in memory, default options:",
+        f"({blocks['parameters'] / 1e6:.1f} M parameters), three experts, float32 in memory, "
+        "residuals truncated (`MergeConfig.r2m_truncated()`):",
         "",
     ]
     errors = {
@@ -50,6 +51,7 @@ def cpu_text(cpu: dict[str, Any]) -> list[str]:
         "torch.svd_lowrank": "plain PyTorch, `torch.svd_lowrank(q=r+8, niter=2)` per tensor",
         "torch.linalg.svd": "plain PyTorch, `torch.linalg.svd` per tensor",
         "textbook's products alone": "the products of a textbook randomized SVD (six a tensor) and nothing else",
+        "r2m_kernels, default (rows)": "r2m_kernels, default: whole residuals weighted by row",
         "r2m_kernels, weight average": "r2m_kernels, weight average",
     }
     rows = sorted(blocks["timed"].items(), key=lambda item: item[1]["median"])
@@ -100,8 +102,8 @@ def gpu_text(merges: dict[str, Any]) -> list[str]:
     machine = merges["machine"]
     text = [
         f"**On a GPU** ({machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}; `make gpu`, "
-        "`bench/results/gpu_*.json`). State dicts on the GPU, default options; full SVDs and `svd_lowrank` timed on "
-        "one block of one expert and scaled, truncations alone, which favours them:",
+        "`bench/results/gpu_*.json`). State dicts on the GPU, residuals truncated; full SVDs and `svd_lowrank` timed "
+        "on one block of one expert and scaled, truncations alone, which favours them:",
         "",
     ]
     rows = []

@@ -51,12 +51,12 @@ def textbook_products(residuals: Sequence[Tensor], ranks: Sequence[int]) -> None
 
 
 def rank_of(tensor: Tensor) -> int:
-    """The default rank of a matrix: a tenth of the short side, rounded up."""
-    return math.ceil(float(MergeConfig().rank) * min(tensor.shape))
+    """The rank of a matrix: a tenth of the short side, rounded up."""
+    return math.ceil(float(MergeConfig.r2m_truncated().rank) * min(tensor.shape))
 
 
 def residuals_of(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:
-    """Residuals of the default merge, formed whole: name → (N, m, n)."""
+    """Residuals of a merge, formed whole: name → (N, m, n)."""
     return {name: rows - common for name, (rows, common) in _parts(base, experts)[0].items()}
 
 
@@ -74,7 +74,7 @@ def _parts(base: StateDict, experts: Sequence[StateDict]) -> tuple[dict[str, tup
 
 
 def plain_merge(base: StateDict, experts: Sequence[StateDict], truncate: Truncate) -> StateDict:
-    """The default R²M merge of matrices as one would write it first: everything formed, one truncation a residual."""
+    """R²M with truncated residuals as one would write it first: everything formed, one truncation a residual."""
     count = len(experts)
     parts, _ = _parts(base, experts)
     kept, squares, shared = {}, torch.zeros(count, dtype=torch.float64), 0.0
@@ -88,7 +88,7 @@ def plain_merge(base: StateDict, experts: Sequence[StateDict], truncate: Truncat
     term = math.sqrt(
         sum(float(torch.einsum("i,imn->mn", scales / count, rows).square().sum()) for rows in kept.values())
     )
-    eta = MergeConfig().eta * math.sqrt(shared) / term
+    eta = MergeConfig.r2m_truncated().eta * math.sqrt(shared) / term
     return {
         name: tensor + parts[name][1] + torch.einsum("i,imn->mn", eta / count * scales, kept[name])
         for name, tensor in base.items()

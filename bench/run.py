@@ -2,8 +2,8 @@
 
     python -m bench.run [--only SECTION] [--repeats 3] [--peers .venv-peers] [--json FILE]
 
-Sections: ``blocks`` two Transformer blocks of ViT-L/14's size in memory, merged with default options and in the plain
-way; ``truncation`` error against time on known spectra; ``operators`` against reading and copying; ``scaling`` in
+Sections: ``blocks`` two Transformer blocks of ViT-L/14's size in memory, merged with truncated residuals and in the
+plain way; ``truncation`` error against time on known spectra; ``operators`` against reading and copying; ``scaling`` in
 experts, size and threads; ``files`` whole commands from file to file. A section that finds a wrong result takes no
 times, and the exit code is 1. The goals that the project has set itself are listed with the result as ``bars``.
 """
@@ -40,6 +40,7 @@ from r2m_kernels.truncation import truncate_residuals
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ERROR_BAR = 1.02  # of the optimum, the contract of the default settings
+TRUNCATED = MergeConfig.r2m_truncated()
 StateDict = dict[str, Tensor]
 
 
@@ -117,7 +118,7 @@ def distance(x: Tensor, factors: tuple[Tensor, Tensor]) -> float:
 
 
 def blocks(repeats: int) -> Result:
-    """Two blocks in memory, three experts, default options."""
+    """Two blocks in memory, three experts, residuals truncated."""
     result = Result()
     base, experts = cases.checkpoints(2, 3)
     residuals = rivals.residuals_of(base, experts)
@@ -125,8 +126,8 @@ def blocks(repeats: int) -> Result:
     for name, rows in rivals.residuals_of(cases.first_blocks(base, 1), experts).items():
         rank, best = rivals.rank_of(base[name]), [optimum(x, rivals.rank_of(base[name])) for x in rows]
         truncations: dict[str, list[tuple[Tensor, Tensor]]] = {
-            "r2m_kernels": our_truncation(list(rows), rank, MergeConfig(), name),
-            "textbook": our_truncation(list(rows), rank, MergeConfig(svd="textbook"), name),
+            "r2m_kernels": our_truncation(list(rows), rank, TRUNCATED, name),
+            "textbook": our_truncation(list(rows), rank, MergeConfig.r2m_truncated(svd="textbook"), name),
             "svd_lowrank": [rivals.svd_lowrank(x, rank) for x in rows],
         }
         for method, factors in truncations.items():
@@ -134,7 +135,7 @@ def blocks(repeats: int) -> Result:
             errors[method] = max(errors[method], *found)
     result.content["truncation_over_optimum"] = errors
     plain = rivals.plain_merge(base, experts, rivals.svd_lowrank)
-    alike = same_merge(result, merge(base, experts), plain, base)
+    alike = same_merge(result, merge(base, experts, TRUNCATED), plain, base)
     result.content["weight_average_error"] = furthest(
         merge(base, experts, MergeConfig.weight_average()), rivals.average(experts)
     )
@@ -148,12 +149,13 @@ def blocks(repeats: int) -> Result:
     ranks = [rivals.rank_of(x) for x in matrices]
     timed = interleaved(
         {
-            "r2m_kernels": lambda: merge(base, experts),
+            "r2m_kernels": lambda: merge(base, experts, TRUNCATED),
             "textbook's products alone": lambda: rivals.textbook_products(matrices, ranks),
-            'r2m_kernels, svd="textbook"': lambda: merge(base, experts, MergeConfig(svd="textbook")),
+            'r2m_kernels, svd="textbook"': lambda: merge(base, experts, MergeConfig.r2m_truncated(svd="textbook")),
             "torch.svd_lowrank": lambda: rivals.plain_merge(base, experts, rivals.svd_lowrank),
+            "r2m_kernels, default (rows)": lambda: merge(base, experts),
             "r2m_kernels, weight average": lambda: merge(base, experts, MergeConfig.weight_average()),
-            'r2m_kernels, backend="torch"': lambda: merge(base, experts, backend="torch"),
+            'r2m_kernels, backend="torch"': lambda: merge(base, experts, TRUNCATED, backend="torch"),
         },
         max(repeats, 3),
     )
@@ -265,10 +267,10 @@ def scaling(repeats: int) -> Result:
     one = parts[1]
     jobs: dict[str, Callable[[], object]] = {}
     for count in (2, 4, 8):  # one expert leaves no residual: nothing to truncate
-        jobs[f"experts {count} ours"] = lambda n=count: merge(one[0], one[1][:n])
+        jobs[f"experts {count} ours"] = lambda n=count: merge(one[0], one[1][:n], TRUNCATED)
         jobs[f"experts {count} svd_lowrank"] = lambda n=count: rivals.plain_merge(one[0], one[1][:n], lowrank)
     for count in (1, 2, 4):
-        jobs[f"blocks {count} ours"] = lambda n=count: merge(parts[n][0], parts[n][1][:3])
+        jobs[f"blocks {count} ours"] = lambda n=count: merge(parts[n][0], parts[n][1][:3], TRUNCATED)
         jobs[f"blocks {count} svd_lowrank"] = lambda n=count: rivals.plain_merge(parts[n][0], parts[n][1][:3], lowrank)
     for count in sorted({1, torch.get_num_threads()}):
         for name, work in (("ours", jobs["blocks 2 ours"]), ("svd_lowrank", jobs["blocks 2 svd_lowrank"])):

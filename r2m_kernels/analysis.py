@@ -32,9 +32,7 @@ from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink, dtyp
 from r2m_kernels.truncation import Factors, compute_dtype, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
-FREE_FIELDS = frozenset(
-    {"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"}
-)
+FREE_FIELDS = frozenset({"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"})
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,9 @@ class Analysis:
         core = self.real_subspace.core
         core_norm = float((core @ self.matrix_gram @ core).clamp_min(0).sqrt())
         longest = _longest(self.matrix_gram)
-        return Residuals(norms, scales, combination.strength(settings, core_norm, matrix, scales, weights, longest))
+        restored = update_scale.gain(self.matrix_gram, weights)
+        strength = combination.strength(settings, core_norm, restored, matrix, scales, weights, longest)
+        return Residuals(norms, scales, strength)
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
@@ -297,7 +297,7 @@ class Analysis:
     def _combine_scaled(self, group: Group, config: MergeConfig, residuals: Residuals, out: Tensor) -> None:
         """One matrix with its change scaled as a whole or by columns."""
         if config.scale == "layer":
-            gain = update_scale.layer_gain(self._grams[group.names[0]], self.real_subspace.weights)
+            gain = update_scale.gain(self._grams[group.names[0]], self.real_subspace.weights)
             strength = residuals.strength
             strength = replace(strength, core_scale=gain * strength.core_scale, eta=gain * strength.eta)
             self._combine(group, config, replace(residuals, strength=strength), [out])
@@ -315,13 +315,13 @@ class Analysis:
             self._combine_elements(group, config, strength.core_scale, outs)
             return
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
-        left = right = scale = None
+        left = right = scale = rule = None
+        if config.row_power > 0 and strength.eta != 0:
+            core_part = strength.core_scale * core
+            rule = row_weights.RowRule(core_part, mixing, shares, scales, strength.eta, config.row_power)
         if first.role == "vector":
             weights = combination.vector_coefficients(scales, shares, strength.core_scale, strength.eta)
-        elif config.row_power > 0:
-            rule = row_weights.RowRule(
-                strength.core_scale * core, mixing, shares, scales, strength.eta, config.row_power
-            )
+        elif rule is not None and self._kept_whole(first, config):
             for index, out in enumerate(outs):
                 row_weights.combine(*group.inputs(index), rule, out)
             return
@@ -334,9 +334,10 @@ class Analysis:
             found = [self._factors(tensor, config) for tensor in group.tensors] if strength.eta != 0 else []
             factors = [one for one in found if one is not None]
             if factors:
-                left = _stacked([one.left.to(self.device).mT for one in factors]).mT  # rows, as kernels have them
+                lefts = [one.left if rule is None else row_weights.weighted_factors(one, rule) for one in factors]
+                left = _stacked([one.to(self.device).mT for one in lefts]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
-                scale = strength.eta * shares * scales
+                scale = strength.eta * (shares * scales if rule is None else torch.ones_like(scales))
         if first.role == "matrix" and config.core_spectrum == "flat":
             for index, out in enumerate(outs):
                 base, experts = group.inputs(index)

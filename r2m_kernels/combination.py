@@ -32,19 +32,26 @@ class Strength:
 
 
 def strength(
-    config: MergeConfig, core_norm: float, inner_products: Tensor, scales: Tensor, weights: Tensor, longest: float
+    config: MergeConfig,
+    core_norm: float,
+    restored: float,
+    inner_products: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    longest: float,
 ) -> Strength:
     """λ and η of ``config``.
 
     Args:
         core_norm: ‖τ_core‖ over matrix tensors.
+        restored: λ of ``core_mode="restored"``, before ``core_scale``.
         inner_products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
         scales: (N,) s.
         weights: (N,) w.
         longest: max_j ‖τ_j‖ over matrix tensors, the yardstick of rounding.
     """
     count = len(scales)
-    core_scale = config.core_scale * (count if config.core_mode == "sum" else 1)
+    core_scale = config.core_scale * {"mean": 1, "sum": count, "restored": restored}[config.core_mode]
     scaled_core = abs(core_scale) * core_norm
     weighted = weights * scales
     residual = float((weighted @ inner_products @ weighted).clamp_min(0).sqrt())

@@ -42,7 +42,7 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
     # With weights by row the residual term is made as the rows pass: nobody knows its norm before.
-    residual_term = strength.eta * strength.residual_norm if config.row_power == 0 else None
+    residual_term = strength.eta * strength.residual_norm if config.row_power == 0 or config.eta == 0 else None
     with_residuals = config.eta != 0
     numbers: dict[str, Any] = {
         "versions": {

@@ -21,11 +21,11 @@ def merge(
     real_rank: int | None = 1,
     center: bool = False,
     residual: str = "core",
-    rank: float | int = 0.1,
+    rank: float | int = 1.0,
     core_scale: float = 1.0,
-    core_mode: str = "mean",
-    eta: float = 0.6,
-    eta_mode: str = "relative",
+    core_mode: str = "restored",
+    eta: float = 1.0,
+    eta_mode: str = "constant",
     norm_match: bool = True,
     layer_weight: str = "none",
     exclude: Sequence[str] = (),
@@ -34,7 +34,7 @@ def merge(
     core_spectrum: str = "keep",
     elementwise: str = "none",
     density: float = 0.2,
-    row_power: float = 0.0,
+    row_power: float = 3.0,
     scale: str = "none",
 ) -> dict[str, Tensor]:
     """Merge state dicts; options mean what :class:`r2m_kernels.MergeConfig` says, with an exact SVD; no ``"dare"``.
@@ -124,7 +124,10 @@ def merge(
     scales[present] = (share @ norms) / norms[present] if norm_match else 1.0
 
     # Strength of the residual term.
-    lam = core_scale * (count if core_mode == "sum" else 1)
+    lengths_of_all = float(share @ squares(matrices, tau).sqrt())
+    length_of_mean = math.sqrt(sum(float((share @ tau[name]).square().sum()) for name in matrices))
+    restored = (lengths_of_all / max(length_of_mean, lengths_of_all / 16)) ** 0.5 if lengths_of_all > 0 else 1.0
+    lam = core_scale * {"mean": 1.0, "sum": count, "restored": restored}[core_mode]
     core_norm = abs(lam) * math.sqrt(sum(float(core_of(name).square().sum()) for name in matrices))
     term_norm = math.sqrt(sum(float(((share * scales) @ kept[name]).square().sum()) for name in matrices))
     longest_matrix = float(squares(matrices, tau).max().sqrt())

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from r2m_kernels import _parallel
 from r2m_kernels._torch.blocks import as_matrix, compute_dtype, panel_limit, row_panels, task_vectors
+from r2m_kernels.truncation import Factors
+
+GPU_ELEMENTS = 2**23  # of a block on a GPU: a ViT-L's largest matrix in one
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,26 @@ class RowRule:
     eta: float
     power: float
 
+    def shares(self, lengths: Tensor) -> Tensor:
+        """W from the lengths of the residuals' rows: (N, m) float64 both."""
+        lengths = lengths * self.scales.to(lengths.device).unsqueeze(1)
+        longest = lengths.amax(dim=0, keepdim=True)
+        # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
+        relative = torch.where(longest > 0, lengths / longest.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+        shares = relative.pow(self.power) * self.weights.to(lengths.device).unsqueeze(1)
+        return shares / shares.sum(dim=0)
+
+
+def weighted_factors(factors: Factors, rule: RowRule) -> Tensor:
+    """Truncated residuals' left factors with their rows weighted: (N, m, r), in the factors' dtype."""
+    left, right = factors.left.double(), factors.right.double()
+    squares = ((left @ (right @ right.mT)) * left).sum(dim=2)
+    shares = rule.shares(squares.clamp_min(0).sqrt())
+    return factors.left * shares.to(factors.left.dtype).unsqueeze(2)
+
 
 def combine(base: Tensor, experts: Sequence[Tensor], rule: RowRule, out: Tensor) -> None:
-    """The merged tensor into a contiguous ``out``, in one read of each input; rounded once.
+    """The merged tensor with whole residuals into a contiguous ``out``, in one read of each input; rounded once.
 
     Args:
         base, experts: θ₀ and N θ_j of one shape (m, …); rows are slices of the first dimension.
@@ -46,25 +66,27 @@ def combine(base: Tensor, experts: Sequence[Tensor], rule: RowRule, out: Tensor)
     """
     dtype = compute_dtype([base, *experts])
     theta, thetas, merged = as_matrix(base), [as_matrix(expert) for expert in experts], as_matrix(out)
-    core, mixing = (part.to(base.device, dtype) for part in (rule.core, rule.mixing))
-    weights, scales = (part.to(base.device) for part in (rule.weights, rule.scales))
+    core, mixing = rule.core.to(base.device), rule.mixing.to(base.device)
 
     def merge_panel(panel: list[slice]) -> None:
         for rows in panel:
             tau = task_vectors(theta, thetas, rows, dtype)
-            flat = tau.flatten(1)
-            residuals = (mixing.T @ flat).view_as(tau)
-            # Float64 sums: the longest row counts a power of its length.
-            lengths = torch.linalg.vector_norm(residuals, dim=2, dtype=torch.float64) * scales.unsqueeze(1)
-            longest = lengths.amax(dim=0, keepdim=True)
-            # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
-            shares = torch.where(longest > 0, lengths / longest.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-            shares = (shares.pow(rule.power) * weights.unsqueeze(1)).to(dtype)
-            shares = rule.eta * shares / shares.sum(dim=0)
-            total = (core @ flat).view_as(tau[0])
-            for share, residual in zip(shares, residuals, strict=True):
-                total.addcmul_(share.unsqueeze(1), residual)
-            merged[rows] = total.add_(theta[rows].to(dtype))
+            residuals = (mixing.T.to(dtype) @ tau.flatten(1)).view_as(tau)
+            # Sums in float64: shares are powers of these lengths.
+            shares = rule.shares(torch.linalg.vector_norm(residuals, dim=2, dtype=torch.float64))
+            coefficients = (core.unsqueeze(1) + rule.eta * (mixing @ shares)).to(dtype)
+            total = theta[rows].to(dtype, copy=True)
+            for coefficient, change in zip(coefficients, tau, strict=True):
+                total.addcmul_(coefficient.unsqueeze(1), change)
+            merged[rows] = total
 
-    for _ in _parallel.for_each(merge_panel, row_panels(*theta.shape), panel_limit(base.device)):
+    for _ in _parallel.for_each(merge_panel, _panels(theta), panel_limit(base.device)):
         pass
+
+
+def _panels(theta: Tensor) -> list[list[slice]]:
+    """Blocks of rows: a CPU's cache holds one, a GPU's launches are worth one."""
+    if theta.device.type == "cpu":
+        return row_panels(*theta.shape)
+    height = max(1, GPU_ELEMENTS // theta.shape[1])
+    return [[slice(start, start + height)] for start in range(0, theta.shape[0], height)]

@@ -1,4 +1,4 @@
-"""How far the merged change of a matrix reaches, against the specialists' own changes (README §6): ``scale``.
+"""How far a merged change reaches, against the specialists' own changes (README §6): ``scale``, restored cores.
 
 The mean of task vectors that are nearly orthogonal is much shorter than each of them.
 """
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from r2m_kernels._torch.blocks import as_matrix, compute_dtype, row_panels, task_vectors
 
-
 # A change is lengthened at most so much: specialists that cancel leave little but rounding to lengthen.
 MOST = 4.0
 
 
-def layer_gain(gram: Tensor, weights: Tensor) -> float:
-    """(Σ w_j ‖τ_jl‖ / ‖mean τ_l‖)^½ of one tensor, at most ``MOST``; 1 where nothing changed.
+def gain(gram: Tensor, weights: Tensor) -> float:
+    """(Σ w_j ‖τ_j‖ / ‖mean τ‖)^½ of one tensor or of all, at most ``MOST``; 1 where nothing changed.
 
     Args:
-        gram: (N, N) G_l.
+        gram: (N, N) of the task vectors.
         weights: (N,) w.
     """
     lengths = float(weights @ gram.diag().clamp_min(0).sqrt())
@@ -32,7 +31,7 @@ def layer_gain(gram: Tensor, weights: Tensor) -> float:
 
 
 def match_columns(base: Tensor, experts: Sequence[Tensor], merged: Tensor, core: Tensor, out: Tensor) -> None:
-    """Every column of the merged change scaled to the specialists' mean length there, each counting |c_j|, into ``out``.
+    """Every column of the merged change scaled to the specialists' mean length there, which counts |c_j| of each.
 
     Args:
         base, experts: θ₀ and N θ_j of one shape (m, …); columns are indices of all dimensions but the first.
@@ -52,8 +51,8 @@ def match_columns(base: Tensor, experts: Sequence[Tensor], merged: Tensor, core:
     counts = core.abs().to(base.device)
     wanted = counts @ own.sqrt() / counts.sum().clamp_min(torch.finfo(torch.float64).tiny)
     reached = found.sqrt()
-    gain = torch.where(reached > 0, wanted / reached.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-    gain = gain.clamp_max(MOST).to(change.dtype)
+    factors = torch.where(reached > 0, wanted / reached.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    factors = factors.clamp_max(MOST).to(change.dtype)
     target = as_matrix(out)
     for rows in blocks:
-        target[rows] = change[rows].mul_(gain).add_(theta[rows].to(change.dtype))
+        target[rows] = change[rows].mul_(factors).add_(theta[rows].to(change.dtype))

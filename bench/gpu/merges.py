@@ -29,6 +29,7 @@ from r2m_kernels.engine import DEVICE_GROUP_BYTES
 from r2m_kernels.truncation import truncate_residuals, truncation_rank
 
 StateDict = dict[str, Tensor]
+TRUNCATED = MergeConfig.r2m_truncated()
 # Of the time left, what a rival may take to be measured whole instead of on one block.
 SHARE_OF_TIME = 0.1
 
@@ -127,22 +128,22 @@ def checked(session: Session, model: Model, base: StateDict, experts: list[State
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.monotonic()
-    first = merge(base, experts, backend="triton")
+    first = merge(base, experts, TRUNCATED, backend="triton")
     session.synchronize()
     found: dict[str, Any] = {}
     if not session.rehearsal:
         found["first_run_seconds"] = round(time.monotonic() - start, 2)  # it compiles
         found["peak_bytes_beside_inputs"] = torch.cuda.max_memory_allocated() - before
-    found["bit_identical"] = same_bits(first, merge(base, experts, backend="triton"))
+    found["bit_identical"] = same_bits(first, merge(base, experts, TRUNCATED, backend="triton"))
     found["finite"] = all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
     mixing = analyze(base, experts, backend="triton", eta=0).real_subspace.mixing
     found["truncation_over_optimum"] = {}
     for shape in dict.fromkeys(model.shapes().values()):
         name = next(name for name, tensor in base.items() if tensor.shape == shape)
         thetas = [expert[name] for expert in experts]
-        rank = truncation_rank(MergeConfig().rank, shape)
+        rank = truncation_rank(TRUNCATED.rank, shape)
         group = ([name], [base[name]], [[theta] for theta in thetas])
-        (factors,) = truncate_residuals(*group, mixing, rank, MergeConfig(), _triton)
+        (factors,) = truncate_residuals(*group, mixing, rank, TRUNCATED, _triton)
         x = checks.residuals(base[name], thetas, mixing)
         excess = checks.truncation_excess(factors.left, factors.right, x)
         found["truncation_over_optimum"]["x".join(map(str, shape))] = excess
@@ -158,7 +159,7 @@ def svd_block(session: Session, model: Model, base: StateDict, expert: StateDict
     shapes = list(model.shapes().values())
     for shape in dict.fromkeys(shapes):
         name = next(name for name, tensor in base.items() if tensor.shape == shape)
-        x, rank = expert[name].float() - base[name].float(), truncation_rank(MergeConfig().rank, shape)
+        x, rank = expert[name].float() - base[name].float(), truncation_rank(TRUNCATED.rank, shape)
         for method, truncate in methods.items():
             left, right = truncate(x, rank)  # also what loads the library
             excess = checks.truncation_excess(left.unsqueeze(0), right.unsqueeze(0), x.double().unsqueeze(0))
@@ -175,17 +176,17 @@ def torch_backend(
 ) -> tuple[float | None, int]:
     """Seconds of ``backend="torch"`` for the whole model, and how many blocks were measured for it."""
     part = first_blocks(base, 1), [first_blocks(expert, 1) for expert in experts]
-    one = seconds(session, lambda: merge(*part, backend="torch"), repeats=1)
+    one = seconds(session, lambda: merge(*part, TRUNCATED, backend="torch"), repeats=1)
     if one is None or one * model.blocks > SHARE_OF_TIME * session.left():
         return None if one is None else one * model.blocks, 1
-    whole = seconds(session, lambda: merge(base, experts, backend="torch"), repeats=1, warmups=0)
+    whole = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="torch"), repeats=1, warmups=0)
     return whole, model.blocks
 
 
 def from_host(session: Session, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
     """Inputs in the CPU's memory, computed on the GPU; and what copying as many bytes from pinned memory takes."""
     host = [{name: tensor.cpu() for name, tensor in state.items()} for state in (base, *experts)]
-    took = seconds(session, lambda: merge(host[0], host[1:], device="cuda", backend="triton"), repeats=2)
+    took = seconds(session, lambda: merge(host[0], host[1:], TRUNCATED, device="cuda", backend="triton"), repeats=2)
     block = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     into = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     copy = seconds(session, lambda: into.copy_(block, non_blocking=True), repeats=5)
@@ -202,7 +203,7 @@ def one_job(
     row["input_bytes"] = sum(tensor.nbytes for state in (base, *experts) for tensor in state.values())
     if not row["passed"]:
         return row  # no time for a wrong result
-    ours = seconds(session, lambda: merge(base, experts, backend="triton"), repeats=5)
+    ours = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="triton"), repeats=5)
     row["seconds"] = ours
     if model.name not in blocks_of:
         try:
@@ -237,7 +238,7 @@ def one_job(
             costs = cost_model.merge_costs(
                 cost_model.Model.of(model.name, shapes),
                 count,
-                MergeConfig().rank,
+                TRUNCATED.rank,
                 dtype.itemsize,
                 tiles=tiles,
                 group_bytes=DEVICE_GROUP_BYTES,

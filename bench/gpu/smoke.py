@@ -92,7 +92,7 @@ def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Case]:
 
         def truncated(pair=pair, mixing=mixing, rank=rank) -> float:
             bases, experts = [base for base, _ in pair], [[others[j] for _, others in pair] for j in range(3)]
-            found = truncate_residuals(["a", "b"], bases, experts, mixing, rank, MergeConfig(), _triton)
+            found = truncate_residuals(["a", "b"], bases, experts, mixing, rank, MergeConfig.r2m_truncated(), _triton)
             highest = 0.0
             for factors, (base, others) in zip(found, pair, strict=True):
                 x = checks.residuals(base, others, mixing)

@@ -40,7 +40,9 @@ def test_groups(run: Run) -> dict[str, Group]:
 
 def all_families(run: Run) -> Group:
     """All six families on the test people, for merges of more than three specialists."""
-    return _group(run, split_people(run.seed).test, settings.MAIN + settings.FURTHER, _draws(run, settings.TEST_DRAWS), "test")
+    return _group(
+        run, split_people(run.seed).test, settings.MAIN + settings.FURTHER, _draws(run, settings.TEST_DRAWS), "test"
+    )
 
 
 def _draws(run: Run, full: int) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from r2m_kernels import MergeConfig, merge
 from torch import Tensor
 
 from bench.quality import ideas
+from r2m_kernels import MergeConfig, merge
 
 StateDict = Mapping[str, Tensor]
 Rule = Callable[[StateDict, Sequence[StateDict]], StateDict]
@@ -83,12 +83,15 @@ def ours() -> list[Method]:
         Method(
             "R2M as the paper truncates, tuned",
             {
-                f"rank {r:g}, η {e:g}": r2m(rank=r, eta=e, eta_mode="relative", row_power=0.0, core_scale=1.0)
+                f"rank {r:g}, η {e:g}": ideas.TRUNCATED.replace(rank=r, eta=e)
                 for r in (0.1, 0.2, 0.4, 1.0)
                 for e in (0.3, 0.6)
             },
             "ours",
         ),
+        _fixed("R2M, weights alike", r2m(row_power=0.0), "ablation"),
+        _fixed("R2M, core not restored", r2m(core_mode="mean"), "ablation"),
+        _fixed("R2M, residuals at rank 0.2", r2m(rank=0.2), "ablation"),
         _fixed("R2M without residuals", r2m(eta=0.0), "ablation"),
         _fixed("R2M without norm matching", r2m(norm_match=False), "ablation"),
         _fixed("R2M without a Real subspace", r2m(real_rank=0), "ablation"),

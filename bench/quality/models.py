@@ -76,10 +76,14 @@ class Pools:
 
 
 class Models:
-    """The detectors of a run, from the cache or trained; one thread of torch, so that bits do not depend on others."""
+    """The detectors of a run, from the cache or trained; one thread of torch, so that bits do not depend on others.
+
+    Attributes:
+        cached: False trains everything anew and keeps nothing.
+    """
 
     def __init__(self, run: Run, say: Callable[[str], None] = lambda line: None) -> None:
-        self.run = run
+        self.run, self.cached = run, True
         self._say = say
         self._pools: Pools | None = None
 
@@ -131,9 +135,11 @@ class Models:
 
     def _get(self, name: str, recipe: Recipe, train: Callable[[], Detector]) -> StateDict:
         path = CACHE / self.run.name / f"{name.replace(' ', '-')}-{_hash(self.run, name, recipe)}.safetensors"
-        if not path.exists():
+        if not (self.cached and path.exists()):
             start = time.monotonic()
             state = {key: tensor.detach().contiguous() for key, tensor in train().state_dict().items()}
+            if not self.cached:
+                return state
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path = path.with_suffix(f".{os.getpid()}.partial")
             save_file(state, partial_path)

@@ -46,7 +46,9 @@ def differences(content: Content) -> Any:
     """Paired difference of every row to the weight average, with its interval, in two groups."""
     runs = runs_of(content, reported(content))
     rows = [row for row in rows_of(content) if row != "weight average" and row != "base" and "specialist" not in row]
-    figure, axes = pyplot.subplots(1, len(SHOWN), figsize=(13, 0.27 * len(rows) + 1.5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(SHOWN), figsize=(13, 0.27 * len(rows) + 1.5), sharey=True, layout="constrained"
+    )
     for axis, group in zip(axes, SHOWN, strict=True):
         for place, row in enumerate(rows):
             found = against(content, row, "weight average", group, runs)
@@ -75,7 +77,9 @@ def sweeps(content: Content) -> Any:
             places = [point[0] for point in chosen[0]]
             for group, style in zip(SHOWN, ("-", "--"), strict=True):
                 heights = np.mean([[point[1][group] for point in curve] for curve in chosen], axis=0)
-                axis.plot(places, heights, style, marker="o", markersize=3, color=colour, label=f"{architecture}, {group}")
+                axis.plot(
+                    places, heights, style, marker="o", markersize=3, color=colour, label=f"{architecture}, {group}"
+                )
         axis.set(title=name, xlabel="value")
         axis.grid(linewidth=0.3)
     axes[0].set_ylabel("AUC")
@@ -87,7 +91,9 @@ def experts(content: Content) -> Any:
     """AUC over all six families with one to six specialists."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, architecture in zip(axes, ("cnn", "vit"), strict=True):
-        merges = [one for run, found in content["many"].items() if run.startswith(architecture) for one in found["merges"]]
+        merges = [
+            one for run, found in content["many"].items() if run.startswith(architecture) for one in found["merges"]
+        ]
         rows = list(merges[0]["auc"])
         counts = sorted({len(one["experts"]) for one in merges})
         for row, colour in zip(rows, (GREY, BLUE, GREEN, PURPLE, "black", ORANGE), strict=False):
@@ -112,7 +118,9 @@ def features(content: Content) -> Any:
         mean = np.mean([one[kind] for one in found], axis=0)
         axis.imshow(mean, vmin=0, vmax=1, cmap="cividis")
         for i, j in np.ndindex(mean.shape):
-            axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color="white" if mean[i, j] < 0.6 else "black")
+            axis.text(
+                j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color="white" if mean[i, j] < 0.6 else "black"
+            )
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axis.set_yticks(range(len(names)), names)
         axis.set_title(f"cosine of features, {kind} pictures")

@@ -11,7 +11,6 @@ import torch
 from r2m.demo.evaluation import Scores, ensemble, group_auc, score_group
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import Group
-from r2m_kernels import MergeConfig, analyze, merge
 from torch import Tensor
 
 from bench.quality import settings
@@ -19,6 +18,7 @@ from bench.quality.groups import all_families, test_groups, validation_group
 from bench.quality.methods import Method, apply
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
+from r2m_kernels import MergeConfig, analyze, merge
 
 RANKS = (0.05, 0.1, 0.2, 0.4, 1.0)
 STRENGTHS = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5)
@@ -168,7 +168,9 @@ def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
         }
         mean = _head(state)
         own = [_head(expert) for expert in experts]
-        refit = _fit(_features(run, state, known.real), torch.cat([*(_features(run, state, p) for p in known.forged.values())]))
+        refit = _fit(
+            _features(run, state, known.real), torch.cat([*(_features(run, state, p) for p in known.forged.values())])
+        )
         for name, parts in features_of.items():
             single = {"mean": mean, **{f"{kind}'s": head for kind, head in zip(settings.MAIN, own, strict=True)}}
             logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in single.items()}
@@ -194,7 +196,9 @@ def identities(run: Run) -> Numbers:
         two = merge(base, experts[:2], config)
         again = merge(base, [two, experts[2]], config.replace(weights=(2, 1)))
         alike, apart = (_aucs(run, state, groups) for state in (three, again))
-        found[f"{name}: two and one with counts against three"] = max(abs(alike[group] - apart[group]) for group in groups)
+        found[f"{name}: two and one with counts against three"] = max(
+            abs(alike[group] - apart[group]) for group in groups
+        )
     return found
 
 

@@ -91,7 +91,9 @@ def print_tables(content: Content) -> None:
     which = reported(content)
     runs = runs_of(content, which)
     rows = main_table(content, runs)
-    table = Table(title=f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("method", no_wrap=True)
     for group in (*GROUPS, "worst forgery", "ECE"):
         table.add_column(group, justify="right", no_wrap=True)
@@ -99,7 +101,9 @@ def print_tables(content: Content) -> None:
         cells = [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
         table.add_row(row["row"], *cells, f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
     console.print(table)
-    table = Table(title="paired difference to the weight average, 95 % interval, wins", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title="paired difference to the weight average, 95 % interval, wins", box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("method", no_wrap=True)
     for group in GROUPS:
         table.add_column(group, justify="right", no_wrap=True)

@@ -154,6 +154,13 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
 @_option(_REAL, "--core-scale", type=float, help="Factor of the core.  [default: 1]")
 @_option(
     _REAL,
+    "--core-mode",
+    type=_choice("mean", "sum", "restored"),
+    help="The core as it is, times the number of experts, or with half of the length that averaging took from it.  "
+    "[default: restored]",
+)
+@_option(
+    _REAL,
     "--layer-weight",
     type=_choice("none", "frobenius"),
     help="A tensor's weight in the Gram matrix: 1, or 1/‖its task vectors‖².  [default: none]",
@@ -170,7 +177,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     "--rank",
     metavar="RANK",
     help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16); in star a share of the "
-    "nuclear norm, 0.4 if left out.  [default: 0.1]",
+    "nuclear norm, 0.4 if left out; in cart, r2m_truncated and r2m_paper 0.1.  [default: 1.0]",
 )
 @_option(
     _TRUNCATION,
@@ -189,13 +196,13 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     help="Stop iterating where the kept energy grows by less than this share.  [default: never]",
 )
 @_option(_TRUNCATION, "--seed", type=int, help="Of the random test matrices.  [default: 0]")
-@_option(_STRENGTH, "--eta", type=float, help="How much of the residuals is added.  [default: 0.6]")
+@_option(_STRENGTH, "--eta", type=float, help="How much of the residuals is added.  [default: 1]")
 @_option(
     _STRENGTH,
     "--eta-mode",
     type=_choice("relative", "constant", "core_norm", "sum"),
     help="relative: their norm is ETA times the core's; constant: ETA times their mean; core_norm: that "
-    "times the core's norm; sum: ETA times their sum.  [default: relative]",
+    "times the core's norm; sum: ETA times their sum.  [default: constant]",
 )
 @_option(
     _STRENGTH,
@@ -209,7 +216,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     type=float,
     metavar="P",
     help="In each row of a matrix, weigh an expert's residual by the P-th power of its length there; 0: all alike. "
-    "Needs --rank 1.0 and another --eta-mode than relative.  [default: 0]",
+    "Not with --eta-mode relative.  [default: 3]",
 )
 @_option(
     _STRENGTH,
@@ -357,11 +364,13 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
     coefficients = ", ".join(f"{name} {value:.3f}" for name, value in core["coefficients"].items())
     size, seconds = readable_bytes(output["bytes"]), output["seconds"]
     ratio, eta = _number(core["norm_ratio_to_mean"]), _number(residual["eta_used"])
-    strength = _number(residual["norm_ratio_to_core"])
+    numbers = [f"‖core‖/‖mean‖ {ratio}", f"λ {core['scale_used']:.3g}", f"η {eta}"]
+    if residual["norm_ratio_to_core"] is not None:  # made as rows pass otherwise: nobody has seen it
+        numbers.append(f"‖residual term‖/‖core‖ {residual['norm_ratio_to_core']:.3g}")
     return [
         f"Merged {count} expert{'s' if count > 1 else ''} into {out}: {size} in {seconds:.1f} s",
         f"core coefficients: {coefficients}",
-        f"‖core‖/‖mean‖ {ratio}, η {eta}, ‖residual term‖/‖core‖ {strength}",
+        ", ".join(numbers),
     ]
 
 

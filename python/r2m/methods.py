@@ -23,6 +23,7 @@ _R2M = frozenset(
         "center",
         "residual",
         "core_scale",
+        "core_mode",
         "eta",
         "eta_mode",
         "norm_match",
@@ -51,7 +52,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "r2m": Method("R²M (arXiv 2509.24367)", _COMMON | _TRUNCATION | _R2M),
-    "weight_average": Method("mean of the experts (model soups, arXiv 2203.05482)", _COMMON | {"core_scale", "scale_by"}),
+    "r2m_truncated": Method("R²M with residuals truncated to low rank", _COMMON | _TRUNCATION | _R2M),
+    "r2m_paper": Method("R²M with the paper's settings as far as they are known", _COMMON | _TRUNCATION | _R2M),
+    "weight_average": Method(
+        "mean of the experts (model soups, arXiv 2203.05482)", _COMMON | {"core_scale", "scale_by"}
+    ),
     # 0.3 is what the literature uses where the scale is not tuned.
     "task_arithmetic": Method("base + scale · sum of task vectors (arXiv 2212.04089)", _COMMON | {"scale"}, scale=0.3),
     # Untuned: 1 adds every truncated residual as it is.
@@ -92,7 +97,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
 
     Args:
         method: a key of :data:`METHODS`.
-        options: fields of :class:`r2m_kernels.MergeConfig`, and ``scale`` and ``scale_by``; those absent have their defaults.
+        options: as :class:`Method` has them; those absent have their defaults.
 
     Raises:
         InvalidInput: an unknown method, an option that the method does not use, or a bad value.
@@ -114,7 +119,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
     if method == "task_arithmetic":
         return MergeConfig.task_arithmetic(scale).replace(**fields)
     if method == "cart":
-        return MergeConfig.cart(fields.pop("rank", MergeConfig().rank), scale).replace(**fields)
+        return MergeConfig.cart(fields.pop("rank", 0.1), scale).replace(**fields)
     if method == "weight_average":
         return MergeConfig.weight_average().replace(**fields)
     if method == "star":
@@ -127,6 +132,10 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
         return MergeConfig.ties(scale=scale).replace(**fields)
     if method == "dare":
         return MergeConfig.dare(scale=scale).replace(**fields)
+    if method == "r2m_truncated":
+        return MergeConfig.r2m_truncated(**fields)
+    if method == "r2m_paper":
+        return MergeConfig.r2m_paper(**fields)
     if method == "r2m":
         return MergeConfig.r2m(**fields)
     raise AssertionError(f"no constructor for the method '{method}'")

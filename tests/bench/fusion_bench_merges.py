@@ -54,7 +54,9 @@ def main():
     # Its arithmetic and not its task_arithmetic_merge, which in 0.2.33 refuses modules of Parameters.
     save_file(state_dict_add(base, state_dict_mul(state_dict_sum(taus), scale)), directory / "sum.safetensors")
     merged = simple_average([Checkpoint(expert) for expert in experts])
-    save_file({name: tensor.contiguous() for name, tensor in merged.state_dict().items()}, directory / "mean.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}, directory / "mean.safetensors"
+    )
 
 
 main()

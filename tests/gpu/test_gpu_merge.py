@@ -8,12 +8,12 @@ import pytest
 import torch
 from gpu_cases import all_same_bits, checkpoints, residuals
 
-from r2m_kernels import InvalidInput, analyze, merge
+from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels.truncation import truncation_rank
 
 # Under the default, "relative", merges may differ by more than their truncations: the experts' residuals nearly cancel,
 # and what is left is scaled up. Here the residual term is the mean of the truncated residuals as they are.
-PLAIN = {"eta": 1.0, "eta_mode": "constant", "norm_match": False}
+PLAIN = MergeConfig.r2m_truncated(eta=1.0, eta_mode="constant", norm_match=False).to_dict()
 
 
 def truncation_allowance(base, experts, rank, excess):
@@ -60,10 +60,18 @@ def test_is_near_the_torch_backend_on_the_cpu(job, device, shapes, tiny, dtype):
     other = merge(host[0], host[1:], backend="torch", **PLAIN)
     for name, allowed in truncation_allowance(host[0], host[1:], 0.1, 1.02).items():
         assert float((other[name].double() - merged[name].cpu().double()).norm()) <= allowed
-    # The rest must agree to rounding.
-    exact = [merge(base, experts, backend="triton", eta=0), merge(host[0], host[1:], backend="torch", eta=0)]
+    # The rest must agree to rounding, and the default merge, which truncates nothing, with it.
+    for options in ({"eta": 0}, {}):
+        exact = [
+            merge(base, experts, backend="triton", **options),
+            merge(host[0], host[1:], backend="torch", **options),
+        ]
+        _assert_close(exact, dtype, tiny)
+
+
+def _assert_close(exact, dtype, tiny):
     step = 2.0**-22 if dtype == torch.float32 else 2.0**-6 if tiny else 2.0**-7  # two roundings to the storage dtype
-    for name in host[0]:
+    for name in exact[1]:
         one, two = (found[name].cpu().double() for found in exact)
         assert ((one - two).abs() <= step * two.abs() + 1e-5).all()
 
@@ -97,7 +105,7 @@ def test_an_analysis_merges_at_a_smaller_rank(job):
     assert analysis.backend.name == "triton"
     assert all_same_bits(merged, analysis.merge())
     smaller = analysis.merge(analysis.config.replace(rank=0.05))
-    direct = merge(base, experts, backend="triton", **PLAIN, rank=0.05)
+    direct = merge(base, experts, backend="triton", **{**PLAIN, "rank": 0.05})
     host = [{name: tensor.cpu() for name, tensor in state.items()} for state in (base, *experts)]
     # Leading components of a truncation to a larger rank: near-optimal too, but not the same bits.
     for name, allowed in truncation_allowance(host[0], host[1:], 0.05, 1.03).items():

@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from r2m_kernels import MergeConfig
+
 StateDict = dict[str, Tensor]
+
+# R²M with truncated residuals, as the paper has it but not centred: what goes through every step.
+TRUNCATED = MergeConfig.r2m_truncated()
 
 # 1-D, 0-d, odd non-square, 3-D, 4-D convolution, a single row, statistics and an integer counter.
 SHAPES: dict[str, tuple[int, ...]] = {

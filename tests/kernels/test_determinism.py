@@ -7,13 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import checkpoints, same_bits
+from cases import TRUNCATED, checkpoints, same_bits
 
 from r2m_kernels import MergeConfig, _parallel, analyze, merge, ops
 
 # Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
 SHAPES = {"big": (3000, 1500), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
-CONFIGS = [MergeConfig(), MergeConfig(center=True, residual="own", layer_weight="frobenius"), MergeConfig(rank=1.0)]
+CONFIGS = {
+    "default": MergeConfig(),
+    "truncated": TRUNCATED,
+    "centred": TRUNCATED.replace(center=True, residual="own", layer_weight="frobenius"),
+    "full rank": TRUNCATED.replace(rank=1.0),
+    "rows truncated": MergeConfig(rank=0.1, scale="column"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def inputs():
     return base, experts
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["default", "centred", "full rank"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_twice_and_on_any_number_of_threads(inputs, config):
     base, experts = inputs
     results = []
@@ -42,9 +48,9 @@ def test_in_any_order_of_tensors(inputs):
     base, experts = inputs
     names = list(base)
     orders = [names[::-1], names[2:] + names[:2]]
-    expected = merge(base, experts)
+    expected = merge(base, experts, TRUNCATED)
     for order in orders:
-        turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts])
+        turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts], TRUNCATED)
         assert list(turned) == order
         assert same_bits(expected, {n: turned[n] for n in names})
 
@@ -54,7 +60,7 @@ def test_sums_over_tensors_do_not_depend_on_their_order():
     shapes = {f"layer.{i}": (20 + i, 30) for i in range(40)} | {f"norm.{i}": (20 + i,) for i in range(40)}
     base, experts = checkpoints(3, shapes=shapes, dtype=torch.float64)  # sums of float32 products are often exact
     turned = {name: base[name] for name in reversed(base)}
-    first, second = analyze(base, experts), analyze(turned, experts)
+    first, second = analyze(base, experts, TRUNCATED), analyze(turned, experts, TRUNCATED)
     assert torch.equal(first.gram, second.gram)
     assert torch.equal(first.vector_gram, second.vector_gram)
     assert torch.equal(first.residuals().norms, second.residuals().norms)
@@ -63,9 +69,9 @@ def test_sums_over_tensors_do_not_depend_on_their_order():
 
 def test_spilled_factors_and_small_budgets_change_nothing(inputs, tmp_path):
     base, experts = inputs
-    expected = merge(base, experts)
+    expected = merge(base, experts, TRUNCATED)
     torch.set_num_threads(2)
-    analysis = analyze(base, experts, memory_budget="64KiB", spill_directory=tmp_path)
+    analysis = analyze(base, experts, TRUNCATED, memory_budget="64KiB", spill_directory=tmp_path)
     assert analysis.spilled_bytes > 1e6
     assert same_bits(expected, analysis.merge())
     assert list(tmp_path.iterdir()) == []  # the file has no name: it goes with the process
@@ -105,10 +111,10 @@ def test_operators_on_any_number_of_threads(inputs, backend):
 
 def test_the_merge_of_an_analysis_is_the_merge(inputs):
     base, experts = inputs
-    analysis = analyze(base, experts)
-    assert same_bits(analysis.merge(), merge(base, experts))
+    analysis = analyze(base, experts, TRUNCATED)
+    assert same_bits(analysis.merge(), merge(base, experts, TRUNCATED))
     for options in ({"eta": 0.2}, {"core_scale": 1.4, "norm_match": False}, {"eta_mode": "constant", "eta": 1.0}):
-        assert same_bits(analysis.merge(**options), merge(base, experts, **options))
+        assert same_bits(analysis.merge(**options), merge(base, experts, TRUNCATED, **options))
     assert same_bits(analysis.merge(rank=0.05), analysis.merge(rank=0.05))
 
 
@@ -148,13 +154,13 @@ def test_for_each_keeps_order_nests_and_passes_errors_on():
 
 def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs):
     base, experts = inputs
-    expected = merge(base, experts)
+    expected = merge(base, experts, TRUNCATED)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # bf16 inside float32 products, on CPUs that can
         torch.set_default_device("meta")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            merged = merge(base, experts)
+            merged = merge(base, experts, TRUNCATED)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_default_device().type == "meta"
     finally:

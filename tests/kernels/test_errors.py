@@ -10,7 +10,7 @@ import sys
 import numpy
 import pytest
 import torch
-from cases import checkpoints
+from cases import TRUNCATED, checkpoints
 
 from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, R2MError, analyze, merge
 
@@ -52,22 +52,15 @@ def message(error):
         (
             {"elementwise": "ties"},
             "elementwise: 'ties' has neither residuals nor subspace; expected eta=0, real_rank=None and "
-            "core_spectrum='keep', got eta=0.6, real_rank=1, core_spectrum='keep'",
+            "core_spectrum='keep', got eta=1, real_rank=1, core_spectrum='keep'",
         ),
         ({"row_power": -1}, "row_power: expected a finite number of at least 0, got -1"),
         (
-            {"row_power": 2, "rank": 1, "eta_mode": "constant"},
-            "row_power: weighs whole residuals; expected rank=1.0 and spectrum='truncate', got rank=1, "
-            "spectrum='truncate'",
+            {"eta_mode": "relative"},
+            "eta_mode: 'relative' needs the residual term's norm, which row_power=3 makes as rows pass; expected "
+            "row_power=0 with it, or eta_mode='constant'",
         ),
-        (
-            {"row_power": 2, "rank": 1.0, "eta_mode": "relative"},
-            "row_power: expected eta_mode 'constant', 'core_norm' or 'sum', got 'relative'",
-        ),
-        (
-            {"row_power": 2, "rank": 1.0, "eta_mode": "sum", "core_spectrum": "flat"},
-            "row_power: expected core_spectrum='keep', got 'flat'",
-        ),
+        ({"core_spectrum": "flat"}, "core_spectrum: 'flat' has no residuals; expected eta=0, got eta=1"),
         ({"scale": "row"}, "scale: expected one of 'none', 'layer', 'column', got 'row'"),
         ({"rnak": 0.1}, "unknown option 'rnak'; did you mean 'rank'?"),
     ],
@@ -101,8 +94,9 @@ def test_numpy_scalars_and_lists_are_taken():
 def test_config_is_frozen_and_has_the_documented_defaults():
     config = MergeConfig.r2m()
     assert config == MergeConfig()
-    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 0.1)
-    assert (config.eta_mode, config.eta, config.norm_match) == ("relative", 0.6, True)
+    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 1.0)
+    assert (config.eta_mode, config.eta, config.norm_match) == ("constant", 1.0, True)
+    assert (config.core_mode, config.core_scale, config.row_power, config.scale) == ("restored", 1.0, 3.0, "none")
     assert (config.power_iterations, config.oversampling) == (2, 8)
     with pytest.raises(AttributeError):
         config.rank = 0.2
@@ -344,7 +338,7 @@ def test_overflow_of_the_output_dtype_is_named():
 
 def test_task_vectors_too_large_for_float32_are_named():
     with pytest.raises(InvalidInput, match="tensor 'a': the differences from the base are too large to be squared"):
-        merge({"a": torch.zeros(80, 80)}, [{"a": torch.full((80, 80), 1e30)}])
+        merge({"a": torch.zeros(80, 80)}, [{"a": torch.full((80, 80), 1e30)}], TRUNCATED)
 
 
 @pytest.mark.parametrize("size", ["4 giraffes", "-1", 0, "0B", "", "9" * 400])

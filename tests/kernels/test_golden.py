@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import checkpoints, distance, floating
+from cases import TRUNCATED, checkpoints, distance, floating
 
 from r2m_kernels import MergeConfig, analyze, merge, reference
 
+PAPER = TRUNCATED.to_dict()
 CONFIGS = {
     "default": {},
-    "centred": {"center": True, "real_rank": 2},
-    "own": {"residual": "own"},
-    "integer rank": {"rank": 4},
-    "full rank": {"rank": 1.0},
-    "constant eta": {"eta_mode": "constant", "eta": 1.0},
-    "core_norm eta": {"eta_mode": "core_norm", "eta": 5.0},
-    "no matching, scaled core": {"norm_match": False, "core_scale": 1.3},
-    "frobenius": {"layer_weight": "frobenius", "real_rank": 2, "center": True},
-    "excluded": {"exclude": ("conv*", "tall.weight")},
-    "rows": {"rank": 1.0, "eta_mode": "constant", "eta": 0.9, "row_power": 2.0, "core_scale": 1.2},
-    "rows, own": {"rank": 1.0, "eta_mode": "constant", "row_power": 3.5, "residual": "own", "norm_match": False},
-    "rows of task vectors": {"rank": 1.0, "eta_mode": "constant", "row_power": 4, "real_rank": 0},
-    "layers scaled": {"scale": "layer"},
-    "columns scaled": {"scale": "column"},
-    "rows, columns scaled": {"rank": 1.0, "eta_mode": "constant", "row_power": 1.0, "scale": "column"},
+    "truncated": PAPER,
+    "centred": {**PAPER, "center": True, "real_rank": 2},
+    "own": {**PAPER, "residual": "own"},
+    "integer rank": {**PAPER, "rank": 4},
+    "full rank": {**PAPER, "rank": 1.0},
+    "constant eta": {**PAPER, "eta_mode": "constant", "eta": 1.0},
+    "core_norm eta": {**PAPER, "eta_mode": "core_norm", "eta": 5.0},
+    "no matching, scaled core": {**PAPER, "norm_match": False, "core_scale": 1.3},
+    "frobenius": {**PAPER, "layer_weight": "frobenius", "real_rank": 2, "center": True},
+    "excluded": {**PAPER, "exclude": ("conv*", "tall.weight")},
+    "restored, relative": {**PAPER, "core_mode": "restored", "core_scale": 1.1},
+    "rows, own": {"row_power": 3.5, "residual": "own", "norm_match": False},
+    "rows of task vectors": {"row_power": 4, "real_rank": 0, "eta": 1.15},
+    "rows, truncated": {"rank": 0.2, "eta": 0.8, "eta_mode": "sum"},
+    "rows, own, truncated": {"rank": 3, "residual": "own", "core_scale": 1.2, "core_mode": "mean"},
+    "layers scaled": {**PAPER, "scale": "layer"},
+    "columns scaled": {**PAPER, "scale": "column"},
+    "rows, columns scaled": {"row_power": 1.0, "scale": "column"},
     "weight average": MergeConfig.weight_average().to_dict(),
     "task arithmetic": MergeConfig.task_arithmetic(0.4).to_dict(),
     "CART": MergeConfig.cart(rank=0.2, scale=0.7).to_dict(),
@@ -45,7 +49,9 @@ WEIGHTED = (
     "TSV-M",
     "Iso-C",
     "TIES",
-    "rows",
+    "truncated",
+    "rows, truncated",
+    "rows of task vectors",
     "layers scaled",
     "columns scaled",
 )
@@ -79,6 +85,7 @@ def test_weighted_experts_are_within_2e_5_of_the_definition_too(name, count):
 
 @pytest.mark.parametrize("options", [{"center": True}, {}, {"center": True, "residual": "own"}], ids=str)
 def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
+    options = {**{key: value for key, value in PAPER.items() if key not in ENGINE_ONLY}, **options}
     # Three unrelated specialists: eigenvalues of the Gram nearly agree, and its rounding would turn the projector.
     generator = torch.Generator().manual_seed(0)
     base = {"w": 1e-3 * torch.randn(300, 400, generator=generator)}
@@ -87,8 +94,8 @@ def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
     assert analysis.real_subspace.gap < 0.02
     rows = torch.stack([expert["w"].double() - base["w"].double() for expert in experts]).flatten(1)
     assert torch.allclose(analysis.gram, rows @ rows.T, rtol=1e-12, atol=1e-12)
-    expected = reference.merge(base, experts, rank=1.0, **options)
-    merged = merge(base, experts, svd="exact", rank=1.0, **options)
+    expected = reference.merge(base, experts, **{**options, "rank": 1.0})
+    merged = merge(base, experts, svd="exact", **{**options, "rank": 1.0})
     assert distance(merged, expected) <= 2e-5 * distance(base, expected)
     expected = reference.merge(base, experts, **options)
     merged = merge(base, experts, svd="exact", **options)
@@ -97,7 +104,7 @@ def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["default", "centred", "own", "full rank", "CART"])
+@pytest.mark.parametrize("name", ["default", "truncated", "centred", "own", "full rank", "rows, truncated", "CART"])
 def test_16_bit_outputs_are_rounded_once(name, dtype, count):
     base, experts = checkpoints(count, dtype=dtype, seed=count)
     options = {**CONFIGS[name], "svd": "exact"}
@@ -147,7 +154,7 @@ def test_randomized_truncation_is_near_the_definition_where_the_spectrum_has_a_g
             ).float()
         experts.append(expert)
     base = {name: tensor.float() for name, tensor in base.items()}
-    options = {**options, "rank": 24}
+    options = {**PAPER, **options, "svd": "randomized", "rank": 24}
     mixing = analyze(base, experts, **options).real_subspace.mixing
     for name in base:
         task_matrix = torch.stack([(expert[name] - base[name]).double().flatten() for expert in experts])

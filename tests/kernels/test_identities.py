@@ -6,15 +6,20 @@ import math
 
 import pytest
 import torch
-from cases import SHAPES, checkpoints, distance, floating
+from cases import SHAPES, TRUNCATED, checkpoints, distance, floating
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from r2m_kernels import MergeConfig, TensorSpec, analyze, merge
 from r2m_kernels.tensors import StateDictSink
 
+
+def config_of(eta_mode, row_power, **fields):
+    return MergeConfig(eta_mode=eta_mode, row_power=0.0 if eta_mode == "relative" else row_power, **fields)
+
+
 configs = st.builds(
-    MergeConfig,
+    config_of,
     real_rank=st.sampled_from([1, 2, None]),
     center=st.booleans(),
     residual=st.sampled_from(["core", "own"]),
@@ -22,6 +27,8 @@ configs = st.builds(
     eta=st.sampled_from([0.0, 0.6, 1.0]),
     eta_mode=st.sampled_from(["relative", "constant", "sum"]),
     norm_match=st.booleans(),
+    row_power=st.sampled_from([0.0, 3.0]),
+    core_mode=st.sampled_from(["mean", "restored"]),
     layer_weight=st.sampled_from(["none", "frobenius"]),
     svd=st.just("exact"),
 )
@@ -73,6 +80,8 @@ def test_full_rank_without_matching_is_the_weight_average(seed, count, center, r
         eta=1.0,
         eta_mode="constant",
         norm_match=False,
+        row_power=0.0,
+        core_mode="mean",
         center=center,
         residual=residual,
         real_rank=real_rank,
@@ -118,14 +127,14 @@ def test_one_expert_gives_that_expert_and_centred_gives_the_base():
     base, experts = checkpoints(1)
     merged = merge(base, experts)
     assert distance(merged, experts[0]) <= 1e-6 * distance(base, experts[0])
-    centred = merge(base, experts, center=True)
+    centred = merge(base, experts, TRUNCATED, center=True)
     matrices = [name for name, shape in SHAPES.items() if len(shape) > 1]
     assert all(torch.equal(centred[name], base[name]) for name in matrices)  # a core of 0, no residual to match
 
 
 def test_relative_eta_is_the_residual_terms_share():
     base, experts = checkpoints(3)
-    with_term, without = merge(base, experts, eta=0.6), merge(base, experts, eta=0.0)
+    with_term, without = merge(base, experts, TRUNCATED), merge(base, experts, TRUNCATED, eta=0.0)
     matrices = [name for name, shape in SHAPES.items() if len(shape) > 1]
     term = math.sqrt(sum(float((with_term[n].double() - without[n].double()).square().sum()) for n in matrices))
     core = math.sqrt(sum(float((without[n].double() - base[n].double()).square().sum()) for n in matrices))
@@ -171,7 +180,7 @@ def test_a_long_vector_does_not_hide_a_small_residual_of_matrices():
     experts = [
         {"w": 1e-6 * torch.randn(30, 40, generator=generator), "b": torch.full((5000,), 100.0 + i)} for i in range(3)
     ]
-    assert analyze(base, experts).residuals().strength.eta > 0
+    assert analyze(base, experts, TRUNCATED).residuals().strength.eta > 0
 
 
 def test_tied_weights_stay_tied_where_the_output_is_moved_to_another_device():

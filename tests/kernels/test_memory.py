@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TRUNCATED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2m_kernels import analyze
@@ -28,8 +29,8 @@ class LargestStorage(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"center": True, "residual": "own"}, {"rank": 1.0}, {"svd": "exact"}],
-    ids=["default", "own", "full rank", "exact"],
+    [{}, {"center": True, "residual": "own"}, {"rank": 1.0}, {"svd": "exact"}, {"row_power": 3, "eta_mode": "sum"}],
+    ids=["truncated", "own", "full rank", "exact", "rows"],
 )
 def test_nothing_as_large_as_a_residual_is_stored(options):
     m, n = 4096, 512
@@ -38,7 +39,7 @@ def test_nothing_as_large_as_a_residual_is_stored(options):
     stored = [base["w"], *(expert["w"] for expert in experts)]
     one_residual = m * n * 4
     with LargestStorage(stored) as seen:
-        analysis = analyze(base, experts, **options)
+        analysis = analyze(base, experts, TRUNCATED, **options)
     assert 0 < seen.largest < one_residual
     with LargestStorage(stored) as seen:
         analysis.merge()
@@ -50,7 +51,7 @@ def test_nor_of_short_and_wide_tensors(shape):
     base = {"w": torch.randn(shape)}
     experts = [{"w": base["w"] + 0.01 * torch.randn(shape)} for _ in range(3)]
     with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
-        analyze(base, experts)
+        analyze(base, experts, TRUNCATED)
     # Pieces of 2¹⁸ elements, or the factors, for three experts and in float64.
     assert seen.largest <= 3 * 8 * max(2**18, max(shape) * truncation_rank(0.1, shape))
 
@@ -60,3 +61,14 @@ def test_the_recorder_sees_a_stored_residual():
     with LargestStorage([base, expert]) as seen:
         expert - base
     assert seen.largest == 300 * 300 * 4
+
+
+def test_nor_by_the_default_merge():
+    base = {"w": torch.randn(8192, 512)}
+    experts = [{"w": base["w"] + 0.01 * torch.randn(8192, 512)} for _ in range(2)]
+    with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
+        analysis = analyze(base, experts)
+    assert 0 < seen.largest < 8192 * 512 * 4
+    with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
+        analysis.merge()
+    assert seen.largest == 8192 * 512 * 4  # the merged tensor itself

@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import checkpoints, distance, floating
+from cases import TRUNCATED, checkpoints, distance, floating
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels.elementwise import Magnitudes
 
-ROWS = MergeConfig.r2m(rank=1.0, eta_mode="constant", eta=1.0, row_power=2.0, core_scale=1.2)
 METHODS = {
     "R2M": MergeConfig.r2m(),
     "STAR": MergeConfig.star(),
@@ -21,19 +20,19 @@ METHODS = {
     "Iso-C": MergeConfig.iso_c(0.8),
     "TIES": MergeConfig.ties(0.3, 0.9),
     "DARE": MergeConfig.dare(0.5, 0.3),
-    "R2M, rows": ROWS,
+    "R2M, truncated": TRUNCATED,
     "R2M, layers scaled": MergeConfig.r2m(scale="layer"),
-    "R2M, columns scaled": MergeConfig.r2m(scale="column"),
+    "R2M, columns scaled": MergeConfig.r2m(rank=0.2, scale="column"),
 }
 # A repeated expert is one of twice the weight; but TSV-M gives each its own directions, and DARE its own mask.
 REPEATABLE = {
     "R2M": MergeConfig.r2m(svd="exact"),
-    "R2M, centred": MergeConfig.r2m(svd="exact", center=True, residual="own"),
+    "R2M, centred": TRUNCATED.replace(svd="exact", center=True, residual="own"),
+    "R2M, truncated rows": MergeConfig.r2m(svd="exact", rank=0.2),
     "weight average": MergeConfig.weight_average(),
     "CART": MergeConfig.cart(0.2, 0.5).replace(svd="exact", eta_mode="constant"),
     "STAR": MergeConfig.star(),
     "TIES": MergeConfig.ties(0.3, 0.9),
-    "R2M, rows": ROWS,
     "R2M, layers scaled": MergeConfig.r2m(svd="exact", scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(svd="exact", scale="column"),
 }
@@ -199,7 +198,7 @@ def test_row_power_gives_every_row_to_the_expert_that_changed_it():
     first = {"w": torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([1.0, 0.0, 0.0])}
     second = {"w": torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]), "b": torch.zeros(3)}
     # No subspace: residuals are the task vectors. Lengths 2 and 1 squared are 4 to 1; a row that nobody changed stays.
-    config = MergeConfig(rank=1.0, real_rank=0, eta=1.0, eta_mode="constant", row_power=2.0, norm_match=False)
+    config = MergeConfig(real_rank=0, row_power=2.0, core_mode="mean", norm_match=False)
     merged = merge(base, [first, second], config)
     assert torch.allclose(merged["w"], torch.tensor([[1.6, 0.2], [0.0, 1.0], [0.0, 0.0]]))
     assert torch.allclose(merged["b"], torch.tensor([0.5, 0.0, 0.0]))
@@ -212,13 +211,13 @@ def test_row_power_gives_every_row_to_the_expert_that_changed_it():
 @pytest.mark.parametrize("power", [1.0, 40.0, 1e6])
 def test_no_power_leaves_the_range_of_numbers(power):
     base, experts = checkpoints(3, scales=[1e-12, 1.0, 1e3])
-    merged = merge(base, experts, ROWS, row_power=power, norm_match=False)
+    merged = merge(base, experts, row_power=power, norm_match=False)
     assert all(torch.isfinite(tensor).all() for tensor in floating(merged).values())
 
 
 def test_scaled_columns_are_as_long_as_the_experts_own():
     base, experts = checkpoints(3)
-    analysis = analyze(base, experts, scale="column")
+    analysis = analyze(base, experts, TRUNCATED, scale="column")
     lengths = torch.stack([change(base, expert, "encoder.weight").norm(dim=0) for expert in experts])
     core = analysis.real_subspace.core.abs()
     found = change(base, analysis.merge(), "encoder.weight").norm(dim=0)
@@ -240,3 +239,14 @@ def test_experts_that_cancel_are_not_blown_up(mode):
     second = {"w": 2 * base["w"] - first["w"] * (1 + 1e-6)} | {"steps": base["steps"]}
     merged = merge(base, [first, second], MergeConfig.weight_average(), scale=mode)
     assert distance(base, merged) < 1e-5 * distance(base, first) * 2
+
+
+def test_a_restored_core_is_longer_by_half_of_what_averaging_lost():
+    base, experts = checkpoints(3, shared=0.0, dtype=torch.float64)
+    core, restored = (merge(base, experts, eta=0.0, core_mode=mode) for mode in ("mean", "restored"))
+    names = [name for name, tensor in floating(base).items() if tensor.ndim > 1]
+    taus = torch.stack([torch.cat([change(base, expert, name).flatten() for name in names]) for expert in experts])
+    expected = float((taus.norm(dim=1).mean() / taus.mean(0).norm()) ** 0.5)
+    assert 1.2 < expected < 1.4  # three nearly orthogonal task vectors: the fourth root of three
+    for name in ("encoder.weight", "encoder.bias"):
+        assert torch.allclose(restored[name] - base[name], expected * (core[name] - base[name]), atol=1e-12)

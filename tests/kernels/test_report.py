@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
-from cases import SHAPES, checkpoints
+from cases import SHAPES, TRUNCATED, checkpoints
 
 from r2m_kernels import MergeConfig, analyze
 
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 
 
-def reported(experts_scales=(1.0, 1.0, 1.0), config=None, **options):
+def reported(experts_scales=(1.0, 1.0, 1.0), config=TRUNCATED, **options):
     base, experts = checkpoints(len(experts_scales), scales=list(experts_scales), **options)
     named = {f"e{i}": expert for i, expert in enumerate(experts)}
     analysis = analyze(base, named, config)
@@ -77,7 +77,7 @@ def test_the_distance_to_the_optimum_is_estimated_and_says_on_what(backend, svd)
     generator = torch.Generator().manual_seed(0)
     base = {"w": torch.zeros(400, 500)}
     experts = {f"e{i}": {"w": torch.randn(400, 500, generator=generator)} for i in range(2)}
-    analysis = analyze(base, experts, svd=svd, backend=backend, eta_mode="constant")
+    analysis = analyze(base, experts, TRUNCATED, svd=svd, backend=backend, eta_mode="constant")
     row = analysis.report()["tensors"][0]
     mixing = analysis.real_subspace.mixing
     residual = (mixing.T @ task_matrix(base, experts, ["w"])).reshape(2, 400, 500)
@@ -97,7 +97,7 @@ def test_cancellation_is_flagged_not_hidden():
     base = {"w": torch.zeros(200, 300)}
     common = torch.randn(200, 300, generator=generator)
     experts = {f"e{i}": {"w": common + 1e-5 * torch.randn(200, 300, generator=generator)} for i in range(3)}
-    row = analyze(base, experts).report()["tensors"][0]
+    row = analyze(base, experts, TRUNCATED).report()["tensors"][0]
     assert row["uncertain"] == ["e0", "e1", "e2"]
 
 
@@ -138,7 +138,7 @@ def test_one_dominating_specialist_is_named():
 
 def test_a_weak_core_and_a_small_gap_are_said():
     assert "the gap after the last eigenvalue kept is small" in warnings_of((1.0, 1.0, 1.0), shared=0.0)
-    text = warnings_of((1.0, 1.0, 1.0), config=MergeConfig(center=True))
+    text = warnings_of((1.0, 1.0, 1.0), config=TRUNCATED.replace(center=True))
     assert "of the mean task vector's length: the specialists share little" in text
 
 
@@ -150,12 +150,12 @@ def test_an_expert_that_equals_the_base_is_named():
 
 def test_a_merge_that_is_its_core_says_so():
     base, experts = checkpoints(1)
-    report = analyze(base, {"a": experts[0], "b": experts[0]}).report()
+    report = analyze(base, {"a": experts[0], "b": experts[0]}, TRUNCATED).report()
     assert "no expert has a residual beyond rounding: the merge is its core" in report["warnings"]
     assert report["residual"]["eta_used"] == 0
 
 
 def test_a_blown_up_residual_is_named():
-    config = MergeConfig(residual="own")
+    config = TRUNCATED.replace(residual="own")
     text = warnings_of((1.0, 1.0, 0.001), config=config, shared=0.3, shapes={"w": (70, 90)})
     assert "the residual of expert 'e2' is scaled up" in text

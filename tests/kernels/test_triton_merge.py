@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import checkpoints, distance, floating, matrix_with, same_bits, spectrum
+from cases import TRUNCATED, checkpoints, distance, floating, matrix_with, same_bits, spectrum
 from interpreter import multiply_in_tf32
 
 from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, _triton, analyze, merge, reference
@@ -93,13 +93,15 @@ def test_more_steps_help_and_a_tolerance_is_kept():
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_exact_merge_is_as_near_to_the_definition_as_torchs(dtype, count):
+@pytest.mark.parametrize("power", [None, 0.0, 3.0])
+def test_an_exact_merge_is_as_near_to_the_definition_as_torchs(dtype, count, power):
     base, experts = checkpoints(count, dtype=dtype, shapes=SHAPES, seed=count, scales=[1.0, 1.5, 0.7][:count])
-    expected = reference.merge(base, experts)
+    options = {} if power is None else {"rank": 0.1, "row_power": power}
+    expected = reference.merge(base, experts, **options)
     rounded = {key: tensor.to(dtype) for key, tensor in floating(expected).items()}
     bound = 1.05 * distance(rounded, floating(expected)) + 2e-5 * distance(base, expected)
     for backend in ("torch", "triton"):
-        merged = merge(base, experts, svd="exact", backend=backend)
+        merged = merge(base, experts, svd="exact", backend=backend, **options)
         assert distance(merged, floating(expected)) <= bound
         assert all(merged[key].dtype == base[key].dtype and merged[key].shape == base[key].shape for key in base)
 
@@ -122,18 +124,20 @@ def test_a_randomized_merge_is_near_the_definition_where_the_spectrum_has_a_gap(
     ]
     base = {name: tensor.to(dtype) for name, tensor in base.items()}
     options = {"rank": 9, "dtype": torch.float32}  # what both have of rank 9: a gap, rounding of the inputs apart
-    exact = merge(base, experts, svd="exact", **options)
-    ours = merge(base, experts, backend="triton", **options)
+    exact = merge(base, experts, TRUNCATED, svd="exact", **options)
+    ours = merge(base, experts, TRUNCATED, backend="triton", **options)
     assert distance(ours, exact) <= (2e-2 if dtype == torch.float32 else 6e-2) * distance(base, exact)
 
 
 def test_the_same_bits_twice_in_any_order_group_and_memory(tmp_path):
     base, experts = checkpoints(2, shapes={"a": (68, 66), "b": (68, 66), "wide": (65, 72), "bias": (68,)})
-    expected = merge(base, experts, backend="triton")
+    expected = merge(base, experts, TRUNCATED, backend="triton")
     names = list(base)[::-1]
-    turned = merge({n: base[n] for n in names}, [{n: e[n] for n in names} for e in experts], backend="triton")
+    turned = merge(
+        {n: base[n] for n in names}, [{n: e[n] for n in names} for e in experts], TRUNCATED, backend="triton"
+    )
     assert same_bits(expected, {n: turned[n] for n in base})
-    analysis = analyze(base, experts, backend="triton", memory_budget="16KiB", spill_directory=tmp_path)
+    analysis = analyze(base, experts, TRUNCATED, backend="triton", memory_budget="16KiB", spill_directory=tmp_path)
     assert analysis.spilled_bytes > 0
     assert same_bits(expected, analysis.merge())
     config = MergeConfig.cart(rank=0.1, scale=1.0)  # no number of this configuration joins tensors
@@ -144,12 +148,12 @@ def test_the_same_bits_twice_in_any_order_group_and_memory(tmp_path):
 
 def test_an_analysis_merges_at_smaller_ranks_and_says_who_computed():
     base, experts = checkpoints(2, shapes={"tall": (72, 66), "wide": (66, 72), "bias": (72,)})
-    analysis = analyze(base, experts, backend="triton", rank=0.3)
+    analysis = analyze(base, experts, TRUNCATED, backend="triton", rank=0.3)
     report = analysis.report()
     assert report["backend"] == {"name": "triton", "reason": "asked for by name", "device": "cpu"}
     smaller, exact = (
         {row["name"]: row.get("kept_energy") for row in found.report(found.config.replace(rank=0.1))["tensors"]}
-        for found in (analysis, analyze(base, experts, svd="exact", rank=0.3))
+        for found in (analysis, analyze(base, experts, TRUNCATED, svd="exact", rank=0.3))
     )
     for name, kept in exact.items():
         if kept is not None:

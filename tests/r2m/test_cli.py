@@ -35,7 +35,7 @@ OPTIONS = {option.name: option for option in cli.merge.params if isinstance(opti
 
 
 # Fields of other methods, and the weights of experts, which belong to files.
-OTHERS = {"core_mode", "weights", "spectrum", "core_spectrum", "elementwise", "density"}
+OTHERS = {"weights", "spectrum", "core_spectrum", "elementwise", "density"}
 
 
 def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) -> None:
@@ -48,9 +48,13 @@ def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) 
         f"{name} {report['core']['coefficients'][name]:.3f}" for name in ("fs", "fr", "efs")
     )
     assert norms == (
-        f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, η {report['residual']['eta_used']:.3g}, "
-        f"‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}"
+        f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, λ {report['core']['scale_used']:.3g}, "
+        f"η {report['residual']['eta_used']:.3g}"
     )
+    words = ["--row-power", "0", "--out", "a/alike"]
+    norms = command("merge", *checkpoints.arguments, *words).out.splitlines()[2]
+    report = json.loads(Path("a/alike/r2m_report.json").read_text())
+    assert norms.endswith(f", ‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}")
     assert result.err.startswith("task Gram: 4 tensors, ")
 
 
@@ -86,7 +90,7 @@ def test_undefined_numbers_are_shown_as_that(checkpoints: Checkpoints, command: 
 def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """What ``merge_files`` is called with, instead of a merge."""
     report = {
-        "core": {"coefficients": {"x": 1.0}, "norm_ratio_to_mean": None},
+        "core": {"coefficients": {"x": 1.0}, "norm_ratio_to_mean": None, "scale_used": 1.0},
         "residual": {"eta_used": None, "norm_ratio_to_core": None},
         "output": {"bytes": 1, "seconds": 0.0},
         "warnings": [],
@@ -137,7 +141,7 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
     words = (
         "--real-rank 2 --center --residual own --core-scale 1.5 --layer-weight frobenius --exclude a* "
         "--exclude *.b --rank 16 --svd exact --power-iterations 3 --oversampling 4 --tolerance 0.01 --seed 7 "
-        "--eta 0.3 --eta-mode constant --no-norm-match --extra drop --scale-by layer"
+        "--eta 0.3 --eta-mode relative --no-norm-match --extra drop --scale-by layer --row-power 0 --core-mode sum"
     )
     assert configuration(*words.split())["config"] == MergeConfig(
         real_rank=2,
@@ -153,7 +157,9 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         tolerance=0.01,
         seed=7,
         eta=0.3,
-        eta_mode="constant",
+        eta_mode="relative",
+        core_mode="sum",
+        row_power=0.0,
         norm_match=False,
         extra="drop",
         scale="layer",
@@ -179,7 +185,9 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         ("--eta 0 --center --no-norm-match", MergeConfig.r2m(eta=0, center=True, norm_match=False)),
         ("--no-center --norm-match", MergeConfig.r2m()),
         ("--seed 0", MergeConfig.r2m()),
-        ("--rank 1.0 --eta-mode constant --row-power 2", MergeConfig.r2m(rank=1.0, eta_mode="constant", row_power=2.0)),
+        ("--rank 0.2 --row-power 2", MergeConfig.r2m(rank=0.2, row_power=2.0)),
+        ("--method r2m_truncated --eta 0.3", MergeConfig.r2m_truncated(eta=0.3)),
+        ("--method r2m_paper --rank 0.05", MergeConfig.r2m_paper(rank=0.05)),
         ("--method weight_average --scale-by column", replace(MergeConfig.weight_average(), scale="column")),
     ],
 )
@@ -211,7 +219,15 @@ def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None
         if isinstance(value, bool):
             shown = ("" if value else "no-") + name.replace("_", "-")
         else:
-            shown = "never" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            shown = (
+                "1.0"
+                if name == "rank"
+                else "never"
+                if value is None
+                else f"{value:g}"
+                if isinstance(value, float)
+                else str(value)
+            )
         assert text is not None
         assert text.endswith(f"[default: {shown}]"), name
     for name, choices in _CHOICES.items():
@@ -348,7 +364,7 @@ BAD_INPUT = {
     ),
     "method": (
         FILES.format("fs.safetensors") + " --method slerp",
-        "Invalid value for '--method': 'slerp' is not one of 'r2m', 'weight_average', 'task_arithmetic'",
+        "Invalid value for '--method': 'slerp' is not one of 'r2m', 'r2m_truncated', 'r2m_paper', 'weight_average'",
     ),
     "unused option": (
         FILES.format("fs.safetensors") + " --method weight_average --eta 1",

@@ -1,0 +1,170 @@
+"""Train, merge by every method, judge, and write it down.
+
+    python -m bench.quality [--quick] [--processes N] [--out DIRECTORY]
+
+Everything: two architectures, five development and five fresh seeds, into bench/results/quality.json, pictures beside
+it, and docs/quality.md from them. ``--quick``: one seed of each architecture at a third of the training, into
+build/quality/quick, in minutes; its numbers show how it runs and not more. Trained detectors stay in build/quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bench.quality import docs, judging, pictures, settings, studies, tables
+from bench.quality.choosing import Validated, choose, validate
+from bench.quality.groups import test_groups
+from bench.quality.methods import Method, all_methods, apply
+from bench.quality.models import CACHE, Models, Run
+from bench.quality.networks import ARCHITECTURES
+from bench.run import machine
+from r2m_kernels import MergeConfig
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+# Rows that the studies follow, beside the ensemble.
+FOLLOWED = ("weight average", "weight average × 1.2", "TIES", "CART", "R2M")
+Result = TypeVar("Result")
+Chosen = dict[str, dict[str, str]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
+    start = time.monotonic()
+    with ProcessPoolExecutor(
+        options.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        content = measure(pool, options.quick)
+    content["machine"] = {**machine(), "processes": options.processes}
+    content["took_seconds"] = round(time.monotonic() - start)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "quality.json").write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n")
+    content = json.loads((out / "quality.json").read_text())
+    pictures.draw_all(content, out)
+    tables.print_tables(content)
+    if not options.quick and options.out is None:
+        docs.write(content)
+    print(f"{content['took_seconds']} s; {out / 'quality.json'} and pictures beside it")
+    return 0
+
+
+def measure(pool: ProcessPoolExecutor, quick: bool) -> dict[str, Any]:
+    """All numbers, from validation to studies."""
+    development = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.DEVELOPMENT]
+    fresh = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.FRESH]
+    if quick:
+        development, fresh = [run for run in development if run.seed == 0], []
+    validated = _each(pool, "validated", _validate, [(run,) for run in development])
+    chosen = choose(validated)
+    content: dict[str, Any] = {"quick": quick, "validated": validated, "chosen": chosen}
+    content["methods"] = {method.name: method.kind for method in all_methods()}
+    content["default"] = MergeConfig.r2m().to_dict()
+    judged = _each(pool, "judged", _judge, [(run, chosen) for run in [*development, *fresh]])
+    content["runs"] = judged
+    content["development"], content["fresh"] = [run.name for run in development], [run.name for run in fresh]
+    looked_at = [run for run in fresh if run.seed in settings.FRESH[:2]] or development
+    content["sweeps"] = _each(pool, "swept", studies.sweeps, [(run,) for run in looked_at])
+    if not quick:
+        bad = [run for run in development if run.seed in settings.MANY]
+        content["robustness"] = _each(pool, "robustness", _robustness, [(run, chosen) for run in bad])
+        content["many"] = _each(pool, "many", _many, [(run, chosen) for run in bad])
+        content["analysis"] = _each(pool, "analysis", _analysis, [(run, chosen) for run in fresh])
+        strangers = [(run, _next(run, runs)) for runs in (development, fresh) for run in runs]
+        content["diagnosis"] = _each(pool, "diagnosis", studies.diagnosis, strangers)
+    return content
+
+
+def picked(method: Method, architecture: str, chosen: Chosen) -> Method:
+    """A method with the one candidate that validation chose."""
+    words = chosen[architecture][method.name]
+    return Method(method.name, {words: method.candidates[words]}, method.kind)
+
+
+def _next(run: Run, runs: Sequence[Run]) -> Run:
+    """Another run of its architecture among these."""
+    alike = [one for one in runs if one.architecture == run.architecture]
+    return alike[(alike.index(run) + 1) % len(alike)]
+
+
+def _followed(run: Run, chosen: Chosen) -> dict[str, Method]:
+    return {m.name: picked(m, run.architecture, chosen) for m in all_methods() if m.name in FOLLOWED}
+
+
+def _validate(run: Run) -> Validated:
+    return validate(run, all_methods())
+
+
+def _judge(run: Run, chosen: Chosen) -> dict[str, Any]:
+    models, groups = Models(run), test_groups(run)
+    base = models.base()
+    experts = {kind: models.specialist(kind) for kind in settings.MAIN}
+    rows = {f"{kind} specialist": state for kind, state in experts.items()}
+    scores = {row: judging.score(run.architecture, state, groups) for row, state in rows.items()}
+    found = {"base": judging.numbers(judging.score(run.architecture, base, groups))}
+    found |= {row: judging.numbers(of_row) for row, of_row in scores.items()}
+    found["joint training"] = judging.numbers(judging.score(run.architecture, models.joint(), groups))
+    found["ensemble"] = judging.numbers(judging.mean_of(list(scores.values())))
+    for method in all_methods():
+        (candidate,) = picked(method, run.architecture, chosen).candidates.values()
+        merged = dict(apply(candidate, base, list(experts.values())))
+        found[method.name] = judging.numbers(judging.score(run.architecture, merged, groups))
+    return found
+
+
+def _robustness(run: Run, chosen: Chosen) -> dict[str, Any]:
+    return studies.robustness(run, _followed(run, chosen))
+
+
+def _many(run: Run, chosen: Chosen) -> dict[str, Any]:
+    return studies.many(run, _followed(run, chosen))
+
+
+def _analysis(run: Run, chosen: Chosen) -> dict[str, Any]:
+    models = Models(run)
+    base, experts = models.base(), [models.specialist(kind) for kind in settings.MAIN]
+    merged = {}
+    for name, method in _followed(run, chosen).items():
+        if name in ("weight average", "R2M"):
+            (candidate,) = method.candidates.values()
+            merged[name] = dict(apply(candidate, base, experts))
+    return {
+        "features": studies.features(run, merged),
+        "heads": studies.heads(run, merged),
+        "identities": studies.identities(run),
+    }
+
+
+def _each(
+    pool: ProcessPoolExecutor, done: str, function: Callable[..., Result], calls: Sequence[tuple[Any, ...]]
+) -> dict[str, Result]:
+    """Name of a run → what the function found for it; calls start with a run."""
+    futures = {pool.submit(function, *call): call[0] for call in calls}
+    found: dict[str, Result] = {}
+    for future in as_completed(futures):
+        found[futures[future].name] = future.result()
+        print(f"{done} {futures[future].name} ({len(found)} of {len(futures)})", flush=True)
+    return {call[0].name: found[call[0].name] for call in calls}
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: what is printed has three."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
