@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
     from r2m_kernels.analysis import Analysis, Residuals
     from r2m_kernels.compatibility import PlannedTensor
 
-# Thresholds of the warnings: first guesses, not calibrated on detectors.
+# Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality.md.
+CALIBRATED = {
+    "smallest cosine": 0.05,  # of two task vectors: below, they hardly have anything in common
+    "longest/median task vector": 3.0,  # above, one update drowns the others
+    "leading expert's share of the core": 0.9,  # above, the core is one expert
+}
+# What these say is true by itself; no merge of the benchmark came near them, good or bad.
 WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
@@ -195,7 +202,8 @@ def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) 
     coefficients = {name: abs(value) for name, value in core["coefficients"].items()}
     total = sum(coefficients.values())
     leader = max(names, key=lambda name: coefficients[name])
-    if count > 1 and total > 0 and coefficients[leader] / total > 0.5 + 0.5 / count:
+    found += _strangers(names, numbers["task_vectors"])
+    if count > 1 and total > 0 and coefficients[leader] / total > CALIBRATED["leading expert's share of the core"]:
         share = coefficients[leader] / total
         found.append(f"expert '{leader}' dominates the core with {share:.0%} of its coefficients")
     if core["gap"] is not None and core["gap"] < SMALL_GAP:
@@ -217,4 +225,25 @@ def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) 
     strength = residual["norm_ratio_to_core"]
     if strength is not None and len(gone) < count and strength < CLOSE_TO_CORE:
         found.append(f"the residual term has {strength:.1e} of the core's norm: the merge is close to its core")
+    return found
+
+
+def _strangers(names: list[str], task_vectors: dict[str, Any]) -> list[str]:
+    """Warnings of experts that do not belong: another base has the same names and shapes."""
+    found = []
+    cosines: list[list[float | None]] = task_vectors["cosines"]
+    pairs = [(value, i, j) for i, row in enumerate(cosines) for j, value in enumerate(row[:i]) if value is not None]
+    if pairs and min(pairs)[0] < CALIBRATED["smallest cosine"]:
+        value, i, j = min(pairs)
+        found.append(
+            f"the task vectors of '{names[j]}' and '{names[i]}' have cosine {value:.2f}, nearly nothing in common: "
+            "was one of them fine-tuned from another base?"
+        )
+    norms = task_vectors["norms"]
+    longest, median = max(norms, key=lambda name: float(norms[name])), statistics.median(norms.values())
+    if median > 0 and norms[longest] > CALIBRATED["longest/median task vector"] * median:
+        found.append(
+            f"the task vector of '{longest}' is {norms[longest] / median:.1f} times as long as the median one: "
+            "over-trained, or fine-tuned from another base?"
+        )
     return found

@@ -34,14 +34,14 @@ class Rule:
 
 
 RULES = (
-    Rule("smallest cosine", "below", 0.1, warns=True),
-    Rule("mean cosine", "below", 0.1),
-    Rule("mean/mean norm", "below", 0.6),
+    Rule("smallest cosine", "below", 0.05, warns=True),
+    Rule("mean cosine", "below", 0.06),
+    Rule("longest/median task vector", "above", 3.0, warns=True),
+    Rule("largest/smallest task vector", "above", 3.5),
+    Rule("leading expert's share of the core", "above", 0.9, warns=True),
     Rule("‖core‖/‖mean‖", "below", 0.9),
-    Rule("leading expert's share of the core", "above", 0.5),
-    Rule("longest/median task vector", "above", 2.0, warns=True),
-    Rule("largest/smallest task vector", "above", 2.0),
-    Rule("largest scale", "above", 2.0),
+    Rule("mean/mean norm", "below", 0.7),
+    Rule("largest scale", "above", 1.5),
     Rule("gap", "below", 0.3),
 )
 

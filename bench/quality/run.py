@@ -2,7 +2,7 @@
 
     python -m bench.quality [--quick] [--processes N] [--out DIRECTORY]
 
-Everything: two architectures, five development and five fresh seeds, into bench/results/quality.json, pictures beside
+Everything: two architectures, five development and ten fresh seeds, into bench/results/quality.json, pictures beside
 it, and docs/quality.md from them. ``--quick``: one seed of each architecture at a third of the training, into
 build/quality/quick, in minutes; its numbers show how it runs and not more. Trained detectors stay in build/quality.
 """
@@ -75,14 +75,15 @@ def measure(pool: ProcessPoolExecutor, quick: bool) -> dict[str, Any]:
     judged = _each(pool, "judged", _judge, [(run, chosen) for run in [*development, *fresh]])
     content["runs"] = judged
     content["development"], content["fresh"] = [run.name for run in development], [run.name for run in fresh]
-    looked_at = [run for run in fresh if run.seed in settings.FRESH[:2]] or development
+    studied = [run for run in fresh if run.seed in settings.SECOND_LOOK]
+    looked_at = [run for run in studied if run.seed in settings.SECOND_LOOK[:2]] or development
     content["sweeps"] = _each(pool, "swept", studies.sweeps, [(run,) for run in looked_at])
     if not quick:
         bad = [run for run in development if run.seed in settings.MANY]
         content["robustness"] = _each(pool, "robustness", _robustness, [(run, chosen) for run in bad])
         content["many"] = _each(pool, "many", _many, [(run, chosen) for run in bad])
-        content["analysis"] = _each(pool, "analysis", _analysis, [(run, chosen) for run in fresh])
-        strangers = [(run, _next(run, runs)) for runs in (development, fresh) for run in runs]
+        content["analysis"] = _each(pool, "analysis", _analysis, [(run, chosen) for run in studied])
+        strangers = [(run, _next(run, runs)) for runs in (development, studied) for run in runs]
         content["diagnosis"] = _each(pool, "diagnosis", studies.diagnosis, strangers)
     return content
 

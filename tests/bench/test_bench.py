@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import cases, compare, files, plot, rivals, run
+from bench.run import TRUNCATED
 from r2m_kernels import merge
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +65,9 @@ def small(monkeypatch):
 def test_the_plain_merge_is_the_merge_that_is_measured(small):
     base, experts = cases.checkpoints(1, 3)
     plain = rivals.plain_merge(base, experts, rivals.full_svd)
-    assert run.furthest(merge(base, experts, svd="exact"), plain) < 1e-5
+    assert run.furthest(merge(base, experts, TRUNCATED, svd="exact"), plain) < 1e-5
     result = run.Result()
-    assert run.same_merge(result, merge(base, experts), plain, base)
+    assert run.same_merge(result, merge(base, experts, TRUNCATED), plain, base)
     twice = {name: base[name] + 2 * (tensor - base[name]) for name, tensor in plain.items()}
     assert not run.same_merge(result, twice, plain, base)
 

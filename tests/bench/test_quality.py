@@ -87,7 +87,7 @@ def test_every_method_has_the_same_budget():
 
 def test_the_seeds_that_judge_are_not_those_that_choose():
     assert not set(settings.DEVELOPMENT) & set(settings.FRESH)
-    assert len(settings.DEVELOPMENT) == len(settings.FRESH) == 5
+    assert len(settings.DEVELOPMENT) == len(settings.FIRST_LOOK) == len(settings.SECOND_LOOK) == 5
 
 
 def test_the_default_is_the_rule_that_was_registered():

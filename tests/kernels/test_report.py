@@ -159,3 +159,16 @@ def test_a_blown_up_residual_is_named():
     config = TRUNCATED.replace(residual="own")
     text = warnings_of((1.0, 1.0, 0.001), config=config, shared=0.3, shapes={"w": (70, 90)})
     assert "the residual of expert 'e2' is scaled up" in text
+
+
+def test_an_expert_of_another_base_or_with_too_long_an_update_is_named():
+    base, experts = checkpoints(2)
+    _, (stranger,) = checkpoints(1, seed=7)  # drawn around a base of its own
+    warnings = "\n".join(analyze(base, {"fs": experts[0], "fr": experts[1], "lost": stranger}).report()["warnings"])
+    assert "the task vector of 'lost' is " in warnings
+    assert "times as long as the median one: over-trained, or fine-tuned from another base?" in warnings
+    assert "expert 'lost' dominates the core" in warnings
+    text = "\n".join(reported((1.0, 1.0, 1.0), shared=0.0)[3]["warnings"])
+    assert "nearly nothing in common: was one of them fine-tuned from another base?" in text
+    _, _, _, fine = reported((1.0, 1.4, 1.9))
+    assert fine["warnings"] == []
