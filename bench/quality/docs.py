@@ -367,6 +367,8 @@ def _analysis(content: Content) -> str:
             "Identities on these checkpoints, mean and largest over the runs; AUCs are the largest difference over four groups:",
             "",
             *table(["what", "mean", "largest"], held),
+            "",
+            "The bar for a merge of two that is merged again with the third, counted as two, was a difference of at most .005: linear rules keep it; R²M by rows does not, since its core and the weights of its rows are of other specialists then. Merge anew from the specialists instead.",
         ]
     )
 
