@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -139,7 +140,10 @@ class Models:
             start = time.monotonic()
             state = {key: tensor.detach().contiguous() for key, tensor in train().state_dict().items()}
             if not self.cached:
-                return state
+                # From a file, as from the cache: torch rounds by where in memory a tensor starts.
+                with tempfile.TemporaryDirectory() as folder:
+                    save_file(state, Path(folder) / "state")
+                    return load_file(Path(folder) / "state")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path = path.with_suffix(f".{os.getpid()}.partial")
             save_file(state, partial_path)
