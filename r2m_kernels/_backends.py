@@ -71,6 +71,10 @@ class Operators(Protocol):
 
     def orthonormalize(self, y: Tensor) -> Tensor: ...
 
+    def gram_elements(self, precise: bool) -> int:
+        """Elements of a panel: a tensor's Gram is the sum of its panels' in their order, to the bit."""
+        ...
+
     def combine(
         self,
         bases: Sequence[Tensor],
@@ -102,10 +106,18 @@ class Operators(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A chosen backend: its name, the reason for the choice (for the report) and its operators."""
+    """A chosen backend.
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        reason: for the choice, as the report says it.
+        variant: what of the machine its results may depend on, beside the device: another one may round otherwise.
+        operators: the implementation.
+    """
 
     name: str
     reason: str
+    variant: str
     operators: Operators
 
 
@@ -163,11 +175,13 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
             raise BackendUnavailable(f"backend 'native': {error}") from None
         return _backend("torch", str(error))
     why = "asked for by name" if name == "native" else "the fastest one for cpu"
-    return _backend("native", f"{why} ({library.VARIANTS[loaded.variant]} kernels)")
+    variant = library.VARIANTS[loaded.variant]
+    return _backend("native", f"{why} ({variant} kernels)", variant)
 
 
-def _backend(name: str, reason: str) -> Backend:
-    return Backend(name, reason, cast(Operators, importlib.import_module(f"r2m_kernels._{name}")))
+def _backend(name: str, reason: str, variant: str = "") -> Backend:
+    variant = " ".join(part for part in (variant, torch.backends.cpu.get_cpu_capability()) if part)
+    return Backend(name, reason, variant, cast(Operators, importlib.import_module(f"r2m_kernels._{name}")))
 
 
 def _why_not_triton(device: torch.device) -> str:

@@ -22,17 +22,48 @@ from r2m_kernels import (
 )
 from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import deterministic
+from r2m_kernels._torch.blocks import BLOCK_ELEMENTS, block_height
 from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
 from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Engine, Group, Progress, StepRecord
+from r2m_kernels.engine import Cut, Engine, Group, Progress, StepRecord
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
-from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSink, dtype_name
+from r2m_kernels.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
 from r2m_kernels.truncation import Factors, compute_dtype, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
 FREE_FIELDS = frozenset({"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"})
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """What is known of one tensor's truncation beside the factors.
+
+    Attributes:
+        products: (N, N) float64, ⟨F_i, F_j⟩.
+        gap, method: of :class:`r2m_kernels.truncation.Factors`.
+    """
+
+    products: Tensor
+    gap: Tensor | None
+    method: str
+
+    @classmethod
+    def of(cls, factors: Factors) -> Truncated:
+        """From the factors themselves."""
+        return cls(factors.inner_products(), factors.gap, factors.method)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for journals and other processes."""
+        gap = None if self.gap is None else self.gap.tolist()
+        return {"products": self.products.tolist(), "gap": gap, "method": self.method}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> Truncated:
+        """From :meth:`plain`."""
+        gap = None if value["gap"] is None else torch.tensor(value["gap"], dtype=torch.float64)
+        return cls(torch.tensor(value["products"], dtype=torch.float64), gap, value["method"])
 
 
 @dataclass(frozen=True)
@@ -70,8 +101,7 @@ class Analysis:
         matrix_gram: Tensor,
         vector_gram: Tensor,
         grams: dict[str, Tensor],
-        inner_products: dict[str, Tensor],
-        truncations: dict[str, tuple[str, Tensor | None]],
+        truncations: dict[str, Truncated],
         thresholds: Tensor | None,
         engine: Engine,
         store: FactorStore,
@@ -86,7 +116,8 @@ class Analysis:
         self._engine = engine
         self._store = store
         # By the rank's text: 1 (rank one) and 1.0 (full rank) are the same key otherwise.
-        self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner_products}
+        inner = {name: truncated.products for name, truncated in truncations.items()}
+        self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner}
         self._truncations = truncations
         self._thresholds = thresholds
         self._late: dict[tuple[str, int], Factors] = {}
@@ -130,8 +161,8 @@ class Analysis:
         mixing = self.real_subspace.mixing
         return mixing.T @ self._grams[name] @ mixing
 
-    def truncation_of(self, tensor: PlannedTensor, config: MergeConfig) -> tuple[str, Tensor | None] | None:
-        """Method of a tensor's truncation and its estimated gap to the optimum; None at other ranks than analyzed."""
+    def truncation_of(self, tensor: PlannedTensor, config: MergeConfig) -> Truncated | None:
+        """How a tensor was truncated; None at other ranks than analyzed."""
         return self._truncations.get(tensor.name) if self.rank_of(tensor.name, config) == tensor.rank else None
 
     def rank_of(self, name: str, config: MergeConfig) -> int:
@@ -180,11 +211,18 @@ class Analysis:
             dtypes = [specs[name].dtype for name in group.names]
             for tensor, merged in zip(group.tensors, self._merged(group, settings, residuals, dtypes), strict=True):
                 for name in [tensor.name, *self.plan.tied.get(tensor.name, ())]:
-                    sink.write(name, merged)
+                    if group.part is None:
+                        sink.write(name, merged)
+                    else:
+                        assert isinstance(sink, PartialSink)
+                        sink.write_elements(name, group.part.start, merged.reshape(-1))
             return [None] * len(group.tensors)
 
+        partial = isinstance(sink, PartialSink)
+        cut = Cut(lambda tensor: self._granule(tensor, settings) if partial else None, lambda tensor, values: None)
         roles = self.plan.of("matrix", "vector", "statistic", "copied", "extra")
-        self._engine.over("combination", roles, combine, progress)
+        engine = self._engine
+        engine.over("combination", roles, combine, progress, cut=cut, resume=True)
 
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:
@@ -239,17 +277,29 @@ class Analysis:
             return {}
         rank = repr(config.rank)
         if rank not in self._inner_at:
-            self._inner_at[rank] = {
+            found = {
                 tensor.name: factors.inner_products()
                 for tensor in self.plan.of("matrix")
-                if (factors := self._factors(tensor, config)) is not None
+                if self._engine.owns(tensor) and (factors := self._factors(tensor, config)) is not None
             }
+            self._inner_at[rank] = self._engine.team.gather(found)
         whole = {
             tensor.name: self.residual_gram(tensor.name)
             for tensor in self.plan.of("matrix")
             if self._kept_whole(tensor, config)
         }
         return {**self._inner_at[rank], **whole}
+
+    def _granule(self, tensor: PlannedTensor, config: MergeConfig) -> int | None:
+        """Elements of the blocks that the combination works in; None where it needs the tensor whole."""
+        if tensor.role != "matrix" or config.elementwise != "none":
+            return BLOCK_ELEMENTS
+        if config.core_spectrum == "flat" or config.scale == "column":
+            return None  # all singular values, all rows of a column
+        linear = self._kept_whole(tensor, config) and (config.row_power == 0 or config.eta == 0)
+        if linear or config.eta == 0:
+            return BLOCK_ELEMENTS
+        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]
 
     def _kept_whole(self, tensor: PlannedTensor, config: MergeConfig) -> bool:
         return self.rank_of(tensor.name, config) == min(tensor.matrix_shape) and not tensor.mapped
@@ -274,13 +324,13 @@ class Analysis:
     def _merged(
         self, group: Group, config: MergeConfig, residuals: Residuals, dtypes: list[torch.dtype]
     ) -> list[Tensor]:
-        """The merged tensors of a group, whose role and rank are one."""
-        first = group.tensors[0]
+        """The merged tensors of a group, whose role and rank are one; of a part, its elements."""
+        first, engine = group.tensors[0], self._engine
         if first.role == "copied":
-            return [self._engine.base.read(name).clone() for name in group.names]
+            return [engine.read(engine.base, tensor, group.part).clone() for tensor in group.tensors]
         if first.role in ("statistic", "extra"):
             weights = self.real_subspace.weights
-            means = (self._engine.mean_of_experts(tensor, weights) for tensor in group.tensors)
+            means = (engine.mean_of_experts(tensor, weights, group.part) for tensor in group.tensors)
             return _in_range(group.names, [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)])
         # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
@@ -309,7 +359,7 @@ class Analysis:
 
     def _combine(self, group: Group, config: MergeConfig, residuals: Residuals, outs: list[Tensor]) -> None:
         """Step 5 for tensors of one role, shape and rank."""
-        first = group.tensors[0]
+        first, part = group.tensors[0], group.part
         strength, scales, shares = residuals.strength, residuals.scales, self.real_subspace.weights
         if config.elementwise != "none":
             self._combine_elements(group, config, strength.core_scale, outs)
@@ -322,6 +372,7 @@ class Analysis:
         if first.role == "vector":
             weights = combination.vector_coefficients(scales, shares, strength.core_scale, strength.eta)
         elif rule is not None and self._kept_whole(first, config):
+            group, outs = (group, outs) if part is None else _in_rows(group, outs)
             for index, out in enumerate(outs):
                 row_weights.combine(*group.inputs(index), rule, out)
             return
@@ -335,6 +386,10 @@ class Analysis:
             factors = [one for one in found if one is not None]
             if factors:
                 lefts = [one.left if rule is None else row_weights.weighted_factors(one, rule) for one in factors]
+                if part is not None:
+                    group, outs = _in_rows(group, outs)
+                    columns = first.matrix_shape[1]
+                    lefts = [one[:, part.start // columns : part.stop // columns] for one in lefts]
                 left = _stacked([one.to(self.device).mT for one in lefts]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
                 scale = strength.eta * (shares * scales if rule is None else torch.ones_like(scales))
@@ -349,8 +404,17 @@ class Analysis:
     def _combine_elements(self, group: Group, config: MergeConfig, core_scale: float, outs: list[Tensor]) -> None:
         for index, (name, out) in enumerate(zip(group.names, outs, strict=True)):
             base, experts = group.inputs(index)
-            weights = self.real_subspace.weights
-            elementwise.combine(name, base, experts, out, weights, core_scale, config, self._thresholds)
+            weights, thresholds = self.real_subspace.weights, self._thresholds
+            shape, start = group.tensors[index].spec.shape, 0 if group.part is None else group.part.start
+            elementwise.combine(name, base, experts, out, weights, core_scale, config, thresholds, shape, start)
+
+
+def _in_rows(group: Group, outs: list[Tensor]) -> tuple[Group, list[Tensor]]:
+    """A part of a matrix, which is whole rows, and its output as rows."""
+    columns = group.tensors[0].matrix_shape[1]
+    base, experts = group.inputs(0)
+    rows = [[expert.view(-1, columns)] for expert in experts]
+    return replace(group, bases=[base.view(-1, columns)], experts=rows), [out.view(-1, columns) for out in outs]
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:

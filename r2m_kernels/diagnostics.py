@@ -151,7 +151,7 @@ def _distance(analysis: Analysis, tensor: PlannedTensor, config: MergeConfig, ke
     found = analysis.truncation_of(tensor, config)
     if found is None:
         return {}
-    method, gap = found
+    method, gap = found.method, found.gap
     mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(tensor.name)
     lost = analysis.residual_gram(tensor.name).diag() - kept
     distances: dict[str, float | None] = {}

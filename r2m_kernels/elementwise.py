@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from r2m_kernels.config import MergeConfig
+from r2m_kernels.team import Team
 from r2m_kernels.truncation import tensor_key
 
-BLOCK = 2**20  # elements of a tensor worked on at once
+BLOCK = 2**18  # elements of a tensor worked on at once, and masked by one generator
 HALF = 2**16
 
 
@@ -47,6 +48,11 @@ class Magnitudes:
                 with self._lock:
                     self._counts[j] += counts
 
+    def gather(self, team: Team) -> None:
+        """Add up what all members counted."""
+        counts = team.gather({str(team.member): self._counts})
+        self._counts = torch.stack([counts[str(member)] for member in range(team.size)]).sum(dim=0)
+
     def narrow(self) -> None:
         """After the first pass: only elements with the upper half of the threshold's bits matter now."""
         self._upper = []
@@ -54,7 +60,7 @@ class Magnitudes:
             upper, below = _nth(counts, self._order)
             self._upper.append(upper)
             self._below[j] = below
-        self._counts.zero_()
+        self._counts = torch.zeros_like(self._counts)
 
     def thresholds(self) -> Tensor:
         """After the second pass: (N,) float32, the smallest magnitude that is kept."""
@@ -80,22 +86,22 @@ def combine(
     scale: float,
     config: MergeConfig,
     thresholds: Tensor | None,
+    shape: Sequence[int],
+    first: int = 0,
 ) -> None:
     """θ₀ + scale · the mean of what is left of the task vectors, into ``out``.
 
     Args:
-        name: of the tensor; random masks depend on (seed, name, shape) and the expert's place.
-        base, experts: θ₀ and N θ_j of one shape.
+        name: of the tensor; random masks depend on (seed, name, shape), the expert's place and the block.
+        base, experts: θ₀ and N θ_j of one shape, whole or a run of elements.
         out: where to write.
         weights: (N,) w, summing to 1.
         scale: λ.
         config: the rule and its density.
         thresholds: (N,) of TIES.
+        shape: of the whole tensor.
+        first: place of the first element in it, a multiple of ``BLOCK``.
     """
-    generators = [
-        torch.Generator().manual_seed(tensor_key(config.seed, f"{name}\0{j}", base.shape or (1,)))
-        for j in range(len(experts))
-    ]
     written = out.view(-1)
     start = 0
     for theta, *thetas in _blocks(base, experts):
@@ -108,7 +114,11 @@ def combine(
             total = (agree * weight).sum(dim=0)
             merged = (rows * weight * agree).sum(dim=0) / torch.where(total > 0, total, 1.0)
         else:
-            kept = torch.stack([torch.rand(len(theta), generator=one) < config.density for one in generators])
+            # A generator a block, so that a tensor can be merged in parts.
+            block = (first + start) // BLOCK
+            keys = [tensor_key(config.seed, f"{name}\0{j}\0{block}", shape or (1,)) for j in range(len(experts))]
+            draws = [torch.rand(len(theta), generator=torch.Generator().manual_seed(key)) for key in keys]
+            kept = torch.stack(draws) < config.density
             merged = (rows * weight * kept.to(rows.device)).sum(dim=0) / config.density
         written[start : start + len(theta)] = theta + scale * merged
         start += len(theta)

@@ -45,6 +45,20 @@ class FactorStore:
     def __contains__(self, name: object) -> bool:
         return name in self._held or name in self._spilled
 
+    def reserve(self, size: int) -> None:
+        """Make the temporary file now with room for ``size`` bytes: a full disk is found before the work.
+
+        Raises:
+            OSError: no space; ``filename`` is the directory.
+        """
+        with self._lock:
+            descriptor = self._open()
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                raise self._about_directory(error) from error
+
     def put(self, name: str, factors: Factors) -> None:
         """Keep the factors of one tensor; once per name."""
         size = factors.left.nbytes + factors.right.nbytes
@@ -77,15 +91,26 @@ class FactorStore:
         self.close()
 
     def _append(self, tensor: Tensor) -> _Spilled:
-        if self._descriptor is None:
-            self._descriptor, path = tempfile.mkstemp(prefix=".r2m-factors-", dir=self._directory)
-            os.unlink(path)
+        descriptor = self._open()
         content = memoryview(tensor.cpu().contiguous().numpy().data).cast("B")
         spilled = _Spilled(self.spilled_bytes, tuple(tensor.shape), tensor.dtype)
         while content:  # one call moves at most 2 GiB on Linux
-            written = os.pwrite(self._descriptor, content, self.spilled_bytes)
+            try:
+                written = os.pwrite(descriptor, content, self.spilled_bytes)
+            except OSError as error:
+                raise self._about_directory(error) from error
             content, self.spilled_bytes = content[written:], self.spilled_bytes + written
         return spilled
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor, path = tempfile.mkstemp(prefix=".r2m-factors-", dir=self._directory)
+            os.unlink(path)
+        return self._descriptor
+
+    def _about_directory(self, error: OSError) -> OSError:
+        # The file has no name any more; who reads the message needs to know which disk is full.
+        return OSError(error.errno, error.strerror, str(self._directory or tempfile.gettempdir()))
 
     def _load(self, spilled: _Spilled) -> Tensor:
         assert self._descriptor is not None

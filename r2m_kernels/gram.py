@@ -29,3 +29,28 @@ def ordered_sum(grams: Sequence[Tensor], count: int) -> Tensor:
     for gram in grams:
         total += gram
     return total
+
+
+def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *, precise: bool, panel: int) -> Tensor:
+    """What the panels of a part of a tensor add to its Gram: (panels, N, N), for :func:`from_panels`.
+
+    Args:
+        base, experts: (elements,) runs that start at a multiple of ``panel`` in the tensor.
+        panel: the operators' ``gram_elements``.
+    """
+    starts = range(0, base.numel(), panel)
+    found = [
+        operators.task_gram(
+            [base[start : start + panel]], [[expert[start : start + panel]] for expert in experts], precise=precise
+        )[0]
+        for start in starts
+    ]
+    return torch.stack(found)
+
+
+def from_panels(panels: Tensor) -> Tensor:
+    """A tensor's Gram, bit for bit that of :func:`task_grams`, from all its panels' in order."""
+    total = torch.zeros_like(panels[0])
+    for panel in panels:
+        total += panel
+    return (total + total.mT) / 2

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from r2m_kernels import _backends, _checks, compatibility, elementwise, gram, norm_matching
 from r2m_kernels._parallel import deterministic
-from r2m_kernels.analysis import Analysis
+from r2m_kernels.analysis import Analysis, Truncated
 from r2m_kernels.compatibility import Plan
 from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Engine, Group, Progress, ProgressEvent
+from r2m_kernels.engine import Cut, Engine, Group, Progress, ProgressEvent
 from r2m_kernels.errors import InvalidInput
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import layer_weights, real_subspace
 from r2m_kernels.spectral_maps import map_spectra
+from r2m_kernels.team import Journal, Team
 from r2m_kernels.tensors import StateDictSource, TensorSource
 from r2m_kernels.truncation import compute_dtype, truncate_residuals
 
@@ -82,12 +83,18 @@ def analyze(
     memory_budget: int | str | None = None,
     spill_directory: str | Path | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
+    journal: Journal | None = None,
     **overrides: Any,
 ) -> Analysis:
     """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
 
     Arguments and errors are :func:`merge`'s. ``base`` and ``experts`` may also be :class:`TensorSource` objects.
     ``spill_directory`` takes the factors that exceed ``memory_budget``. With ``eta=0`` nothing is truncated.
+
+    Several processes that call this alike, each with its member of a ``team``, share the work: then each one's
+    :meth:`Analysis.write` writes tensors of its own. ``journal`` is told of all that is found, and asked for what a
+    former run of the same merge found.
     """
     settings = _settings(config, overrides)
     if not isinstance(experts, Mapping | Sequence) or isinstance(experts, str):
@@ -101,10 +108,16 @@ def analyze(
     budget = None if memory_budget is None else _checks.byte_size("memory_budget", memory_budget)
     where = _backends.usable_device(device)
     chosen = _backends.choose(backend, where)
-    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings.svd == "exact")
+    exact = settings.svd == "exact"
+    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, exact, team, journal)
+
+    on_device = None if engine.device_budget is None else engine.device_budget // 2
+    store = FactorStore(engine.shares.factors, spill_directory, on_device)
+    if engine.spill > 0:
+        store.reserve(engine.spill)
 
     # Step 1. Sums over tensors run in the order of names: the order in the file must not touch a bit.
-    grams = engine.over("task Gram", plan.of("matrix", "vector", "statistic", "extra"), engine.grams, progress)
+    grams = engine.grams(plan.of("matrix", "vector", "statistic", "extra"), progress)
     matrices = sorted(tensor.name for tensor in plan.of("matrix"))
     vectors = sorted(tensor.name for tensor in plan.of("vector"))
     count = len(sources)
@@ -113,15 +126,13 @@ def analyze(
     weighted = [gamma * grams[name] for gamma, name in zip(gammas, matrices, strict=True)]
     real = real_subspace(gram.ordered_sum(weighted, count), settings)
     # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
-    on_device = None if engine.device_budget is None else engine.device_budget // 2
-    store = FactorStore(None if budget is None else budget // 2, spill_directory, on_device)
-    inner, found = {}, {}
+    truncations: dict[str, Truncated] = {}
     if settings.eta != 0 and norm_matching.any_residual(real.mixing):
         # Largest first: the last thread to finish then has a small one in hand.
         truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
         truncated.sort(key=lambda tensor: -tensor.spec.numel)
 
-        def truncate(group: Group) -> Sequence[Tensor]:
+        def truncate(group: Group) -> Sequence[Any]:
             known = [grams[name] for name in group.names]
             rank, operators = group.tensors[0].rank, chosen.operators
             arguments = (group.names, group.bases, group.experts, real.mixing, rank, settings, operators, known)
@@ -130,21 +141,29 @@ def analyze(
             factors = map_spectra(factors, settings, dtype)
             for name, of_tensor in zip(group.names, factors, strict=True):
                 store.put(name, of_tensor)
-                found[name] = (of_tensor.method, of_tensor.gap)
-            return [of_tensor.inner_products() for of_tensor in factors]
+            return [Truncated.of(of_tensor).plain() for of_tensor in factors]
 
-        inner = engine.over("truncation", truncated, truncate, progress)
+        # Factors are not written down: a tensor that is not merged yet is truncated again, the same to the bit.
+        merged, past = engine.journal.known("combination"), engine.journal.known("truncation")
+        known = {name: value for name, value in past.items() if name in merged}
+        values = engine.over("truncation", truncated, truncate, progress, known=known)
+        truncations = {name: Truncated.from_plain(value) for name, value in values.items()}
     thresholds = _thresholds(engine, plan, settings, progress) if settings.elementwise == "ties" else None
     matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)
     vector_gram = gram.ordered_sum([grams[name] for name in vectors], count)
     return Analysis(
-        settings, list(sources), plan, real, matrix_gram, vector_gram, grams, inner, found, thresholds, engine, store
+        settings, list(sources), plan, real, matrix_gram, vector_gram, grams, truncations, thresholds, engine, store
     )
 
 
 def _thresholds(engine: Engine, plan: Plan, settings: MergeConfig, progress: Progress | None) -> Tensor:
     """The smallest magnitude that TIES keeps of each expert: (N,) float32."""
     tensors = plan.of("matrix", "vector")
+    known = engine.journal.known("thresholds").get("all")
+    # All members take the same way: one that sees an older journal would wait for others that do not count.
+    known = engine.team.gather({str(engine.team.member): known})["0"]
+    if known is not None:
+        return torch.tensor(known, dtype=torch.float32)
     elements = sum(tensor.spec.numel for tensor in tensors)
     magnitudes = elementwise.Magnitudes(elements, settings.density, len(engine.experts))
 
@@ -153,10 +172,16 @@ def _thresholds(engine: Engine, plan: Plan, settings: MergeConfig, progress: Pro
             magnitudes.count(*group.inputs(index))
         return [None] * len(group.tensors)
 
-    engine.over("magnitudes", tensors, count, progress)
+    cut = Cut(lambda _: elementwise.BLOCK, lambda tensor, values: None)
+    engine.over("magnitudes", tensors, count, progress, cut=cut)
+    magnitudes.gather(engine.team)
     magnitudes.narrow()
-    engine.over("thresholds", tensors, count, progress)
-    return magnitudes.thresholds()
+    engine.over("thresholds", tensors, count, progress, cut=cut)
+    magnitudes.gather(engine.team)
+    thresholds = magnitudes.thresholds()
+    if engine.team.member == 0:
+        engine.journal.record("thresholds", "all", thresholds.tolist())
+    return thresholds
 
 
 def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:

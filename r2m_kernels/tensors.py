@@ -7,6 +7,7 @@ application.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -71,6 +72,15 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class PartialSource(TensorSource, Protocol):
+    """A checkpoint that also gives parts of a tensor, so that one larger than memory can be merged."""
+
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of the flattened tensor: (stop − start,), in its dtype."""
+        ...
+
+
 class TensorSink(Protocol):
     """Takes the merged tensors, in any order and from several threads at once."""
 
@@ -80,6 +90,15 @@ class TensorSink(Protocol):
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Store one tensor; its shape and dtype are those announced."""
+        ...
+
+
+@runtime_checkable
+class PartialSink(TensorSink, Protocol):
+    """Also takes a tensor in parts, which together are the whole."""
+
+    def write_elements(self, name: str, start: int, elements: Tensor) -> None:
+        """Store a run of the flattened tensor, from element ``start`` on; its dtype is the one announced."""
         ...
 
 
@@ -99,6 +118,16 @@ class StateDictSource:
         """The tensor itself, detached."""
         return self._tensors[name]
 
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """A run of its elements; a view where they lie side by side."""
+        tensor = self._tensors[name]
+        if tensor.is_contiguous():
+            return tensor.view(-1)[start:stop]
+        rest = max(1, tensor[0].numel())  # rows that hold the run, and not the whole, are copied
+        first = start // rest
+        rows = tensor[first : -(-stop // rest)].reshape(-1)
+        return rows[start - first * rest : stop - first * rest]
+
 
 class StateDictSink:
     """Collects the merged tensors in :attr:`state_dict`, in the announced order.
@@ -113,18 +142,34 @@ class StateDictSink:
     ) -> None:
         self._devices = devices or {}
         self._aliases = aliases or {}
+        self._specs: Mapping[str, TensorSpec] = {}
         self._tensors: dict[str, Tensor | None] = {}
+        self._lock = threading.Lock()
 
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
         """Lay down the keys."""
         # Keys come first, so that their order does not depend on which thread finishes first.
-        self._tensors = dict.fromkeys(specs)
+        self._specs, self._tensors = specs, dict.fromkeys(specs)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Keep the tensor, on the device its name asks for; a tied name comes after the one it is tied to."""
         first = self._tensors.get(self._aliases.get(name, name))
         device = self._devices.get(name, torch.device("cpu"))
         self._tensors[name] = tensor.to(device) if first is None or first.device != device else first
+
+    def write_elements(self, name: str, start: int, elements: Tensor) -> None:
+        """Keep a run; the tensor is laid down with its first one."""
+        with self._lock:
+            whole = self._tensors[name]
+            if whole is None:
+                first = self._tensors.get(self._aliases.get(name, name))
+                device = self._devices.get(name, torch.device("cpu"))
+                if first is not None and first.device == device:
+                    whole = first
+                else:
+                    whole = torch.empty(self._specs[name].shape, dtype=self._specs[name].dtype, device=device)
+                self._tensors[name] = whole
+        whole.view(-1)[start : start + elements.numel()] = elements
 
     @property
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,6 +15,11 @@ from r2m_kernels._torch.blocks import compute_dtype
 PANEL = 2**20
 
 
+def gram_elements(precise: bool) -> int:
+    """See :class:`r2m_kernels._backends.Operators`."""
+    return PANEL
+
+
 def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
     """``precise``: differences and sums in float64."""
     of_tensor = zip(bases, zip(*experts, strict=True), strict=True)

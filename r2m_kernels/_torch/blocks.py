@@ -42,10 +42,14 @@ def as_column(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, 1)
 
 
+def block_height(rows: int, columns: int) -> int:
+    """Rows of a block of a (rows, columns) matrix."""
+    return max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(1, columns))
+
+
 def row_panels(rows: int, columns: int) -> list[list[slice]]:
     """Row slices of a (rows, columns) matrix, grouped into panels."""
-    height = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(1, columns))
-    return _panels(rows, height)
+    return _panels(rows, block_height(rows, columns))
 
 
 def long_panels(rows: int, columns: int) -> list[list[slice]]:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import compute_dtype, element_panels, panel_limit, task_vectors
+from r2m_kernels._torch.blocks import (
+    BLOCK_ELEMENTS,
+    BLOCKS_PER_PANEL,
+    compute_dtype,
+    element_panels,
+    panel_limit,
+    task_vectors,
+)
 
 # Products are summed in the compute dtype within a tile and in float64 across tiles. A BLAS may sum a short product
 # one term after another, and then a tile of 8192 equal-signed terms is off by 29·2⁻²⁴ (seen): 256 keep it under 10.
@@ -17,6 +24,11 @@ TILE = 256
 
 # Elements that are widened to float64 at once.
 STRIP = 2**18
+
+
+def gram_elements(precise: bool) -> int:
+    """See :class:`r2m_kernels._backends.Operators`."""
+    return STRIP if precise else BLOCK_ELEMENTS * BLOCKS_PER_PANEL
 
 
 def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:

@@ -3,11 +3,12 @@
 from r2m_kernels._triton.combine import combine
 from r2m_kernels._triton.orthonormalize import orthonormalize
 from r2m_kernels._triton.residual_matmul import residual_matmul
-from r2m_kernels._triton.task_gram import task_gram
+from r2m_kernels._triton.task_gram import gram_elements, task_gram
 from r2m_kernels._triton.truncate import shifted_truncation, truncation_width
 
 __all__ = [
     "combine",
+    "gram_elements",
     "orders_components",
     "orthonormalize",
     "residual_matmul",

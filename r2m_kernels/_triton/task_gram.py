@@ -21,6 +21,8 @@ from r2m_kernels._triton.addresses import ELEMENT_TYPES, Group, known_multiple, 
 from r2m_kernels._triton.sums import sum_tiles
 
 BLOCK_OF_EXPERTS = 4
+# Elements of one launch, 1 GiB in float32; panels are summed in order, so that a tensor may also come in parts.
+PANEL = 2**28
 
 
 @triton.jit(do_not_specialize=["elements", "count", "chunks", "pairs"])
@@ -90,6 +92,11 @@ def task_gram_kernel(
                 tl.store(out + (4 * b + a) * chunks, total)
 
 
+def gram_elements(precise: bool) -> int:
+    """See :class:`r2m_kernels._backends.Operators`."""
+    return PANEL
+
+
 def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
     """(L, N, N) float64 on the CPU; see :func:`r2m_kernels.ops.task_gram`. All of it is ``precise``."""
     count = len(experts)
@@ -99,10 +106,22 @@ def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], prec
         dtypes = tuple(tensor.dtype for tensor in (base, *(expert[index] for expert in experts)))
         groups.setdefault((base.numel(), dtypes), []).append(index)
     for (elements, _), indices in groups.items():
-        if elements:
-            group = Group([bases[i] for i in indices], [[expert[i] for i in indices] for expert in experts], elements)
-            result[indices] = _grams(group, elements, count).cpu()
+        group_bases, group_experts = [bases[i] for i in indices], [[expert[i] for i in indices] for expert in experts]
+        if elements <= PANEL:
+            result[indices] = _panel_grams(group_bases, group_experts)
+            continue
+        for start in range(0, elements, PANEL):
+            panel = slice(start, start + PANEL)
+            cut = [[tensor.reshape(-1)[panel] for tensor in expert] for expert in group_experts]
+            result[indices] += _panel_grams([tensor.reshape(-1)[panel] for tensor in group_bases], cut)
     return result
+
+
+def _panel_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor:
+    elements = bases[0].numel()
+    if elements == 0:
+        return torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64)
+    return _grams(Group(bases, experts, elements), elements, len(experts)).cpu()
 
 
 def _grams(group: Group, elements: int, count: int) -> Tensor:

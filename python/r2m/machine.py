@@ -1,0 +1,48 @@
+"""What this machine has free, and how fast it is: for the default memory budget and for ``r2m plan``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that may be taken without others having to give way: of the machine, or of the container if that has less.
+
+    Memory that holds files' pages counts as free, as the kernel gives it up when asked.
+    """
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2 here, or no limit ("max")
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics.get("inactive_file", 0)))
+    return max(0, free)
+
+
+def free_disk(directory: Path) -> int:
+    """Bytes that this user may write to the file system of ``directory``."""
+    return shutil.disk_usage(directory).free
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def threads() -> int:
+    """CPU threads that a merge uses: torch's count."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

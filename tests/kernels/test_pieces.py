@@ -1,0 +1,175 @@
+"""Tensors that exceed their share of a memory budget are merged in parts, inputs that fit are read once: same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from cases import same_bits
+
+from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
+from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSpec
+
+METHODS = {
+    "R2M": MergeConfig.r2m(),
+    "by one weight": MergeConfig.r2m(row_power=0.0),
+    "scaled by layer": MergeConfig.r2m(scale="layer"),
+    "scaled by column": MergeConfig.r2m(scale="column"),
+    "truncated": MergeConfig.r2m_truncated(),
+    "truncated by rows": MergeConfig.r2m(rank=0.1),
+    "average": MergeConfig.weight_average(),
+    "TIES": MergeConfig.ties(),
+    "DARE": MergeConfig.dare(),
+    "excluded": MergeConfig.r2m(exclude=("wide",)),
+}
+BUDGET = 2**20  # a part of any of the large tensors below is one granule
+
+
+def checkpoints(count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[dict, list[dict]]:
+    """A tall, a wide and a four-dimensional matrix of several panels, a long vector, statistics and integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def state(base: dict | None) -> dict:
+        shapes = {
+            "tall": (4099, 640),
+            "wide": (40, 30_011),
+            "conv": (700, 130, 3, 3),
+            "vector": (1_300_001,),
+            "bn.running_var": (600_011,),
+        }
+        found = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        found["bn.running_var"] = found["bn.running_var"].abs()
+        found["ids"] = torch.arange(700_001)
+        if base is None:
+            return found
+        return {k: base[k] + 0.1 * v if v.is_floating_point() else base[k] for k, v in found.items()}
+
+    base = state(None)
+    return base, [state(base) for _ in range(count)]
+
+
+class Counting:
+    """A source that the engine has to read, and what it read."""
+
+    def __init__(self, label: str, tensors: dict) -> None:
+        self._inner = StateDictSource(label, tensors)
+        self.label, self.specs, self.aliases = label, self._inner.specs, self._inner.aliases
+        self.read_elements_of: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()
+        self.largest = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        self.whole[name] += 1
+        self.read_elements_of[name] += self.specs[name].numel
+        return self._inner.read(name)
+
+    def read_elements(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.read_elements_of[name] += stop - start
+        self.largest = max(self.largest, stop - start)
+        return self._inner.read_elements(name, start, stop)
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[dict, list[dict]]:
+    return checkpoints()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_touches_no_bit(made, method, backend):
+    base, experts = made
+    whole = merge(base, experts, METHODS[method], backend=backend)
+    assert same_bits(merge(base, experts, METHODS[method], backend=backend, memory_budget=BUDGET), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_budget_touches_no_bit_of_other_types(dtype):
+    base, experts = checkpoints(2, dtype)
+    assert same_bits(merge(base, experts, memory_budget=BUDGET), merge(base, experts))
+
+
+def test_large_tensors_are_read_in_parts(made):
+    base, experts = made
+    sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
+    analyze(sources[0], sources[1:], memory_budget=BUDGET).merge()
+    for source in sources:
+        assert not source.whole.keys() & {"tall", "wide", "vector"}
+        assert 0 < source.largest <= 2**20 + 2**16  # a panel of the native Gram, or a block of rows
+
+
+def test_inputs_that_fit_are_read_once(made):
+    base, experts = made
+    sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
+    inputs = sum(spec.nbytes for source in sources for spec in source.specs.values())
+    analysis = analyze(sources[0], sources[1:], METHODS["truncated"], memory_budget=2 * inputs)
+    merged = analysis.merge()
+    matrices = ("tall", "wide", "conv", "vector")
+    assert {source.read_elements_of[name] / source.specs[name].numel for source in sources for name in matrices} == {1}
+    assert same_bits(merged, merge(base, experts, METHODS["truncated"]))
+    steps = {step.step: step.bytes_read for step in analysis.steps}
+    assert steps["truncation"] == 0
+    assert steps["combination"] < steps["task Gram"] / 5  # statistics and integers
+
+
+def test_inputs_that_do_not_fit_are_read_once_a_pass(made):
+    base, experts = made
+    sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
+    analyze(sources[0], sources[1:], METHODS["truncated"], memory_budget=2**16).merge()
+    assert {source.read_elements_of["vector"] / source.specs["vector"].numel for source in sources} == {2}
+    assert {source.read_elements_of["tall"] / source.specs["tall"].numel for source in sources} == {3}
+
+
+def test_a_strided_tensor_is_cut_like_its_copy(made):
+    base, experts = made
+    strided = {**base, "tall": base["tall"].T.contiguous().T}
+    assert not strided["tall"].is_contiguous()
+    assert same_bits(merge(strided, experts, memory_budget=BUDGET), merge(base, experts))
+
+
+@pytest.mark.parametrize("name", ["tall", "vector", "bn.running_var"])
+def test_a_nan_in_a_tensor_in_parts_is_named_and_counted(made, name):
+    base, experts = made
+    broken = {**experts[1], name: experts[1][name].clone()}
+    broken[name].view(-1)[[3, 100, 400_000]] = torch.nan
+    size = broken[name].numel()
+    with pytest.raises(InvalidInput, match=rf"expert 'b': tensor '{name}' holds NaN or Inf in 3 of {size} elements"):
+        merge(base, {"a": experts[0], "b": broken}, memory_budget=BUDGET)
+
+
+def test_a_part_out_of_range_is_named(made):
+    base, experts = made
+    huge = [{**expert, "tall": expert["tall"].clone()} for expert in experts]
+    for expert in huge:
+        expert["tall"][4000, 5] = 3e6
+    with pytest.raises(InvalidInput, match="tensor 'tall': merged values exceed the range of float16"):
+        merge(base, huge, memory_budget=BUDGET, dtype=torch.float16)
+
+
+def test_tied_tensors_are_written_in_parts_and_stay_tied():
+    base, experts = checkpoints(2)
+    for tensors in (base, *experts):
+        tensors["again"] = tensors["tall"]
+    merged = merge(base, experts, memory_budget=BUDGET)
+    assert merged["again"].data_ptr() == merged["tall"].data_ptr()
+    assert same_bits(merged, merge(base, experts))
+
+
+def test_a_sink_without_parts_gets_whole_tensors(made):
+    base, experts = made
+
+    class Plain:
+        def __init__(self) -> None:
+            self.tensors: dict[str, torch.Tensor] = {}
+
+        def begin(self, specs: dict[str, TensorSpec]) -> None:
+            self.specs = specs
+
+        def write(self, name: str, tensor: torch.Tensor) -> None:
+            assert tuple(tensor.shape) == self.specs[name].shape
+            self.tensors[name] = tensor
+
+    sink, whole = Plain(), StateDictSink()
+    analyze(base, experts, memory_budget=BUDGET).write(sink)
+    analyze(base, experts).write(whole)
+    assert same_bits(sink.tensors, whole.state_dict)
