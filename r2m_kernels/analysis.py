@@ -26,7 +26,7 @@ from r2m_kernels._torch.blocks import BLOCK_ELEMENTS, block_height
 from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
 from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Cut, Engine, Group, Progress, StepRecord
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import InvalidInput, R2MError
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
 from r2m_kernels.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
@@ -152,6 +152,11 @@ class Analysis:
         """Bytes of low-rank factors that went to disk."""
         return self._store.spilled_bytes
 
+    @property
+    def elsewhere(self) -> list[str]:
+        """Tensors that other members of the team write."""
+        return [tensor.name for tensor in self.plan.tensors if not self._engine.owns(tensor)]
+
     def tensor_gram(self, name: str) -> Tensor:
         """(N, N) float64 Gram matrix of one matrix or vector tensor."""
         return self._grams[name]
@@ -198,14 +203,14 @@ class Analysis:
         if dtype is not None:
             _checks.floating_dtype("dtype", dtype)
         residuals = self.residuals(settings)
-        planned = {tensor.name: tensor for tensor in self.plan.tensors}
-        aliases = self.plan.aliases
-        specs = {}
-        for name in [*self._engine.base.specs, *(name for name in planned if name not in self._engine.base.specs)]:
-            tensor = planned[aliases.get(name, name)]
-            keep = dtype is None or tensor.role == "copied"
-            specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
-        sink.begin(specs)
+        specs = self.plan.output_specs(self._engine.base.specs, dtype)
+        engine = self._engine
+        trouble: Exception | None = None
+        try:
+            sink.begin(specs)
+        except (R2MError, OSError) as error:
+            trouble = error
+        engine.team.gather({}, trouble)  # nobody writes before all is laid out
 
         def combine(group: Group) -> list[None]:
             dtypes = [specs[name].dtype for name in group.names]
@@ -221,7 +226,6 @@ class Analysis:
         partial = isinstance(sink, PartialSink)
         cut = Cut(lambda tensor: self._granule(tensor, settings) if partial else None, lambda tensor, values: None)
         roles = self.plan.of("matrix", "vector", "statistic", "copied", "extra")
-        engine = self._engine
         engine.over("combination", roles, combine, progress, cut=cut, resume=True)
 
     @deterministic

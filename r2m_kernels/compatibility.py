@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,6 +70,16 @@ class Plan:
         """The tensors of some roles, largest first: the order in which work is dealt to threads."""
         chosen = [tensor for tensor in self.tensors if tensor.role in roles]
         return sorted(chosen, key=lambda tensor: (-tensor.spec.numel, tensor.name))
+
+    def output_specs(self, base: Iterable[str], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+        """What is written: names in the base's order, then the extras; ``dtype`` for all that is not copied."""
+        planned = {tensor.name: tensor for tensor in self.tensors}
+        specs = {}
+        for name in dict.fromkeys((*base, *planned)):
+            tensor = planned[self.aliases.get(name, name)]
+            keep = dtype is None or tensor.role == "copied"
+            specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
+        return specs
 
 
 def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeConfig) -> Plan:

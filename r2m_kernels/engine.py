@@ -22,6 +22,7 @@ from r2m_kernels import gram, planning
 from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import for_each, workers
 from r2m_kernels.compatibility import Plan, PlannedTensor
+from r2m_kernels.config import MergeConfig
 from r2m_kernels.errors import InvalidInput, R2MError
 from r2m_kernels.team import Alone, Forgetful, Journal, Team, deal
 from r2m_kernels.tensors import PartialSource, StateDictSource, TensorSource
@@ -122,20 +123,20 @@ class Engine:
         device: torch.device,
         backend: Backend,
         budget: int | None,
-        exact: bool,
+        config: MergeConfig,
         team: Team | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.base, self.experts, self.device, self.backend = base, experts, device, backend
         self.team, self.journal = team or Alone(), journal or Forgetful()
-        self._exact = exact
+        self._exact = config.svd == "exact"
         self.steps: dict[str, StepRecord] = {}
         self._grouped = backend.name == "triton"
         self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self._read_bytes = 0
-        costs = {t.name: planning.cost(t, self._bytes(t), len(experts)) for t in plan.tensors}
+        costs = {t.name: planning.cost(t, config, self._bytes(t), len(experts)) for t in plan.tensors}
         self._hand = deal(costs, self.team.size)[self.team.member]
         self.device_budget: int | None = None
         if device.type == "cuda":
@@ -150,12 +151,14 @@ class Engine:
         threads = workers() if device.type == "cpu" else 1
         self._ahead = planning.AHEAD * threads if device.type == "cpu" else 1
         mine = [tensor for tensor in plan.tensors if tensor.name in self._hand]
-        self.shares = planning.shares(budget, mine, self._bytes, len(experts), threads)
+        self.shares = None if budget is None else planning.shares(budget, mine, self._bytes, len(experts), threads)
         # Low-rank factors that will not fit.
-        needed = sum(planning.factor_bytes(tensor, len(experts)) for tensor in mine)
-        self.spill = 0 if self.shares.factors is None else needed - self.shares.factors
+        needed = sum(planning.factor_bytes(tensor, len(experts)) for tensor in mine) if config.eta != 0 else 0
+        self.spill = 0 if self.shares is None else needed - self.shares.factors
         # On a device, what stays there is bounded by its own memory. What is there already takes none.
-        keep = self.shares.kept or 0 if self.device_budget is None else self.device_budget // 4
+        keep = 0 if self.shares is None else self.shares.kept
+        if self.device_budget is not None:
+            keep = self.device_budget // 4
         brought = [tensor for tensor in mine if not self._in_place(tensor)]
         self._to_keep = planning.kept(keep, brought, self._bytes)
 
@@ -310,7 +313,7 @@ class Engine:
         for tensor in alone:
             yield [tensor], work(tensor)
         limit = self._ahead
-        if self.shares.flight is not None:
+        if self.shares is not None:
             largest = max((self._working_bytes(tensor) for tensor in shared), default=1)
             limit = max(1, min(limit, self.shares.flight // max(1, largest)))
         for tensor, found in zip(shared, for_each(work, shared, limit), strict=True):
@@ -339,7 +342,7 @@ class Engine:
 
     def _all_parts(self, tensors: list[PlannedTensor], cut: Cut | None) -> dict[str, list[slice]]:
         """Runs of elements for each tensor that exceeds its share of the budget and can be cut."""
-        if cut is None or self.shares.piece is None:
+        if cut is None or self.shares is None:
             return {}
         found = {}
         for tensor in tensors:

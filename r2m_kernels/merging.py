@@ -108,11 +108,10 @@ def analyze(
     budget = None if memory_budget is None else _checks.byte_size("memory_budget", memory_budget)
     where = _backends.usable_device(device)
     chosen = _backends.choose(backend, where)
-    exact = settings.svd == "exact"
-    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, exact, team, journal)
+    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings, team, journal)
 
     on_device = None if engine.device_budget is None else engine.device_budget // 2
-    store = FactorStore(engine.shares.factors, spill_directory, on_device)
+    store = FactorStore(None if engine.shares is None else engine.shares.factors, spill_directory, on_device)
     if engine.spill > 0:
         store.reserve(engine.spill)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from r2m_kernels.compatibility import PlannedTensor
+from r2m_kernels.config import MergeConfig
 
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
 # Tensors begun and not yet finished, per thread: one at work and one that is read or written meanwhile.
@@ -21,7 +22,7 @@ FLOPS_PER_BYTE = 15
 
 @dataclass(frozen=True)
 class Shares:
-    """How a budget is split, in bytes; ``None`` everywhere without one.
+    """How a budget is split, in bytes.
 
     Attributes:
         flight: inputs, intermediate results and outputs of what is at work.
@@ -30,10 +31,10 @@ class Shares:
         piece: what one tensor, or the part of it at work, may take of ``flight``.
     """
 
-    flight: int | None = None
-    factors: int | None = None
-    kept: int | None = None
-    piece: int | None = None
+    flight: int
+    factors: int
+    kept: int
+    piece: int
 
 
 def working_bytes(tensor: PlannedTensor, read: int) -> int:
@@ -49,15 +50,29 @@ def factor_bytes(tensor: PlannedTensor, experts: int) -> int:
     return experts * tensor.rank * sum(tensor.matrix_shape) * max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
 
 
-def cost(tensor: PlannedTensor, read: int, experts: int) -> float:
-    """The work on a tensor, in bytes of inputs read once: two passes and, where it is truncated, its products."""
-    passes = 1 if tensor.role == "copied" else 2
-    flops = 2 * TRUNCATION_PRODUCTS * tensor.spec.numel * tensor.rank * experts if tensor.truncated else 0.0
-    return passes * read + flops / FLOPS_PER_BYTE
+def passes(tensor: PlannedTensor, config: MergeConfig) -> int:
+    """How often a tensor's inputs are used, and read where they are not kept."""
+    if tensor.role == "copied":
+        return 1
+    counted = config.elementwise == "ties" and tensor.role in ("matrix", "vector")
+    truncated = tensor.truncated and config.eta != 0
+    return 2 + truncated + 2 * counted
+
+
+def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:
+    """Of a tensor's truncation; 0 where there is none."""
+    if not tensor.truncated or config.eta == 0:
+        return 0.0
+    return 2 * TRUNCATION_PRODUCTS * tensor.spec.numel * tensor.rank * experts
+
+
+def cost(tensor: PlannedTensor, config: MergeConfig, read: int, experts: int) -> float:
+    """The work on a tensor, in bytes of inputs used once: ``read`` a pass, and the products of its truncation."""
+    return passes(tensor, config) * read + truncation_flops(tensor, config, experts) / FLOPS_PER_BYTE
 
 
 def shares(
-    budget: int | None,
+    budget: int,
     tensors: Sequence[PlannedTensor],
     read: Callable[[PlannedTensor], int],
     experts: int,
@@ -69,14 +84,12 @@ def shares(
     read again; what is left keeps inputs, which would only be read again.
 
     Args:
-        budget: bytes; ``None``: no bound.
+        budget: bytes.
         tensors: what this process works on.
         read: bytes of a tensor's inputs.
         experts: N.
         threads: at work at once.
     """
-    if budget is None:
-        return Shares()
     largest = max((working_bytes(tensor, read(tensor)) for tensor in tensors), default=0)
     flight = min(budget // 2, AHEAD * threads * largest)
     factors = min(budget - flight, sum(factor_bytes(tensor, experts) for tensor in tensors))
@@ -94,3 +107,10 @@ def kept(room: int, tensors: Sequence[PlannedTensor], read: Callable[[PlannedTen
             names.add(tensor.name)
             room -= read(tensor)
     return names
+
+
+def can_be_cut(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    """Whether every step can take a tensor in parts: truncations and maps of spectra need all of it."""
+    if tensor.role != "matrix" or config.elementwise != "none":
+        return True
+    return config.core_spectrum == "keep" and config.scale != "column" and (not tensor.truncated or config.eta == 0)

@@ -233,51 +233,82 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     show_default=True,
     help="Who computes: auto, native (CPUs), triton (GPUs) or torch.",
 )
+@_option(
+    _RUN,
+    "--memory-budget",
+    metavar="SIZE",
+    help="Working memory of each process, such as 4GiB.  [default: 60 % of what is free]",
+)
+@_option(_RUN, "--resume", is_flag=True, help="Go on from where the same merge was cut off.")
+@_option(_RUN, "--dry-run", is_flag=True, help="Show what it would read, write, hold and take, and stop.")
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
-def merge(
-    base: str,
-    experts: tuple[str, ...],
-    out: str,
-    overwrite: bool,
-    max_shard_size: str,
-    dtype: str | None,
-    method: str,
-    device: str | None,
-    backend: str,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def merge(**given: Any) -> int | None:
     """Merge checkpoints from files into a new directory."""
+    if given.pop("dry_run"):
+        return _plan(given, processes=None, machines=1)
     _settle_memory()
+    from r2m import distributed
     from r2m.execute import merge_files
-    from r2m.methods import make_config
-    from r2m.naming import name_experts
     from r2m.progress import reporting
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "rank" in given:
-        given["rank"] = _read_rank(given["rank"])
-    config = make_config(method, given)
-    named = name_experts(experts)
-    with reporting(quiet=quiet) as progress:
-        report = merge_files(
-            base,
-            named,
-            out,
-            config,
-            method=method,
-            device=device,
-            backend=backend,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
+    quiet, out = given.pop("quiet"), given["out"]
+    overwrite, resume = given.pop("overwrite"), given.pop("resume")
+    with distributed.team() as team:
+        first = team.member == 0
+        try:
+            with reporting(quiet=quiet or not first) as progress:
+                report = merge_files(**_job(given), overwrite=overwrite, resume=resume, team=team, progress=progress)
+        except Exception as error:
+            # All processes have the same error, but for the loss of one of them: told once.
+            if first or isinstance(error, distributed.LostProcess) or not _is_expected(error):
+                raise
+            return _exit_code(error)
+    if first and not quiet:
         for line in _summary(report, out):
             click.echo(line)
         for warning in report["warnings"]:
             click.echo(f"Warning: {warning}", err=True)
+    return None
+
+
+def _job(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``merge`` as arguments of :func:`r2m.execute.open_job`."""
+    from r2m.methods import make_config
+    from r2m.naming import name_experts
+
+    names = ("base", "experts", "out", "method", "device", "backend", "dtype", "max_shard_size", "memory_budget")
+    arguments = {name: given[name] for name in names}
+    rest = {name: value for name, value in given.items() if name not in names and value not in (None, ())}
+    if "rank" in rest:
+        rest["rank"] = _read_rank(rest["rank"])
+    config = make_config(arguments["method"], rest)
+    return {**arguments, "experts": name_experts(arguments["experts"]), "config": config}
+
+
+@r2m.command(
+    cls=_SectionedCommand,
+    params=[parameter for parameter in merge.params if parameter.name not in ("dry_run", "resume")],
+    epilog="Example: r2m plan --base base.safetensors --expert fs.safetensors --expert fr.safetensors --out merged",
+)
+@_option(_RUN, "--processes", type=click.IntRange(1), help="Of torchrun.  [default: 1]")
+@_option(_RUN, "--machines", type=click.IntRange(1), default=1, help="Like this one, for the processes.  [default: 1]")
+def plan(processes: int | None, machines: int, **given: Any) -> int:
+    """Show what a merge would read, write, hold and take; its exit code is 1 where disk or budget do not suffice."""
+    return _plan(given, processes=processes, machines=machines)
+
+
+def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int:
+    from r2m.execute import plan_files
+
+    found, lines = plan_files(
+        **_job({name: value for name, value in given.items() if name not in ("overwrite", "quiet", "resume")}),
+        overwrite=given["overwrite"],
+        processes=processes,
+        machines=machines,
+    )
+    for line in lines if not given["quiet"] else ():
+        click.echo(line)
+    return 0 if found.enough else 1
 
 
 @r2m.command()
@@ -311,17 +342,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             click.echo(f"Error: {error.format_message()}", err=True)  # without the usage lines: one sentence
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped.", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
         return 130
-    except OSError as error:
-        click.echo(f"Error: {_describe(error)}", err=True)
-        return 1
     except Exception as error:
-        if not _is_for_users(error):
+        if not _is_expected(error):
             raise
-        click.echo(f"Error: {error}", err=True)
-        return 2
+        text = _describe(error) if isinstance(error, OSError) else str(error)
+        click.echo("\n".join([f"Error: {text}", *getattr(error, "__notes__", ())]), err=True)
+        return _exit_code(error)
 
 
 def _settle_memory() -> None:
@@ -335,10 +364,18 @@ def _settle_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 12 << 20)
 
 
-def _is_for_users(error: Exception) -> bool:
-    # Such an error comes from a loaded module; importing it here would make --help wait for torch.
+def _is_expected(error: Exception) -> bool:
+    """Whether an error says what a user needs to know; others are ours, and show where they come from."""
+    # Ours come from a loaded module; importing it here would make --help wait for torch.
     errors = sys.modules.get("r2m_kernels.errors")
-    return errors is not None and isinstance(error, errors.R2MError)
+    return isinstance(error, OSError) or (errors is not None and isinstance(error, errors.R2MError))
+
+
+def _exit_code(error: Exception) -> int:
+    """2: the input or an option cannot be used; 1: the machine refused."""
+    distributed = sys.modules.get("r2m.distributed")
+    lost = distributed is not None and isinstance(error, distributed.LostProcess)
+    return 1 if lost or isinstance(error, OSError) else 2
 
 
 def _describe(error: OSError) -> str:

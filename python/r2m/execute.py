@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,127 @@ import torch
 import yaml
 
 import r2m_kernels
+from r2m import distributed, machine
 from r2m.checkpoints.layout import parse_size
-from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.reader import Checkpoint, open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink, write_file
-from r2m.output import COPIED_FILES, RECIPE_FILE, REPORT_FILE, check_output, new_directory
-from r2m_kernels import MergeConfig, ProgressEvent, _checks, analyze
+from r2m.forecast import Forecast, forecast, lines, measured_rates
+from r2m.journal import FileJournal
+from r2m.output import (
+    COPIED_FILES,
+    INPUTS,
+    RECIPE_FILE,
+    REPORT_FILE,
+    Workplace,
+    check_output,
+    difference,
+    workplace,
+)
+from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, _backends, _checks, analyze
+from r2m_kernels.errors import R2MError
+from r2m_kernels.team import Alone, Team
 
+# Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
+BUDGET_SHARE = 0.6
 OUTPUT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is merged from where to where; see :func:`merge_files` for the fields.
+
+    Made by :func:`open_job`, which has read the headers of all checkpoints and found the options valid.
+    """
+
+    base: str | Path
+    experts: Mapping[str, str | Path]
+    out: str | Path
+    config: MergeConfig
+    method: str
+    device: str | None
+    backend: str
+    dtype: str | None
+    shard_bytes: int
+    budget: int
+    sources: tuple[Checkpoint, ...]  # the base's, then the experts'
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Of the output; ``None``: the base's."""
+        return OUTPUT_DTYPES[self.dtype] if self.dtype else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the output's headers. No time, no path, no expert's name: equal merges give equal bytes."""
+        return {
+            "r2m_kernels_version": r2m_kernels.__version__,
+            "r2m_config": json.dumps(self.config.to_dict(), sort_keys=True, allow_nan=False),
+        }
+
+    @property
+    def expert_sources(self) -> dict[str, Checkpoint]:
+        """By the experts' names."""
+        return dict(zip(self.experts, self.sources[1:], strict=True))
+
+    def recipe(self) -> dict[str, Any]:
+        """The merge in mergekit's words. Paths are absolute: the recipe is not where the command was given."""
+        return {
+            "merge_method": self.method,
+            "base_model": os.path.abspath(self.base),
+            "models": [{"model": os.path.abspath(path), "name": name} for name, path in self.experts.items()],
+            "parameters": self.config.to_dict(),
+            "dtype": self.dtype,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
+        recipe = self.recipe()
+        experts = {model["name"]: model["model"] for model in recipe.pop("models")}
+        chosen = _backends.choose(self.backend, torch.device(self.device or "cpu"))
+        return {
+            "r2m_kernels": r2m_kernels.__version__,
+            "torch": torch.__version__,
+            "backend": f"{chosen.name} ({chosen.variant})",
+            "device": torch.device(self.device or "cpu").type,
+            **recipe,
+            "order of experts": list(experts),
+            "experts": experts,
+            "max_shard_size": self.shard_bytes,
+            INPUTS: {one.pop("file"): one for source in self.sources for one in source.fingerprints},
+        }
+
+
+def open_job(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    out: str | Path,
+    config: MergeConfig,
+    *,
+    method: str = "r2m",
+    device: str | None = None,
+    backend: str = "auto",
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    memory_budget: str | int | None = None,
+) -> Job:
+    """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
+    shard_bytes = parse_size(max_shard_size)
+    if dtype is not None:
+        _checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
+    if memory_budget is None:
+        budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
+    else:
+        budget = _checks.byte_size("memory_budget", memory_budget)
+    sources = (
+        open_checkpoint(base, f"base ({base})"),
+        *(open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()),
+    )
+    return Job(base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, sources)
 
 
 def merge_files(
@@ -39,18 +151,20 @@ def merge_files(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     memory_budget: str | int | None = None,
+    team: Team | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any]:
     """Merge checkpoints into a new directory.
 
     The directory holds ``model.safetensors`` (or shards and their index), ``config.json`` and
     ``preprocessor_config.json`` where the base is a directory that has them, ``r2m_config.yaml`` (the recipe)
-    and ``r2m_report.json`` (the report). It appears when all of that is on the disk; after an error or Ctrl-C
-    nothing is left of it.
+    and ``r2m_report.json`` (the report). It appears when all of that is on the disk. A run that is cut off leaves its
+    work in ``OUT.partial``, for ``resume``; one that finds its input unusable leaves nothing.
 
     Args:
-        base: a safetensors file or a Hugging Face directory.
+        base: a safetensors file, a file of ``torch.save`` or a Hugging Face directory.
         experts: name → the same.
         out: the directory to create.
         config: how to merge.
@@ -61,7 +175,10 @@ def merge_files(
         max_shard_size: bytes of tensors per file, as :func:`r2m.checkpoints.layout.parse_size` reads them. It
             alone decides the layout.
         overwrite: replace ``out`` if it is an empty directory or the output of a former merge.
-        memory_budget: working memory, in bytes or as "4GiB"; ``None``: the engine's choice.
+        resume: go on from where a former run of the same merge was cut off; from the start if there is none.
+        memory_budget: working memory of this process, in bytes or as "4GiB"; ``None``: ``BUDGET_SHARE`` of what is free
+            on the machine, by the processes of the job on it. It touches no bit of the output.
+        team: the processes that share the work; all of them call this alike.
         progress: called as the work goes on.
 
     Returns:
@@ -73,65 +190,136 @@ def merge_files(
         OSError: a file cannot be read or written; ``filename`` is set.
     """
     started = time.perf_counter()
-    shard_bytes = parse_size(max_shard_size)
-    if dtype is not None:
-        _checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
-    base_source = open_checkpoint(base, f"base ({base})")
-    sources = {name: open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()}
-    # The files too, and not the directories alone: they may be links that lead into `out`.
-    files = [file for source in (base_source, *sources.values()) for file in source.files]
-    directory = check_output(out, overwrite=overwrite, inputs=[base, *experts.values(), *files])
+    team = team or Alone()
+    with contextlib.ExitStack() as stack:
+        job, place, trouble = None, None, None
+        try:
+            job = open_job(
+                base,
+                experts,
+                out,
+                config,
+                method=method,
+                device=distributed.local_device(device),
+                backend=backend,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                memory_budget=memory_budget,
+            )
+            state = job.state()
+            if team.member == 0:
+                # The files too, and not the directories alone: they may be links that lead into `out`.
+                inputs = [base, *experts.values(), *(file for source in job.sources for file in source.files)]
+                check_output(out, overwrite=overwrite, inputs=inputs, resume=resume)
+                place = stack.enter_context(workplace(out, overwrite=overwrite, resume=resume, state=state))
+        except (R2MError, OSError) as error:
+            trouble = error
+        shared = team.gather({} if place is None else {"place": place, "state": state}, trouble)
+        assert job is not None
+        place = shared["place"]
+        team.gather({}, _other_state(team, state, shared["state"]))
+        if place.finished:
+            report: dict[str, Any] = json.loads((Path(out) / REPORT_FILE).read_text())
+            return report
+        return _merge(job, place, team, started, progress)
 
-    analysis = analyze(
-        base_source,
-        sources,
+
+def plan_files(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    out: str | Path,
+    config: MergeConfig,
+    *,
+    overwrite: bool = False,
+    processes: int | None = None,
+    machines: int = 1,
+    **options: Any,
+) -> tuple[Forecast, list[str]]:
+    """What :func:`merge_files` would read, write, hold and take, before any work.
+
+    Args:
+        base, experts, out, config, overwrite, options: as there.
+        processes: how many would share the work.
+        machines: like this one, for all of them.
+
+    Returns:
+        The forecast, and lines that tell it.
+
+    Raises:
+        InvalidInput: what ``merge_files`` would refuse before it reads a tensor.
+    """
+    job = open_job(base, experts, out, config, **options)
+    files = [file for source in job.sources for file in source.files]
+    directory = check_output(out, overwrite=overwrite, inputs=[base, *experts.values(), *files])
+    cores = machine.threads() * machines
+    count = processes or 1
+    found = forecast(
+        job.sources[0],
+        job.expert_sources,
         config,
-        device=device,
-        backend=backend,
-        memory_budget=memory_budget,
-        spill_directory=directory,  # where the output goes, since the system's may be memory
-        progress=progress,
+        directory=directory,
+        metadata=job.metadata,
+        dtype=job.torch_dtype,
+        max_shard_size=job.shard_bytes,
+        budget=job.budget if options.get("memory_budget") is not None else job.budget * machines // max(machines, count),
+        processes=count,
+        threads=max(1, cores // count),
     )
-    with new_directory(out, overwrite=overwrite) as partial:
-        sink = SafetensorsSink(partial, _metadata(config), shard_bytes)
-        analysis.write(sink, dtype=OUTPUT_DTYPES[dtype] if dtype else None, progress=progress)
-        sink.finish()
-        for name in COPIED_FILES:
-            if (Path(base) / name).is_file():
-                write_file(partial / name, (Path(base) / name).read_bytes())
-        write_file(partial / RECIPE_FILE, _recipe(base, experts, config, method, dtype))
-        sizes = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
-        report: dict[str, Any] = {
-            "method": method,
-            **analysis.report(),
-            "output": {
-                "files": sizes,
-                "bytes": sum(sizes.values()),
-                "seconds": time.perf_counter() - started,
-            },
-        }
-        text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-        write_file(partial / REPORT_FILE, text.encode(errors="backslashreplace"))
+    return found, lines(found, measured_rates(files[0], directory), cores, str(out))
+
+
+def _merge(
+    job: Job, place: Workplace, team: Team, started: float, progress: Callable[[ProgressEvent], None] | None
+) -> dict[str, Any]:
+    """All of it but for the renaming."""
+    sink = SafetensorsSink(place.output, job.metadata, job.shard_bytes, create=team.member == 0)
+    with closing(FileJournal(place.directory, team.member, before=sink.sync)) as journal:
+        team.gather({})  # nobody appends before all have read what former runs wrote
+        analysis = analyze(
+            job.sources[0],
+            job.expert_sources,
+            job.config,
+            device=job.device,
+            backend=job.backend,
+            memory_budget=job.budget,
+            spill_directory=place.directory,  # where the output goes, since the system's may be memory
+            progress=progress,
+            team=team,
+            journal=journal,
+        )
+        tied = analysis.plan.tied
+        done = [*journal.known("combination"), *analysis.elsewhere]
+        sink.mark_written(name for first in done for name in (first, *tied.get(first, ())))
+        analysis.write(sink, dtype=job.torch_dtype, progress=progress)
+        sink.sync()
+    team.gather({})
+    return _complete(job, place, sink, analysis, started) if team.member == 0 else analysis.report()
+
+
+def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analysis, started: float) -> dict[str, Any]:
+    """What is written when all tensors are; the report."""
+    sink.finish()
+    for name in COPIED_FILES:
+        if (Path(job.base) / name).is_file():
+            write_file(place.output / name, (Path(job.base) / name).read_bytes())
+    recipe = yaml.safe_dump(job.recipe(), sort_keys=False, allow_unicode=True)
+    write_file(place.output / RECIPE_FILE, recipe.encode(errors="backslashreplace"))
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(place.output.iterdir()) if entry.name != REPORT_FILE}
+    report: dict[str, Any] = {
+        "method": job.method,
+        **analysis.report(),
+        "output": {
+            "files": sizes,
+            "bytes": sum(sizes.values()),
+            "seconds": time.perf_counter() - started,
+        },
+    }
+    text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
+    write_file(place.output / REPORT_FILE, text.encode(errors="backslashreplace"))
     return report
 
 
-def _metadata(config: MergeConfig) -> dict[str, str]:
-    # No time, no path, no expert's name: equal merges give equal bytes.
-    return {
-        "r2m_kernels_version": r2m_kernels.__version__,
-        "r2m_config": json.dumps(config.to_dict(), sort_keys=True, allow_nan=False),
-    }
-
-
-def _recipe(
-    base: str | Path, experts: Mapping[str, str | Path], config: MergeConfig, method: str, dtype: str | None
-) -> bytes:
-    """The merge in mergekit's words. Paths are absolute: the recipe is not where the command was given."""
-    recipe: dict[str, Any] = {
-        "merge_method": method,
-        "base_model": os.path.abspath(base),
-        "models": [{"model": os.path.abspath(path), "name": name} for name, path in experts.items()],
-        "parameters": config.to_dict(),
-        "dtype": dtype,
-    }
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode(errors="backslashreplace")
+def _other_state(team: Team, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
+    """Why this process cannot share the work of the first one."""
+    found = difference(first, state)
+    return InvalidInput(f"process {team.member} of {team.size} is not on the same merge: {found}") if found else None

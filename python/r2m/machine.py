@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -46,3 +47,8 @@ def threads() -> int:
 def cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def age() -> float:
+    """Seconds since this process was started."""
+    return time.time() - float(psutil.Process().create_time())

@@ -162,7 +162,7 @@ def stop_at(step: str, error: BaseException) -> Callable[[ProgressEvent], None]:
 @pytest.mark.parametrize("step", ["task Gram", "truncation", "combination"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_nothing_is_left_of_a_failed_merge(
+def test_a_failed_merge_leaves_its_work_and_nothing_else(
     checkpoints: Checkpoints,
     tmp_path: Path,
     fingerprint: Fingerprint,
@@ -173,8 +173,30 @@ def test_nothing_is_left_of_a_failed_merge(
     if overwrite:
         merged(checkpoints, "a/out")
     before = fingerprint(tmp_path)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         merged(checkpoints, "a/out", overwrite=overwrite, progress=stop_at(step, error))
+    assert caught.value.__notes__[-1] == "The work so far is kept in a/out.partial; --resume goes on from there."
+    now = fingerprint(tmp_path)
+    work = {name for name in now if name.startswith("a/out.partial/")}
+    assert {name: now[name] for name in now.keys() - work} == before
+    merged(checkpoints, "a/out", overwrite=overwrite, resume=True)
+    merged(checkpoints, "b")
+    assert Path("a/out/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+    assert os.listdir("a") == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_left_where_the_input_is_to_blame(
+    checkpoints: Checkpoints, tmp_path: Path, fingerprint: Fingerprint, overwrite: bool
+) -> None:
+    if overwrite:
+        merged(checkpoints, "a/out")
+    tensors = load_file(checkpoints.paths["fr"])
+    tensors["block.bias"][3] = torch.nan
+    save_file(tensors, checkpoints.paths["fr"])
+    before = fingerprint(tmp_path)
+    with pytest.raises(InvalidInput, match=r"tensor 'block.bias' holds NaN or Inf in 1 of 24 elements"):
+        merged(checkpoints, "a/out", overwrite=overwrite)
     assert fingerprint(tmp_path) == before
     assert Path("a").exists() == overwrite
 
@@ -191,7 +213,7 @@ def test_a_full_disk_is_told_with_the_file(checkpoints: Checkpoints, monkeypatch
     with pytest.raises(OSError, match="No space") as caught:
         merged(checkpoints, "a/out")
     assert caught.value.filename == "a/out/model.safetensors"
-    assert not Path("a").exists()
+    assert not Path("a/out").exists()
 
 
 def test_bad_options_are_refused_before_anything_is_read() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager as ContextManager
 from pathlib import Path
 
 import pytest
-from r2m.output import check_output, new_directory
+from r2m.output import Workplace, check_output, workplace
 
 from r2m_kernels import InvalidInput
 
@@ -29,13 +30,18 @@ def everything() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*"))
 
 
+def new(
+    out: str | Path, *, overwrite: bool = False, resume: bool = False, **state: object
+) -> ContextManager[Workplace]:
+    return workplace(out, overwrite=overwrite, resume=resume, state=state)
+
+
 def test_a_new_directory_appears_with_its_parents() -> None:
-    with new_directory("a/b/out", overwrite=False) as partial:
-        assert partial.parent == Path("a/b").resolve()
-        assert partial.name.startswith(".out.partial-")
+    with new("a/b/out") as place:
+        assert place.directory == Path("a/b/out.partial").resolve()
         assert not Path("a/b/out").exists()
-        (partial / "x").write_text("new")
-    assert everything() == ["a", "a/b", "a/b/out", "a/b/out/x"]
+        (place.output / "config.json").write_text("new")
+    assert everything() == ["a", "a/b", "a/b/out", "a/b/out/config.json"]
     mask = os.umask(0)
     os.umask(mask)
     assert Path("a/b/out").stat().st_mode & 0o777 == 0o777 & ~mask
@@ -43,8 +49,8 @@ def test_a_new_directory_appears_with_its_parents() -> None:
 
 def fill(out: str, *, folder: str = "", error: BaseException | None = None) -> None:
     """A new directory; on the way a folder of someone else appears, or an error."""
-    with new_directory(out, overwrite=False) as partial:
-        (partial / "x").write_text("new")
+    with new(out) as place:
+        (place.output / "config.json").write_text("new")
         if folder:
             Path(folder).mkdir()
         if error:
@@ -68,10 +74,10 @@ def test_a_parent_that_someone_uses_meanwhile_stays() -> None:
 def test_a_former_output_is_replaced() -> None:
     out = former_output("a/out")
     check_output(out, overwrite=True, inputs=[])
-    with new_directory(out, overwrite=True) as partial:
-        (partial / "x").write_text("new")
+    with new(out, overwrite=True) as place:
+        (place.output / "config.json").write_text("new")
         assert (out / "r2m_report.json").exists()
-    assert everything() == ["a", "a/out", "a/out/x"]
+    assert everything() == ["a", "a/out", "a/out/config.json"]
 
 
 def test_a_former_output_is_put_back_when_the_new_one_cannot_be_moved_in(
@@ -81,13 +87,13 @@ def test_a_former_output_is_put_back_when_the_new_one_cannot_be_moved_in(
     rename = os.rename
 
     def refuse(source: str | Path, target: str | Path) -> None:
-        if ".partial-" in str(source):
+        if str(source).endswith("out.partial/output"):
             raise OSError(5, "Input/output error", str(source))
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
     before = everything()
-    with pytest.raises(OSError, match="Input/output") as caught, new_directory(out, overwrite=True):
+    with pytest.raises(OSError, match="Input/output") as caught, new(out, overwrite=True):
         pass
     assert everything() == before
     assert caught.value.filename == "out"
@@ -102,9 +108,9 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced() -> None:
 def test_an_error_names_the_file_in_the_output() -> None:
     with (
         pytest.raises(OSError, match="No space") as caught,
-        new_directory("./out", overwrite=False) as partial,
+        new("./out") as place,
     ):
-        raise OSError(28, "No space left on device", str(partial / "model.safetensors"))
+        raise OSError(28, "No space left on device", str(place.output / "model.safetensors"))
     assert caught.value.filename == "./out/model.safetensors"
 
 
@@ -182,7 +188,7 @@ def test_every_spelling_of_a_directory_is_the_directory(here: Path) -> None:
     assert refusal("", overwrite=True) == "out: expected a directory to create, got an empty path"
     for out in ("missing/../mine", "link/../mine", "mine/", "mine/.", "mine/sub/..", "far/../mine"):
         for overwrite in (False, True):
-            with pytest.raises(InvalidInput), new_directory(out, overwrite=overwrite):
+            with pytest.raises(InvalidInput), new(out, overwrite=overwrite):
                 pass
     assert Path("mine/thesis.tex").read_text() == "years of work"
     assert Path("far/mine/thesis.tex").read_text() == "someone else's"

@@ -165,7 +165,7 @@ def test_an_unfinished_file_is_no_checkpoint(tmp_path: Path) -> None:
     sink = SafetensorsSink(tmp_path, {}, 10**9)
     sink.begin({"a": TensorSpec((2,), torch.float32), "b": TensorSpec((2,), torch.float32)})
     sink.write("a", torch.ones(2))
-    with pytest.raises(ValueError, match="1 tensors were never written, such as 'b'"):
+    with pytest.raises(ValueError, match="1 tensors were never written as a whole, such as 'b'"):
         sink.finish()
     with pytest.raises(SafetensorError):
         load_file(tmp_path / "model.safetensors")

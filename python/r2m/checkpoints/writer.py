@@ -1,15 +1,15 @@
 """Writes checkpoints: ``model.safetensors``, or Hugging Face shards with an index.
 
 The layout is known before the first tensor is: files get their full size at once, tensors go to fixed
-positions from any thread in any order, and the header is written last, so that an unfinished file is no
-safetensors file.
+positions from any thread and any process in any order, and the header is written when all of that is on the disk, so
+that an unfinished file is no safetensors file.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from r2m_kernels.tensors import TensorSpec
 
 
 class SafetensorsSink:
-    """A directory being filled, as a :class:`r2m_kernels.tensors.TensorSink`.
+    """A directory being filled, as a :class:`r2m_kernels.tensors.PartialSink`.
 
     Equal tensors, metadata and ``max_shard_size`` give equal bytes, whatever the order of ``specs`` and of
     the writes. Call :meth:`finish` when the merge has returned; until then the files cannot be loaded.
@@ -30,21 +30,26 @@ class SafetensorsSink:
         metadata: entries of the safetensors header besides ``{"format": "pt"}``, which is always there since
             ``transformers`` refuses files without it.
         max_shard_size: bytes of tensors per file, except for a single tensor larger than that.
+        create: whether :meth:`begin` makes the files; otherwise another process has.
     """
 
-    def __init__(self, directory: str | Path, metadata: Mapping[str, str], max_shard_size: int) -> None:
+    def __init__(
+        self, directory: str | Path, metadata: Mapping[str, str], max_shard_size: int, *, create: bool = True
+    ) -> None:
+        self._create = create
         self._directory = Path(directory)
         self._metadata = {**metadata, "format": "pt"}
         self._max_shard_size = max_shard_size
         self._specs: dict[str, TensorSpec] = {}
         self._files: list[layout.PlannedFile] = []
         self._file_of: dict[str, layout.PlannedFile] = {}
-        self._claimed: set[str] = set()
-        self._written: set[str] = set()
+        self._done: set[str] = set()
+        self._missing: dict[str, int] = {}
+        self._dirty: set[str] = set()
         self._lock = threading.Lock()
 
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Lay the files out and reserve their space.
+        """Lay the files out and reserve their space. Files of a run that was cut off keep what they hold.
 
         Raises:
             InvalidInput: a dtype that safetensors cannot store.
@@ -53,12 +58,15 @@ class SafetensorsSink:
         self._specs = dict(specs)
         self._files = layout.plan_files(self._specs, self._metadata, self._max_shard_size)
         self._file_of = {name: file for file in self._files for name in file.offsets}
-        for file in self._files:
+        self._missing = {name: 0 if name in self._done else spec.numel for name, spec in self._specs.items()}
+        for file in self._files if self._create else ():
             path = self._directory / file.name
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
             try:
                 with layout.naming(path):
-                    _reserve(descriptor, file.size)
+                    if os.fstat(descriptor).st_size != file.size:
+                        _reserve(descriptor, file.size)
             finally:
                 os.close(descriptor)
 
@@ -77,15 +85,30 @@ class SafetensorsSink:
                 f"tensor '{name}': announced as {spec.shape} {spec.dtype}, "
                 f"written as {tuple(tensor.shape)} {tensor.dtype}"
             )
+        self._store(name, 0, tensor)
+
+    def write_elements(self, name: str, start: int, elements: Tensor) -> None:
+        """Store a run of a tensor's elements at its position; from any thread. Errors are :meth:`write`'s."""
+        spec = self._specs.get(name)
+        if spec is None:
+            raise ValueError(f"tensor '{name}' was not announced to begin()")
+        if elements.dtype != spec.dtype or elements.ndim != 1 or not 0 <= start <= spec.numel - len(elements):
+            raise ValueError(
+                f"tensor '{name}': announced as {spec.shape} {spec.dtype}, written as {tuple(elements.shape)} "
+                f"{elements.dtype} at {start}"
+            )
+        self._store(name, start, elements)
+
+    def mark_written(self, names: Iterable[str]) -> None:
+        """Tensors that are written by another process, or were by a run that was cut off; before :meth:`begin`."""
+        self._done.update(names)
+
+    def sync(self) -> None:
+        """Bring to the disk what was written so far."""
         with self._lock:
-            if name in self._claimed:
-                raise ValueError(f"tensor '{name}' was written twice")
-            self._claimed.add(name)
-        file = self._file_of[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._write_at(self._directory / file.name, data.data, file.offsets[name])
-        with self._lock:
-            self._written.add(name)
+            dirty, self._dirty = self._dirty, set()
+        for name in sorted(dirty):
+            sync(self._directory / name)
 
     def finish(self) -> None:
         """Write headers and, for several shards, the index; bring everything to the disk.
@@ -94,9 +117,12 @@ class SafetensorsSink:
             ValueError: a tensor is missing.
             OSError: it cannot be written; ``filename`` is set.
         """
-        missing = [name for name in self._specs if name not in self._written]
+        missing = [name for name, count in self._missing.items() if count > 0]
         if missing:
-            raise ValueError(f"{len(missing)} tensors were never written, such as '{missing[0]}'")
+            raise ValueError(f"{len(missing)} tensors were never written as a whole, such as '{missing[0]}'")
+        # Bodies before headers, so that no power cut leaves a header over a body that is not there.
+        for file in self._files:
+            sync(self._directory / file.name)
         for file in self._files:
             path = self._directory / file.name
             self._write_at(path, memoryview(file.header), 0)
@@ -105,6 +131,19 @@ class SafetensorsSink:
             index = self._directory / layout.INDEX_FILE
             total_size = sum(spec.nbytes for spec in self._specs.values())
             write_file(index, layout.encode_index(self._files, total_size))
+
+    def _store(self, name: str, start: int, elements: Tensor) -> None:
+        count = elements.numel()
+        with self._lock:
+            if self._missing[name] < count:
+                raise ValueError(f"tensor '{name}' was written twice")
+            self._missing[name] -= count
+        file = self._file_of[name]
+        data = elements.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        position = file.offsets[name] + start * elements.dtype.itemsize
+        self._write_at(self._directory / file.name, data.data, position)
+        with self._lock:
+            self._dirty.add(file.name)
 
     @staticmethod
     def _write_at(path: Path, view: memoryview, offset: int) -> None:
