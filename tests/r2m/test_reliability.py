@@ -1,0 +1,473 @@
+"""Processes that are killed, run out of disk, meet each other or share the work: docs/reliability.md's promises."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from r2m.execute import merge_files
+from safetensors.torch import load_file, save_file
+
+from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+METHODS = {
+    "r2m": [],
+    "r2m_truncated": ["--method", "r2m_truncated"],
+    "ties": ["--method", "ties"],
+    "weight_average": ["--method", "weight_average"],
+}
+EXPERTS = ["--expert", "a=a.safetensors", "--expert", "b=b.safetensors"]
+BASE_ARGUMENTS = ["--base", "base.safetensors", *EXPERTS, "--quiet"]
+
+
+def write_checkpoints(matrices: int = 12, side: int = 400) -> None:
+    """Base and two experts in the current directory: enough tensors for several journal records."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"block{i}.weight": torch.randn(side, side + i, generator=generator) for i in range(matrices)}
+    base |= {f"block{i}.bias": torch.randn(side, generator=generator) for i in range(matrices)}
+    base["bn.running_var"] = torch.rand(side, generator=generator)
+    base["steps"] = torch.tensor(7)
+    save_file(base, "base.safetensors")
+    for name in ("a", "b"):
+        expert = {
+            key: value + 0.05 * torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
+            for key, value in base.items()
+        }
+        save_file(expert, f"{name}.safetensors")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoints()
+    return tmp_path
+
+
+def files(directory: str) -> dict[str, bytes]:
+    """What must be the same after any interruption: all but the report, which holds times."""
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != "r2m_report.json"}
+
+
+def run(start: Start, *arguments: str, **options: object) -> tuple[int, str]:
+    with start("merge", *BASE_ARGUMENTS, *arguments, **options) as process:
+        _, err = process.communicate(timeout=200)
+    return process.returncode, err
+
+
+def same_merge(start: Start, out: str, *arguments: str) -> None:
+    """What ``out`` holds is what an undisturbed run gives, and nothing lies beside it."""
+    assert run(start, "--out", "undisturbed", *arguments) == (0, "") or Path("undisturbed").is_dir()
+    first, second = files(out), files("undisturbed")
+    recipe = "r2m_config.yaml"
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first if name != recipe)
+    assert not Path(f"{out}.partial").exists()
+
+
+# In the child: slow steps, so that a signal finds the merge at work.
+SLOW = """
+import os, sys, time
+import r2m.execute, r2m.journal
+from r2m.checkpoints.writer import SafetensorsSink
+store = SafetensorsSink._store
+def slowly(self, *arguments):
+    time.sleep(0.02)
+    store(self, *arguments)
+SafetensorsSink._store = slowly
+init = r2m.journal.FileJournal.__init__
+def often(self, *arguments, **keywords):
+    init(self, *arguments, **{**keywords, "seconds": 0.0})
+r2m.journal.FileJournal.__init__ = often
+from r2m.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def killed(seconds: float, *arguments: str) -> int:
+    """A merge that is killed after so long, or has ended before; its exit code."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "merge", *BASE_ARGUMENTS, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+    return child.wait()
+
+
+def kill_and_resume(start: Start, kills: int, seed: int) -> None:
+    generator = random.Random(seed)
+    started = time.perf_counter()
+    assert killed(600, "--out", "warm") == 0
+    whole = time.perf_counter() - started
+    assert run(start, "--out", "undisturbed") == (0, "")
+    wanted = {name: content for name, content in files("undisturbed").items() if name != "r2m_config.yaml"}
+    done = 0
+    while done < kills:
+        code = killed(generator.uniform(0.3, 1.05) * whole, "--out", "out", "--resume")
+        done += code != 0
+        assert code in (0, -signal.SIGKILL)
+        if Path("out").exists():
+            found = files("out")
+            assert {name: found[name] for name in wanted} == wanted
+            if not Path("out.partial").exists():
+                for path in Path("out").iterdir():
+                    path.unlink()
+                Path("out").rmdir()
+    if Path("out.partial").exists() or not Path("out").exists():
+        assert run(start, "--out", "out", "--resume") == (0, "")
+    found = files("out")
+    assert {name: found[name] for name in wanted} == wanted
+    assert not Path("out.partial").exists()
+
+
+def test_five_kills(here: Path, start: Start) -> None:
+    kill_and_resume(start, 5, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_five_kills(here: Path, start: Start) -> None:
+    kill_and_resume(start, int(os.environ.get("R2M_KILLS", "25")), seed=1)
+
+
+def stopped_in(step: str, done: int = 1) -> Callable[[ProgressEvent], None]:
+    def progress(event: ProgressEvent) -> None:
+        if event.step == step and event.tensors_done >= done:
+            raise OSError(5, "Input/output error")
+
+    return progress
+
+
+def merged(out: str = "out", **options: object) -> dict:
+    experts = {"a": "a.safetensors", "b": "b.safetensors"}
+    config = options.pop("config", MergeConfig.r2m_truncated())
+    return merge_files("base.safetensors", experts, out, config, **options)  # type: ignore[arg-type]
+
+
+def interrupted(step: str = "combination", done: int = 5, **options: object) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        merged(progress=stopped_in(step, done), **options)
+
+
+@pytest.mark.parametrize("step", ["task Gram", "truncation", "combination"])
+def test_what_was_done_is_not_done_again(here: Path, step: str) -> None:
+    interrupted(step)
+    seen: dict[str, int] = {}
+
+    def progress(event: ProgressEvent) -> None:
+        seen.setdefault(event.step, event.tensors_total)
+
+    merged(resume=True, progress=progress)
+    whole: dict[str, int] = {"task Gram": 25, "truncation": 12, "combination": 26}
+    for name in list(whole)[: list(whole).index(step)]:
+        # Factors are not kept: a tensor is truncated again unless it is merged already.
+        assert seen.get(name, 0) <= (whole[name] - 5 if name == "truncation" and step == "combination" else 0) or (
+            name == "truncation"
+        )
+    assert seen[step] <= whole[step] - 5 or step == "truncation"
+    merged("undisturbed")
+    names = {"model.safetensors"}
+    assert {n: files("out")[n] for n in names} == {n: files("undisturbed")[n] for n in names}
+
+
+def test_without_resume_the_work_is_not_lost(here: Path) -> None:
+    interrupted()
+    with pytest.raises(InvalidInput, match=r"^out \(out\): out.partial beside it holds the work of a merge that was"):
+        merged()
+    merged(resume=True)
+
+
+def test_resume_without_earlier_work_starts(here: Path) -> None:
+    merged(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"config": MergeConfig.r2m_truncated(eta=0.5)}, "parameters eta was 0.6 and is 0.5"),
+        ({"dtype": "bfloat16"}, 'dtype was null and is "bfloat16"'),
+        ({"max_shard_size": "1MB"}, "max_shard_size was 5000000000 and is 1000000"),
+        ({"backend": "torch"}, "backend was "),
+    ],
+)
+def test_another_merge_is_not_resumed(here: Path, options: dict, sentence: str) -> None:
+    interrupted()
+    before = {path: path.read_bytes() for path in Path("out.partial").rglob("*") if path.is_file()}
+    with pytest.raises(InvalidInput) as caught:
+        merged(resume=True, **options)
+    assert f"--resume goes on with the same merge only, and {sentence}" in str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_changed_input_is_not_resumed(here: Path) -> None:
+    interrupted()
+    save_file({**load_file("b.safetensors")}, "b.safetensors")  # the same content, at another time
+    os.utime("b.safetensors", ns=(1, 1))
+    with pytest.raises(InvalidInput, match=r"the input .*/b.safetensors is another one or was changed"):
+        merged(resume=True)
+
+
+def test_a_strange_file_in_the_workplace_is_not_touched(here: Path) -> None:
+    interrupted()
+    Path("out.partial/thesis.tex").write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(InvalidInput, match=r"holds 'thesis.tex', which no merge wrote"):
+            merged(resume=resume)
+    assert Path("out.partial/thesis.tex").read_text() == "years of work"
+
+
+def test_a_state_that_cannot_be_read_is_refused(here: Path) -> None:
+    interrupted()
+    Path("out.partial/state.json").write_text('{"torn')
+    with pytest.raises(InvalidInput, match=r"state.json cannot be read"):
+        merged(resume=True)
+
+
+def test_a_journal_cut_off_anywhere_is_resumed(here: Path) -> None:
+    merged("undisturbed")
+    interrupted()
+    journal = Path("out.partial/journal-0")
+    whole = journal.read_bytes()
+    for cut in (1, 7, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        kept = {path: path.read_bytes() for path in Path("out.partial").rglob("*") if path.is_file()}
+        journal.write_bytes(whole[:cut])
+        merged(resume=True)
+        assert files("out")["model.safetensors"] == files("undisturbed")["model.safetensors"]
+        for path in Path("out").iterdir():
+            path.unlink()
+        Path("out").rmdir()
+        for path, content in kept.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def test_a_second_process_is_refused(here: Path, start: Start) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW.replace("0.02", "0.5"), "merge", *BASE_ARGUMENTS, "--out", "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not Path("out.partial/state.json").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    code, err = run(start, "--out", "out", "--resume")
+    child.kill()
+    child.communicate()
+    assert (code, err) == (2, f"Error: out (out): another merge is writing it, process {child.pid}\n")
+    assert run(start, "--out", "out", "--resume") == (0, "")
+    same_merge(start, "out")
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_kill_around_the_renames(here: Path, start: Start, moment: str) -> None:
+    """With --overwrite: the former output, or the new one, or the former one at the next run."""
+    assert run(start, "--out", "out", "--method", "weight_average") == (0, "")
+    former = files("out")
+    script = f"""
+import os, sys, signal
+import r2m.output
+real, count = os.rename, 0
+def rename(source, target):
+    global count
+    names = (os.path.basename(source), os.path.basename(target))
+    moving = names in (("out", "former"), ("output", "out"))
+    if moving and {moment!r} == "before" and names[1] == "former": os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+    if moving and {moment!r} == "between" and names[1] == "former": os.kill(os.getpid(), signal.SIGKILL)
+    if moving and {moment!r} == "after" and names[1] == "out": os.kill(os.getpid(), signal.SIGKILL)
+os.rename = rename
+from r2m.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = [*BASE_ARGUMENTS, "--out", "out", "--overwrite"]
+    child = subprocess.run([sys.executable, "-c", script, "merge", *arguments], check=False)
+    assert child.returncode == -signal.SIGKILL
+    if moment == "before":
+        assert files("out") == former
+    assert Path("out").exists() == (moment != "between")
+    assert run(start, "--out", "out", "--overwrite", "--resume") == (0, "")
+    same_merge(start, "out")
+    assert files("out")["model.safetensors"] != former["model.safetensors"]
+
+
+def limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def disk_full(start: Start, points: int) -> None:
+    """A limit on a file's size stands for a full disk: reserved space fails at once, so it is not reserved here."""
+    inputs = {name: Path(name).read_bytes() for name in ("base.safetensors", "a.safetensors", "b.safetensors")}
+    script = SLOW.replace("0.02", "0").replace("import os, sys, time", "import os, sys, time\ndel os.posix_fallocate")
+    script = script.replace(
+        "\nstore = ", "\nimport r2m.checkpoints.writer as w\nw._reserve = lambda descriptor, size: None\nstore = "
+    )
+    size = Path("base.safetensors").stat().st_size
+    for point in range(points):
+        limit = 4096 + size * point // points
+        child = subprocess.run(
+            [sys.executable, "-c", script, "merge", *BASE_ARGUMENTS, "--out", "out", "--resume"],
+            preexec_fn=limited(limit),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        first = child.stderr.splitlines()[0] if child.stderr else ""
+        assert (child.returncode, first.startswith("Error: "), "file too large" in first) == (1, True, True), first
+        assert "Traceback" not in child.stderr
+        assert not Path("out").exists()
+        assert {name: Path(name).read_bytes() for name in inputs} == inputs
+    assert run(start, "--out", "out", "--resume") == (0, "")
+    same_merge(start, "out")
+
+
+def test_disk_full_at_five_points(here: Path, start: Start) -> None:
+    disk_full(start, 5)
+
+
+@pytest.mark.slow
+def test_disk_full_at_twenty_points(here: Path, start: Start) -> None:
+    disk_full(start, 20)
+
+
+def torchrun(processes: int, *arguments: str, script: str | None = None) -> subprocess.Popen[str]:
+    program = [script] if script else ["-m", "r2m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, *program, "merge", *BASE_ARGUMENTS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MASTER_PORT": "0"},
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_touch_no_bit(here: Path, start: Start, method: str) -> None:
+    options = [*METHODS[method], "--max-shard-size", "3MB"]
+    with torchrun(2, "--out", "out", *options) as job:
+        _, err = job.communicate(timeout=280)
+    assert job.returncode == 0, err
+    same_merge(start, "out", *options)
+    assert len(files("out")) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_more_processes_touch_no_bit(here: Path, start: Start, processes: int) -> None:
+    with torchrun(processes, "--out", "out", "--max-shard-size", "3MB") as job:
+        _, err = job.communicate(timeout=600)
+    assert job.returncode == 0, err
+    same_merge(start, "out", "--max-shard-size", "3MB")
+
+
+def test_bad_input_is_told_once(here: Path, start: Start) -> None:
+    tensors = load_file("b.safetensors")
+    tensors["block7.bias"][3] = torch.nan
+    save_file(tensors, "b.safetensors")
+    with torchrun(2, "--out", "out") as job:
+        _, err = job.communicate(timeout=280)
+    assert job.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert told == ["Error: expert 'b' (b.safetensors): tensor 'block7.bias' holds NaN or Inf in 1 of 400 elements"]
+    assert "r2m/cli.py" not in err  # torchrun shows a traceback of its own
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+
+
+def test_a_process_that_dies_ends_the_job_and_another_number_resumes(here: Path, start: Start) -> None:
+    script = SLOW.replace("0.02", "0.2 if os.environ['RANK'] == '0' else (os.kill(os.getpid(), 9) or 0)")
+    Path("dying.py").write_text(script)
+    with torchrun(2, "--out", "out", script="dying.py") as job:
+        _, err = job.communicate(timeout=280)
+    assert job.returncode != 0
+    assert not Path("out").exists()
+    assert Path("out.partial").exists()
+    with torchrun(3, "--out", "out", "--resume") as job:
+        _, err = job.communicate(timeout=280)
+    assert job.returncode == 0, err
+    same_merge(start, "out")
+
+
+MEASURE = """
+import sys, threading, time
+import psutil, torch
+from r2m.cli import _settle_memory
+_settle_memory()
+from r2m.execute import merge_files
+from r2m_kernels import MergeConfig
+process, most, done = psutil.Process(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, process.memory_info().rss)
+        time.sleep(0.002)
+before = process.memory_info().rss
+watcher = threading.Thread(target=watch)
+watcher.start()
+config = getattr(MergeConfig, sys.argv[3])()
+experts = {name: f"{name}.safetensors" for name in ("a", "b", "c")}
+merge_files("base.safetensors", experts, sys.argv[1], config, memory_budget=int(sys.argv[2]))
+done = True
+watcher.join()
+print(most - before)
+"""
+
+
+def peak(out: str, budget: int, method: str) -> int:
+    """Bytes that a merge in a process of its own took at most, beyond what it had before."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, out, str(budget), method], capture_output=True, text=True, check=True
+    )
+    return int(found.stdout)
+
+
+def huge_checkpoints(mebibytes: int) -> None:
+    """Base and three experts of one large matrix and a small one."""
+    rows = mebibytes * 2**20 // 4 // 2048
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, 2048, generator=generator)
+    small = torch.randn(300, 300, generator=generator)
+    save_file({"large": base, "small": small}, "base.safetensors")
+    for name in ("a", "b", "c"):
+        noise = torch.randn(rows, 1, generator=generator)
+        save_file({"large": base + 0.05 * noise, "small": small + 0.01}, f"{name}.safetensors")
+
+
+def bounded(mebibytes: int, budget: int, method: str) -> None:
+    huge_checkpoints(mebibytes)
+    taken = peak("bounded", budget, method)
+    assert taken <= 1.2 * budget, f"{taken / 2**20:.0f} MiB"
+    peak("unbounded", 2**40, method)
+    assert files("bounded")["model.safetensors"] == files("unbounded")["model.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["r2m", "ties", "weight_average"])
+def test_memory_stays_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    bounded(128, 64 * 2**20, method)
+
+
+@pytest.mark.slow
+def test_four_times_512_mib_under_256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bounded(512, 256 * 2**20, "r2m")
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    yield
+    for variable in ("RANK", "WORLD_SIZE"):
+        assert variable not in os.environ
