@@ -26,7 +26,7 @@ from r2m_kernels._torch.blocks import BLOCK_ELEMENTS, block_height
 from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
 from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Cut, Engine, Group, Progress, StepRecord
-from r2m_kernels.errors import InvalidInput, R2MError
+from r2m_kernels.errors import InvalidInput, R2MError, shown
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import RealSubspace
 from r2m_kernels.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
@@ -271,7 +271,7 @@ class Analysis:
             rank = self.rank_of(tensor.name, config)
             if rank > tensor.rank:
                 raise InvalidInput(
-                    f"rank: tensor '{tensor.name}' was analyzed at rank {tensor.rank} and cannot be merged at {rank}; "
+                    f"rank: tensor {shown(tensor.name)} was analyzed at rank {tensor.rank} and cannot be merged at {rank}; "
                     "analyze again"
                 )
 
@@ -432,7 +432,7 @@ def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
     for name, tensor, bounds in zip(names, merged, extremes, strict=True):
         if not all(map(math.isfinite, bounds)):
             raise InvalidInput(
-                f"tensor '{name}': merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
+                f"tensor {shown(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
                 "or smaller core_scale and eta"
             )
     return merged

@@ -14,7 +14,7 @@ import torch
 from r2m_kernels import _checks
 from r2m_kernels._checks import FLOATING
 from r2m_kernels.config import MergeConfig
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSource, TensorSpec, dtype_name
 from r2m_kernels.truncation import truncation_rank
 
@@ -162,18 +162,18 @@ def _mismatches(
     reports = []
     unsupported = [name for name, spec in base.specs.items() if not _supported(spec)]
     if unsupported:
-        lines = [f"unsupported dtype: '{name}' ({_describe(base.specs[name])})" for name in unsupported]
+        lines = [f"unsupported dtype: {shown(name)} ({_describe(base.specs[name])})" for name in unsupported]
         reports.append(_report(f"{base.label} cannot be merged", [lines], ""))
     for source in experts.values():
         missing = [
-            f"missing: '{name}' ({_describe(spec)})"
+            f"missing: {shown(name)} ({_describe(spec)})"
             for name, spec in base.specs.items()
             # Integer buffers such as position_ids come and go between library versions, and are the base's anyway.
             # One that is there and differs in shape or dtype still means another architecture.
             if name not in source.specs and spec.dtype.is_floating_point
         ]
         unknown = [
-            f"extra: '{name}' ({_describe(spec)}) is not in the base"
+            f"extra: {shown(name)} ({_describe(spec)}) is not in the base"
             for name, spec in source.specs.items()
             if name not in base.specs
             and (config.extra == "error" or name not in extras)
@@ -185,9 +185,9 @@ def _mismatches(
             if expected is None:
                 continue
             if spec.shape != expected.shape:
-                shapes.append(f"shape: '{name}' expected {list(expected.shape)}, got {list(spec.shape)}")
+                shapes.append(f"shape: {shown(name)} expected {list(expected.shape)}, got {list(spec.shape)}")
             if not _compatible_dtypes(expected, spec):
-                dtypes.append(f"dtype: '{name}' expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}")
+                dtypes.append(f"dtype: {shown(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}")
         kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
         if kinds:
             sentence = f"{source.label} does not fit {base.label}"
@@ -216,10 +216,10 @@ def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, Tensor
     if missing and unknown:
         for prefix in _prefixes(unknown):
             if all(name.removeprefix(prefix) in base.specs for name in unknown if name.startswith(prefix)):
-                return f"; its names carry the prefix '{prefix}' that the base's lack"
+                return f"; its names carry the prefix {shown(prefix)} that the base's lack"
         for prefix in _prefixes(missing):
             if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
-                return f"; its names lack the prefix '{prefix}' of the base's"
+                return f"; its names lack the prefix {shown(prefix)} of the base's"
     if unknown and not missing and all(name in extras for name in unknown):
         return "; every expert has it: a head the base lacks? extra='average' (--extra average) takes their mean"
     widths = {

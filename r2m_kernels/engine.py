@@ -23,7 +23,7 @@ from r2m_kernels._backends import Backend
 from r2m_kernels._parallel import for_each, workers
 from r2m_kernels.compatibility import Plan, PlannedTensor
 from r2m_kernels.config import MergeConfig
-from r2m_kernels.errors import InvalidInput, R2MError
+from r2m_kernels.errors import InvalidInput, R2MError, shown
 from r2m_kernels.team import Alone, Forgetful, Journal, Team, deal
 from r2m_kernels.tensors import PartialSource, StateDictSource, TensorSource
 
@@ -445,7 +445,7 @@ class Engine:
         if not bool(torch.isfinite(result).all()):
             self._refuse_non_finite(tensor)
             raise InvalidInput(
-                f"tensor '{tensor.name}': the differences from the base are too large to be squared and summed"
+                f"tensor {shown(tensor.name)}: the differences from the base are too large to be squared and summed"
             )
         return result
 
@@ -458,7 +458,7 @@ class Engine:
             if self._bad(source, tensor, everywhere if part is None else [part]):
                 bad = self._bad(source, tensor, everywhere)
                 raise InvalidInput(
-                    f"{source.label}: tensor '{tensor.name}' holds NaN or Inf in {bad} of {size} elements"
+                    f"{source.label}: tensor {shown(tensor.name)} holds NaN or Inf in {bad} of {size} elements"
                 )
 
     def _bad(self, source: TensorSource, tensor: PlannedTensor, parts: Sequence[slice | None]) -> int:

@@ -11,3 +11,8 @@ class InvalidInput(R2MError, ValueError):
 
 class BackendUnavailable(R2MError, RuntimeError):
     """A backend asked for by name cannot run here; the message says what to do."""
+
+
+def shown(name: str) -> str:
+    """A name from a file in quotation marks, for a message: what would move the cursor or hide text is escaped."""
+    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name) + "'"

@@ -19,7 +19,7 @@ from r2m_kernels.analysis import Analysis, Truncated
 from r2m_kernels.compatibility import Plan
 from r2m_kernels.config import MergeConfig, checked
 from r2m_kernels.engine import Cut, Engine, Group, Progress, ProgressEvent
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.factor_store import FactorStore
 from r2m_kernels.real_subspace import layer_weights, real_subspace
 from r2m_kernels.spectral_maps import map_spectra
@@ -201,7 +201,7 @@ def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
                 raise InvalidInput(f"{label}: expected names of tensors, got {name!r}")
             if tensor.is_meta or tensor.layout is not torch.strided:
                 kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-                raise InvalidInput(f"{label}: expected dense tensors with data, got '{name}' {kind}")
+                raise InvalidInput(f"{label}: expected dense tensors with data, got {shown(name)} {kind}")
         return StateDictSource(label, checkpoint)
     if not isinstance(checkpoint, TensorSource):
         raise InvalidInput(

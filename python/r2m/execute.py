@@ -17,8 +17,9 @@ import yaml
 
 import r2m_kernels
 from r2m import distributed, machine
+from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.layout import parse_size
-from r2m.checkpoints.reader import Checkpoint, open_checkpoint
+from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink, write_file
 from r2m.forecast import Forecast, forecast, lines, measured_rates
 from r2m.journal import FileJournal
@@ -261,7 +262,9 @@ def plan_files(
         metadata=job.metadata,
         dtype=job.torch_dtype,
         max_shard_size=job.shard_bytes,
-        budget=job.budget if options.get("memory_budget") is not None else job.budget * machines // max(machines, count),
+        budget=job.budget
+        if options.get("memory_budget") is not None
+        else job.budget * machines // max(machines, count),
         processes=count,
         threads=max(1, cores // count),
     )

@@ -20,6 +20,7 @@ from r2m.checkpoints import layout
 from r2m.progress import readable_bytes
 from r2m_kernels import MergeConfig, compatibility, planning
 from r2m_kernels.compatibility import PlannedTensor
+from r2m_kernels.errors import shown
 from r2m_kernels.team import deal
 from r2m_kernels.tensors import TensorSource
 
@@ -247,8 +248,5 @@ def lines(found: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
         text.append(f"too little disk: {size(found.disk)} needed, {size(found.free_disk)} free")
     if found.whole:
         more = f" and {len(found.whole) - 1} more" if found.whole[1:] else ""
-        text.append(
-            f"over the budget: '{found.whole[0]}'{more} is truncated, which needs all of it in memory; memory above "
-            "counts it"
-        )
+        text.append(f"over the budget: {shown(found.whole[0])}{more} cannot be merged in parts; memory counts it whole")
     return text

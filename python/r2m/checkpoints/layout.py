@@ -9,8 +9,10 @@ Reference: https://huggingface.co/docs/safetensors (format), ``transformers`` (f
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,15 @@ from pathlib import Path
 import torch
 
 from r2m_kernels import _checks
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+MOST_HEADER = 10**8  # bytes; the format's own bound
+MOST_INDEX = 2**27
 LENGTH_BYTES = 8
 _ALIGNMENT = 8
 
@@ -136,7 +142,7 @@ def plan_files(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], max
 def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
     for name, spec in specs.items():
         if spec.dtype not in _CODES:
-            raise InvalidInput(f"tensor '{name}': safetensors cannot store {spec.dtype}")
+            raise InvalidInput(f"tensor {shown(name)}: safetensors cannot store {spec.dtype}")
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     starts: dict[str, int] = {}
     position = 0
@@ -180,16 +186,25 @@ def decode_index(what: str, text: bytes) -> dict[str, str]:
         InvalidInput: no valid JSON, no weight_map, or a file name that leads elsewhere.
     """
     try:
-        index = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also bad UTF-8
-        raise InvalidInput(f"{what}: not valid JSON ({error})") from None
+        index = json.loads(text, object_pairs_hook=functools.partial(unique, what))
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InvalidInput(f"{what}: not valid JSON ({shown(str(error))[1:-1]})") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InvalidInput(f"{what}: holds no 'weight_map' from tensor names to file names")
     for file in dict.fromkeys(weight_map.values()):
         if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
-            raise InvalidInput(f"{what}: shard {file!r} is not the name of a file in the same directory")
+            raise InvalidInput(f"{what}: shard {shown(file)} is not the name of a file in the same directory")
     return weight_map
+
+
+def unique(what: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For ``json``'s ``object_pairs_hook``: refuse a key given twice, of which readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InvalidInput(f"{what}: holds {shown(twice)} twice")
+    return found
 
 
 def parse_size(size: str | int) -> int:

@@ -1,29 +1,24 @@
-"""Reads checkpoints: one safetensors file, or a Hugging Face directory.
+"""Opens checkpoints: a safetensors file, a file of ``torch.save``, or a Hugging Face directory of either.
 
-Headers are judged by the safetensors library; tensors are then read with ordinary reads at fixed offsets.
-Mapping the files would be simpler, but mapped pages count as resident memory. Nothing here runs code from a
-file.
+Headers are judged by the safetensors library, after a look of our own at what it lets pass. Nothing here runs code from
+a file.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import stat
 from pathlib import Path
-from typing import NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from r2m.checkpoints import layout
-from r2m_kernels.errors import InvalidInput
+from r2m.checkpoints import layout, torch_file
+from r2m.checkpoints.files import Checkpoint, File, Place, identity, some
+from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
-
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # the zip container and the older pickle stream of torch.save
 
 # What the library's reasons mean to someone who only knows the file; others are shown as they are.
 _REASONS = {
@@ -35,117 +30,19 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies: the file and the position of its first byte."""
+def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
+    """Open a safetensors file, a file of ``torch.save``, or a directory with one of them or with an index and shards.
 
-    path: Path
-    offset: int
-
-
-@dataclass(frozen=True)
-class _File:
-    """A validated file: its tensors in file order, and what tells whether it was changed since."""
-
-    specs: dict[str, TensorSpec]
-    places: dict[str, _Place]
-    identity: tuple[int, ...]
-
-
-class SafetensorsSource:
-    """A checkpoint on disk as a :class:`r2m_kernels.tensors.TensorSource`. Made by :func:`open_checkpoint`.
-
-    Reading is safe from several threads: every read opens the file, so there is no shared position, no limit
-    on the number of shards, and a file replaced meanwhile is noticed.
-
-    Attributes:
-        label: how error messages name the checkpoint.
-        specs: name → shape and dtype; in data order for one file, in the index's order for shards.
-        aliases: always empty, as a safetensors file stores no tensor twice.
-        files: the files that are read.
-    """
-
-    def __init__(
-        self,
-        label: str,
-        specs: Mapping[str, TensorSpec],
-        places: Mapping[str, _Place],
-        identities: Mapping[Path, tuple[int, ...]],
-    ) -> None:
-        self.label = label
-        self.specs = specs
-        self.aliases: Mapping[str, str] = {}
-        self.files = tuple(identities)
-        self._places = places
-        self._identities = identities
-
-    @property
-    def fingerprints(self) -> list[dict[str, str | int]]:
-        """What tells each file from another or a changed one, without its gigabytes being read; files in order."""
-        found: list[dict[str, str | int]] = []
-        for path, (_, _, size, mtime_ns) in self._identities.items():
-            with path.open("rb") as file:
-                field = file.read(layout.LENGTH_BYTES)
-                header = hashlib.sha256(field + file.read(layout.data_start(field) - layout.LENGTH_BYTES))
-            found.append(
-                {"file": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns, "header": header.hexdigest()}
-            )
-        return found
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own.
-
-        Raises:
-            InvalidInput: the file has changed since it was opened.
-            OSError: it cannot be read; ``filename`` is set.
-        """
-        spec = self.specs[name]
-        return self._read(name, 0, spec.nbytes).view(spec.dtype).reshape(spec.shape)
-
-    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
-        """A run of its elements, in memory of its own. Errors are :meth:`read`'s."""
-        dtype = self.specs[name].dtype
-        return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
-
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes of a tensor."""
-        place, size = self._places[name], stop - start
-        data = torch.empty(size, dtype=torch.uint8)
-        view = data.numpy().data
-        descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with layout.naming(place.path):
-                whole = _identity(descriptor) == self._identities[place.path]
-                done = 0
-                while whole and done < size:
-                    # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
-                    count = os.preadv(descriptor, [view[done:]], place.offset + start + done)
-                    done += count
-                    whole = count > 0
-        finally:
-            os.close(descriptor)
-        if not whole:
-            raise InvalidInput(
-                f"{self.label}: tensor '{name}': file '{place.path.name}' was changed while it was in use"
-            )
-        return data
-
-
-Checkpoint = SafetensorsSource
-
-
-def open_checkpoint(path: str | Path, label: str) -> SafetensorsSource:
-    """Open a safetensors file, or a directory with one or with an index and shards.
-
-    In a directory ``model.safetensors`` comes first, as in ``transformers``; then
-    ``model.safetensors.index.json``; then the only ``*.safetensors`` there is.
+    In a directory ``model.safetensors`` comes first, as in ``transformers``; then ``model.safetensors.index.json``;
+    then the only ``*.safetensors`` there is; then ``pytorch_model.bin`` and its index; then the only file of
+    ``torch.save``.
 
     Args:
         path: file or directory. A file is judged by its content, not by its name.
         label: how error messages name the checkpoint; should hold the path as the user gave it.
 
     Raises:
-        InvalidInput: nothing there, not safetensors, damaged, or an index that does not fit its files.
+        InvalidInput: nothing there, no such file, damaged, or an index that does not fit its files.
         OSError: it cannot be read; ``filename`` is set.
     """
     given, path = str(path), Path(path)
@@ -156,101 +53,117 @@ def open_checkpoint(path: str | Path, label: str) -> SafetensorsSource:
     return _open_single(path, label, label)
 
 
-def _open_directory(directory: Path, label: str) -> SafetensorsSource:
-    if (directory / layout.SINGLE_FILE).is_file():
-        return _open_single(directory / layout.SINGLE_FILE, label, f"{label}: file '{layout.SINGLE_FILE}'")
-    if (directory / layout.INDEX_FILE).is_file():
-        return _open_shards(directory, label)
+def _open_directory(directory: Path, label: str) -> Checkpoint:
     # Names with a leading dot are leftovers of other programs, such as macOS's "._" companions.
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
-    found = [name for name in names if name.endswith(".safetensors")]
-    if len(found) == 1:
-        return _open_single(directory / found[0], label, f"{label}: file '{found[0]}'")
-    if found:
-        raise InvalidInput(
-            f"{label}: holds {len(found)} safetensors files ({_some(found)}) and no {layout.INDEX_FILE}; "
-            f"name the one that is meant"
-        )
-    pickled = [name for name in names if name.endswith(_TORCH_SUFFIXES)]
-    if pickled:
-        _refuse_torch_file(f"{label}: file '{pickled[0]}'")
-    raise InvalidInput(f"{label}: the directory holds no safetensors file")
+    kinds = (
+        (layout.SINGLE_FILE, layout.INDEX_FILE, (".safetensors",)),
+        (layout.TORCH_FILE, layout.TORCH_INDEX_FILE, torch_file.SUFFIXES),
+    )
+    for single, index, suffixes in kinds:
+        found = [name for name in names if name.endswith(suffixes)]
+        if single in names:
+            return _open_single(directory / single, label, f"{label}: file '{single}'")
+        if index in names:
+            return _open_shards(directory, label, index)
+        if len(found) == 1:
+            return _open_single(directory / found[0], label, f"{label}: file {shown(found[0])}")
+        if found:
+            raise InvalidInput(
+                f"{label}: holds {len(found)} *{' *'.join(suffixes)} files ({some(found)}) and no {index}; "
+                "name the one that is meant"
+            )
+    raise InvalidInput(f"{label}: the directory holds no safetensors file and none of torch.save")
 
 
-def _open_single(path: Path, label: str, what: str) -> SafetensorsSource:
+def _open_single(path: Path, label: str, what: str) -> Checkpoint:
     file = _open_file(path, what)
     if not file.specs:
         raise InvalidInput(f"{what}: holds no tensors")
-    return SafetensorsSource(label, file.specs, file.places, {path: file.identity})
+    return Checkpoint(label, file.specs, file.places, {path: file})
 
 
-def _open_shards(directory: Path, label: str) -> SafetensorsSource:
-    index = f"{label}: index '{layout.INDEX_FILE}'"
-    weight_map = layout.decode_index(index, (directory / layout.INDEX_FILE).read_bytes())
+def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
+    index, path = f"{label}: index '{index_name}'", directory / index_name
+    if path.stat().st_size > layout.MOST_INDEX:
+        raise InvalidInput(f"{index}: has {path.stat().st_size} bytes, expected at most {layout.MOST_INDEX}")
+    text = path.read_bytes()
+    weight_map = layout.decode_index(index, text)
     if not weight_map:
         raise InvalidInput(f"{index}: holds no tensors")
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
-        raise InvalidInput(f"{label}: {len(missing)} of {len(shards)} shards missing: {_some(missing)}")
-    files = {shard: _open_file(directory / shard, f"{label}: shard '{shard}'") for shard in shards}
+        raise InvalidInput(f"{label}: {len(missing)} of {len(shards)} shards missing: {some(missing)}")
+    outside = [shard for shard in shards if not _confined(directory, directory / shard)]
+    if outside:
+        raise InvalidInput(f"{index}: shard {shown(outside[0])} is a link that leads out of its directory")
+    files = {shard: _open_file(directory / shard, f"{label}: shard {shown(shard)}") for shard in shards}
     absent = [name for name, shard in weight_map.items() if name not in files[shard].specs]
     if absent:
         shard = weight_map[absent[0]]
         raise InvalidInput(
-            f"{label}: shard '{shard}': lacks tensor '{absent[0]}', which the index says it holds"
+            f"{label}: shard {shown(shard)}: lacks tensor {shown(absent[0])}, which the index says it holds"
             + (f" (and {len(absent) - 1} more tensors are not where the index says)" if absent[1:] else "")
         )
-    return SafetensorsSource(
+    return Checkpoint(
         label,
         {name: files[shard].specs[name] for name, shard in weight_map.items()},
         {name: files[shard].places[name] for name, shard in weight_map.items()},
-        {directory / shard: files[shard].identity for shard in shards},
+        {directory / shard: files[shard] for shard in shards},
+        (path, hashlib.sha256(text).hexdigest()),
     )
 
 
-def _open_file(path: Path, what: str) -> _File:
-    if not path.is_file():
+def _confined(directory: Path, path: Path) -> bool:
+    """Whether a file lies in its directory, links resolved; or where the Hugging Face cache keeps its contents."""
+    real, root = path.resolve(), directory.resolve()
+    cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    return real.is_relative_to(root) or cached
+
+
+def _open_file(path: Path, what: str) -> File:
+    # A named pipe would wait for a writer: looked at before it is opened.
+    if not stat.S_ISREG(path.stat().st_mode):
         raise InvalidInput(f"{what}: not a regular file")
     with path.open("rb") as file:
-        identity = _identity(file.fileno())
+        known = identity(file.fileno())
         length_field = file.read(layout.LENGTH_BYTES)
-    if not length_field:
-        raise InvalidInput(f"{what}: the file is empty")
+        if not length_field:
+            raise InvalidInput(f"{what}: the file is empty")
+        header = b""
+        if len(length_field) == layout.LENGTH_BYTES:
+            length = layout.data_start(length_field) - layout.LENGTH_BYTES
+            if length <= min(layout.MOST_HEADER, os.fstat(file.fileno()).st_size):
+                header = file.read(length)
+    _refuse_doubtful_header(header, what)
     specs: dict[str, TensorSpec] = {}
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     try:
         # The library maps the file for the length of this block and touches its header alone. It has checked
         # that the tensors follow one another without gaps to the end of the file, so that sizes give
         # positions.
-        with safe_open(path, framework="numpy") as header:
+        with safe_open(path, framework="numpy") as opened:
             position = layout.data_start(length_field)
-            for name in header.offset_keys():
-                entry = header.get_slice(name)
-                spec = layout.spec_of(f"{what}: tensor '{name}'", entry.get_dtype(), entry.get_shape())
-                specs[name], places[name] = spec, _Place(path, position)
+            for name in opened.offset_keys():
+                entry = opened.get_slice(name)
+                spec = layout.spec_of(f"{what}: tensor {shown(name)}", entry.get_dtype(), entry.get_shape())
+                specs[name], places[name] = spec, Place(path, position)
                 position += spec.nbytes
     except SafetensorError as error:
-        if path.name.endswith(_TORCH_SUFFIXES) or length_field.startswith(_TORCH_MAGIC):
-            _refuse_torch_file(what)
+        if torch_file.looks_like(path, length_field):
+            return torch_file.open_torch_file(path, what)
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = next((plain for known, plain in _REASONS.items() if known in text), text)
-        raise InvalidInput(f"{what}: not a whole safetensors file: {reason}") from None
-    return _File(specs, places, identity)
+        raise InvalidInput(f"{what}: not a whole safetensors file: {shown(reason)[1:-1]}") from None
+    return File(specs, places, known, hashlib.sha256(length_field + header).hexdigest())
 
 
-def _refuse_torch_file(what: str) -> NoReturn:
-    raise InvalidInput(
-        f"{what}: a file of torch.save, and this version reads safetensors only; convert its state dict once "
-        f"with safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'model.safetensors')"
-    )
-
-
-def _identity(descriptor: int) -> tuple[int, ...]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    listed = ", ".join(names[:limit])
-    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
+def _refuse_doubtful_header(header: bytes, what: str) -> None:
+    """Refuse a name given twice, of which the library would take one. What it refuses itself is left to it."""
+    try:
+        json.loads(header, object_pairs_hook=functools.partial(layout.unique, f"{what}: header"))
+    except InvalidInput:
+        raise
+    except (ValueError, RecursionError):
+        return

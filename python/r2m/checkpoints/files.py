@@ -1,0 +1,150 @@
+"""Tensors at fixed places in files, read with ordinary reads.
+
+Mapping the files would be simpler, but mapped pages count as resident memory. Nothing here depends on a format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2m.checkpoints.layout import naming
+from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: the file and the position of its first byte.
+
+    Attributes:
+        strides: in elements, where they are not those of a tensor whose elements follow one another.
+    """
+
+    path: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that was found valid.
+
+    Attributes:
+        specs: its tensors in file order.
+        places: where they lie.
+        identity: what tells whether it was changed since.
+        header: SHA-256 of what describes the tensors.
+        aliases: name → the earlier name that is the same stored tensor.
+    """
+
+    specs: dict[str, TensorSpec]
+    places: dict[str, Place]
+    identity: tuple[int, ...]
+    header: str
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+class Checkpoint:
+    """A checkpoint on disk as a :class:`r2m_kernels.tensors.PartialSource`. Made by ``open_checkpoint``.
+
+    Reading is safe from several threads: every read opens the file, so there is no shared position, no limit
+    on the number of shards, and a file replaced meanwhile is noticed.
+
+    Attributes:
+        label: how error messages name the checkpoint.
+        specs: name → shape and dtype; in data order for one file, in the index's order for shards.
+        aliases: name → the earlier name of the same stored tensor; safetensors files store no tensor twice.
+        files: the files that are read.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        specs: Mapping[str, TensorSpec],
+        places: Mapping[str, Place],
+        files: Mapping[Path, File],
+        index: tuple[Path, str] | None = None,
+    ) -> None:
+        self.label = label
+        self.specs = specs
+        self.aliases: Mapping[str, str] = {k: v for file in files.values() for k, v in file.aliases.items()}
+        self.files = tuple(files)
+        self._places = places
+        self._files = files
+        self._index = index
+
+    @property
+    def fingerprints(self) -> list[dict[str, str | int]]:
+        """What tells each file from another or a changed one, without its gigabytes being read; files in order."""
+        found: list[dict[str, str | int]] = []
+        if self._index is not None:
+            path, digest = self._index
+            found.append({"file": os.path.abspath(path), "header": digest})
+        for path, file in self._files.items():
+            _, _, size, mtime_ns = file.identity
+            found.append({"file": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns, "header": file.header})
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own.
+
+        Raises:
+            InvalidInput: the file has changed since it was opened.
+            OSError: it cannot be read; ``filename`` is set.
+        """
+        spec, strides = self.specs[name], self._places[name].strides
+        if strides is None or spec.numel == 0:
+            return self._read(name, 0, spec.nbytes).view(spec.dtype).reshape(spec.shape)
+        last = sum((size - 1) * stride for size, stride in zip(spec.shape, strides, strict=True))
+        stored = self._read(name, 0, (last + 1) * spec.dtype.itemsize).view(spec.dtype)
+        return stored.as_strided(spec.shape, strides).contiguous()
+
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """A run of its elements, in memory of its own. Errors are :meth:`read`'s.
+
+        A tensor whose elements do not follow one another in the file is read whole for it.
+        """
+        dtype = self.specs[name].dtype
+        if self._places[name].strides is not None:
+            return self.read(name).view(-1)[start:stop]
+        return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes of the file from where a tensor begins."""
+        place, size = self._places[name], stop - start
+        data = torch.empty(size, dtype=torch.uint8)
+        view = data.numpy().data
+        descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            with naming(place.path):
+                whole = identity(descriptor) == self._files[place.path].identity
+                done = 0
+                while whole and done < size:
+                    # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
+                    count = os.preadv(descriptor, [view[done:]], place.offset + start + done)
+                    done += count
+                    whole = count > 0
+        finally:
+            os.close(descriptor)
+        if not whole:
+            file = shown(place.path.name)
+            raise InvalidInput(f"{self.label}: tensor {shown(name)}: file {file} was changed while it was in use")
+        return data
+
+
+def identity(descriptor: int) -> tuple[int, ...]:
+    """Device, inode, size and time of change of an open file."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """A few of many names, for a message."""
+    listed = ", ".join(shown(name)[1:-1] for name in names[:limit])
+    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
