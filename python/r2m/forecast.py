@@ -143,6 +143,11 @@ def forecast(
         read_from = [base] if tensor.role == "copied" else sources
         return sum(source.specs[tensor.name].nbytes for source in read_from if tensor.name in source.specs)
 
+    def used(tensor: PlannedTensor) -> int:
+        """Over all passes; the base's part of a mean of the experts passes once, in the search for NaN."""
+        once = base.specs[tensor.name].nbytes if tensor.role == "statistic" else 0
+        return read(tensor) * planning.passes(tensor, config) - once
+
     costs = {tensor.name: planning.cost(tensor, config, read(tensor), len(experts)) for tensor in plan.tensors}
     found, in_parts, whole = [], 0, []
     for hand in deal(costs, processes):
@@ -158,10 +163,8 @@ def forecast(
         excess = max((planning.working_bytes(tensor, read(tensor)) - split.flight for tensor in over), default=0)
         found.append(
             Share(
-                read=sum(
-                    read(tensor) * (1 if tensor.name in kept else planning.passes(tensor, config)) for tensor in mine
-                ),
-                used=sum(read(tensor) * planning.passes(tensor, config) for tensor in mine),
+                read=sum(read(tensor) if tensor.name in kept else used(tensor) for tensor in mine),
+                used=sum(used(tensor) for tensor in mine),
                 flops=sum(planning.truncation_flops(tensor, config, len(experts)) for tensor in mine),
                 spill=max(0, factors - split.factors),
                 memory=split.flight

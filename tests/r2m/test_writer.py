@@ -148,7 +148,7 @@ def test_layout(contents: dict[str, tuple[list[int], torch.dtype]], max_shard_si
         sizes = [specs[name].nbytes for name in file.offsets]
         assert sum(sizes) <= max_shard_size or sum(size > 0 for size in sizes) == 1
         assert len(file.header) % 8 == 0
-        assert file.header[8:].startswith(b'{"__metadata__":{"a":"1","b":"2"}')
+        assert file.header[8:].startswith(b'{"__metadata__":{"a":"1","b":"2","format":"pt"}')
         position = len(file.header)
         for name, offset in file.offsets.items():
             assert offset == position

@@ -31,6 +31,7 @@ MOST_HEADER = 10**8  # bytes; the format's own bound
 MOST_INDEX = 2**27
 LENGTH_BYTES = 8
 _ALIGNMENT = 8
+_FORMAT = {"format": "pt"}  # ``transformers`` refuses files without it
 
 # In the order of the safetensors library, which sorts a file's tensors by descending position in this list.
 # Wider types come later, so that order keeps every tensor aligned to its own element size.
@@ -143,7 +144,7 @@ def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mappin
     for name, spec in specs.items():
         if spec.dtype not in _CODES:
             raise InvalidInput(f"tensor {shown(name)}: safetensors cannot store {spec.dtype}")
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, object] = {"__metadata__": dict(sorted({**metadata, **_FORMAT}.items()))}
     starts: dict[str, int] = {}
     position = 0
     for name in sorted(specs, key=lambda name: (-_ORDER[specs[name].dtype], name)):

@@ -27,8 +27,7 @@ class SafetensorsSink:
 
     Args:
         directory: an existing directory.
-        metadata: entries of the safetensors header besides ``{"format": "pt"}``, which is always there since
-            ``transformers`` refuses files without it.
+        metadata: entries of the safetensors header besides ``{"format": "pt"}``, which is always there.
         max_shard_size: bytes of tensors per file, except for a single tensor larger than that.
         create: whether :meth:`begin` makes the files; otherwise another process has.
     """
@@ -38,7 +37,7 @@ class SafetensorsSink:
     ) -> None:
         self._create = create
         self._directory = Path(directory)
-        self._metadata = {**metadata, "format": "pt"}
+        self._metadata = metadata
         self._max_shard_size = max_shard_size
         self._specs: dict[str, TensorSpec] = {}
         self._files: list[layout.PlannedFile] = []
