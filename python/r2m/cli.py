@@ -298,9 +298,9 @@ def plan(processes: int | None, machines: int, **given: Any) -> int:
 
 
 def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int:
-    from r2m.execute import plan_files
+    from r2m.execute import plan_merge
 
-    found, lines = plan_files(
+    found, lines = plan_merge(
         **_job({name: value for name, value in given.items() if name not in ("overwrite", "quiet", "resume")}),
         overwrite=given["overwrite"],
         processes=processes,

@@ -225,7 +225,7 @@ def merge_files(
         return _merge(job, place, team, started, progress)
 
 
-def plan_files(
+def plan_merge(
     base: str | Path,
     experts: Mapping[str, str | Path],
     out: str | Path,
@@ -290,9 +290,8 @@ def _merge(
             team=team,
             journal=journal,
         )
-        tied = analysis.plan.tied
-        done = [*journal.known("combination"), *analysis.elsewhere]
-        sink.mark_written(name for first in done for name in (first, *tied.get(first, ())))
+        sink.tie(analysis.plan.aliases)
+        sink.mark_written([*journal.known("combination"), *analysis.elsewhere])
         analysis.write(sink, dtype=job.torch_dtype, progress=progress)
         sink.sync()
     team.gather({})

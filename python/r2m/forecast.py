@@ -173,7 +173,7 @@ def forecast(
                 + sum(read(tensor) for tensor in mine if tensor.name in kept),
             )
         )
-    files = layout.plan_files(plan.output_specs(base.specs, dtype), metadata, max_shard_size)
+    files = layout.plan_files(plan.output_specs(base.specs, dtype), metadata, max_shard_size, plan.aliases)
     return Forecast(
         experts=len(experts),
         tensors=len(plan.tensors),

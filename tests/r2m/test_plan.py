@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from r2m.execute import merge_files, plan_files
+from r2m.execute import merge_files, plan_merge
 from r2m.forecast import Forecast
 from safetensors.torch import save_file
 
@@ -52,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(config: MergeConfig, **options: Any) -> Forecast:
-    return plan_files("base.safetensors", EXPERTS, "out", config, **options)[0]
+    return plan_merge("base.safetensors", EXPERTS, "out", config, **options)[0]
 
 
 def bytes_read(report: dict[str, Any]) -> int:

@@ -59,7 +59,7 @@ class Checkpoint:
     Attributes:
         label: how error messages name the checkpoint.
         specs: name → shape and dtype; in data order for one file, in the index's order for shards.
-        aliases: name → the earlier name of the same stored tensor; safetensors files store no tensor twice.
+        aliases: name → the earlier name of the same stored tensor.
         files: the files that are read.
     """
 

@@ -109,19 +109,32 @@ class PlannedFile:
     size: int
 
 
-def plan_files(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], max_shard_size: int) -> list[PlannedFile]:
+def plan_files(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    max_shard_size: int,
+    aliases: Mapping[str, str] | None = None,
+) -> list[PlannedFile]:
     """Where every tensor goes: a function of the arguments' contents, not of the order of ``specs``.
 
     Names are sorted and fill one shard after the other, each up to ``max_shard_size`` bytes of tensors; a
     larger tensor has a shard of its own. One shard is ``model.safetensors``, more are
     ``model-00001-of-0000N.safetensors``.
 
+    Args:
+        specs: every tensor.
+        metadata: of every file's header.
+        max_shard_size: bytes of tensors per file.
+        aliases: name → the name it is tied to. Such a name is not stored: the header's metadata say so, as those of
+            ``safetensors.torch.save_model`` do.
+
     Raises:
         InvalidInput: a dtype that safetensors cannot store.
     """
+    aliases = aliases or {}
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(specs):
+    for name in sorted(specs.keys() - aliases.keys()):
         nbytes = specs[name].nbytes
         if shards[-1] and filled + nbytes > max_shard_size:
             shards.append([])
@@ -135,7 +148,11 @@ def plan_files(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], max
         else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     )
     return [
-        _plan_file(file_name, {name: specs[name] for name in shard}, metadata)
+        _plan_file(
+            file_name,
+            {name: specs[name] for name in shard},
+            {**metadata, **{name: first for name, first in aliases.items() if first in shard}},
+        )
         for file_name, shard in zip(names, shards, strict=True)
     ]
 
@@ -165,6 +182,13 @@ def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mappin
         offsets={name: data + start for name, start in starts.items()},
         size=data + position,
     )
+
+
+def tied_names(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Name → the stored tensor it is tied to, as a header's metadata tell it."""
+    return {
+        name: first for name, first in metadata.items() if first in specs and name not in specs and name not in _FORMAT
+    }
 
 
 def data_start(length_field: bytes) -> int:

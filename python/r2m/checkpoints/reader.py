@@ -150,13 +150,16 @@ def _open_file(path: Path, what: str) -> File:
                 spec = layout.spec_of(f"{what}: tensor {shown(name)}", entry.get_dtype(), entry.get_shape())
                 specs[name], places[name] = spec, Place(path, position)
                 position += spec.nbytes
+            aliases = layout.tied_names(opened.metadata() or {}, specs)
     except SafetensorError as error:
         if torch_file.looks_like(path, length_field):
             return torch_file.open_torch_file(path, what)
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = next((plain for known, plain in _REASONS.items() if known in text), text)
         raise InvalidInput(f"{what}: not a whole safetensors file: {shown(reason)[1:-1]}") from None
-    return File(specs, places, known, hashlib.sha256(length_field + header).hexdigest())
+    for name, first in aliases.items():
+        specs[name], places[name] = specs[first], places[first]
+    return File(specs, places, known, hashlib.sha256(length_field + header).hexdigest(), aliases)
 
 
 def _refuse_doubtful_header(header: bytes, what: str) -> None:

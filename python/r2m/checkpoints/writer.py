@@ -42,6 +42,7 @@ class SafetensorsSink:
         self._specs: dict[str, TensorSpec] = {}
         self._files: list[layout.PlannedFile] = []
         self._file_of: dict[str, layout.PlannedFile] = {}
+        self._aliases: Mapping[str, str] = {}
         self._done: set[str] = set()
         self._missing: dict[str, int] = {}
         self._dirty: set[str] = set()
@@ -54,8 +55,8 @@ class SafetensorsSink:
             InvalidInput: a dtype that safetensors cannot store.
             OSError: no space or no permission; ``filename`` is set.
         """
-        self._specs = dict(specs)
-        self._files = layout.plan_files(self._specs, self._metadata, self._max_shard_size)
+        self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
+        self._files = layout.plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         self._missing = {name: 0 if name in self._done else spec.numel for name, spec in self._specs.items()}
         for file in self._files if self._create else ():
@@ -70,12 +71,14 @@ class SafetensorsSink:
                 os.close(descriptor)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Store one tensor at its position; from any thread.
+        """Store one tensor at its position; from any thread. One that is tied to another is there already.
 
         Raises:
             ValueError: not announced, written before, or of another shape or dtype than announced.
             OSError: it cannot be written; ``filename`` is set.
         """
+        if name in self._aliases:
+            return
         spec = self._specs.get(name)
         if spec is None:
             raise ValueError(f"tensor '{name}' was not announced to begin()")
@@ -88,6 +91,8 @@ class SafetensorsSink:
 
     def write_elements(self, name: str, start: int, elements: Tensor) -> None:
         """Store a run of a tensor's elements at its position; from any thread. Errors are :meth:`write`'s."""
+        if name in self._aliases:
+            return
         spec = self._specs.get(name)
         if spec is None:
             raise ValueError(f"tensor '{name}' was not announced to begin()")
@@ -97,6 +102,10 @@ class SafetensorsSink:
                 f"{elements.dtype} at {start}"
             )
         self._store(name, start, elements)
+
+    def tie(self, aliases: Mapping[str, str]) -> None:
+        """Names that are stored as the tensor they are tied to; before :meth:`begin`."""
+        self._aliases = aliases
 
     def mark_written(self, names: Iterable[str]) -> None:
         """Tensors that are written by another process, or were by a run that was cut off; before :meth:`begin`."""

@@ -1,0 +1,185 @@
+"""Does a merge scale over processes as ``r2m plan`` predicts, and touch no bit? Real runs at 1 to 4, forecasts to 64.
+
+    python -m bench.scaling [--blocks 24] [--repeats 3] [--json bench/results/scaling.json]
+
+Runs interleaved: one process with all cores, then ``torchrun`` with 1 to 4 processes, whose outputs must be equal to
+the bit. Beside them what was predicted from rates measured on the same machine, and a forecast for a 7B model in
+bfloat16 (headers only: its files are holes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from r2m import machine as this
+from r2m.checkpoints.layout import plan_files
+from r2m.execute import open_job
+from r2m.forecast import Rates, forecast, measured_rates
+
+from bench.cases import write_checkpoints
+from bench.run import machine
+from r2m_kernels import MergeConfig
+from r2m_kernels.tensors import TensorSpec
+
+EXPERTS = 3
+METHODS = {"r2m": MergeConfig.r2m(), "r2m_truncated": MergeConfig.r2m_truncated()}
+PROCESSES = (1, 2, 3, 4)
+FORECAST = (1, 2, 4, 8, 16, 32, 64)
+BUDGET = "2GiB"
+
+
+def run(directory: Path, method: str, processes: int | None) -> float:
+    """Seconds of a merge by one process with all cores, or by ``torchrun`` with some that share them."""
+    cores = this.cores()
+    launcher = [sys.executable, "-m"]
+    if processes is not None:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    experts = [word for i in range(EXPERTS) for word in ("--expert", f"e{i}={directory / f'expert{i}.safetensors'}")]
+    out = directory / (f"{method}-{processes}" if processes else method)
+    threads = max(1, cores // (processes or 1))
+    started = time.perf_counter()
+    subprocess.run(
+        [*launcher, "r2m", "merge", "--base", str(directory / "base.safetensors"), *experts, "--method", method]
+        + ["--out", str(out), "--overwrite", "--quiet", "--memory-budget", BUDGET],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    return time.perf_counter() - started
+
+
+def same(directory: Path, method: str) -> bool:
+    whole = (directory / method / "model.safetensors").read_bytes()
+    outputs = (directory / f"{method}-{count}" / "model.safetensors" for count in PROCESSES)
+    return all(path.read_bytes() == whole for path in outputs)
+
+
+def predicted(directory: Path, method: str, rates: Rates, processes: int) -> float:
+    job = open_job(
+        directory / "base.safetensors",
+        {f"e{i}": directory / f"expert{i}.safetensors" for i in range(EXPERTS)},
+        directory / "none",
+        METHODS[method],
+        memory_budget=BUDGET,
+    )
+    cores = this.cores()
+    found = forecast(
+        job.sources[0],
+        job.expert_sources,
+        METHODS[method],
+        directory=directory,
+        metadata=job.metadata,
+        dtype=None,
+        max_shard_size=job.shard_bytes,
+        budget=job.budget,
+        processes=processes,
+        threads=max(1, cores // processes),
+    )
+    return found.seconds(rates, cores)
+
+
+def large_model(directory: Path) -> None:
+    """A 7B model's files of bfloat16 in the layout of Llama: headers, and holes for data."""
+    shapes: dict[str, tuple[int, ...]] = {"embed": (32000, 4096), "head": (32000, 4096), "norm": (4096,)}
+    for layer in range(32):
+        for name in ("q", "k", "v", "o"):
+            shapes[f"{layer}.attention.{name}"] = (4096, 4096)
+        shapes |= {f"{layer}.mlp.gate": (11008, 4096), f"{layer}.mlp.up": (11008, 4096)}
+        shapes |= {f"{layer}.mlp.down": (4096, 11008), f"{layer}.norm1": (4096,), f"{layer}.norm2": (4096,)}
+    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
+    (file,) = plan_files(specs, {}, 2**60)
+    for name in ("base", *(f"expert{i}" for i in range(EXPERTS))):
+        path = directory / f"{name}.safetensors"
+        path.write_bytes(file.header)
+        os.truncate(path, file.size)
+
+
+def forecasts(directory: Path, rates: Rates) -> list[dict[str, Any]]:
+    large_model(directory)
+    rows = []
+    for method in METHODS:
+        job = open_job(
+            directory / "base.safetensors",
+            {f"e{i}": directory / f"expert{i}.safetensors" for i in range(EXPERTS)},
+            directory / "none",
+            METHODS[method],
+            memory_budget="4GiB",
+        )
+        for processes in FORECAST:
+            found = forecast(
+                job.sources[0],
+                job.expert_sources,
+                METHODS[method],
+                directory=directory,
+                metadata=job.metadata,
+                dtype=None,
+                max_shard_size=job.shard_bytes,
+                budget=job.budget,
+                processes=processes,
+                threads=1,
+            )
+            work = [share.used / rates.compute + share.flops / rates.flops for share in found.shares]
+            rows.append(
+                {
+                    "method": method,
+                    "processes": processes,
+                    "seconds": found.seconds(rates, processes),
+                    "largest_share": max(work) / sum(work),
+                    "read_bytes": found.read,
+                    "spilled_bytes": sum(share.spill for share in found.shares),
+                    "memory_bytes": max(share.memory for share in found.shares),
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("bench/results/scaling.json"))
+    options = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "blocks": options.blocks, "experts": EXPERTS, "budget": BUDGET}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        directory = Path(folder)
+        write_checkpoints(directory, options.blocks, EXPERTS)
+        rates = measured_rates(directory / "base.safetensors", directory)
+        rows = []
+        for method in METHODS:
+            times: dict[int | None, list[float]] = {None: [], **{count: [] for count in PROCESSES}}
+            for _ in range(options.repeats):
+                for count, found in times.items():
+                    found.append(run(directory, method, count))
+            if not same(directory, method):
+                print(f"{method}: outputs differ", file=sys.stderr)
+                return 1
+            alone = statistics.median(times[None])
+            first = statistics.median(times[1])
+            for count, found in times.items():
+                seconds = statistics.median(found)
+                row = {"method": method, "processes": count, "seconds": seconds, "to_one_process": seconds / alone}
+                if count is not None:
+                    row["to_torchrun_1"] = seconds / first
+                    guess = predicted(directory, method, rates, count)
+                    row["predicted_to_torchrun_1"] = guess / predicted(directory, method, rates, 1)
+                rows.append(row)
+                print(row)
+        large = directory / "large"
+        large.mkdir()
+        result |= {"runs": rows, "forecast_7b": forecasts(large, rates), "rates": rates.__dict__}
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
