@@ -41,16 +41,17 @@ BUDGET = "2GiB"
 def run(directory: Path, method: str, processes: int | None) -> float:
     """Seconds of a merge by one process with all cores, or by ``torchrun`` with some that share them."""
     cores = this.cores()
-    launcher = [sys.executable, "-m"]
+    command = [sys.executable, "-m"]
     if processes is not None:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
     experts = [word for i in range(EXPERTS) for word in ("--expert", f"e{i}={directory / f'expert{i}.safetensors'}")]
     out = directory / (f"{method}-{processes}" if processes else method)
     threads = max(1, cores // (processes or 1))
+    command += ["r2m", "merge", "--base", str(directory / "base.safetensors"), *experts, "--method", method]
+    command += ["--out", str(out), "--overwrite", "--quiet", "--memory-budget", BUDGET]
     started = time.perf_counter()
     subprocess.run(
-        [*launcher, "r2m", "merge", "--base", str(directory / "base.safetensors"), *experts, "--method", method]
-        + ["--out", str(out), "--overwrite", "--quiet", "--memory-budget", BUDGET],
+        command,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stderr=subprocess.DEVNULL,
         check=True,

@@ -271,8 +271,8 @@ class Analysis:
             rank = self.rank_of(tensor.name, config)
             if rank > tensor.rank:
                 raise InvalidInput(
-                    f"rank: tensor {shown(tensor.name)} was analyzed at rank {tensor.rank} and cannot be merged at {rank}; "
-                    "analyze again"
+                    f"rank: tensor {shown(tensor.name)} was analyzed at rank {tensor.rank} and cannot be merged at "
+                    f"{rank}; analyze again"
                 )
 
     def _inner_products(self, config: MergeConfig) -> dict[str, Tensor]:
@@ -432,8 +432,8 @@ def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
     for name, tensor, bounds in zip(names, merged, extremes, strict=True):
         if not all(map(math.isfinite, bounds)):
             raise InvalidInput(
-                f"tensor {shown(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider dtype "
-                "or smaller core_scale and eta"
+                f"tensor {shown(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
+                "dtype or smaller core_scale and eta"
             )
     return merged
 

@@ -187,7 +187,9 @@ def _mismatches(
             if spec.shape != expected.shape:
                 shapes.append(f"shape: {shown(name)} expected {list(expected.shape)}, got {list(spec.shape)}")
             if not _compatible_dtypes(expected, spec):
-                dtypes.append(f"dtype: {shown(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}")
+                dtypes.append(
+                    f"dtype: {shown(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}"
+                )
         kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
         if kinds:
             sentence = f"{source.label} does not fit {base.label}"

@@ -338,7 +338,12 @@ class Engine:
                 (value,) = function(self.load([tensor], part))
                 return value
 
-            yield [tensor], [cut.join(tensor, list(for_each(work, parts[tensor.name], self._ahead)))]
+            # A granule may take more than a thread's share: then fewer parts are begun at once.
+            first = parts[tensor.name][0]
+            size = self._working_bytes(tensor) * (first.stop - first.start) // tensor.spec.numel
+            assert self.shares is not None
+            limit = max(1, min(self._ahead, self.shares.flight // max(1, size)))
+            yield [tensor], [cut.join(tensor, list(for_each(work, parts[tensor.name], limit)))]
 
     def _all_parts(self, tensors: list[PlannedTensor], cut: Cut | None) -> dict[str, list[slice]]:
         """Runs of elements for each tensor that exceeds its share of the budget and can be cut."""

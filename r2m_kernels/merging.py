@@ -52,8 +52,8 @@ def merge(
         config: options; default ``MergeConfig.r2m()``.
         device: where to compute; default: where the base's tensors are.
         backend: ``"auto"`` or a backend by name, which then never falls back.
-        memory_budget: target, in bytes or as "4GiB", for low-rank factors and tensors in flight: half of it each.
-            Factors beyond it go to the system's temporary directory; one tensor at a time always goes through.
+        memory_budget: bytes, or text such as "4GiB", for tensors in flight, low-rank factors and inputs that are kept
+            (README §10). Factors beyond it go to the system's temporary directory; what is truncated is held whole.
         dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
         overrides: fields of :class:`MergeConfig`.
 

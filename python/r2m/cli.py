@@ -19,7 +19,7 @@ import click
 
 from r2m.methods import METHODS
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
 class _SectionOption(click.Option):
@@ -96,7 +96,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     required=True,
     multiple=True,
     metavar="[NAME=]PATH",
-    help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file or a Hugging Face directory.",
+    help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file, a .pth file or a Hugging Face directory.",
 )
 @_option(_FILES, "--out", required=True, metavar="DIR", help="The directory to create.")
 @_option(_FILES, "--overwrite", is_flag=True, help="Replace DIR if a former merge wrote it, or it is empty.")
@@ -357,11 +357,14 @@ def _settle_memory() -> None:
     """How this process takes and returns large buffers; torch has to be imported after it.
 
     A merge goes through many: in huge pages they come with a few hundred page faults instead of a hundred thousand. And
-    glibc, once it has seen one, would keep freed buffers of up to 32 MiB for later, a seventh of the peak memory.
+    glibc, once it has seen one, would keep freed buffers of up to 32 MiB for later, a seventh of the peak memory. The
+    blocks of a few MiB that a panel takes and frees are not given back in between, which was half of the time of a
+    process of one thread; and all threads take them from one place, since an arena for each doubled the memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator: madvise(MADV_HUGEPAGE) from 2 MiB on
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 12 << 20)
+        for parameter, value in ((_M_MMAP_THRESHOLD, 12 << 20), (_M_TRIM_THRESHOLD, 32 << 20), (_M_ARENA_MAX, 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -291,7 +291,8 @@ def _merge(
             journal=journal,
         )
         sink.tie(analysis.plan.aliases)
-        sink.mark_written([*journal.known("combination"), *analysis.elsewhere])
+        sink.mark_written(journal.known("combination"))
+        sink.leave(analysis.elsewhere)
         analysis.write(sink, dtype=job.torch_dtype, progress=progress)
         sink.sync()
     team.gather({})

@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ class FileJournal:
         self._path = directory / f"{PREFIX}{member}"
         self._batch: list[bytes] = []
         self._lock, self._flushing = threading.Lock(), threading.Lock()
+        # Disks take their time, and who records has other work to do.
+        self._flusher = ThreadPoolExecutor(1, "r2m-journal")
+        self._flushes: Future[None] | None = None
         self._last = time.monotonic()
         with naming(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -65,8 +69,12 @@ class FileJournal:
         with self._lock:
             self._batch.append(b"%08x %s\n" % (zlib.crc32(text), text))
             due = time.monotonic() - self._last >= self._seconds
-        if due:
-            self.flush()
+            ended = self._flushes if self._flushes is None or self._flushes.done() else None
+            if due and (ended is not None or self._flushes is None):
+                self._last = time.monotonic()
+                self._flushes = self._flusher.submit(self.flush)
+        if ended is not None:
+            ended.result()  # raises what the last one met
 
     def flush(self) -> None:
         """Bring everything recorded to the disk, after what it speaks of."""
@@ -86,6 +94,7 @@ class FileJournal:
 
     def close(self) -> None:
         """Flush, if the disk takes it, and give the file back."""
+        self._flusher.shutdown(wait=True)
         with contextlib.suppress(OSError):  # then that work is done again
             self.flush()
         os.close(self._descriptor)

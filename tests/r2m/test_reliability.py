@@ -254,6 +254,14 @@ def test_a_journal_cut_off_anywhere_is_resumed(here: Path) -> None:
             path.write_bytes(content)
 
 
+def test_a_file_that_is_gone_from_the_workplace_is_noticed(here: Path) -> None:
+    interrupted()
+    Path("out.partial/output/model.safetensors").unlink()
+    with pytest.raises(InvalidInput, match=r"output/model.safetensors: expected tensor '.*' in it, as the journal"):
+        merged(resume=True)
+    assert not Path("out").exists()
+
+
 def test_a_second_process_is_refused(here: Path, start: Start) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW.replace("0.02", "0.5"), "merge", *BASE_ARGUMENTS, "--out", "out"],
@@ -354,7 +362,9 @@ def torchrun(processes: int, *arguments: str, script: str | None = None) -> subp
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name == "r2m" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_processes_touch_no_bit(here: Path, start: Start, method: str) -> None:
     options = [*METHODS[method], "--max-shard-size", "3MB"]
     with torchrun(2, "--out", "out", *options) as job:
@@ -454,7 +464,7 @@ def bounded(mebibytes: int, budget: int, method: str) -> None:
     assert files("bounded")["model.safetensors"] == files("unbounded")["model.safetensors"]
 
 
-@pytest.mark.parametrize("method", ["r2m", "ties", "weight_average"])
+@pytest.mark.parametrize("method", ["r2m", pytest.param("ties", marks=pytest.mark.slow), "weight_average"])
 def test_memory_stays_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.chdir(tmp_path)
     bounded(128, 64 * 2**20, method)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints import layout
+from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
 
@@ -43,7 +44,8 @@ class SafetensorsSink:
         self._files: list[layout.PlannedFile] = []
         self._file_of: dict[str, layout.PlannedFile] = {}
         self._aliases: Mapping[str, str] = {}
-        self._done: set[str] = set()
+        self._there: set[str] = set()
+        self._others: set[str] = set()
         self._missing: dict[str, int] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
@@ -52,13 +54,14 @@ class SafetensorsSink:
         """Lay the files out and reserve their space. Files of a run that was cut off keep what they hold.
 
         Raises:
-            InvalidInput: a dtype that safetensors cannot store.
+            InvalidInput: a dtype that safetensors cannot store, or a file that should be there is not.
             OSError: no space or no permission; ``filename`` is set.
         """
         self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
         self._files = layout.plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
         self._file_of = {name: file for file in self._files for name in file.offsets}
-        self._missing = {name: 0 if name in self._done else spec.numel for name, spec in self._specs.items()}
+        done = self._there | self._others
+        self._missing = {name: 0 if name in done else spec.numel for name, spec in self._specs.items()}
         for file in self._files if self._create else ():
             path = self._directory / file.name
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -66,6 +69,12 @@ class SafetensorsSink:
             try:
                 with layout.naming(path):
                     if os.fstat(descriptor).st_size != file.size:
+                        lost = next((name for name in file.offsets if name in self._there), None)
+                        if lost is not None:
+                            raise InvalidInput(
+                                f"{path}: expected tensor {shown(lost)} in it, as the journal beside it says; the file "
+                                "is gone or was cut; start anew"
+                            )
                         _reserve(descriptor, file.size)
             finally:
                 os.close(descriptor)
@@ -108,8 +117,12 @@ class SafetensorsSink:
         self._aliases = aliases
 
     def mark_written(self, names: Iterable[str]) -> None:
-        """Tensors that are written by another process, or were by a run that was cut off; before :meth:`begin`."""
-        self._done.update(names)
+        """Tensors that a run wrote that was cut off; before :meth:`begin`."""
+        self._there.update(names)
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Tensors that other processes write; before :meth:`begin`."""
+        self._others.update(names)
 
     def sync(self) -> None:
         """Bring to the disk what was written so far."""
