@@ -38,8 +38,12 @@ FORECAST = (1, 2, 4, 8, 16, 32, 64)
 BUDGET = "2GiB"
 
 
-def run(directory: Path, method: str, processes: int | None) -> float:
-    """Seconds of a merge by one process with all cores, or by ``torchrun`` with some that share them."""
+def run(directory: Path, method: str, processes: int | None) -> tuple[float, float]:
+    """Seconds of a merge by one process with all cores, or by ``torchrun`` with some that share them.
+
+    Returns:
+        Of the whole command, and from when its processes begin with the merge.
+    """
     cores = this.cores()
     command = [sys.executable, "-m"]
     if processes is not None:
@@ -56,7 +60,9 @@ def run(directory: Path, method: str, processes: int | None) -> float:
         stderr=subprocess.DEVNULL,
         check=True,
     )
-    return time.perf_counter() - started
+    whole = time.perf_counter() - started
+    report = json.loads((out / "r2m_report.json").read_text())
+    return whole, float(report["output"]["seconds"])
 
 
 def same(directory: Path, method: str) -> bool:
@@ -157,22 +163,25 @@ def main() -> int:
         rates = measured_rates(directory / "base.safetensors", directory)
         rows = []
         for method in METHODS:
-            times: dict[int | None, list[float]] = {None: [], **{count: [] for count in PROCESSES}}
+            times: dict[int | None, list[tuple[float, float]]] = {None: [], **{count: [] for count in PROCESSES}}
             for _ in range(options.repeats):
                 for count, found in times.items():
                     found.append(run(directory, method, count))
             if not same(directory, method):
                 print(f"{method}: outputs differ", file=sys.stderr)
                 return 1
-            alone = statistics.median(times[None])
-            first = statistics.median(times[1])
+            alone = [statistics.median(values) for values in zip(*times[None], strict=True)]
             for count, found in times.items():
-                seconds = statistics.median(found)
-                row = {"method": method, "processes": count, "seconds": seconds, "to_one_process": seconds / alone}
-                if count is not None:
-                    row["to_torchrun_1"] = seconds / first
-                    guess = predicted(directory, method, rates, count)
-                    row["predicted_to_torchrun_1"] = guess / predicted(directory, method, rates, 1)
+                seconds = [statistics.median(values) for values in zip(*found, strict=True)]
+                row = {
+                    "method": method,
+                    "processes": count,
+                    "seconds": seconds[0],
+                    "seconds_of_merge": seconds[1],
+                    "to_one_process": seconds[0] / alone[0],
+                    "of_merge_to_one_process": seconds[1] / alone[1],
+                    "predicted_of_merge": predicted(directory, method, rates, count or 1) - rates.start,
+                }
                 rows.append(row)
                 print(row)
         large = directory / "large"

@@ -97,7 +97,7 @@ class Forecast:
     def seconds(self, rates: Rates, cores: int) -> float:
         """Predicted time with all processes on ``cores`` cores of machines that have these rates.
 
-        The slowest process decides. Each has its share of the cores; disks are one per process.
+        The slowest process decides. Each has its share of the cores; what is written goes to one disk.
         """
         threads = min(1.0, cores / len(self.shares)) if len(self.shares) > 1 else float(cores)
         threads = max(threads, float(cores // len(self.shares)))
@@ -105,7 +105,7 @@ class Forecast:
             share.read / rates.read + (share.used / rates.compute + share.flops / rates.flops) / threads
             for share in self.shares
         )
-        return rates.start + slowest + self.output / len(self.shares) / rates.write
+        return rates.start + slowest + self.output / rates.write
 
 
 def forecast(
