@@ -160,6 +160,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         directory = Path(folder)
         write_checkpoints(directory, options.blocks, EXPERTS)
+        os.sync()  # or the rate of writing is that of what is left of these files
         rates = measured_rates(directory / "base.safetensors", directory)
         rows = []
         for method in METHODS:

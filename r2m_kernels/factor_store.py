@@ -13,6 +13,8 @@ from torch import Tensor
 
 from r2m_kernels.truncation import Factors
 
+FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
+
 
 @dataclass(frozen=True)
 class _Spilled:
@@ -104,7 +106,7 @@ class FactorStore:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor, path = tempfile.mkstemp(prefix=".r2m-factors-", dir=self._directory)
+            self._descriptor, path = tempfile.mkstemp(prefix=FACTORS_PREFIX, dir=self._directory)
             os.unlink(path)
         return self._descriptor
 

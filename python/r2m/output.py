@@ -17,6 +17,7 @@ from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE
 from r2m.checkpoints.writer import sync, write_file
 from r2m.journal import PREFIX
 from r2m_kernels.errors import InvalidInput
+from r2m_kernels.factor_store import FACTORS_PREFIX
 
 RECIPE_FILE = "r2m_config.yaml"
 REPORT_FILE = "r2m_report.json"
@@ -29,7 +30,8 @@ _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 PARTIAL_SUFFIX = ".partial"
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
 _LOCK, _STATE, _NEW_STATE, _OUTPUT, _FORMER = "lock", "state.json", "state.json.new", "output", "former"
-_JOURNAL = re.compile(rf"{PREFIX}\d+")
+# Journals, and low-rank factors of a run that was killed in the moment in which their file had a name.
+_OURS = re.compile(rf"{PREFIX}\d+$|{re.escape(FACTORS_PREFIX)}")
 
 
 def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Path], resume: bool = False) -> Path:
@@ -107,12 +109,15 @@ def workplace(out: str | Path, *, overwrite: bool, resume: bool, state: Mapping[
     partial = target.with_name(f"{target.name}{PARTIAL_SUFFIX}")
     new_parents = [parent for parent in target.parents if not parent.exists()]  # the deepest first
     with contextlib.ExitStack() as stack:
+        locked = False
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(out, partial)
-            stack.callback(os.close, lock)
+            stack.callback(os.close, _lock(out, partial))
+            locked = True
             place = _prepare(out, target, partial, overwrite=overwrite, resume=resume, state=state)
         except BaseException as error:
+            if locked and not (partial / _STATE).exists():
+                _clear(partial)
             _forget_parents(new_parents)
             raise _as_seen(error, partial, out) from error.__cause__
         try:
@@ -262,7 +267,7 @@ def _strange(partial: Path) -> str:
             if inside:
                 return f"{entry.name}/{inside}"
         elif not entry.is_file(follow_symlinks=False) or not (
-            entry.name in (_LOCK, _STATE, _NEW_STATE) or _JOURNAL.fullmatch(entry.name)
+            entry.name in (_LOCK, _STATE, _NEW_STATE) or _OURS.match(entry.name)
         ):
             return entry.name
     return ""
@@ -282,7 +287,7 @@ def _clear(partial: Path, but: str = "") -> None:
                     if _is_ours(entry):
                         os.unlink(entry)
                 directory.rmdir()
-        names = [path.name for path in partial.glob(f"{PREFIX}*") if _JOURNAL.fullmatch(path.name)]
+        names = [path.name for path in partial.iterdir() if _OURS.match(path.name)]
         for name in (*names, _NEW_STATE, _STATE, _LOCK):
             if name != but:
                 (partial / name).unlink(missing_ok=True)

@@ -114,6 +114,24 @@ def test_an_error_names_the_file_in_the_output() -> None:
     assert caught.value.filename == "./out/model.safetensors"
 
 
+def test_a_workplace_that_cannot_be_prepared_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("r2m.output.write_file", full)
+    with pytest.raises(OSError, match="No space"), new("a/out"):
+        pass
+    assert everything() == []
+
+
+def test_what_a_killed_run_left_of_its_factors_is_its_own() -> None:
+    Path("out.partial").mkdir()
+    Path("out.partial/.r2m-factors-abc").write_text("factors")
+    with new("out"):
+        assert sorted(os.listdir("out.partial")) == ["lock", "output", "state.json"]
+    assert everything() == ["out"]
+
+
 REPLACED = "--overwrite replaces the output of a former merge"
 
 
