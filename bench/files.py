@@ -26,6 +26,8 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
     base, experts = directory / "base.safetensors", [directory / f"expert{i}.safetensors" for i in range(EXPERTS)]
     files = [str(path) for path in (base, *experts)]
     merge = [sys.executable, "-m", "r2m", "merge", "--base", str(base), "--overwrite"]
+    # By default inputs stay in memory where they fit, which is more than the others take.
+    merge += ["--memory-budget", "512MiB"]
     merge += [word for index, path in enumerate(experts) for word in ("--expert", f"e{index}={path}")]
 
     def to(name: str) -> str:

@@ -140,7 +140,7 @@ def forecasts(directory: Path, rates: Rates) -> list[dict[str, Any]]:
                 {
                     "method": method,
                     "processes": processes,
-                    "seconds": found.seconds(rates, processes),
+                    "seconds_of_merge": found.seconds(rates, processes) - rates.start,
                     "largest_share": max(work) / sum(work),
                     "read_bytes": found.read,
                     "spilled_bytes": sum(share.spill for share in found.shares),
@@ -155,7 +155,14 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("bench/results/scaling.json"))
+    parser.add_argument("--forecast", action="store_true", help="from the rates in the JSON alone, nothing is run")
     options = parser.parse_args()
+    if options.forecast:
+        result = json.loads(options.json.read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            result["forecast_7b"] = forecasts(Path(folder), Rates(**result["rates"]))
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        return 0
     result: dict[str, Any] = {"machine": machine(), "blocks": options.blocks, "experts": EXPERTS, "budget": BUDGET}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         directory = Path(folder)

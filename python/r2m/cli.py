@@ -37,7 +37,7 @@ class _SectionedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):  # the usage line shows arguments
                 sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
         for section, records in sections.items():
             with formatter.section(section):
@@ -88,12 +88,20 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     cls=_SectionedCommand,
     epilog="Example: r2m merge --base base.safetensors --expert fs.safetensors --expert fr.safetensors --out merged",
 )
-@_option(_FILES, "--base", required=True, metavar="PATH", help="The checkpoint all experts started from.")
+@click.argument("recipe", required=False)
+@_option(
+    _FILES,
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace what RECIPE says, such as parameters.rank=0.2; repeat for each.",
+)
+@_option(_FILES, "--base", metavar="PATH", help="The checkpoint all experts started from.")
 @_option(
     _FILES,
     "--expert",
     "experts",
-    required=True,
     multiple=True,
     metavar="[NAME=]PATH",
     help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file, a .pth file or a Hugging Face directory.",
@@ -124,9 +132,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     _METHOD,
     "--method",
     type=_choice(*METHODS),
-    default="r2m",
-    show_default=True,
-    help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".",
+    help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".  [default: r2m]",
 )
 @_option(
     _METHOD,
@@ -243,7 +249,7 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
 @_option(_RUN, "--dry-run", is_flag=True, help="Show what it would read, write, hold and take, and stop.")
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 def merge(**given: Any) -> int | None:
-    """Merge checkpoints from files into a new directory."""
+    """Merge checkpoints from files into a new directory: as RECIPE describes it, or --base and --expert."""
     if given.pop("dry_run"):
         return _plan(given, processes=None, machines=1)
     _settle_memory()
@@ -279,10 +285,37 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     names = ("base", "experts", "out", "method", "device", "backend", "dtype", "max_shard_size", "memory_budget")
     arguments = {name: given[name] for name in names}
     rest = {name: value for name, value in given.items() if name not in names and value not in (None, ())}
+    path, changes = rest.pop("recipe", None), rest.pop("changes", ())
+    if path is not None:
+        return {**arguments, **_described(path, changes, given, rest)}
+    for name, flag in (("base", "--base"), ("experts", "--expert")):
+        if not arguments[name]:
+            raise click.UsageError(f"Missing option '{flag}', or a recipe.")
+    if changes:
+        raise click.UsageError("--set: changes a recipe, and none is given.")
+    arguments["method"] = arguments["method"] or "r2m"
     if "rank" in rest:
         rest["rank"] = _read_rank(rest["rank"])
     config = make_config(arguments["method"], rest)
     return {**arguments, "experts": name_experts(arguments["experts"]), "config": config}
+
+
+def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of :func:`r2m.execute.open_job`'s arguments; options may not say it again."""
+    from r2m.recipe import read_recipe
+
+    again = [name for name in ("base", "experts", "method") if given[name]] + list(rest)
+    if again:
+        flag = "--" + {"experts": "expert"}.get(again[0], again[0]).replace("_", "-")
+        raise click.UsageError(f"{flag}: the recipe says that; --set KEY=VALUE changes it.")
+    recipe = read_recipe(path, changes)
+    return {
+        "base": recipe.base,
+        "experts": recipe.experts,
+        "method": recipe.method,
+        "config": recipe.config,
+        "dtype": given["dtype"] or recipe.dtype,
+    }
 
 
 @r2m.command(

@@ -263,7 +263,7 @@ def write_bad_files(checkpoints: Checkpoints) -> None:
     Path("garbage.st").write_bytes(b"\xa5" * 1000)
     Path("huge.st").write_bytes(b"\xff" * 8 + whole[8:])
     Path("folder").mkdir()
-    torch.save(checkpoints.base, "folder/clip.pth")
+    torch.save(torch.nn.Linear(2, 2), "folder/clip.pth")
     expert = checkpoints.experts["fs"]
     save_file({name: tensor for name, tensor in expert.items() if name != "block.bias"}, "missing.st")
     save_file({**expert, "head.weight": torch.ones(2)}, "extra.st")
@@ -302,7 +302,7 @@ BAD_INPUT = {
     ),
     "torch.save": (
         FILES.format("folder"),
-        "expert 'x' (folder): file 'clip.pth': a file of torch.save, and this version reads safetensors only",
+        "expert 'x' (folder): file 'clip.pth': holds 'torch.nn.modules.linear.Linear', which could run code",
     ),
     "missing": (
         FILES.format("missing.st"),
@@ -380,7 +380,7 @@ BAD_INPUT = {
         "max_shard_size: expected a positive size such as 4GiB or 500MB, got '5XB'",
     ),
     "backend": (FILES.format("fs.safetensors") + " --backend cublas", "backend: expected one of"),
-    "no expert": ("--base base.safetensors --out new/out", "Missing option '--expert'."),
+    "no expert": ("--base base.safetensors --out new/out", "Missing option '--expert', or a recipe."),
     "no option of that name": (
         FILES.format("fs.safetensors") + " --etta 1",
         "No such option '--etta'.",

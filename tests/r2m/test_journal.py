@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,14 @@ def test_a_disk_that_takes_no_data_gets_no_records(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device", "data")
 
     journal = FileJournal(tmp_path, before=full, seconds=0.0)
+    journal.record("s", "first", 1)  # written beside other work: told at a later record
+
+    def go_on() -> None:
+        for count in range(1000):
+            journal.record("s", f"another {count}", 1)
+            time.sleep(0.01)
+
     with pytest.raises(OSError, match="No space"):
-        journal.record("s", "first", 1)
+        go_on()
     journal.close()
     assert (tmp_path / "journal-0").read_bytes() == b""

@@ -1,0 +1,189 @@
+"""Merges described in a file, in mergekit's words where they exist; every merge leaves one that repeats it.
+
+    base_model: base.safetensors
+    merge_method: r2m_truncated
+    models:
+      - model: fs.safetensors
+      - model: fr.safetensors
+        name: reenactment
+        weight: 2
+    parameters:
+      rank: 0.2
+    dtype: bfloat16
+
+Paths are relative to the recipe. ``parameters`` are fields of :class:`r2m_kernels.MergeConfig`, on top of what the
+method is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from r2m.methods import METHODS, make_config
+from r2m.naming import name_experts
+from r2m_kernels import MergeConfig, _checks
+from r2m_kernels.errors import InvalidInput, shown
+
+_MOST_BYTES = 2**20  # of a recipe: hundreds of experts
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Expert(_Strict):
+    model: str = Field(min_length=1)
+    name: str | None = Field(None, pattern="^[^=]+$")
+    weight: float | int | None = None
+
+
+class _Recipe(_Strict):
+    base_model: str = Field(min_length=1)
+    models: list[_Expert] = Field(min_length=1)
+    merge_method: str = "r2m"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge as its file describes it, paths resolved.
+
+    Attributes:
+        base: the base's path.
+        experts: name → path.
+        method: a key of :data:`r2m.methods.METHODS`.
+        config: the method's configuration with the recipe's parameters and weights.
+        dtype: of the output; ``None``: the base's.
+    """
+
+    base: str
+    experts: dict[str, str]
+    method: str
+    config: MergeConfig
+    dtype: str | None
+
+
+def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML or JSON file.
+        changes: ``KEY=VALUE`` each, dotted keys and YAML values, such as ``parameters.rank=0.2``: they replace what the
+            file says.
+
+    Raises:
+        InvalidInput: no such file, no YAML, unknown keys, wrong types or values.
+    """
+    what = f"recipe ({path})"
+    content = _loaded(Path(path), what)
+    for change in changes:
+        _apply(content, change)
+    try:
+        recipe = _Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InvalidInput(f"{what}: {_explained(error)}") from None
+    directory = Path(path).parent
+    words = [_word(expert, directory) for expert in recipe.models]
+    if recipe.merge_method not in METHODS:
+        near = _checks.did_you_mean(recipe.merge_method, METHODS)
+        known = ", ".join(METHODS)
+        raise InvalidInput(f"{what}: merge_method: expected one of {known}, got {shown(recipe.merge_method)}{near}")
+    parameters = dict(recipe.parameters)
+    weights = [expert.weight for expert in recipe.models]
+    if any(weight is not None for weight in weights):
+        if parameters.get("weights") is not None:
+            raise InvalidInput(f"{what}: weights: given both with the models and as a parameter")
+        parameters["weights"] = [1.0 if weight is None else weight for weight in weights]
+    try:
+        config = make_config(recipe.merge_method, {}).replace(**_fields(parameters))
+    except InvalidInput as error:
+        raise InvalidInput(f"{what}: parameters: {error}") from None
+    return Recipe(str(directory / recipe.base_model), name_experts(words), recipe.merge_method, config, recipe.dtype)
+
+
+def _loaded(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidInput(f"{what}: no such file")
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise InvalidInput(f"{what}: expected at most {_MOST_BYTES} bytes, which is no recipe's size")
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InvalidInput(f"{what}: not valid YAML{where}: {shown(problem)[1:-1]}") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(f"{what}: expected keys such as base_model and models, got {type(content).__name__}")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors, with which a few lines can stand for gigabytes, and without keys given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {shown(str(key.value))} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    """One ``KEY=VALUE`` into the recipe."""
+    key, separator, text = change.partition("=")
+    if not separator or not all(key.split(".")):
+        raise InvalidInput(f"--set {change}: expected KEY=VALUE, such as parameters.rank=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InvalidInput(f"--set {change}: {text!r} is not a YAML value") from None
+    *path, last = key.split(".")
+    place: Any = content
+    for part in path:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise InvalidInput(f"--set {change}: {key.rpartition('.')[0]} holds no keys")
+    place[last] = value
+
+
+def _explained(error: ValidationError) -> str:
+    """The first thing that is wrong, in one clause."""
+    first = error.errors(include_url=False)[0]
+    *path, last = first["loc"]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = _Expert.model_fields if path and path[0] == "models" else _Recipe.model_fields
+        holder = f" in {'.'.join(map(str, path))}" if path else ""
+        return f"unknown key {shown(str(last))}{holder}{_checks.did_you_mean(str(last), known)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(str(first['input'])[:80])}"
+
+
+def _word(expert: _Expert, directory: Path) -> str:
+    path = str(directory / expert.model)
+    return f"{expert.name}={path}" if expert.name else path
+
+
+def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Lists as the configuration has them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}

@@ -1,0 +1,174 @@
+"""Merges described in a file: what it says, what it may not say, and that a merge's own recipe repeats it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from r2m.methods import METHODS
+from r2m.recipe import read_recipe
+
+from r2m_kernels import InvalidInput, MergeConfig
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints, Result
+
+WHOLE = """
+base_model: base.safetensors
+merge_method: r2m_truncated
+models:
+  - model: fs.safetensors
+  - model: sub/fr.safetensors
+    name: reenactment
+    weight: 2
+parameters:
+  rank: 0.2
+  exclude: [head.*]
+dtype: bfloat16
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(text: str, name: str = "recipe.yaml") -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
+    return name
+
+
+def test_everything_a_recipe_can_say() -> None:
+    recipe = read_recipe(written(WHOLE, "project/recipe.yaml"))
+    assert recipe.base == "project/base.safetensors"
+    assert recipe.experts == {"fs.safetensors": "project/fs.safetensors", "reenactment": "project/sub/fr.safetensors"}
+    assert recipe.config == MergeConfig.r2m_truncated(rank=0.2, exclude=("head.*",), weights=(1.0, 2.0))
+    assert (recipe.method, recipe.dtype) == ("r2m_truncated", "bfloat16")
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    recipe = read_recipe(written("base_model: /b\nmodels: [{model: /e}]"))
+    assert (recipe.base, recipe.experts) == ("/b", {"e": "/e"})
+    assert (recipe.method, recipe.config, recipe.dtype) == ("r2m", MergeConfig.r2m(), None)
+
+
+def test_json_is_a_recipe() -> None:
+    assert read_recipe(written('{"base_model": "b", "models": [{"model": "e"}]}')).experts == {"e": "e"}
+
+
+def test_changes_replace_what_it_says() -> None:
+    recipe = read_recipe(written(WHOLE), ["parameters.rank=0.5", "dtype=null", "merge_method=cart", "parameters.eta=2"])
+    assert recipe.config == MergeConfig.cart(0.5, 1.0).replace(exclude=("head.*",), weights=(1.0, 2.0), eta=2.0)
+    assert recipe.dtype is None
+
+
+WRONG = {
+    "": "expected keys such as base_model and models, got NoneType",
+    "- a\n- b": "expected keys such as base_model and models, got list",
+    "base_model: [": "not valid YAML in line 1: ",
+    "base_model: b": "models is missing",
+    "models: [{model: e}]": "base_model is missing",
+    "base_model: b\nmodels: []": "models: list should have at least 1 item",
+    "base_model: b\nmodels: [e]": "models.0: input should be a valid dictionary",
+    "base_model: 3\nmodels: [{model: e}]": "base_model: input should be a valid string, got '3'",
+    "base_model: b\nmodels: [{model: e, wieght: 2}]": "unknown key 'wieght' in models.0; did you mean 'weight'?",
+    "base_model: b\nmodels: [{model: e}]\nmerge_metod: ties": "unknown key 'merge_metod'; did you mean 'merge_method'?",
+    "base_model: b\nmodels: [{model: e}]\nmerge_method: tias": "got 'tias'; did you mean 'ties'?",
+    "base_model: b\nmodels: [{model: e}]\nparameters: {rnak: 3}": "parameters: unknown option 'rnak'; did you mean",
+    "base_model: b\nmodels: [{model: e}]\nparameters: {rank: many}": "parameters: rank: expected",
+    "base_model: b\nmodels: [{model: e, weight: -1}]": "parameters: weights[0]: expected a positive number, got -1",
+    "base_model: b\nbase_model: c\nmodels: [{model: e}]": "in line 2: the key 'base_model' is given twice",
+    "base_model: &b b\nmodels: [{model: *b}]": "aliases (*name) are not used in recipes",
+    "base_model: !!python/object/apply:os.system [touch marker]": "could not determine a constructor",
+    "base_model: b\nmodels: [{model: e, name: a=b}]": "models.0.name: string should match pattern",
+    "base_model: b\nmodels: [{model: e, weight: 2}]\nparameters: {weights: [1]}": "weights: given both with the models",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_recipe_is_refused_in_one_sentence(text: str, command: Callable[..., Result]) -> None:
+    path = written(text)
+    with pytest.raises(InvalidInput) as caught:
+        read_recipe(path)
+    assert WRONG[text] in str(caught.value)
+    assert str(caught.value).startswith("recipe (recipe.yaml): ")
+    result = command("merge", path, "--out", "out")
+    assert (result.code, result.err) == (2, f"Error: {caught.value}\n")
+    assert not Path("marker").exists()
+
+
+def test_places_without_a_recipe(here: Path) -> None:
+    for path in ("nothing.yaml", "."):
+        with pytest.raises(InvalidInput, match=rf"^recipe \({re.escape(path)}\): no such file$"):
+            read_recipe(path)
+    written("#" * 2**20 + "\n")
+    with pytest.raises(InvalidInput, match="expected at most 1048576 bytes"):
+        read_recipe("recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("rank", "--set rank: expected KEY=VALUE"),
+        ("a..b=1", "--set a..b=1: expected KEY=VALUE"),
+        ("dtype.x=1", "--set dtype.x=1: dtype holds no keys"),
+        ("dtype=[", "--set dtype=[: '[' is not a YAML value"),
+        ("parameters.rnak=1", "recipe (recipe.yaml): parameters: unknown option 'rnak'"),
+    ],
+)
+def test_a_wrong_change_is_refused(change: str, sentence: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_recipe(written(WHOLE), [change])
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_s_own_recipe_repeats_it(method: str, checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
+    assert command("merge", *checkpoints.arguments, "--method", method, "--out", "first").code == 0
+    assert command("merge", "first/r2m_config.yaml", "--out", "second").code == 0
+    for name in ("model.safetensors", "r2m_config.yaml"):
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_options_may_not_say_it_again(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
+    path = written(
+        yaml.safe_dump({"base_model": checkpoints.base_path, "models": [{"model": checkpoints.paths["fs"]}]})
+    )
+    for words, flag in (
+        (["--base", "b"], "--base"),
+        (["--expert", "b"], "--expert"),
+        (["--method", "ties"], "--method"),
+        (["--rank", "3"], "--rank"),
+    ):
+        result = command("merge", path, *words, "--out", "out")
+        assert (result.code, result.err) == (2, f"Error: {flag}: the recipe says that; --set KEY=VALUE changes it.\n")
+    assert command("merge", "--out", "out").err == "Error: Missing option '--base', or a recipe.\n"
+    assert command("merge", "--base", "b", "--out", "out").err == "Error: Missing option '--expert', or a recipe.\n"
+    result = command("merge", *checkpoints.arguments, "--set", "a=1", "--out", "out")
+    assert result.err == "Error: --set: changes a recipe, and none is given.\n"
+    assert command("plan", path, "--out", "out").code == 0
+    assert command("merge", path, "--set", "parameters.eta=0", "--dtype", "float16", "--out", "out").code == 0
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(edits=st.lists(st.tuples(st.integers(0, len(WHOLE)), st.integers(0, 9), st.text(max_size=4)), max_size=4))
+def test_a_mutated_recipe_is_read_or_refused(tmp_path: Path, edits: list[tuple[int, int, str]]) -> None:
+    text = WHOLE
+    for at, cut, new in edits:
+        text = text[:at] + new + text[at + cut :]
+    path = tmp_path / "mutated.yaml"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    refusal = None
+    try:
+        read_recipe(path)
+    except InvalidInput as error:
+        refusal = str(error)
+    assert refusal is None or (refusal.startswith("recipe (") and refusal.isprintable()), refusal
