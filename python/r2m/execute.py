@@ -98,12 +98,13 @@ class Job:
         """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
         recipe = self.recipe()
         experts = {model["name"]: model["model"] for model in recipe.pop("models")}
-        chosen = _backends.choose(self.backend, torch.device(self.device or "cpu"))
+        device = _backends.usable_device(self.device or "cpu")
+        chosen = _backends.choose(self.backend, device)
         return {
             "r2m_kernels": r2m_kernels.__version__,
             "torch": torch.__version__,
             "backend": f"{chosen.name} ({chosen.variant})",
-            "device": torch.device(self.device or "cpu").type,
+            "device": device.type,
             **recipe,
             "order of experts": list(experts),
             "experts": experts,

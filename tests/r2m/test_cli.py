@@ -381,6 +381,10 @@ BAD_INPUT = {
     ),
     "backend": (FILES.format("fs.safetensors") + " --backend cublas", "backend: expected one of"),
     "no expert": ("--base base.safetensors --out new/out", "Missing option '--expert', or a recipe."),
+    "no such device": (
+        FILES.format("fs.safetensors") + " --device gpu",
+        "device: expected one such as cpu, cuda or cuda:1, got 'gpu'",
+    ),
     "no option of that name": (
         FILES.format("fs.safetensors") + " --etta 1",
         "No such option '--etta'.",
