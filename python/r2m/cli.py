@@ -129,6 +129,14 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     help="Tensors that all experts have and the base lacks, such as a head.  [default: error]",
 )
 @_option(
+    _FILES,
+    "--rename",
+    "renames",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Tensors of all checkpoints whose names begin with OLD begin with NEW, or nothing, instead; repeat for each.",
+)
+@_option(
     _METHOD,
     "--method",
     type=_choice(*METHODS),
@@ -296,8 +304,16 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     arguments["method"] = arguments["method"] or "r2m"
     if "rank" in rest:
         rest["rank"] = _read_rank(rest["rank"])
+    rules = dict(_rule(text) for text in rest.pop("renames", ()))
     config = make_config(arguments["method"], rest)
-    return {**arguments, "experts": name_experts(arguments["experts"]), "config": config}
+    return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "rename": rules}
+
+
+def _rule(text: str) -> tuple[str, str]:
+    old, separator, new = text.partition("=")
+    if not old or not separator:
+        raise click.UsageError(f"--rename {text}: expected OLD=NEW, such as 'module.='.")
+    return old, new
 
 
 def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +322,7 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
 
     again = [name for name in ("base", "experts", "method") if given[name]] + list(rest)
     if again:
-        flag = "--" + {"experts": "expert"}.get(again[0], again[0]).replace("_", "-")
+        flag = "--" + {"experts": "expert", "renames": "rename"}.get(again[0], again[0]).replace("_", "-")
         raise click.UsageError(f"{flag}: the recipe says that; --set KEY=VALUE changes it.")
     recipe = read_recipe(path, changes)
     return {
@@ -315,6 +331,8 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
         "method": recipe.method,
         "config": recipe.config,
         "dtype": given["dtype"] or recipe.dtype,
+        "rename": recipe.rename,
+        "expert_renames": recipe.expert_renames,
     }
 
 

@@ -64,6 +64,8 @@ class Job:
     dtype: str | None
     shard_bytes: int
     budget: int
+    rename: Mapping[str, str]
+    expert_renames: Mapping[str, Mapping[str, str]]
     sources: tuple[Checkpoint, ...]  # the base's, then the experts'
 
     @property
@@ -86,18 +88,24 @@ class Job:
 
     def recipe(self) -> dict[str, Any]:
         """The merge in mergekit's words. Paths are absolute: the recipe is not where the command was given."""
+        models: list[dict[str, Any]] = []
+        for name, path in self.experts.items():
+            rules = self.expert_renames.get(name)
+            own = {"rename": dict(rules)} if rules else {}
+            models.append({"model": os.path.abspath(path), "name": name, **own})
         return {
             "merge_method": self.method,
             "base_model": os.path.abspath(self.base),
-            "models": [{"model": os.path.abspath(path), "name": name} for name, path in self.experts.items()],
+            "models": models,
             "parameters": self.config.to_dict(),
             "dtype": self.dtype,
+            **({"rename": dict(self.rename)} if self.rename else {}),
         }
 
     def state(self) -> dict[str, Any]:
         """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
         recipe = self.recipe()
-        experts = {model["name"]: model["model"] for model in recipe.pop("models")}
+        experts = {model.pop("name"): model for model in recipe.pop("models")}
         device = _backends.usable_device(self.device or "cpu")
         chosen = _backends.choose(self.backend, device)
         return {
@@ -125,6 +133,8 @@ def open_job(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     memory_budget: str | int | None = None,
+    rename: Mapping[str, str] | None = None,
+    expert_renames: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
     """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
     shard_bytes = parse_size(max_shard_size)
@@ -134,11 +144,15 @@ def open_job(
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     else:
         budget = _checks.byte_size("memory_budget", memory_budget)
+    rules, own = rename or {}, expert_renames or {}
     sources = (
-        open_checkpoint(base, f"base ({base})"),
-        *(open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()),
+        open_checkpoint(base, f"base ({base})").renamed(rules),
+        *(
+            open_checkpoint(path, f"expert '{name}' ({path})").renamed({**own.get(name, {}), **rules})
+            for name, path in experts.items()
+        ),
     )
-    return Job(base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, sources)
+    return Job(base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, rules, own, sources)
 
 
 def merge_files(
@@ -155,6 +169,8 @@ def merge_files(
     overwrite: bool = False,
     resume: bool = False,
     memory_budget: str | int | None = None,
+    rename: Mapping[str, str] | None = None,
+    expert_renames: Mapping[str, Mapping[str, str]] | None = None,
     team: Team | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any]:
@@ -180,6 +196,9 @@ def merge_files(
         resume: go on from where a former run of the same merge was cut off; from the start if there is none.
         memory_budget: working memory of this process, in bytes or as "4GiB"; ``None``: ``BUDGET_SHARE`` of what is free
             on the machine, by the processes of the job on it. It touches no bit of the output.
+        rename: what names of tensors begin with → what they begin with instead, in every checkpoint; the first rule
+            that fits a name counts.
+        expert_renames: the same by expert, before those.
         team: the processes that share the work; all of them call this alike.
         progress: called as the work goes on.
 
@@ -207,6 +226,8 @@ def merge_files(
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 memory_budget=memory_budget,
+                rename=rename,
+                expert_renames=expert_renames,
             )
             state = job.state()
             if team.member == 0:

@@ -10,6 +10,8 @@
     parameters:
       rank: 0.2
     dtype: bfloat16
+    rename:
+      module.: ""
 
 Paths are relative to the recipe. ``parameters`` are fields of :class:`r2m_kernels.MergeConfig`, on top of what the
 method is.
@@ -41,6 +43,7 @@ class _Expert(_Strict):
     model: str = Field(min_length=1)
     name: str | None = Field(None, pattern="^[^=]+$")
     weight: float | int | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
 
 
 class _Recipe(_Strict):
@@ -49,6 +52,7 @@ class _Recipe(_Strict):
     merge_method: str = "r2m"
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: str | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Recipe:
         method: a key of :data:`r2m.methods.METHODS`.
         config: the method's configuration with the recipe's parameters and weights.
         dtype: of the output; ``None``: the base's.
+        rename: beginnings of names, in every checkpoint.
+        expert_renames: the same by expert, before those.
     """
 
     base: str
@@ -68,6 +74,8 @@ class Recipe:
     method: str
     config: MergeConfig
     dtype: str | None
+    rename: dict[str, str]
+    expert_renames: dict[str, dict[str, str]]
 
 
 def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -105,7 +113,10 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         config = make_config(recipe.merge_method, {}).replace(**_fields(parameters))
     except InvalidInput as error:
         raise InvalidInput(f"{what}: parameters: {error}") from None
-    return Recipe(str(directory / recipe.base_model), name_experts(words), recipe.merge_method, config, recipe.dtype)
+    experts = name_experts(words)
+    renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
+    base = str(directory / recipe.base_model)
+    return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.rename, renames)
 
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def test_options_left_out_leave_the_defaults(configuration: Callable[..., dict[s
         "overwrite": False,
         "resume": False,
         "memory_budget": None,
+        "rename": {},
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,7 @@ WRONG = {
     "base_model: b\nmodels: []": "models: list should have at least 1 item",
     "base_model: b\nmodels: [e]": "models.0: input should be a valid dictionary",
     "base_model: 3\nmodels: [{model: e}]": "base_model: input should be a valid string, got '3'",
-    "base_model: b\nmodels: [{model: e, wieght: 2}]": "unknown key 'wieght' in models.0; did you mean 'weight'?",
+    "base_model: b\nmodels: [{model: e, weights: 2}]": "unknown key 'weights' in models.0; did you mean 'weight'?",
     "base_model: b\nmodels: [{model: e}]\nmerge_metod: ties": "unknown key 'merge_metod'; did you mean 'merge_method'?",
     "base_model: b\nmodels: [{model: e}]\nmerge_method: tias": "got 'tias'; did you mean 'ties'?",
     "base_model: b\nmodels: [{model: e}]\nparameters: {rnak: 3}": "parameters: unknown option 'rnak'; did you mean",
@@ -136,6 +137,45 @@ def test_a_merge_s_own_recipe_repeats_it(method: str, checkpoints: Checkpoints, 
     assert command("merge", "first/r2m_config.yaml", "--out", "second").code == 0
     for name in ("model.safetensors", "r2m_config.yaml"):
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_names_are_changed_where_they_begin_otherwise(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
+    """A training wrapper's prefix on every expert, and another one on one of them."""
+    assert command("merge", *checkpoints.arguments, "--out", "plain").code == 0
+    for name, prefix in (("fs", "module."), ("fr", "module.net."), ("efs", "module.")):
+        torch.save({prefix + key: value for key, value in checkpoints.experts[name].items()}, f"{name}.pth")
+    content = {
+        "base_model": checkpoints.base_path,
+        "models": [
+            {"model": "fs.pth", "name": "fs"},
+            {"model": "fr.pth", "name": "fr", "rename": {"module.net.": ""}},
+            {"model": "efs.pth", "name": "efs"},
+        ],
+        "rename": {"module.": ""},
+    }
+    path = written(yaml.safe_dump(content))
+    assert command("merge", path, "--out", "renamed").code == 0
+    assert command("merge", "renamed/r2m_config.yaml", "--out", "again").code == 0
+    wanted = Path("plain/model.safetensors").read_bytes()
+    assert Path("renamed/model.safetensors").read_bytes() == wanted
+    assert Path("again/model.safetensors").read_bytes() == wanted
+    words = [f"--expert={name}={name}.pth" for name in ("fs", "efs")]
+    command_line = ["merge", "--base", checkpoints.base_path, *words, "--out", "by_option"]
+    assert "its names carry the prefix 'module.' that the base's lack" in command(*command_line).err
+    assert command(*command_line, "--rename", "module.=").code == 0
+
+
+def test_a_wrong_rule_is_refused(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
+    arguments = [*checkpoints.arguments, "--out", "out"]
+    for rule in ("module.", "=x"):
+        result = command("merge", *arguments, "--rename", rule)
+        assert (result.code, result.err) == (2, f"Error: --rename {rule}: expected OLD=NEW, such as 'module.='.\n")
+    result = command("merge", *arguments, "--rename", "block.weight=block.bias")
+    assert (
+        result.err == "Error: base (base.safetensors): renamed, 'block.bias' and 'block.weight' are both 'block.bias'\n"
+    )
+    result = command("plan", *arguments, "--rename", "block.=stage.")
+    assert result.code == 0
 
 
 def test_options_may_not_say_it_again(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
