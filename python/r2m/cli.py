@@ -363,6 +363,23 @@ def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int
 
 
 @r2m.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH…")
+@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
+@click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
+def inspect(paths: tuple[str, ...], renames: tuple[str, ...], norms: bool) -> int:
+    """Show what checkpoints are, and whether they can be merged: the first as base, the others as experts.
+
+    The exit code is 1 where they cannot.
+    """
+    from r2m.inspection import inspect as look
+
+    lines, fit = look(paths, rename=dict(_rule(text) for text in renames), norms=norms)
+    for line in lines:
+        click.echo(line)
+    return 0 if fit else 1
+
+
+@r2m.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of data, training and merge.")
 @click.option("--quick", is_flag=True, help="Less training: a look at how it runs, not at what it shows.")

@@ -1,0 +1,122 @@
+"""What checkpoints are, from their headers, and whether they can be merged (``r2m inspect``)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from r2m.checkpoints.files import Checkpoint
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.naming import name_experts
+from r2m.progress import readable_bytes
+from r2m_kernels import MergeConfig, analyze, compatibility
+from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.tensors import TensorSpec, dtype_name
+
+# The end of a name that a family of models has, and what has it. Its tensor is the first convolution, whose shape says
+# how wide the model is.
+FAMILIES: Mapping[str, str] = {
+    "vision_model.embeddings.patch_embedding.weight": "CLIP vision tower, transformers",
+    "visual.conv1.weight": "CLIP vision tower, open_clip",
+    "vit.embeddings.patch_embeddings.projection.weight": "ViT, transformers",
+    "patch_embed.proj.weight": "ViT, timm",
+    "conv_proj.weight": "ViT, torchvision",
+    "conv_stem.weight": "EfficientNet, timm",
+    "features.0.0.weight": "EfficientNet, torchvision",
+    "_conv_stem.weight": "EfficientNet, efficientnet_pytorch (DeepfakeBench)",
+    "block1.rep.0.conv1.weight": "Xception (DeepfakeBench)",
+    "layer1.0.conv1.weight": "ResNet, torchvision",
+}
+_LISTED = 6  # beginnings of names
+# How classifiers' names begin or go on.
+HEADS = ("head", "fc", "classifier", "last_linear", "_fc", "logits", "projection_head")
+
+
+def family(specs: Mapping[str, TensorSpec]) -> str | None:
+    """A guess from the names of tensors, with the width of what stands first; None where nothing is known."""
+    for ending, title in FAMILIES.items():
+        found = next((name for name in specs if name == ending or name.endswith("." + ending)), None)
+        if found is not None:
+            shape = specs[found].shape
+            patch = f", patches of {shape[-1]}" if "ViT" in title or "CLIP" in title else ""
+            return f"{title}, {shape[0]} wide{patch}" if len(shape) == 4 else title
+    return None
+
+
+def heads(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Names that look like a classifier's, its matrices first."""
+    found = [name for name in specs if set(name.split(".")[:-1]) & set(HEADS)]
+    return sorted(found, key=lambda name: -len(specs[name].shape))
+
+
+def describe(path: str, source: Checkpoint) -> list[str]:
+    """A checkpoint in a few lines."""
+    specs = source.specs
+    stored = {name: spec for name, spec in specs.items() if name not in source.aliases}
+    parameters = sum(spec.numel for spec in stored.values() if spec.dtype.is_floating_point)
+    size = readable_bytes(sum(spec.nbytes for spec in stored.values()))
+    types = Counter(dtype_name(spec.dtype) for spec in specs.values())
+    begin = Counter(name.partition(".")[0] for name in specs)
+    files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
+    found = [f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"]
+    rows = {
+        "family": family(specs) or "unknown",
+        "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
+        "begin": ", ".join(f"{shown(name)[1:-1]} {count}" for name, count in begin.most_common(_LISTED))
+        + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
+        "heads": ", ".join(f"{shown(name)[1:-1]} {list(specs[name].shape)}" for name in heads(specs)[:4]),
+        "tied": ", ".join(f"{shown(name)[1:-1]} = {shown(first)[1:-1]}" for name, first in source.aliases.items()),
+    }
+    return [*found, *(f"  {title:<8}{text}" for title, text in rows.items() if text)]
+
+
+def inspect(
+    paths: Sequence[str], *, rename: Mapping[str, str] | None = None, norms: bool = False
+) -> tuple[list[str], bool]:
+    """Describe checkpoints; of several, the first is the base of a merge, and the rest its experts.
+
+    Args:
+        paths: as ``r2m merge`` takes them.
+        rename: of :func:`r2m.execute.merge_files`.
+        norms: read them all, for how far each expert moved, and how alike their ways are.
+
+    Returns:
+        Lines for a terminal, and whether the set can be merged.
+
+    Raises:
+        InvalidInput: one of them cannot be read.
+    """
+    sources = [open_checkpoint(path, path).renamed(rename or {}) for path in paths]
+    text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source)]
+    if len(paths) == 1:
+        return text, True
+    base, experts = sources[0], dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
+    try:
+        plan = compatibility.plan(base, experts, MergeConfig.weight_average())
+    except InvalidInput as error:
+        return [*text, f"cannot be merged: {error}"], False
+    roles = Counter(tensor.role for tensor in plan.tensors)
+    text.append(
+        f"can be merged into {paths[0]}: " + ", ".join(f"{count} as {role}" for role, count in roles.most_common())
+    )
+    return [*text, *(_norms(base, experts) if norms else ())], True
+
+
+def _norms(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
+    report: dict[str, Any] = analyze(base, dict(experts), MergeConfig.weight_average()).report()
+    lengths, cosines = report["task_vectors"]["norms"], report["task_vectors"]["cosines"]
+    rows = []
+    for name, angles in zip(lengths, cosines, strict=True):
+        alike = " ".join("    –" if value is None else f"{value:5.2f}" for value in angles)
+        rows.append(f"  ‖task vector‖ {lengths[name]:<10.4g} cosines {alike}  {name}")
+    return rows
+
+
+def _count(number: int) -> str:
+    """``"304 M"``."""
+    if number == 0:
+        return "0"
+    step = min(3, int(math.log10(number)) // 3)
+    return f"{number / 1000**step:.3g}{('', ' k', ' M', ' G')[step]}"

@@ -1,0 +1,94 @@
+"""What ``r2m inspect`` says of checkpoints, and of whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from r2m.inspection import FAMILIES, family, heads
+from safetensors.torch import load_file, save_file
+
+from r2m_kernels.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints, Result
+
+Command = Callable[..., "Result"]
+
+
+def test_one_checkpoint(checkpoints: Checkpoints, command: Command) -> None:
+    result = command("inspect", checkpoints.base_path)
+    assert (result.code, result.err) == (0, "")
+    assert result.out == (
+        "base.safetensors: 6 tensors, 649 parameters, 2.65 kB\n"
+        "  family  unknown\n"
+        "  types   5 float32, 1 int64\n"
+        "  begin   block 2, position_ids 1, conv 1, empty 1, scale 1\n"
+    )
+
+
+def test_a_set_that_fits(checkpoints: Checkpoints, command: Command) -> None:
+    paths = [checkpoints.base_path, *checkpoints.paths.values()]
+    result = command("inspect", *paths)
+    assert result.code == 0
+    verdict = result.out.splitlines()[-1]
+    assert verdict.startswith("can be merged into base.safetensors: ")
+    assert set(verdict.partition(": ")[2].split(", ")) == {"2 as matrix", "2 as vector", "2 as copied"}
+    rows = [line for line in command("inspect", "--norms", *paths).out.splitlines() if "task vector" in line]
+    assert [row.split()[-1] for row in rows] == ["fs.safetensors", "fr.safetensors", "efs.safetensors"]
+    matrices = ("block.weight", "conv.weight")
+    moved = [
+        torch.cat([(checkpoints.experts[name][key] - checkpoints.base[key]).flatten() for key in matrices])
+        for name in checkpoints.experts
+    ]
+    for row, change in zip(rows, moved, strict=True):
+        words = row.split()
+        assert float(words[2]) == pytest.approx(float(change.norm()), rel=1e-3)
+        wanted = [float(torch.cosine_similarity(change, other, dim=0)) for other in moved]
+        assert [float(word) for word in words[4:-1]] == pytest.approx(wanted, abs=0.006)
+
+
+def test_a_set_that_does_not_fit(checkpoints: Checkpoints, command: Command) -> None:
+    tensors = load_file(checkpoints.paths["fs"])
+    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, "wrapped.pth")
+    result = command("inspect", checkpoints.base_path, "wrapped.pth")
+    assert result.code == 1
+    assert "begin   module 6" in result.out
+    assert "cannot be merged: wrapped.pth does not fit base.safetensors" in result.out
+    assert "its names carry the prefix 'module.' that the base's lack" in result.out
+    assert command("inspect", checkpoints.base_path, "wrapped.pth", "--rename", "module.=").code == 0
+
+
+def test_heads_and_ties_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    monkeypatch.chdir(tmp_path)
+    weight = torch.zeros(5, 4)
+    torch.save(
+        {"embed.weight": weight, "tied.weight": weight, "head.bias": torch.zeros(2), "head.weight": torch.zeros(2, 4)},
+        "m.pth",
+    )
+    result = command("inspect", "m.pth")
+    assert "4 tensors, 30 parameters, 120 B" in result.out
+    assert "  heads   head.weight [2, 4], head.bias [2]\n" in result.out
+    assert "  tied    tied.weight = embed.weight\n" in result.out
+
+
+@pytest.mark.parametrize("ending", FAMILIES)
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_families_are_known_by_a_name_and_its_shape(ending: str, prefix: str) -> None:
+    specs = {f"{prefix}{ending}": TensorSpec((64, 3, 14, 14), torch.float32)}
+    found = family(specs)
+    assert found is not None
+    assert found.startswith(FAMILIES[ending])
+    assert "64 wide" in found
+    assert family({"something.else": TensorSpec((1,), torch.float32)}) is None
+    assert heads(specs) == []
+
+
+def test_what_cannot_be_read_is_refused(checkpoints: Checkpoints, command: Command) -> None:
+    result = command("inspect", checkpoints.base_path, "nowhere")
+    assert (result.code, result.err) == (2, "Error: nowhere: no such file or directory\n")
+    save_file({"a\x1b[31m": torch.ones(2, 2)}, "odd.safetensors")
+    assert "\x1b" not in command("inspect", "odd.safetensors").out
