@@ -68,8 +68,10 @@ class SafetensorsSink:
             descriptor = os.open(path, flags, 0o666)
             try:
                 with layout.naming(path):
-                    if os.fstat(descriptor).st_size != file.size:
-                        lost = next((name for name in file.offsets if name in self._there), None)
+                    size = os.fstat(descriptor).st_size
+                    if size != file.size:
+                        ends = {name: start + self._specs[name].nbytes for name, start in file.offsets.items()}
+                        lost = next((name for name, end in ends.items() if name in self._there and end > size), None)
                         if lost is not None:
                             raise InvalidInput(
                                 f"{path}: expected tensor {shown(lost)} in it, as the journal beside it says; the file "
