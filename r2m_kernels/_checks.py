@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import InvalidInput, shown
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,6 +83,17 @@ def rank(value: Any) -> float | int:
     return ratio
 
 
+def ranks(name: str, value: Any) -> tuple[tuple[str, float | int], ...]:
+    """Pairs of a glob and a rank."""
+    expected = "pairs of a name pattern and a rank, such as [('*.attn.*', 0.2)]"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidInput(f"{name}: expected {expected}, got {value!r}")
+    for pair in value:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise InvalidInput(f"{name}: expected {expected}, got {pair!r}")
+    return tuple((pattern, rank(of_pattern)) for pattern, of_pattern in value)
+
+
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise InvalidInput(f"{name}: expected True or False, got {value!r}")
@@ -105,7 +116,7 @@ def globs(name: str, value: Any) -> tuple[str, ...]:
 def known_fields(given: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            raise InvalidInput(f"unknown option '{name}'{did_you_mean(name, known)}")
+            raise InvalidInput(f"unknown option {shown(name)}{did_you_mean(name, known)}")
 
 
 def floating(what: str, tensor: Tensor) -> None:

@@ -33,7 +33,9 @@ from r2m_kernels.tensors import PartialSink, StateDictSink, StateDictSource, Ten
 from r2m_kernels.truncation import Factors, compute_dtype, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
-FREE_FIELDS = frozenset({"rank", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"})
+FREE_FIELDS = frozenset(
+    {"rank", "ranks", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"}
+)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,8 @@ class Analysis:
         self._grams = grams
         self._engine = engine
         self._store = store
-        # By the rank's text: 1 (rank one) and 1.0 (full rank) are the same key otherwise.
         inner = {name: truncated.products for name, truncated in truncations.items()}
-        self._inner_at: dict[str, dict[str, Tensor]] = {repr(config.rank): inner}
+        self._inner_at: dict[str, dict[str, Tensor]] = {_ranks(config): inner}
         self._truncations = truncations
         self._thresholds = thresholds
         self._late: dict[tuple[str, int], Factors] = {}
@@ -172,7 +173,7 @@ class Analysis:
 
     def rank_of(self, name: str, config: MergeConfig) -> int:
         """Truncation rank of one matrix tensor under these options."""
-        return residual_rank(config, self._engine.base.specs[name].shape, len(self.experts))
+        return residual_rank(config, name, self._engine.base.specs[name].shape, len(self.experts))
 
     def merge(
         self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
@@ -258,7 +259,7 @@ class Analysis:
 
     def _check(self, config: MergeConfig) -> None:
         ours, theirs = self.config.to_dict(), config.to_dict()
-        free = FREE_FIELDS if self.config.spectrum == "truncate" else FREE_FIELDS - {"rank"}
+        free = FREE_FIELDS if self.config.spectrum == "truncate" else FREE_FIELDS - {"rank", "ranks"}
         for field in ours:
             if field not in free and ours[field] != theirs[field]:
                 raise InvalidInput(
@@ -279,7 +280,7 @@ class Analysis:
         """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank."""
         if config.eta == 0:
             return {}
-        rank = repr(config.rank)
+        rank = _ranks(config)
         if rank not in self._inner_at:
             found = {
                 tensor.name: factors.inner_products()
@@ -436,6 +437,11 @@ def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
                 "dtype or smaller core_scale and eta"
             )
     return merged
+
+
+def _ranks(config: MergeConfig) -> str:
+    """What decides the ranks, as text: 1 (rank one) and 1.0 (full rank) are the same key otherwise."""
+    return repr((config.rank, config.ranks))
 
 
 def _longest(squares: Tensor) -> float:

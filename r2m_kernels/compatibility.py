@@ -121,22 +121,28 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
 
 def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str], count: int) -> PlannedTensor:
     """The role of a tensor that goes by ``names``; ``name`` is the first of them."""
-    if not spec.dtype.is_floating_point or spec.numel == 0:
+    if not spec.dtype.is_floating_point or spec.numel == 0 or _fits(names, config.keep):
         return PlannedTensor(name, spec, "copied")
-    if name.rpartition(".")[2] in STATISTICS:
+    if name.rpartition(".")[2] in STATISTICS or _fits(names, config.average):
         return PlannedTensor(name, spec, "statistic")
-    if len(spec.shape) < 2 or any(fnmatch.fnmatchcase(known, glob) for known in names for glob in config.exclude):
+    if len(spec.shape) < 2 or _fits(names, config.exclude):
         return PlannedTensor(name, spec, "vector")
-    rank = residual_rank(config, spec.shape, count)
+    rank = residual_rank(config, name, spec.shape, count)
     return PlannedTensor(name, spec, "matrix", rank, config.eta != 0 and config.spectrum != "truncate")
 
 
-def residual_rank(config: MergeConfig, shape: Sequence[int], count: int) -> int:
+def _fits(names: Iterable[str], globs: Iterable[str]) -> bool:
+    """Whether a tensor that goes by ``names`` is meant by one of the globs."""
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:
     """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
     smaller = min(shape[0], math.prod(shape[1:]))
     if config.spectrum == "rescale":
         return smaller
-    return truncation_rank(config.rank, shape, smaller // count if config.spectrum == "orthogonal" else None)
+    wanted = next((rank for glob, rank in config.ranks if _fits([name], [glob])), config.rank)
+    return truncation_rank(wanted, shape, smaller // count if config.spectrum == "orthogonal" else None)
 
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
@@ -160,14 +166,15 @@ def _mismatches(
 ) -> str:
     """Everything that does not fit, in one text; empty when all does."""
     reports = []
-    unsupported = [name for name, spec in base.specs.items() if not _supported(spec)]
+    merged = {name: spec for name, spec in base.specs.items() if not _fits([name], config.keep)}
+    unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
         lines = [f"unsupported dtype: {shown(name)} ({_describe(base.specs[name])})" for name in unsupported]
         reports.append(_report(f"{base.label} cannot be merged", [lines], ""))
     for source in experts.values():
         missing = [
             f"missing: {shown(name)} ({_describe(spec)})"
-            for name, spec in base.specs.items()
+            for name, spec in merged.items()
             # Integer buffers such as position_ids come and go between library versions, and are the base's anyway.
             # One that is there and differs in shape or dtype still means another architecture.
             if name not in source.specs and spec.dtype.is_floating_point
@@ -181,7 +188,7 @@ def _mismatches(
         ]
         shapes, dtypes = [], []
         for name, spec in source.specs.items():
-            expected = base.specs.get(name)
+            expected = merged.get(name)
             if expected is None:
                 continue
             if spec.shape != expected.shape:

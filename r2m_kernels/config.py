@@ -47,7 +47,11 @@ class MergeConfig:
             ``"dare"`` keeps a random ``density`` and divides by it. λ times the mean of what is left is added to the
             base; there are no residuals.
         density: share of elements kept by ``elementwise``, in (0, 1].
+        ranks: (glob, rank) pairs: a matrix has the rank of the first pair that fits its name, and ``rank`` where none
+            does.
         exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
+        keep: globs of tensors that stay the base's. Experts may lack them, or have them in other shapes.
+        average: globs of tensors that become the plain mean of the experts', as a head often is.
         svd: ``"randomized"`` (the backend's fastest near-optimal method), ``"textbook"`` (range finder with power
             iterations, for comparison) or ``"exact"`` (float64 eigendecomposition of the short side's Gram: an (s, s)
             float64 matrix per expert).
@@ -83,7 +87,10 @@ class MergeConfig:
     core_spectrum: Literal["keep", "flat"] = "keep"
     elementwise: Literal["none", "ties", "dare"] = "none"
     density: float = 0.2
+    ranks: tuple[tuple[str, float | int], ...] = ()
     exclude: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    average: tuple[str, ...] = ()
     svd: Literal["randomized", "textbook", "exact"] = "randomized"
     power_iterations: int = 2
     oversampling: int = 8
@@ -107,12 +114,16 @@ class MergeConfig:
             normal(self, field, _checks.integer(field, getattr(self, field), minimum=minimum))
         for field, choices in _CHOICES.items():
             _checks.choice(field, getattr(self, field), choices)
-        normal(self, "exclude", _checks.globs("exclude", self.exclude))
+        for field in ("exclude", "keep", "average"):
+            normal(self, field, _checks.globs(field, getattr(self, field)))
+        normal(self, "ranks", _checks.ranks("ranks", self.ranks))
         normal(self, "density", _checks.share("density", self.density))
         if self.weights is not None:
             normal(self, "weights", _checks.weights("weights", self.weights))
         if self.spectrum == "rescale" and isinstance(self.rank, int):
             raise InvalidInput(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
+        if self.ranks and self.spectrum == "rescale":
+            raise InvalidInput("ranks: spectrum='rescale' has a share of the nuclear norm, expected none")
         if self.row_power > 0 and self.eta != 0 and self.eta_mode == "relative":
             raise InvalidInput(
                 "eta_mode: 'relative' needs the residual term's norm, which row_power="
@@ -251,7 +262,8 @@ class MergeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
         weights = None if self.weights is None else list(self.weights)
-        return {**dataclasses.asdict(self), "exclude": list(self.exclude), "weights": weights}
+        lists = {name: list(getattr(self, name)) for name in ("exclude", "keep", "average")}
+        return {**dataclasses.asdict(self), **lists, "ranks": list(map(list, self.ranks)), "weights": weights}
 
 
 def checked(config: object) -> MergeConfig:

@@ -13,11 +13,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from r2m.methods import METHODS
+from r2m.methods import FLAGS, METHODS
+from r2m.presets import PRESETS
+
+if TYPE_CHECKING:
+    from r2m.arrangement import Arrangement
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
@@ -130,11 +134,48 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
 )
 @_option(
     _FILES,
+    "--keep",
+    multiple=True,
+    metavar="GLOB",
+    help="Tensors that stay the base's, by name; experts may lack them.  Repeat for each.",
+)
+@_option(
+    _FILES,
+    "--average",
+    multiple=True,
+    metavar="GLOB",
+    help="Tensors that become the plain mean of the experts'; repeat for each.",
+)
+@_option(
+    _FILES,
     "--rename",
     "renames",
     multiple=True,
     metavar="OLD=NEW",
     help="Tensors of all checkpoints whose names begin with OLD begin with NEW, or nothing, instead; repeat for each.",
+)
+@_option(
+    _FILES, "--drop", "drops", multiple=True, metavar="OLD", help="Tensors whose names begin with OLD are left out."
+)
+@_option(
+    _FILES,
+    "--preset",
+    type=_choice(*PRESETS),
+    help="Names as known detectors have them: " + "; ".join(f"{name}: {one.title}" for name, one in PRESETS.items()),
+)
+@_option(
+    _FILES,
+    "--head",
+    metavar="RULE",
+    help="What becomes of the classifier: mean of the experts', base, or expert:NAME.  [default: merged like the rest]",
+)
+@_option(
+    _FILES,
+    "--head-tensor",
+    "head_tensors",
+    multiple=True,
+    metavar="GLOB",
+    help="The classifier's names; repeat for each.  [default: names with head, fc, classifier…]",
 )
 @_option(
     _METHOD,
@@ -192,6 +233,14 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     metavar="RANK",
     help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16); in star a share of the "
     "nuclear norm, 0.4 if left out; in cart, r2m_truncated and r2m_paper 0.1.  [default: 1.0]",
+)
+@_option(
+    _TRUNCATION,
+    "--rank-of",
+    "ranks",
+    multiple=True,
+    metavar="GLOB=RANK",
+    help="Another rank for these tensors, by name; the first that fits counts.  Repeat for each.",
 )
 @_option(
     _TRUNCATION,
@@ -304,9 +353,24 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     arguments["method"] = arguments["method"] or "r2m"
     if "rank" in rest:
         rest["rank"] = _read_rank(rest["rank"])
-    rules = dict(_rule(text) for text in rest.pop("renames", ()))
+    if "ranks" in rest:
+        rest["ranks"] = [(glob, _read_rank(rank)) for glob, _, rank in (one.rpartition("=") for one in rest["ranks"])]
+    wanted = _arrangement(rest)
     config = make_config(arguments["method"], rest)
-    return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "rename": rules}
+    return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "arrangement": wanted}
+
+
+_ARRANGEMENT = ("renames", "drops", "preset", "head", "head_tensors")
+
+
+def _arrangement(rest: dict[str, Any]) -> Arrangement:
+    """Takes what is about it out of the options."""
+    from r2m.arrangement import Arrangement
+
+    given = {name: rest.pop(name) for name in _ARRANGEMENT if name in rest}
+    rules: dict[str, str | None] = dict(_rule(text) for text in given.pop("renames", ()))
+    rules.update(dict.fromkeys(given.pop("drops", ())))
+    return Arrangement(rename=rules, **given)
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -322,7 +386,7 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
 
     again = [name for name in ("base", "experts", "method") if given[name]] + list(rest)
     if again:
-        flag = "--" + {"experts": "expert", "renames": "rename"}.get(again[0], again[0]).replace("_", "-")
+        flag = "--" + FLAGS.get(again[0], again[0]).replace("_", "-")
         raise click.UsageError(f"{flag}: the recipe says that; --set KEY=VALUE changes it.")
     recipe = read_recipe(path, changes)
     return {
@@ -331,8 +395,7 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
         "method": recipe.method,
         "config": recipe.config,
         "dtype": given["dtype"] or recipe.dtype,
-        "rename": recipe.rename,
-        "expert_renames": recipe.expert_renames,
+        "arrangement": recipe.arrangement,
     }
 
 
@@ -365,15 +428,18 @@ def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int
 @r2m.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
+@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
+@click.option("--preset", type=_choice(*PRESETS), help="As of merge.")
 @click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
-def inspect(paths: tuple[str, ...], renames: tuple[str, ...], norms: bool) -> int:
+def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     """Show what checkpoints are, and whether they can be merged: the first as base, the others as experts.
 
     The exit code is 1 where they cannot.
     """
     from r2m.inspection import inspect as look
 
-    lines, fit = look(paths, rename=dict(_rule(text) for text in renames), norms=norms)
+    wanted = _arrangement({name: value for name, value in given.items() if value not in (None, ())})
+    lines, fit = look(paths, arrangement=wanted, norms=norms)
     for line in lines:
         click.echo(line)
     return 0 if fit else 1

@@ -17,6 +17,7 @@ import yaml
 
 import r2m_kernels
 from r2m import distributed, machine
+from r2m.arrangement import Arranged, Arrangement, arrange
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.layout import parse_size
 from r2m.checkpoints.reader import open_checkpoint
@@ -64,9 +65,9 @@ class Job:
     dtype: str | None
     shard_bytes: int
     budget: int
-    rename: Mapping[str, str]
-    expert_renames: Mapping[str, Mapping[str, str]]
+    arrangement: Arrangement
     sources: tuple[Checkpoint, ...]  # the base's, then the experts'
+    arranged: Arranged
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -78,19 +79,15 @@ class Job:
         """Of the output's headers. No time, no path, no expert's name: equal merges give equal bytes."""
         return {
             "r2m_kernels_version": r2m_kernels.__version__,
-            "r2m_config": json.dumps(self.config.to_dict(), sort_keys=True, allow_nan=False),
+            "r2m_config": json.dumps(self.arranged.config.to_dict(), sort_keys=True, allow_nan=False),
         }
-
-    @property
-    def expert_sources(self) -> dict[str, Checkpoint]:
-        """By the experts' names."""
-        return dict(zip(self.experts, self.sources[1:], strict=True))
 
     def recipe(self) -> dict[str, Any]:
         """The merge in mergekit's words. Paths are absolute: the recipe is not where the command was given."""
+        wanted = self.arrangement
         models: list[dict[str, Any]] = []
         for name, path in self.experts.items():
-            rules = self.expert_renames.get(name)
+            rules = wanted.expert_renames.get(name)
             own = {"rename": dict(rules)} if rules else {}
             models.append({"model": os.path.abspath(path), "name": name, **own})
         return {
@@ -99,7 +96,10 @@ class Job:
             "models": models,
             "parameters": self.config.to_dict(),
             "dtype": self.dtype,
-            **({"rename": dict(self.rename)} if self.rename else {}),
+            **({"rename": dict(wanted.rename)} if wanted.rename else {}),
+            **({"preset": wanted.preset} if wanted.preset else {}),
+            **({"head": wanted.head} if wanted.head else {}),
+            **({"head_tensors": list(wanted.head_tensors)} if wanted.head_tensors else {}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -133,8 +133,7 @@ def open_job(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     memory_budget: str | int | None = None,
-    rename: Mapping[str, str] | None = None,
-    expert_renames: Mapping[str, Mapping[str, str]] | None = None,
+    arrangement: Arrangement | None = None,
 ) -> Job:
     """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
     shard_bytes = parse_size(max_shard_size)
@@ -144,15 +143,16 @@ def open_job(
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     else:
         budget = _checks.byte_size("memory_budget", memory_budget)
-    rules, own = rename or {}, expert_renames or {}
-    sources = (
-        open_checkpoint(base, f"base ({base})").renamed(rules),
-        *(
-            open_checkpoint(path, f"expert '{name}' ({path})").renamed({**own.get(name, {}), **rules})
-            for name, path in experts.items()
-        ),
+    wanted = arrangement or Arrangement()
+    first, *rest = (
+        open_checkpoint(base, f"base ({base})"),
+        *(open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()),
     )
-    return Job(base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, rules, own, sources)
+    arranged = arrange(first, dict(zip(experts, rest, strict=True)), config, wanted)
+    sources = (first, *rest)
+    return Job(
+        base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, wanted, sources, arranged
+    )
 
 
 def merge_files(
@@ -169,8 +169,7 @@ def merge_files(
     overwrite: bool = False,
     resume: bool = False,
     memory_budget: str | int | None = None,
-    rename: Mapping[str, str] | None = None,
-    expert_renames: Mapping[str, Mapping[str, str]] | None = None,
+    arrangement: Arrangement | None = None,
     team: Team | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any]:
@@ -196,9 +195,7 @@ def merge_files(
         resume: go on from where a former run of the same merge was cut off; from the start if there is none.
         memory_budget: working memory of this process, in bytes or as "4GiB"; ``None``: ``BUDGET_SHARE`` of what is free
             on the machine, by the processes of the job on it. It touches no bit of the output.
-        rename: what names of tensors begin with → what they begin with instead, in every checkpoint; the first rule
-            that fits a name counts.
-        expert_renames: the same by expert, before those.
+        arrangement: how the checkpoints are brought into one layout, and what becomes of the head.
         team: the processes that share the work; all of them call this alike.
         progress: called as the work goes on.
 
@@ -226,8 +223,7 @@ def merge_files(
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 memory_budget=memory_budget,
-                rename=rename,
-                expert_renames=expert_renames,
+                arrangement=arrangement,
             )
             state = job.state()
             if team.member == 0:
@@ -277,9 +273,9 @@ def plan_merge(
     cores = machine.threads() * machines
     count = processes or 1
     found = forecast(
-        job.sources[0],
-        job.expert_sources,
-        config,
+        job.arranged.base,
+        job.arranged.experts,
+        job.arranged.config,
         directory=directory,
         metadata=job.metadata,
         dtype=job.torch_dtype,
@@ -301,9 +297,9 @@ def _merge(
     with closing(FileJournal(place.directory, team.member, before=sink.sync)) as journal:
         team.gather({})  # nobody appends before all have read what former runs wrote
         analysis = analyze(
-            job.sources[0],
-            job.expert_sources,
-            job.config,
+            job.arranged.base,
+            job.arranged.experts,
+            job.arranged.config,
             device=job.device,
             backend=job.backend,
             memory_budget=job.budget,
@@ -333,6 +329,11 @@ def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analy
     report: dict[str, Any] = {
         "method": job.method,
         **analysis.report(),
+        "arrangement": {
+            "preset": job.arrangement.preset,
+            "head": {"rule": job.arrangement.head, "tensors": job.arranged.head},
+            "folded": job.arranged.folded,
+        },
         "output": {
             "files": sizes,
             "bytes": sum(sizes.values()),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r2m.arrangement import Arranged, Arrangement, arrange, head_names
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.naming import name_experts
@@ -30,8 +31,6 @@ FAMILIES: Mapping[str, str] = {
     "layer1.0.conv1.weight": "ResNet, torchvision",
 }
 _LISTED = 6  # beginnings of names
-# How classifiers' names begin or go on.
-HEADS = ("head", "fc", "classifier", "last_linear", "_fc", "logits", "projection_head")
 
 
 def family(specs: Mapping[str, TensorSpec]) -> str | None:
@@ -43,12 +42,6 @@ def family(specs: Mapping[str, TensorSpec]) -> str | None:
             patch = f", patches of {shape[-1]}" if "ViT" in title or "CLIP" in title else ""
             return f"{title}, {shape[0]} wide{patch}" if len(shape) == 4 else title
     return None
-
-
-def heads(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Names that look like a classifier's, its matrices first."""
-    found = [name for name in specs if set(name.split(".")[:-1]) & set(HEADS)]
-    return sorted(found, key=lambda name: -len(specs[name].shape))
 
 
 def describe(path: str, source: Checkpoint) -> list[str]:
@@ -66,20 +59,20 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "begin": ", ".join(f"{shown(name)[1:-1]} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
-        "heads": ", ".join(f"{shown(name)[1:-1]} {list(specs[name].shape)}" for name in heads(specs)[:4]),
+        "heads": ", ".join(f"{shown(name)[1:-1]} {list(specs[name].shape)}" for name in head_names(specs)[:4]),
         "tied": ", ".join(f"{shown(name)[1:-1]} = {shown(first)[1:-1]}" for name, first in source.aliases.items()),
     }
     return [*found, *(f"  {title:<8}{text}" for title, text in rows.items() if text)]
 
 
 def inspect(
-    paths: Sequence[str], *, rename: Mapping[str, str] | None = None, norms: bool = False
+    paths: Sequence[str], *, arrangement: Arrangement | None = None, norms: bool = False
 ) -> tuple[list[str], bool]:
     """Describe checkpoints; of several, the first is the base of a merge, and the rest its experts.
 
     Args:
         paths: as ``r2m merge`` takes them.
-        rename: of :func:`r2m.execute.merge_files`.
+        arrangement: of :func:`r2m.execute.merge_files`, of several.
         norms: read them all, for how far each expert moved, and how alike their ways are.
 
     Returns:
@@ -88,24 +81,25 @@ def inspect(
     Raises:
         InvalidInput: one of them cannot be read.
     """
-    sources = [open_checkpoint(path, path).renamed(rename or {}) for path in paths]
+    sources = [open_checkpoint(path, path) for path in paths]
     text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source)]
     if len(paths) == 1:
         return text, True
-    base, experts = sources[0], dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
+    experts = dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
     try:
-        plan = compatibility.plan(base, experts, MergeConfig.weight_average())
+        arranged = arrange(sources[0], experts, MergeConfig.weight_average(), arrangement or Arrangement())
+        plan = compatibility.plan(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
         return [*text, f"cannot be merged: {error}"], False
     roles = Counter(tensor.role for tensor in plan.tensors)
     text.append(
         f"can be merged into {paths[0]}: " + ", ".join(f"{count} as {role}" for role, count in roles.most_common())
     )
-    return [*text, *(_norms(base, experts) if norms else ())], True
+    return [*text, *(_norms(arranged) if norms else ())], True
 
 
-def _norms(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
-    report: dict[str, Any] = analyze(base, dict(experts), MergeConfig.weight_average()).report()
+def _norms(arranged: Arranged) -> list[str]:
+    report: dict[str, Any] = analyze(arranged.base, dict(arranged.experts), arranged.config).report()
     lengths, cosines = report["task_vectors"]["norms"], report["task_vectors"]["cosines"]
     rows = []
     for name, angles in zip(lengths, cosines, strict=True):

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from r2m_kernels import MergeConfig
 
 # Every method can do this; it is about which tensors take part and not about how they are merged.
-_COMMON = frozenset({"extra"})
+_COMMON = frozenset({"extra", "keep", "average"})
 _RANDOMIZED = frozenset({"svd", "power_iterations", "oversampling", "tolerance", "seed"})
-_TRUNCATION = _RANDOMIZED | {"rank", "exclude"}
+_TRUNCATION = _RANDOMIZED | {"rank", "ranks", "exclude"}
 _R2M = frozenset(
     {
         "real_rank",
@@ -32,6 +32,10 @@ _R2M = frozenset(
         "scale_by",
     }
 )
+
+
+# Options whose flag is not their name: those that are given again and again, mostly.
+FLAGS = {"experts": "expert", "ranks": "rank-of", "renames": "rename", "drops": "drop", "head_tensors": "head-tensor"}
 
 
 @dataclass(frozen=True)
@@ -142,4 +146,4 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + FLAGS.get(name, name).replace("_", "-")

@@ -12,9 +12,13 @@
     dtype: bfloat16
     rename:
       module.: ""
+      text_model.: null
+    preset: df40
+    head: mean
 
 Paths are relative to the recipe. ``parameters`` are fields of :class:`r2m_kernels.MergeConfig`, on top of what the
-method is.
+method is. As in mergekit, ``rank`` may be a list of values with filters, globs of names here:
+``[{filter: "*.attn.*", value: 0.2}, {value: 0.1}]``.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from r2m.arrangement import Arrangement
 from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
 from r2m_kernels import MergeConfig, _checks
@@ -43,7 +48,7 @@ class _Expert(_Strict):
     model: str = Field(min_length=1)
     name: str | None = Field(None, pattern="^[^=]+$")
     weight: float | int | None = None
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: dict[str, str | None] = Field(default_factory=dict)
 
 
 class _Recipe(_Strict):
@@ -52,7 +57,10 @@ class _Recipe(_Strict):
     merge_method: str = "r2m"
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: str | None = None
-    rename: dict[str, str] = Field(default_factory=dict)
+    rename: dict[str, str | None] = Field(default_factory=dict)
+    preset: str | None = None
+    head: str | None = None
+    head_tensors: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,7 @@ class Recipe:
         method: a key of :data:`r2m.methods.METHODS`.
         config: the method's configuration with the recipe's parameters and weights.
         dtype: of the output; ``None``: the base's.
-        rename: beginnings of names, in every checkpoint.
-        expert_renames: the same by expert, before those.
+        arrangement: how checkpoints are brought into one layout.
     """
 
     base: str
@@ -74,8 +81,7 @@ class Recipe:
     method: str
     config: MergeConfig
     dtype: str | None
-    rename: dict[str, str]
-    expert_renames: dict[str, dict[str, str]]
+    arrangement: Arrangement
 
 
 def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -115,8 +121,8 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise InvalidInput(f"{what}: parameters: {error}") from None
     experts = name_experts(words)
     renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
-    base = str(directory / recipe.base_model)
-    return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.rename, renames)
+    wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors)
+    return Recipe(str(directory / recipe.base_model), experts, recipe.merge_method, config, recipe.dtype, wanted)
 
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:
@@ -196,5 +202,18 @@ def _word(expert: _Expert, directory: Path) -> str:
 
 
 def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Lists as the configuration has them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    """As the configuration has them: lists as tuples, a rank with filters as pairs."""
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    if isinstance(found.get("rank"), tuple):
+        pairs = [_filtered(one) for one in found.pop("rank")]
+        found["ranks"] = (*found.get("ranks", ()), *(pair for pair in pairs if pair[0] is not None))
+        for rank in [rank for glob, rank in pairs if glob is None][:1]:
+            found["rank"] = rank
+    return found
+
+
+def _filtered(one: Any) -> tuple[str | None, Any]:
+    """A rank and the names it is for; without a filter those that no other is for."""
+    if not isinstance(one, dict) or not {"value"} <= one.keys() <= {"filter", "value"}:
+        raise InvalidInput(f"rank: expected a value with or without a filter, got {shown(str(one))}")
+    return one.get("filter"), one["value"]

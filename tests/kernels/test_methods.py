@@ -250,3 +250,75 @@ def test_a_restored_core_is_longer_by_half_of_what_averaging_lost():
     assert 1.2 < expected < 1.4  # three nearly orthogonal task vectors: the fourth root of three
     for name in ("encoder.weight", "encoder.bias"):
         assert torch.allclose(restored[name] - base[name], expected * (core[name] - base[name]), atol=1e-12)
+
+
+def test_kept_tensors_stay_the_bases_and_need_not_be_there():
+    base, experts = checkpoints(3)
+    del experts[1]["tall.weight"]
+    experts[2]["conv.weight"] = experts[2]["conv.weight"][:, :2]
+    merged = merge(base, experts, keep=("tall.*", "conv.*"))
+    for name in ("tall.weight", "conv.weight"):
+        assert torch.equal(merged[name], base[name])
+        assert merged[name].data_ptr() != base[name].data_ptr()
+    with pytest.raises(InvalidInput, match=r"missing: 'tall.weight'"):
+        merge(base, experts, keep=("conv.*",))
+    # They take no part in the subspace either.
+    rest = [
+        {name: tensor for name, tensor in state.items() if name not in ("tall.weight", "conv.weight")}
+        for state in experts
+    ]
+    alone = merge({name: base[name] for name in rest[0]}, rest)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in alone.items())
+
+
+def test_averaged_tensors_are_the_plain_mean():
+    base, experts = checkpoints(3, scales=[1.0, 2.0, 0.5])
+    merged = merge(base, experts, average=("tall.*", "encoder.bias"), weights=(1, 1, 2))
+    for name in ("tall.weight", "encoder.bias"):
+        mean = sum(weight * expert[name].double() for weight, expert in zip((1, 1, 2), experts, strict=True)) / 4
+        assert torch.equal(merged[name], mean.float())
+    assert not torch.equal(merged["conv.weight"], merge(base, experts, weights=(1, 1, 2))["conv.weight"])
+
+
+def test_a_rank_for_some_names_is_that_rank_for_them_alone():
+    base, experts = checkpoints(3)
+    # Without what joins the tensors each is merged as if it were alone.
+    single = MergeConfig.r2m_truncated(0.1, norm_match=False, eta=1.0, eta_mode="constant", real_rank=None)
+    config = single.replace(ranks=(("conv*", 5), ("conv.*", 1), ("tall.*", 1.0)))
+    merged = merge(base, experts, config)
+    expected = {"encoder.weight": 0.1, "conv.weight": 5, "conv1d.weight": 5, "tall.weight": 1.0}
+    for name, rank in expected.items():
+        assert torch.equal(merged[name], merge(base, experts, single.replace(rank=rank))[name]), name
+    analysis = analyze(base, experts, config)
+    assert {row["name"]: row["rank"] for row in analysis.per_tensor if row["role"] == "matrix"} | {
+        "class_token": 1
+    } == {
+        "encoder.weight": 7,
+        "conv.weight": 5,
+        "conv1d.weight": 5,
+        "tall.weight": 41,
+        "class_token": 1,
+    }
+    smaller = analysis.merge(ranks=(("conv*", 3),))
+    again = analyze(base, experts, single.replace(ranks=(("conv*", 3),), svd="exact")).merge()
+    assert distance(smaller, again) <= 0.02 * distance(base, again)
+    with pytest.raises(
+        InvalidInput, match=r"rank: tensor 'conv.weight' was analyzed at rank 5 and cannot be merged at 6"
+    ):
+        analysis.merge(ranks=(("conv.*", 6),))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sentence"),
+    [
+        ("conv=3", "ranks: expected pairs of a name pattern and a rank, such as"),
+        ([("conv", 3, 4)], r"got \('conv', 3, 4\)"),
+        ([(3, 3)], r"got \(3, 3\)"),
+        ([("conv", 0)], "rank: expected a ratio in"),
+    ],
+)
+def test_ranks_that_are_none(ranks, sentence):
+    with pytest.raises(InvalidInput, match=sentence):
+        MergeConfig.r2m(ranks=ranks)
+    with pytest.raises(InvalidInput, match="ranks: spectrum='rescale' has a share of the nuclear norm, expected none"):
+        MergeConfig.star().replace(ranks=[("a", 3)])

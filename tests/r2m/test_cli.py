@@ -18,8 +18,9 @@ import pytest
 import r2m.execute
 import torch
 from r2m import cli
+from r2m.arrangement import Arrangement
 from r2m.execute import OUTPUT_DTYPES
-from r2m.methods import METHODS, make_config
+from r2m.methods import FLAGS, METHODS, make_config
 from safetensors.torch import load_file, save_file
 
 import r2m_kernels
@@ -128,7 +129,7 @@ def test_options_left_out_leave_the_defaults(configuration: Callable[..., dict[s
         "overwrite": False,
         "resume": False,
         "memory_budget": None,
-        "rename": {},
+        "arrangement": Arrangement(),
     }
 
 
@@ -218,7 +219,7 @@ def test_every_field_of_the_configuration_is_an_option_of_r2m() -> None:
 
 def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None:
     for name, value in MergeConfig().to_dict().items():
-        if name in (OTHERS | {"exclude"}) - {"density"}:
+        if name in (OTHERS | {"exclude", "keep", "average", "ranks"}) - {"density"}:
             continue
         text = OPTIONS["scale_by" if name == "scale" else name].help
         if isinstance(value, bool):
@@ -252,7 +253,7 @@ def test_an_option_that_a_method_does_not_use_is_refused(method: str) -> None:
         if name in METHODS[method].options:
             make_config(method, {name: values[name]})
         else:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + FLAGS.get(name, name).replace("_", "-")
             with pytest.raises(InvalidInput, match=f"^{flag}: not used by the method '{method}', which uses --"):
                 make_config(method, {name: values[name]})
 
@@ -374,7 +375,8 @@ BAD_INPUT = {
     ),
     "unused option": (
         FILES.format("fs.safetensors") + " --method weight_average --eta 1",
-        "--eta: not used by the method 'weight_average', which uses --core-scale, --extra, --scale-by",
+        "--eta: not used by the method 'weight_average', which uses --average, --core-scale, --extra, --keep, "
+        "--scale-by",
     ),
     "size": (
         FILES.format("fs.safetensors") + " --max-shard-size 5XB",

@@ -5,7 +5,6 @@ Mapping the files would be simpler, but mapped pages count as resident memory. N
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,32 +90,6 @@ class Checkpoint:
             _, _, size, mtime_ns = file.identity
             found.append({"file": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns, "header": file.header})
         return found
-
-    def renamed(self, rules: Mapping[str, str]) -> Checkpoint:
-        """The same tensors under other names.
-
-        Args:
-            rules: what a name begins with → what it begins with instead; the first rule that fits a name counts.
-
-        Raises:
-            InvalidInput: two tensors get one name.
-        """
-        names: dict[str, str] = {}
-        for name in self.specs:
-            old = next((prefix for prefix in rules if name.startswith(prefix)), None)
-            names[name] = name if old is None else rules[old] + name[len(old) :]
-        taken: dict[str, str] = {}
-        for name, new in names.items():
-            if new in taken:
-                raise InvalidInput(
-                    f"{self.label}: renamed, {shown(taken[new])} and {shown(name)} are both {shown(new)}"
-                )
-            taken[new] = name
-        other = copy.copy(self)
-        other.specs = {names[name]: spec for name, spec in self.specs.items()}
-        other.aliases = {names[name]: names[first] for name, first in self.aliases.items()}
-        other._places = {names[name]: place for name, place in self._places.items()}
-        return other
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own.

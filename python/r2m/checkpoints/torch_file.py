@@ -104,8 +104,8 @@ def _refuse(what: str, reason: str) -> NoReturn:
 
 def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
     """The mapping of names to tensors: the whole, or what is under one of the wrappers' keys."""
-    if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
-        for key in WRAPPERS:
+    if isinstance(loaded, Mapping):
+        for key in WRAPPERS:  # tensors beside them are the training's, such as the centre of SVDD
             inner = loaded.get(key)
             if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
                 loaded = inner

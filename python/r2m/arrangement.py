@@ -1,0 +1,224 @@
+"""How checkpoints are brought into one layout before they are merged: names, Effort's factors, buffers, the head."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from r2m.checkpoints.files import Checkpoint
+from r2m.checkpoints.view import Part, View, folded, zeros
+from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Preset, Rules
+from r2m_kernels import MergeConfig, _checks, compatibility
+from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.tensors import TensorSpec
+
+# How classifiers' names begin or go on.
+HEADS = ("head", "fc", "classifier", "last_linear", "_fc", "logits", "projection_head")
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What is asked for.
+
+    Attributes:
+        preset: a key of :data:`r2m.presets.PRESETS`.
+        rename: beginnings of names in every checkpoint, before the preset's.
+        expert_renames: the same by expert, before those.
+        head: ``"mean"`` of the experts', ``"base"``, or ``"expert:NAME"``; None: merged like everything else.
+        head_tensors: globs of the head's names; empty: names that look like a classifier's.
+    """
+
+    preset: str | None = None
+    rename: Rules = field(default_factory=dict)
+    expert_renames: Mapping[str, Rules] = field(default_factory=dict)
+    head: str | None = None
+    head_tensors: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """What is merged.
+
+    Attributes:
+        base, experts: in one layout, unless they do not fit at all.
+        config: with what the arrangement asks of the merge.
+        head: names of the tensors that ``head`` was about.
+        folded: names of the weights that are sums of factors.
+    """
+
+    base: View
+    experts: dict[str, View]
+    config: MergeConfig
+    head: list[str]
+    folded: list[str]
+
+
+def arrange(base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeConfig, wanted: Arrangement) -> Arranged:
+    """Bring checkpoints into one layout.
+
+    Raises:
+        InvalidInput: an unknown preset, names that collide, no such head; or they do not fit, and a preset would help.
+    """
+    if wanted.preset is not None:
+        _checks.choice("preset", wanted.preset, tuple(PRESETS))
+    found = _arranged(base, experts, config, wanted)
+    if wanted.preset is None:
+        _suggest_preset(base, experts, config, wanted, found)
+    return found
+
+
+def head_names(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Names that look like a classifier's, its matrices first."""
+    found = [name for name in specs if set(name.split(".")[:-1]) & set(HEADS)]
+    return sorted(found, key=lambda name: -len(specs[name].shape))
+
+
+def literal(name: str) -> str:
+    """A glob that fits this name alone."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _arranged(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeConfig, wanted: Arrangement
+) -> Arranged:
+    preset = PRESETS[wanted.preset] if wanted.preset is not None else Preset("as they are")
+    ground = _renamed(base, wanted.rename, preset)
+    views = {
+        name: _renamed(source, {**wanted.expert_renames.get(name, {}), **wanted.rename}, preset)
+        for name, source in experts.items()
+    }
+    weights: list[str] = []
+    if preset.factored:
+        ground, views, config, weights = _unfactored(ground, views, config)
+    if preset.experts_layout and config.extra == "error":
+        config = config.replace(extra="average")
+    if preset.experts_layout and views:
+        ground = _with_buffers_of(ground, list(views.values()))
+    head: list[str] = []
+    if wanted.head is not None:
+        ground, config, head = _with_head(ground, views, config, wanted.head, wanted.head_tensors)
+    return Arranged(ground, views, config, head, weights)
+
+
+def _renamed(source: Checkpoint, rules: Rules, preset: Preset) -> View:
+    view = View.of(source).renamed(rules)
+    for step in preset.steps:
+        view = view.renamed(step)
+    return view
+
+
+def _with_buffers_of(base: View, experts: Sequence[View]) -> View:
+    """Integer buffers as the experts have them: there if all do, as the first has them; gone if none does."""
+    first, *others = experts
+    gone = [
+        name
+        for name, spec in base.specs.items()
+        if not spec.dtype.is_floating_point and not any(name in expert.specs for expert in experts)
+    ]
+    new = {
+        name: part
+        for name, part in first.parts.items()
+        if name not in base.specs
+        and not part.spec.dtype.is_floating_point
+        and all(expert.specs.get(name) == part.spec for expert in others)
+    }
+    return base.without(gone).having(new)
+
+
+def _unfactored(
+    base: View, experts: Mapping[str, View], config: MergeConfig
+) -> tuple[View, dict[str, View], MergeConfig, list[str]]:
+    """Effort's W + U diag(S) V as one weight in everyone, and the output's factors such that they add nothing.
+
+    The output has the first expert's U and V and S = 0, so that it loads into the detector it came from and computes
+    with the merged weight alone.
+    """
+    beginnings = sorted(
+        {name[: -len(MAIN)] for view in experts.values() for name in view.parts if name.rpartition(".")[2] == MAIN}
+    )
+    if not beginnings:
+        raise InvalidInput(f"preset effort: no expert has a tensor that ends in .{MAIN}")
+    views = {name: _folded(view, beginnings) for name, view in experts.items()}
+    ground = _folded(base, beginnings).renamed({start + PLAIN: start + MAIN for start in beginnings})
+    first = next(iter(experts.values()))
+    rest: dict[str, Part] = {}
+    for start in beginnings:
+        for ending in (*FACTORS, *FROZEN):
+            part = first.parts.get(start + ending)
+            if part is not None:
+                rest[start + ending] = zeros(part.spec) if ending == "S_residual" else part
+    kept = tuple(dict.fromkeys((*config.keep, *(f"*.{ending}" for ending in (*FACTORS, *FROZEN)))))
+    return ground.having(rest), views, config.replace(keep=kept), [start + MAIN for start in beginnings]
+
+
+def _folded(view: View, beginnings: Iterable[str]) -> View:
+    whole: dict[str, Part] = {}
+    gone: list[str] = []
+    for start in beginnings:
+        names = [start + MAIN, *(start + ending for ending in FACTORS)]
+        there = [name for name in names if name in view.parts]
+        if len(there) == len(names):
+            main, left, singular, right = (view.parts[name] for name in names)
+            shapes = [view.specs[name].shape for name in names]
+            (m, n), r = (shapes[0], shapes[2][0]) if list(map(len, shapes)) == [2, 2, 1, 2] else ((0, 0), 0)
+            if shapes[1:] != [(m, r), (r,), (r, n)]:
+                raise InvalidInput(
+                    f"{view.label}: {shown(names[0])}: expected factors of shapes (m, r), (r,) and (r, n) beside its "
+                    f"(m, n), got {', '.join(map(str, shapes[1:]))} beside {shapes[0]}"
+                )
+            whole[start + MAIN] = folded(main, left, singular, right)
+        elif there and there != [names[0]]:
+            missing = next(name for name in names if name not in there)
+            raise InvalidInput(f"{view.label}: has {shown(there[0])} and lacks {shown(missing)}")
+        gone += [start + ending for ending in (*FACTORS, *FROZEN)]
+    return view.having(whole).without(gone)
+
+
+def _with_head(
+    base: View, experts: Mapping[str, View], config: MergeConfig, wanted: str, globs: Sequence[str]
+) -> tuple[View, MergeConfig, list[str]]:
+    kind, _, chosen = wanted.partition(":")
+    if kind not in ("mean", "base", "expert") or bool(chosen) != (kind == "expert"):
+        raise InvalidInput(f"head: expected mean, base or expert:NAME, got {shown(wanted)}")
+    if kind == "expert" and chosen not in experts:
+        near = _checks.did_you_mean(chosen, experts)
+        raise InvalidInput(f"head: no expert is called {shown(chosen)}{near}")
+    whose = base if kind == "base" else experts[chosen] if chosen else next(iter(experts.values()))
+    names = [name for name in whose.specs if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
+    names = names if globs else head_names(whose.specs)
+    names = [name for name in names if whose.specs[name].dtype.is_floating_point]
+    if not names:
+        meant = f"fits {', '.join(map(shown, globs))}" if globs else "looks like a classifier; name it (head_tensors)"
+        raise InvalidInput(f"head: no tensor of {whose.label} {meant}")
+    exact = tuple(literal(name) for name in names)
+    if kind == "mean":
+        lacking = [name for name in names if name not in base.specs]
+        if lacking and config.extra == "error":
+            config = config.replace(extra="average")
+        return base, config.replace(average=tuple(dict.fromkeys((*config.average, *exact)))), names
+    ground = base if kind == "base" else base.having({name: whose.parts[name] for name in names})
+    return ground, config.replace(keep=tuple(dict.fromkeys((*config.keep, *exact)))), names
+
+
+def _suggest_preset(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeConfig, wanted: Arrangement, found: Arranged
+) -> None:
+    """Add to the message of checkpoints that do not fit which preset would make them; silent where they fit."""
+    try:
+        compatibility.plan(found.base, found.experts, found.config)
+    except InvalidInput as error:
+        sources = (base, *experts.values())
+        for name, preset in PRESETS.items():
+            beginnings = tuple(old for step in preset.steps for old in step)
+            if not any(known.startswith(beginnings) for source in sources for known in source.specs):
+                continue
+            other = Arrangement(name, wanted.rename, wanted.expert_renames, wanted.head, wanted.head_tensors)
+            try:
+                fitting = _arranged(base, experts, config, other)
+                compatibility.plan(fitting.base, fitting.experts, fitting.config)
+            except InvalidInput:
+                continue
+            raise InvalidInput(f"{error}\nWith --preset {name} they fit ({preset.title}).") from None
+        raise

@@ -1,0 +1,156 @@
+"""Checkpoints as a merge sees them: under other names, without some tensors, with some that are worked out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from r2m.checkpoints.files import Checkpoint
+from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.tensors import TensorSpec
+
+
+class Part(Protocol):
+    """A tensor of a view."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its shape and dtype."""
+        ...
+
+    def read(self) -> Tensor:
+        """The whole."""
+        ...
+
+    def read_elements(self, start: int, stop: int) -> Tensor:
+        """A run of the flattened tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a checkpoint has it."""
+
+    source: Checkpoint
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """See the protocol."""
+        return self.source.specs[self.name]
+
+    def read(self) -> Tensor:
+        """See the protocol."""
+        return self.source.read(self.name)
+
+    def read_elements(self, start: int, stop: int) -> Tensor:
+        """See the protocol."""
+        return self.source.read_elements(self.name, start, stop)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is worked out, whole, whenever it is read."""
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
+
+    def read_elements(self, start: int, stop: int) -> Tensor:
+        """See the protocol."""
+        return self.read().reshape(-1)[start:stop]
+
+
+def folded(main: Part, left: Part, singular: Part, right: Part) -> Made:
+    """W + U diag(s) V, in float32 or wider, in W's dtype: (m, n), (m, r), (r,) and (r, n)."""
+
+    def read() -> Tensor:
+        whole = main.read()
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        change = (left.read().to(wide) * singular.read().to(wide)) @ right.read().to(wide)
+        return (whole.to(wide) + change).to(whole.dtype)
+
+    return Made(main.spec, read)
+
+
+def zeros(spec: TensorSpec) -> Made:
+    """All zero."""
+    return Made(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
+
+
+def constant(tensor: Tensor) -> Made:
+    """A tensor in memory."""
+    return Made(TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.clone)
+
+
+class View:
+    """Parts by name, as a :class:`r2m_kernels.tensors.PartialSource`. Its methods give other views.
+
+    Attributes:
+        label: how error messages name the checkpoint.
+        source: whose files it shows.
+        parts: name → tensor, in order.
+        aliases: name → the earlier name of the same stored tensor.
+    """
+
+    def __init__(self, source: Checkpoint, parts: Mapping[str, Part], aliases: Mapping[str, str]) -> None:
+        self.label, self.source = source.label, source
+        self.parts = dict(parts)
+        self.aliases = {name: first for name, first in aliases.items() if name in parts and first in parts}
+        self.specs = {name: part.spec for name, part in parts.items()}
+        self.files, self.fingerprints = source.files, source.fingerprints
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> View:
+        """A checkpoint as it is."""
+        return cls(source, {name: Stored(source, name) for name in source.specs}, source.aliases)
+
+    def read(self, name: str) -> Tensor:
+        """See the protocol."""
+        return self.parts[name].read()
+
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """See the protocol."""
+        return self.parts[name].read_elements(start, stop)
+
+    def renamed(self, rules: Mapping[str, str | None]) -> View:
+        """The same tensors under other names.
+
+        Args:
+            rules: what a name begins with → what it begins with instead, or None: the tensor is left out. The first
+                rule that fits a name counts.
+
+        Raises:
+            InvalidInput: two tensors get one name.
+        """
+        names: dict[str, str] = {}
+        taken: dict[str, str] = {}
+        for name in self.parts:
+            old = next((prefix for prefix in rules if name.startswith(prefix)), None)
+            beginning = None if old is None else rules[old]
+            if old is not None and beginning is None:
+                continue
+            new = name if old is None or beginning is None else beginning + name[len(old) :]
+            if new in taken:
+                raise InvalidInput(
+                    f"{self.label}: renamed, {shown(taken[new])} and {shown(name)} are both {shown(new)}"
+                )
+            names[name], taken[new] = new, name
+        return View(
+            self.source,
+            {new: self.parts[name] for name, new in names.items()},
+            {names[name]: names[first] for name, first in self.aliases.items() if name in names and first in names},
+        )
+
+    def without(self, names: Iterable[str]) -> View:
+        """The others."""
+        gone = set(names)
+        return View(self.source, {name: part for name, part in self.parts.items() if name not in gone}, self.aliases)
+
+    def having(self, parts: Mapping[str, Part]) -> View:
+        """With parts replaced where they are, others at the end. They are tied to nothing."""
+        aliases = {name: first for name, first in self.aliases.items() if not {name, first} & parts.keys()}
+        return View(self.source, {**self.parts, **parts}, aliases)

@@ -1,0 +1,280 @@
+"""Checkpoints with the names that detectors really have: one layout, one head, weights that are sums of factors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from r2m.arrangement import head_names, literal
+from r2m.presets import PRESETS
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from r2m_kernels import merge
+
+if TYPE_CHECKING:
+    from conftest import Result
+
+Command = Callable[..., "Result"]
+State = dict[str, Tensor]
+WIDTH = 12
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tower(seed: int, beginning: str) -> State:
+    """A CLIP vision tower as transformers names it, of two layers."""
+    layers = {
+        f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}": normal(seed + 10 * layer + i, *shape)
+        for layer in (0, 1)
+        for i, part in enumerate("qkv")
+        for kind, shape in (("weight", (WIDTH, WIDTH)), ("bias", (WIDTH,)))
+    }
+    first = {"embeddings.patch_embedding.weight": normal(seed + 90, WIDTH, 3, 2, 2), **layers}
+    return {beginning + name: tensor for name, tensor in first.items()}
+
+
+def base_model() -> State:
+    """The whole CLIP of transformers: vision and text, and no head."""
+    return {
+        **tower(0, "vision_model."),
+        "text_model.encoder.layers.0.weight": normal(7, 5, 5),
+        "text_projection.weight": normal(8, 3, 5),
+        "visual_projection.weight": normal(9, 3, WIDTH),
+        "logit_scale": torch.tensor(4.6),
+    }
+
+
+def detector(seed: int, beginning: str = "backbone.", head: str = "head.") -> State:
+    """A detector fine-tuned from it, with the head and the integer buffer that the base lacks."""
+    base, noise = tower(0, beginning), tower(100 * seed, beginning)
+    return {
+        beginning + "embeddings.position_ids": torch.arange(5).reshape(1, 5),
+        **{name: tensor + 0.1 * noise[name] for name, tensor in base.items()},
+        head + "weight": normal(seed + 50, 2, WIDTH),
+        head + "bias": normal(seed + 60, 2),
+    }
+
+
+@pytest.fixture
+def files() -> list[str]:
+    """Arguments: a base and three experts, wrapped and named in the ways that occur."""
+    save_file(base_model(), "clip.safetensors")
+    torch.save(detector(1), "fs.pth")
+    torch.save({"state_dict": detector(2, "module.backbone.", "module.head."), "epoch": 3}, "fr.pth")
+    svdd = {"R": torch.tensor(1.0), "c": torch.zeros(4), "state_dict": detector(3, "base_model.", "classifier.")}
+    torch.save(svdd, "efs.pth")
+    experts = [word for name in ("fs", "fr", "efs") for word in ("--expert", f"{name}={name}.pth")]
+    return ["--base", "clip.safetensors", *experts]
+
+
+def by_hand(**options: Any) -> State:
+    """The merge of the same tensors under one set of names."""
+    return merge(tower(0, "backbone."), [detector(seed) for seed in (1, 2, 3)], extra="average", **options)
+
+
+def test_df40s_names_are_brought_into_one_layout(files: list[str], command: Command) -> None:
+    result = command("merge", *files, "--out", "merged", "--preset", "df40")
+    assert result.code == 0
+    merged = load_file("merged/model.safetensors")
+    assert (
+        merged.keys() == detector(1).keys()
+    )  # loads strict=True where the experts did, position_ids and head included
+    for name, tensor in by_hand().items():
+        assert torch.equal(merged[name], tensor), name
+    assert torch.equal(merged["backbone.embeddings.position_ids"], torch.arange(5).reshape(1, 5))
+
+
+def test_files_that_do_not_fit_say_which_preset_would_help(files: list[str], command: Command) -> None:
+    result = command("merge", *files, "--out", "merged")
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("With --preset df40 they fit (CLIP detectors of DF40")
+    assert not Path("merged").exists()
+    result = command("inspect", files[1], "fs.pth", "fr.pth")
+    assert result.code == 1
+    assert "With --preset df40 they fit" in result.out
+    assert command("inspect", files[1], "fs.pth", "fr.pth", "--preset", "df40").code == 0
+
+
+def test_a_recipe_says_the_same_and_repeats_the_merge(files: list[str], command: Command) -> None:
+    assert command("merge", *files, "--out", "merged", "--preset", "df40", "--head", "expert:fr").code == 0
+    assert command("merge", "merged/r2m_config.yaml", "--out", "again").code == 0
+    assert Path("merged/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_a_buffer_that_no_expert_has_is_left_out(files: list[str], command: Command) -> None:
+    save_file(base_model() | {"vision_model.embeddings.position_ids": torch.arange(3)}, "clip.safetensors")
+    for seed, name in enumerate(("fs", "fr", "efs"), start=1):
+        state = detector(seed)
+        del state["backbone.embeddings.position_ids"]
+        torch.save(state, f"{name}.pth")
+    assert command("merge", *files, "--out", "merged", "--preset", "df40").code == 0
+    assert "backbone.embeddings.position_ids" not in load_file("merged/model.safetensors")
+
+
+@pytest.mark.parametrize("rule", ["mean", "expert:fr", "base"])
+def test_the_head_is_what_was_asked_for(rule: str, files: list[str], command: Command) -> None:
+    base = {**tower(0, "backbone."), "head.weight": normal(70, 2, WIDTH), "head.bias": normal(71, 2)}
+    save_file(base, "clip.safetensors")
+    for seed, name in enumerate(("fs", "fr", "efs"), start=1):
+        torch.save(detector(seed), f"{name}.pth")
+    assert command("merge", *files, "--out", "merged", "--head", rule).code == 0
+    merged = load_file("merged/model.safetensors")
+    heads = [detector(seed)["head.weight"] for seed in (1, 2, 3)]
+    mean = torch.stack(heads).double().mean(0).float()
+    expected = {"mean": mean, "expert:fr": heads[1], "base": base["head.weight"]}[rule]
+    assert torch.allclose(merged["head.weight"], expected, rtol=1e-6, atol=1e-7 if rule == "mean" else 0)
+    if rule != "mean":
+        assert torch.equal(merged["head.weight"], expected)
+    report = json.loads(Path("merged/r2m_report.json").read_text())
+    assert report["arrangement"]["head"] == {"rule": rule, "tensors": ["head.weight", "head.bias"]}
+    # The head does not enter the arithmetic of the rest.
+    assert torch.equal(
+        merged["backbone.encoder.layers.0.self_attn.q_proj.weight"],
+        by_hand()["backbone.encoder.layers.0.self_attn.q_proj.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--head median", "head: expected mean, base or expert:NAME, got 'median'"),
+        ("--head expert:", "head: expected mean, base or expert:NAME, got 'expert:'"),
+        ("--head mean:fs", "head: expected mean, base or expert:NAME, got 'mean:fs'"),
+        ("--head expert:ef", "head: no expert is called 'ef'; did you mean 'efs'?"),
+        ("--head base", "head: no tensor of base (clip.safetensors) looks like a classifier; name it (head_tensors)"),
+        ("--head mean --head-tensor top.*", "head: no tensor of expert 'fs' (fs.pth) fits 'top.*'"),
+        ("--preset effort", "preset effort: no expert has a tensor that ends in .weight_main"),
+    ],
+)
+def test_a_head_that_is_not_there_is_refused(options: str, sentence: str, files: list[str], command: Command) -> None:
+    preset = () if "--preset" in options else ("--preset", "df40")
+    result = command("merge", *files, "--out", "merged", *preset, *options.split())
+    assert (result.code, result.err) == (2, f"Error: {sentence}\n")
+    assert not Path("merged.partial").exists()
+
+
+def test_named_head_tensors_alone_are_the_head(files: list[str], command: Command) -> None:
+    options = ("--preset", "df40", "--head", "expert:efs", "--head-tensor", "head.bias")
+    assert command("merge", *files, "--out", "merged", *options).code == 0
+    merged = load_file("merged/model.safetensors")
+    assert torch.equal(merged["head.bias"], detector(3)["head.bias"])
+    assert torch.equal(merged["head.weight"], by_hand()["head.weight"])
+
+
+def effort(seed: int) -> State:
+    """A detector whose weights are W_main + U diag(S) V, and what Effort keeps beside them."""
+    state: State = {}
+    for name, tensor in detector(seed).items():
+        if not name.endswith("_proj.weight"):
+            state[name] = tensor
+            continue
+        start = name.removesuffix("weight")
+        state[start + "weight_main"] = tensor
+        for number, ending in enumerate(("U_residual", "S_residual", "V_residual", "U_r", "S_r", "V_r")):
+            shape = ((WIDTH, 1), (1,), (1, WIDTH), (WIDTH, WIDTH - 1), (WIDTH - 1,), (WIDTH - 1, WIDTH))[number]
+            state[start + ending] = normal(seed * 1000 + number, *shape)
+    return state
+
+
+def forward_weight(state: State, start: str) -> Tensor:
+    """The weight that an Effort layer computes with."""
+    change = (state[start + "U_residual"] * state[start + "S_residual"]) @ state[start + "V_residual"]
+    return state[start + "weight_main"] + change
+
+
+def test_efforts_factors_are_folded_and_written_back_loadable(files: list[str], command: Command) -> None:
+    for seed, name in enumerate(("fs", "fr", "efs"), start=1):
+        torch.save(effort(seed), f"{name}.pth")
+    assert command("merge", *files, "--out", "merged", "--preset", "effort").code == 0
+    merged = load_file("merged/model.safetensors")
+    assert merged.keys() == effort(1).keys()
+    assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in effort(1).items()}
+    plain = []
+    for seed in (1, 2, 3):
+        state = effort(seed)
+        starts = [name.removesuffix("weight_main") for name in state if name.endswith("weight_main")]
+        whole = {start + "weight": forward_weight(state, start) for start in starts}
+        rest = {
+            name: t for name, t in state.items() if not any(name.startswith(s) and name != s + "bias" for s in starts)
+        }
+        plain.append({**rest, **whole})
+    expected = merge(tower(0, "backbone."), plain, extra="average")
+    for start in starts:
+        assert merged[start + "S_residual"].eq(0).all()
+        assert torch.allclose(forward_weight(merged, start), expected[start + "weight"], rtol=1e-6, atol=1e-6)
+    report = json.loads(Path("merged/r2m_report.json").read_text())
+    assert report["arrangement"]["folded"] == sorted(start + "weight_main" for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda state, start: state.pop(start + "V_residual"), "q_proj.weight_main' and lacks"),
+        (
+            lambda state, start: state.update({start + "V_residual": torch.zeros(2, WIDTH)}),
+            "expected factors of shapes (m, r), (r,) and (r, n) beside its (m, n), got (12, 1), (1,), (2, 12) beside "
+            "(12, 12)",
+        ),
+        (lambda state, start: state.update({start + "S_residual": torch.tensor(1.0)}), "got (12, 1), (), (1, 12)"),
+    ],
+)
+def test_factors_that_do_not_go_together(edit: Any, sentence: str, files: list[str], command: Command) -> None:
+    for seed, name in enumerate(("fs", "fr", "efs"), start=1):
+        torch.save(effort(seed), f"{name}.pth")
+    state = effort(2)
+    edit(state, "backbone.encoder.layers.0.self_attn.q_proj.")
+    torch.save(state, "fr.pth")
+    result = command("merge", *files, "--out", "merged", "--preset", "effort")
+    assert result.code == 2
+    assert sentence in result.err
+    assert result.err.startswith("Error: expert 'fr' (fr.pth): ")
+
+
+def test_tensors_are_left_out_by_the_beginning_of_their_names(command: Command) -> None:
+    save_file(base_model(), "clip.safetensors")
+    noisy = {name: tensor + 0.1 * normal(1, *tensor.shape) for name, tensor in base_model().items()}
+    save_file(noisy, "fs.safetensors")
+    arguments = ("merge", "--base", "clip.safetensors", "--expert", "fs.safetensors", "--out", "merged")
+    assert command(*arguments, "--drop", "text_", "--rename", "vision_model.=backbone.").code == 0
+    kept = {*tower(0, "backbone."), "visual_projection.weight", "logit_scale"}
+    assert load_file("merged/model.safetensors").keys() == kept
+    assert command("merge", "merged/r2m_config.yaml", "--out", "again").code == 0
+    assert Path("merged/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_a_head_by_its_name() -> None:
+    names = ["backbone.fc1.weight", "head.bias", "head.weight", "model.classifier.1.weight", "header.weight"]
+    specs = {name: detector(1)["head.bias" if name.endswith("bias") else "head.weight"] for name in names}
+    found = head_names({name: _Spec(tuple(tensor.shape)) for name, tensor in specs.items()})  # type: ignore[misc]
+    assert found == ["head.weight", "model.classifier.1.weight", "head.bias"]
+
+
+class _Spec:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+
+def test_a_literal_glob_fits_its_name_alone() -> None:
+    import fnmatch
+
+    for name in ("a[0].*", "plain.weight", "what?", "[x]"):
+        assert fnmatch.fnmatchcase(name, literal(name))
+        assert not fnmatch.fnmatchcase(name + "x", literal(name))
+    assert not fnmatch.fnmatchcase("a0.b", literal("a[0].*"))
+
+
+def test_presets_are_described() -> None:
+    assert all(preset.title and preset.steps for preset in PRESETS.values())
