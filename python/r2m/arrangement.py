@@ -84,11 +84,8 @@ def _arranged(
     base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeConfig, wanted: Arrangement
 ) -> Arranged:
     preset = PRESETS[wanted.preset] if wanted.preset is not None else Preset("as they are")
-    ground = _renamed(base, wanted.rename, preset)
-    views = {
-        name: _renamed(source, {**wanted.expert_renames.get(name, {}), **wanted.rename}, preset)
-        for name, source in experts.items()
-    }
+    ground = renamed(base, wanted)
+    views = {name: renamed(source, wanted, wanted.expert_renames.get(name, {})) for name, source in experts.items()}
     weights: list[str] = []
     if preset.factored:
         ground, views, config, weights = _unfactored(ground, views, config)
@@ -102,11 +99,21 @@ def _arranged(
     return Arranged(ground, views, config, head, weights)
 
 
-def _renamed(source: Checkpoint, rules: Rules, preset: Preset) -> View:
-    view = View.of(source).renamed(rules)
-    for step in preset.steps:
+def renamed(source: Checkpoint, wanted: Arrangement, own: Rules | None = None) -> View:
+    """A checkpoint under the names that are asked for; ``own`` rules come before those for all."""
+    view = View.of(source).renamed({**(own or {}), **wanted.rename})
+    for step in PRESETS[wanted.preset].steps if wanted.preset is not None else ():
         view = view.renamed(step)
     return view
+
+
+def plain(source: Checkpoint, wanted: Arrangement) -> View:
+    """A checkpoint under the names that are asked for, its factors folded into ordinary weights."""
+    view = renamed(source, wanted)
+    if wanted.preset is None or not PRESETS[wanted.preset].factored:
+        return view
+    beginnings = _beginnings([view])
+    return _folded(view, beginnings).renamed({start + MAIN: start + PLAIN for start in beginnings})
 
 
 def _with_buffers_of(base: View, experts: Sequence[View]) -> View:
@@ -135,9 +142,7 @@ def _unfactored(
     The output has the first expert's U and V and S = 0, so that it loads into the detector it came from and computes
     with the merged weight alone.
     """
-    beginnings = sorted(
-        {name[: -len(MAIN)] for view in experts.values() for name in view.parts if name.rpartition(".")[2] == MAIN}
-    )
+    beginnings = _beginnings(experts.values())
     if not beginnings:
         raise InvalidInput(f"preset effort: no expert has a tensor that ends in .{MAIN}")
     views = {name: _folded(view, beginnings) for name, view in experts.items()}
@@ -151,6 +156,11 @@ def _unfactored(
                 rest[start + ending] = zeros(part.spec) if ending == "S_residual" else part
     kept = tuple(dict.fromkeys((*config.keep, *(f"*.{ending}" for ending in (*FACTORS, *FROZEN)))))
     return ground.having(rest), views, config.replace(keep=kept), [start + MAIN for start in beginnings]
+
+
+def _beginnings(views: Iterable[View]) -> list[str]:
+    """What stands before ``weight_main`` in the names of layers whose weight is a sum."""
+    return sorted({name[: -len(MAIN)] for view in views for name in view.parts if name.rpartition(".")[2] == MAIN})
 
 
 def _folded(view: View, beginnings: Iterable[str]) -> View:

@@ -128,6 +128,13 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
 )
 @_option(
     _FILES,
+    "--format",
+    "file_format",
+    type=_choice("safetensors", "pth"),
+    help="Of the output; pth: a state dict of torch.save.  [default: safetensors]",
+)
+@_option(
+    _FILES,
     "--extra",
     type=_choice("error", "average", "drop"),
     help="Tensors that all experts have and the base lacks, such as a head.  [default: error]",
@@ -339,7 +346,8 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     from r2m.methods import make_config
     from r2m.naming import name_experts
 
-    names = ("base", "experts", "out", "method", "device", "backend", "dtype", "max_shard_size", "memory_budget")
+    files = ("base", "experts", "out", "dtype", "file_format", "max_shard_size")
+    names = (*files, "method", "device", "backend", "memory_budget")
     arguments = {name: given[name] for name in names}
     rest = {name: value for name, value in given.items() if name not in names and value not in (None, ())}
     path, changes = rest.pop("recipe", None), rest.pop("changes", ())
@@ -351,6 +359,7 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     if changes:
         raise click.UsageError("--set: changes a recipe, and none is given.")
     arguments["method"] = arguments["method"] or "r2m"
+    arguments["file_format"] = arguments["file_format"] or "safetensors"
     if "rank" in rest:
         rest["rank"] = _read_rank(rest["rank"])
     if "ranks" in rest:
@@ -395,6 +404,7 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
         "method": recipe.method,
         "config": recipe.config,
         "dtype": given["dtype"] or recipe.dtype,
+        "file_format": given["file_format"] or recipe.file_format,
         "arrangement": recipe.arrangement,
     }
 
@@ -443,6 +453,29 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     for line in lines:
         click.echo(line)
     return 0 if fit else 1
+
+
+@r2m.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
+@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
+@click.option("--preset", type=_choice(*PRESETS), help="As of merge.")
+@click.option("--dtype", type=_choice("float32", "bfloat16", "float16", "float64"), help="Of floating-point tensors.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Load a pickled module or a TorchScript archive. This RUNS CODE from the file: only for files you trust.",
+)
+def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pickle: bool, **given: Any) -> None:
+    """Write the checkpoint SOURCE to the file OUT, whose ending says how: .safetensors, or .pth for torch.save."""
+    from r2m.convert import convert as write
+    from r2m.execute import OUTPUT_DTYPES
+
+    wanted = _arrangement({name: value for name, value in given.items() if value not in (None, ())})
+    chosen = OUTPUT_DTYPES[dtype] if dtype else None
+    click.echo(write(source, out, arrangement=wanted, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle))
 
 
 @r2m.command()

@@ -19,8 +19,9 @@ import r2m_kernels
 from r2m import distributed, machine
 from r2m.arrangement import Arranged, Arrangement, arrange
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.layout import parse_size
+from r2m.checkpoints.layout import TORCH_OUTPUT, parse_size
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.writer import SafetensorsSink, write_file
 from r2m.forecast import Forecast, forecast, lines, measured_rates
 from r2m.journal import FileJournal
@@ -40,6 +41,7 @@ from r2m_kernels.team import Alone, Team
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
+FORMATS = ("safetensors", "pth")
 OUTPUT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -63,6 +65,7 @@ class Job:
     device: str | None
     backend: str
     dtype: str | None
+    file_format: str
     shard_bytes: int
     budget: int
     arrangement: Arrangement
@@ -96,6 +99,7 @@ class Job:
             "models": models,
             "parameters": self.config.to_dict(),
             "dtype": self.dtype,
+            **({"format": self.file_format} if self.file_format != "safetensors" else {}),
             **({"rename": dict(wanted.rename)} if wanted.rename else {}),
             **({"preset": wanted.preset} if wanted.preset else {}),
             **({"head": wanted.head} if wanted.head else {}),
@@ -131,6 +135,7 @@ def open_job(
     device: str | None = None,
     backend: str = "auto",
     dtype: str | None = None,
+    file_format: str = "safetensors",
     max_shard_size: str | int = "5GB",
     memory_budget: str | int | None = None,
     arrangement: Arrangement | None = None,
@@ -139,6 +144,7 @@ def open_job(
     shard_bytes = parse_size(max_shard_size)
     if dtype is not None:
         _checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
+    _checks.choice("format", file_format, FORMATS)
     if memory_budget is None:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     else:
@@ -151,7 +157,20 @@ def open_job(
     arranged = arrange(first, dict(zip(experts, rest, strict=True)), config, wanted)
     sources = (first, *rest)
     return Job(
-        base, experts, out, config, method, device, backend, dtype, shard_bytes, budget, wanted, sources, arranged
+        base,
+        experts,
+        out,
+        config,
+        method,
+        device,
+        backend,
+        dtype,
+        file_format,
+        shard_bytes,
+        budget,
+        wanted,
+        sources,
+        arranged,
     )
 
 
@@ -165,6 +184,7 @@ def merge_files(
     device: str | None = None,
     backend: str = "auto",
     dtype: str | None = None,
+    file_format: str = "safetensors",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     resume: bool = False,
@@ -189,6 +209,7 @@ def merge_files(
         device: where to compute; ``None``: the engine's choice.
         backend: the engine's backend.
         dtype: a key of :data:`OUTPUT_DTYPES` for the floating-point tensors; ``None``: as in the base.
+        file_format: one of :data:`FORMATS`; ``"pth"``: ``model.pth``, a state dict of ``torch.save``, in one file.
         max_shard_size: bytes of tensors per file, as :func:`r2m.checkpoints.layout.parse_size` reads them. It
             alone decides the layout.
         overwrite: replace ``out`` if it is an empty directory or the output of a former merge.
@@ -221,6 +242,7 @@ def merge_files(
                 device=distributed.local_device(device),
                 backend=backend,
                 dtype=dtype,
+                file_format=file_format,
                 max_shard_size=max_shard_size,
                 memory_budget=memory_budget,
                 arrangement=arrangement,
@@ -285,6 +307,7 @@ def plan_merge(
         else job.budget * machines // max(machines, count),
         processes=count,
         threads=max(1, cores // count),
+        copies=2 if job.file_format == "pth" else 1,
     )
     return found, lines(found, measured_rates(files[0], directory), cores, str(out))
 
@@ -293,7 +316,11 @@ def _merge(
     job: Job, place: Workplace, team: Team, started: float, progress: Callable[[ProgressEvent], None] | None
 ) -> dict[str, Any]:
     """All of it but for the renaming."""
-    sink = SafetensorsSink(place.output, job.metadata, job.shard_bytes, create=team.member == 0)
+    # Another format is written from that one when all is merged: what can be resumed is in one format.
+    directory = place.output if job.file_format == "safetensors" else place.tensors
+    if team.member == 0:
+        directory.mkdir(exist_ok=True)
+    sink = SafetensorsSink(directory, job.metadata, job.shard_bytes, create=team.member == 0)
     with closing(FileJournal(place.directory, team.member, before=sink.sync)) as journal:
         team.gather({})  # nobody appends before all have read what former runs wrote
         analysis = analyze(
@@ -320,6 +347,8 @@ def _merge(
 def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analysis, started: float) -> dict[str, Any]:
     """What is written when all tensors are; the report."""
     sink.finish()
+    if job.file_format == "pth":
+        save_torch_file(open_checkpoint(place.tensors, "merged tensors"), place.output / TORCH_OUTPUT)
     for name in COPIED_FILES:
         if (Path(job.base) / name).is_file():
             write_file(place.output / name, (Path(job.base) / name).read_bytes())

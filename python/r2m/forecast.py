@@ -60,6 +60,7 @@ class Forecast:
     Attributes:
         inputs: bytes of all checkpoints.
         output: bytes of the merged tensors' files, headers included.
+        copies: how often they are on the disk in the end: twice where another format is written from them.
         files: how many files those are.
         shares: of each process.
         in_parts: tensors that are merged in parts.
@@ -78,6 +79,7 @@ class Forecast:
     whole: Sequence[str]
     budget: int
     free_disk: int
+    copies: int = 1
 
     @property
     def read(self) -> int:
@@ -87,7 +89,7 @@ class Forecast:
     @property
     def disk(self) -> int:
         """Bytes that must be free: the output and what low-rank factors spill."""
-        return self.output + sum(share.spill for share in self.shares)
+        return self.copies * self.output + sum(share.spill for share in self.shares)
 
     @property
     def enough(self) -> bool:
@@ -105,7 +107,7 @@ class Forecast:
             share.read / rates.read + (share.used / rates.compute + share.flops / rates.flops) / threads
             for share in self.shares
         )
-        return rates.start + slowest + self.output / rates.write
+        return rates.start + slowest + self.copies * self.output / rates.write
 
 
 def forecast(
@@ -120,6 +122,7 @@ def forecast(
     budget: int,
     processes: int = 1,
     threads: int = 1,
+    copies: int = 1,
 ) -> Forecast:
     """Work out what a merge takes.
 
@@ -132,6 +135,7 @@ def forecast(
         budget: bytes of working memory for each process.
         processes: how many.
         threads: of each.
+        copies: of the merged tensors on the disk.
 
     Raises:
         InvalidInput: checkpoints that do not fit together.
@@ -185,6 +189,7 @@ def forecast(
         whole=whole,
         budget=budget,
         free_disk=machine.free_disk(directory),
+        copies=copies,
     )
 
 

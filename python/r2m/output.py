@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE
+from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE, TORCH_OUTPUT
 from r2m.checkpoints.writer import sync, write_file
 from r2m.journal import PREFIX
 from r2m_kernels.errors import InvalidInput
@@ -24,12 +24,13 @@ REPORT_FILE = "r2m_report.json"
 COPIED_FILES = ("config.json", "preprocessor_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT_FILE}
-_WRITTEN = {SINGLE_FILE, INDEX_FILE, *COPIED_FILES, *_MARKS}
+_WRITTEN = {SINGLE_FILE, INDEX_FILE, TORCH_OUTPUT, *COPIED_FILES, *_MARKS}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 PARTIAL_SUFFIX = ".partial"
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
-_LOCK, _STATE, _NEW_STATE, _OUTPUT, _FORMER = "lock", "state.json", "state.json.new", "output", "former"
+_LOCK, _STATE, _NEW_STATE = "lock", "state.json", "state.json.new"
+_OUTPUT, _FORMER, _TENSORS = "output", "former", "tensors"
 # Journals, and low-rank factors of a run that was killed in the moment in which their file had a name.
 _OURS = re.compile(rf"{PREFIX}\d+$|{re.escape(FACTORS_PREFIX)}")
 
@@ -70,7 +71,8 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
 class Workplace:
     """Where a merge works until it is done: ``OUT.partial``.
 
-    It holds ``lock``, ``state.json`` (what merge it is), ``journal-*`` (how far it came) and ``output``.
+    It holds ``lock``, ``state.json`` (what merge it is), ``journal-*`` (how far it came) and ``output``; and
+    ``tensors``, merged but not yet in the output's format.
 
     Attributes:
         directory: the whole.
@@ -83,6 +85,11 @@ class Workplace:
     output: Path
     resumed: bool = False
     finished: bool = False
+
+    @property
+    def tensors(self) -> Path:
+        """A directory beside the output, which may not be there yet."""
+        return self.directory / _TENSORS
 
 
 @contextlib.contextmanager
@@ -260,7 +267,7 @@ def _has_records(partial: Path) -> bool:
 def _strange(partial: Path) -> str:
     """A name in a workplace that no merge gave; empty where there is none."""
     for entry in sorted(os.scandir(partial), key=lambda entry: entry.name):
-        if entry.name in (_OUTPUT, _FORMER):
+        if entry.name in (_OUTPUT, _FORMER, _TENSORS):
             if not entry.is_dir(follow_symlinks=False):
                 return entry.name
             inside = next((one.name for one in os.scandir(entry) if not _is_ours(one)), "")
@@ -281,7 +288,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 def _clear(partial: Path, but: str = "") -> None:
     """Remove what merges have left in a workplace, and it; what they have not stays. The lock goes last."""
     with contextlib.suppress(OSError):
-        for directory in (partial / _OUTPUT, partial / _FORMER):
+        for directory in (partial / _OUTPUT, partial / _FORMER, partial / _TENSORS):
             if directory.is_dir():
                 for entry in list(os.scandir(directory)):
                     if _is_ours(entry):

@@ -57,6 +57,7 @@ class _Recipe(_Strict):
     merge_method: str = "r2m"
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: str | None = None
+    format: str = "safetensors"
     rename: dict[str, str | None] = Field(default_factory=dict)
     preset: str | None = None
     head: str | None = None
@@ -73,6 +74,7 @@ class Recipe:
         method: a key of :data:`r2m.methods.METHODS`.
         config: the method's configuration with the recipe's parameters and weights.
         dtype: of the output; ``None``: the base's.
+        file_format: one of :data:`r2m.execute.FORMATS`.
         arrangement: how checkpoints are brought into one layout.
     """
 
@@ -81,6 +83,7 @@ class Recipe:
     method: str
     config: MergeConfig
     dtype: str | None
+    file_format: str
     arrangement: Arrangement
 
 
@@ -122,7 +125,8 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     experts = name_experts(words)
     renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
     wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors)
-    return Recipe(str(directory / recipe.base_model), experts, recipe.merge_method, config, recipe.dtype, wanted)
+    base = str(directory / recipe.base_model)
+    return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.format, wanted)
 
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:

@@ -151,6 +151,17 @@ def test_tied_tensors_that_the_library_saved() -> None:
     load_model(Tied(7), "out/model.safetensors")
 
 
+def test_shards_keep_tied_names_that_no_index_lists() -> None:
+    rows = torch.randn(6, 4)
+    for name in ("base", "fs"):
+        state = {"embed.weight": rows + len(name), "other": torch.randn(6, 4)}
+        torch.save({**state, "head.weight": state["embed.weight"]}, f"{name}.pth")
+    merge_files("base.pth", {"fs": "fs.pth"}, "out", MergeConfig.r2m(), max_shard_size=100)
+    again = open_checkpoint("out", "out")
+    assert again.aliases == {"head.weight": "embed.weight"}
+    assert torch.equal(again.read("head.weight"), again.read("embed.weight"))
+
+
 def test_tensors_tied_in_one_checkpoint_only_are_two() -> None:
     models = [Tied(seed) for seed in range(3)]
     models[1].head.weight = nn.Parameter(models[1].head.weight + 1)

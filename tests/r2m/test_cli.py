@@ -125,6 +125,7 @@ def test_options_left_out_leave_the_defaults(configuration: Callable[..., dict[s
         "device": None,
         "backend": "auto",
         "dtype": None,
+        "file_format": "safetensors",
         "max_shard_size": "5GB",
         "overwrite": False,
         "resume": False,

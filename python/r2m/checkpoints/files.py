@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,6 +115,15 @@ class Checkpoint:
         if self._places[name].strides is not None:
             return self.read(name).view(-1)[start:stop]
         return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor over the file's pages, in a storage of its own: for libraries that write it elsewhere."""
+        spec, place = self.specs[name], self._places[name]
+        if spec.numel == 0 or place.strides is not None:
+            return self.read(name)
+        # Copy-on-write, since torch has no tensors that cannot be written to; nobody writes.
+        pages = np.memmap(place.path, np.uint8, "c", place.offset, (spec.nbytes,))
+        return torch.from_numpy(pages).view(spec.dtype).reshape(spec.shape)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes of the file from where a tensor begins."""

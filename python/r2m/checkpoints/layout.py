@@ -25,6 +25,7 @@ from r2m_kernels.tensors import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_OUTPUT = "model.pth"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 MOST_HEADER = 10**8  # bytes; the format's own bound

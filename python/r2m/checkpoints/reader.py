@@ -106,6 +106,11 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
             f"{label}: shard {shown(shard)}: lacks tensor {shown(absent[0])}, which the index says it holds"
             + (f" (and {len(absent) - 1} more tensors are not where the index says)" if absent[1:] else "")
         )
+    # Names that are tied to another are in its shard's header, and no index lists them.
+    for shard, file in files.items():
+        for name, first in file.aliases.items():
+            if weight_map.get(first) == shard:
+                weight_map.setdefault(name, shard)
     return Checkpoint(
         label,
         {name: files[shard].specs[name] for name, shard in weight_map.items()},

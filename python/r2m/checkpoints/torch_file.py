@@ -7,7 +7,9 @@ what torch is given is a zip file whose entries are stored as they are, side by 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickletools
 import re
 import struct
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints import layout
-from r2m.checkpoints.files import File, Place, identity, some
+from r2m.checkpoints.files import Checkpoint, File, Place, identity, some
+from r2m.checkpoints.layout import naming
 from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
@@ -63,7 +66,7 @@ def open_torch_file(path: Path, what: str) -> File:
         )
     records, digest = _records(path, what)
     loaded = _load(path, what)
-    state = _state_dict(loaded, what)
+    state = state_dict(loaded, what)
     specs: dict[str, TensorSpec] = {}
     places: dict[str, Place] = {}
     aliases: dict[str, str] = {}
@@ -77,6 +80,27 @@ def open_torch_file(path: Path, what: str) -> File:
             aliases[name] = first[key]
         first.setdefault(key, name)
     return File(specs, places, known, digest, aliases)
+
+
+def save_torch_file(source: Checkpoint, path: Path) -> None:
+    """Write a checkpoint as ``torch.save({name: tensor, …}, path)``, tied tensors tied, and bring it to the disk.
+
+    The tensors are taken from the checkpoint's pages as torch comes to them: memory does not hold them all.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` is set.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in source.specs:
+        tensors[name] = tensors[source.aliases[name]] if name in source.aliases else source.mapped(name)
+    with naming(path), path.open("wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # torch's writer, when the file has already told what is wrong
+            cause = error.__context__ if isinstance(error.__context__, OSError) else None
+            raise cause or OSError(errno.EIO, f"torch could not write it: {error}") from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _load(path: Path, what: str) -> Any:
@@ -96,14 +120,18 @@ def _refuse(what: str, reason: str) -> NoReturn:
         name = found.group(1).removesuffix(".")
         raise InvalidInput(
             f"{what}: holds {shown(name)}, which could run code when it is loaded, and only tensors are; save its "
-            "state_dict() where it was made"
+            "state_dict() where it was made, or trust it with this machine: r2m convert --allow-pickle"
         ) from None
     line = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
     raise InvalidInput(f"{what}: not a whole file of torch.save: {shown(line[:200])[1:-1]}") from None
 
 
-def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
-    """The mapping of names to tensors: the whole, or what is under one of the wrappers' keys."""
+def state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
+    """The mapping of names to tensors: the whole, or what is under one of the wrappers' keys.
+
+    Raises:
+        InvalidInput: there is none.
+    """
     if isinstance(loaded, Mapping):
         for key in WRAPPERS:  # tensors beside them are the training's, such as the centre of SVDD
             inner = loaded.get(key)
@@ -188,7 +216,8 @@ def _records(path: Path, what: str) -> tuple[dict[int, int], str]:
             raise InvalidInput(f"{what}: a zip file without the data.pkl of torch.save")
         if "constants.pkl" in last or any("/code/" in name for name in names):
             raise InvalidInput(
-                f"{what}: a TorchScript archive, which is a program; save the state_dict() of what torch.jit.load gives"
+                f"{what}: a TorchScript archive, which is a program; save the state_dict() of what torch.jit.load "
+                "gives, or trust it with this machine: r2m convert --allow-pickle"
             )
         records: dict[int, int] = {}
         end = 0

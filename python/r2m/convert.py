@@ -1,0 +1,146 @@
+"""A checkpoint as another file (``r2m convert``), and the only door for files that are programs (``allow_pickle``)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2m.arrangement import Arrangement, plain
+from r2m.checkpoints import torch_file
+from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.torch_file import save_torch_file
+from r2m.checkpoints.view import View
+from r2m.checkpoints.writer import SafetensorsSink, sync
+from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.tensors import TensorSource, TensorSpec, dtype_name
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    arrangement: Arrangement | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> str:
+    """Write a checkpoint's tensors to one file, whose ending says in which format.
+
+    The file appears when it is whole and on the disk.
+
+    Args:
+        source: whatever ``r2m merge`` reads; with ``allow_pickle`` also a pickled module or a TorchScript archive.
+        out: a path that ends in one of :data:`SUFFIXES`; all but ``.safetensors`` are files of ``torch.save``.
+        arrangement: names; its rules about heads are a merge's.
+        dtype: of the floating-point tensors; ``None``: as they are.
+        overwrite: replace a file that is there.
+        allow_pickle: load with Python's pickle or as TorchScript, which **runs code from the file**.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        InvalidInput: the source cannot be read so, or ``out`` cannot be written so.
+        OSError: of the file system; ``filename`` is set.
+    """
+    target = Path(out)
+    if target.suffix not in SUFFIXES:
+        raise InvalidInput(f"out ({out}): expected a name that ends in {', '.join(SUFFIXES)}")
+    if target.is_dir() or (os.path.lexists(target) and not overwrite):
+        kind = "is a directory" if target.is_dir() else "exists already; --overwrite replaces it"
+        raise InvalidInput(f"out ({out}): {kind}")
+    if not target.parent.is_dir():
+        raise InvalidInput(f"out ({out}): there is no directory {target.parent}")
+    label = f"source ({source})"
+    wanted = arrangement or Arrangement()
+    found = _trusted(Path(source), label, wanted) if allow_pickle else plain(open_checkpoint(source, label), wanted)
+    unstorable = [name for name, spec in found.specs.items() if spec.dtype.is_complex]
+    if unstorable:
+        raise InvalidInput(f"{label}: tensor {shown(unstorable[0])} is complex, which no format here stores")
+    with _beside(target) as place:
+        written = _write(found, place, dtype)
+        if target.suffix != ".safetensors":
+            save_torch_file(open_checkpoint(written, "converted tensors"), place / TORCH_OUTPUT)
+            written = place / TORCH_OUTPUT
+        os.replace(written, target)
+    sync(target.parent)
+    return f"{len(found.specs)} tensors from {source} to {out}"
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A directory for what is not whole yet, on the file system of the target."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as directory:
+        try:
+            yield Path(directory)
+        except OSError as error:
+            if str(error.filename).startswith(directory):
+                raise OSError(error.errno, error.strerror, str(target)) from error
+            raise
+
+
+def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> Path:
+    def written(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(spec.shape, dtype) if dtype is not None and spec.dtype.is_floating_point else spec
+
+    specs = {name: written(spec) for name, spec in source.specs.items()}
+    sink = SafetensorsSink(directory, {}, max(1, sum(spec.nbytes for spec in specs.values())))
+    sink.tie(source.aliases)
+    sink.begin(specs)
+    for name, spec in specs.items():
+        if name in source.aliases:
+            continue
+        tensor = source.read(name)
+        changed = tensor.to(spec.dtype)
+        if tensor.is_floating_point() and changed.isinf().any() and not tensor.isinf().any():
+            raise InvalidInput(f"{source.label}: tensor {shown(name)} exceeds the range of {dtype_name(spec.dtype)}")
+        sink.write(name, changed)
+    sink.finish()
+    return directory / SINGLE_FILE
+
+
+def _trusted(path: Path, label: str, wanted: Arrangement) -> _InMemory:
+    """What a program in a file makes when it runs."""
+    if not path.is_file():
+        raise InvalidInput(f"{label}: with --allow-pickle expected a file")
+    loaded: Any
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript goes to torch.jit.load, with a warning
+            loaded = torch.load(path, map_location="cpu", weights_only=False)
+    except OSError:
+        raise
+    except ModuleNotFoundError as error:
+        raise InvalidInput(f"{label}: needs the Python module {shown(str(error.name))} it was saved with") from None
+    except Exception as error:  # whatever a stranger's code raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InvalidInput(f"{label}: could not be loaded: {shown(lines[0][:200])[1:-1]}") from None
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in torch_file.WRAPPERS if isinstance(loaded.get(key), nn.Module)), loaded)
+    state = loaded.state_dict() if isinstance(loaded, nn.Module) else torch_file.state_dict(loaded, label)
+    with tempfile.TemporaryDirectory() as directory:
+        saved = Path(directory) / "state.pth"
+        torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, saved)
+        return _InMemory(plain(open_checkpoint(saved, label), wanted))
+
+
+class _InMemory:
+    """A view's tensors, read once."""
+
+    def __init__(self, view: View) -> None:
+        self.label, self.specs, self.aliases = view.label, view.specs, view.aliases
+        self._tensors = {name: view.read(name) for name in view.specs if name not in view.aliases}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[self.aliases.get(name, name)]
