@@ -65,6 +65,18 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
+def _settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> None:
+    if offline:
+        from r2m import hub
+
+        hub.work_offline()
+
+
+_OFFLINE = click.option(
+    "--offline", is_flag=True, expose_value=False, callback=_settle_network, help="Of hf:// paths, the cache alone."
+)
+
+
 @click.group(name="r2m", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version",
@@ -108,7 +120,8 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     "experts",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file, a .pth file or a Hugging Face directory.",
+    help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file, a .pth file, a Hugging Face directory or "
+    "hf://owner/name[@revision][/file].",
 )
 @_option(_FILES, "--out", required=True, metavar="DIR", help="The directory to create.")
 @_option(_FILES, "--overwrite", is_flag=True, help="Replace DIR if a former merge wrote it, or it is empty.")
@@ -311,6 +324,14 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
 )
 @_option(_RUN, "--resume", is_flag=True, help="Go on from where the same merge was cut off.")
 @_option(_RUN, "--dry-run", is_flag=True, help="Show what it would read, write, hold and take, and stop.")
+@_option(
+    _RUN,
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_settle_network,
+    help="Of hf://owner/name[@revision][/file] checkpoints, only what is in the cache.",
+)
 @_option(_RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 def merge(**given: Any) -> int | None:
     """Merge checkpoints from files into a new directory: as RECIPE describes it, or --base and --expert."""
@@ -440,6 +461,7 @@ def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int
 @click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
 @click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
 @click.option("--preset", type=_choice(*PRESETS), help="As of merge.")
+@_OFFLINE
 @click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
 def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     """Show what checkpoints are, and whether they can be merged: the first as base, the others as experts.
@@ -463,6 +485,7 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
 @click.option("--preset", type=_choice(*PRESETS), help="As of merge.")
 @click.option("--dtype", type=_choice("float32", "bfloat16", "float16", "float64"), help="Of floating-point tensors.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@_OFFLINE
 @click.option(
     "--allow-pickle",
     is_flag=True,

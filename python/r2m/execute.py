@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import r2m_kernels
-from r2m import distributed, machine
+from r2m import distributed, hub, machine
 from r2m.arrangement import Arranged, Arrangement, arrange
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.layout import TORCH_OUTPUT, parse_size
@@ -92,10 +92,10 @@ class Job:
         for name, path in self.experts.items():
             rules = wanted.expert_renames.get(name)
             own = {"rename": dict(rules)} if rules else {}
-            models.append({"model": os.path.abspath(path), "name": name, **own})
+            models.append({"model": _fixed(path), "name": name, **own})
         return {
             "merge_method": self.method,
-            "base_model": os.path.abspath(self.base),
+            "base_model": _fixed(self.base),
             "models": models,
             "parameters": self.config.to_dict(),
             "dtype": self.dtype,
@@ -349,9 +349,10 @@ def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analy
     sink.finish()
     if job.file_format == "pth":
         save_torch_file(open_checkpoint(place.tensors, "merged tensors"), place.output / TORCH_OUTPUT)
+    base = hub.fetch(str(job.base)).path if hub.is_reference(job.base) else Path(job.base)
     for name in COPIED_FILES:
-        if (Path(job.base) / name).is_file():
-            write_file(place.output / name, (Path(job.base) / name).read_bytes())
+        if (base / name).is_file():
+            write_file(place.output / name, (base / name).read_bytes())
     recipe = yaml.safe_dump(job.recipe(), sort_keys=False, allow_unicode=True)
     write_file(place.output / RECIPE_FILE, recipe.encode(errors="backslashreplace"))
     sizes = {entry.name: entry.stat().st_size for entry in sorted(place.output.iterdir()) if entry.name != REPORT_FILE}
@@ -372,6 +373,11 @@ def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analy
     text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
     write_file(place.output / REPORT_FILE, text.encode(errors="backslashreplace"))
     return report
+
+
+def _fixed(path: str | Path) -> str:
+    """A path that means the same from everywhere, and on the Hub tomorrow."""
+    return hub.fetch(str(path)).pinned if hub.is_reference(path) else os.path.abspath(path)
 
 
 def _other_state(team: Team, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from r2m import hub
 from r2m.arrangement import Arrangement
 from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
@@ -125,7 +126,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     experts = name_experts(words)
     renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
     wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors)
-    base = str(directory / recipe.base_model)
+    base = _beside(directory, recipe.base_model)
     return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.format, wanted)
 
 
@@ -200,8 +201,13 @@ def _explained(error: ValidationError) -> str:
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(str(first['input'])[:80])}"
 
 
+def _beside(directory: Path, path: str) -> str:
+    """A path as the recipe's reader has it."""
+    return path if hub.is_reference(path) else str(directory / path)
+
+
 def _word(expert: _Expert, directory: Path) -> str:
-    path = str(directory / expert.model)
+    path = _beside(directory, expert.model)
     return f"{expert.name}={path}" if expert.name else path
 
 

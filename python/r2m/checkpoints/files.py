@@ -6,7 +6,7 @@ Mapping the files would be simpler, but mapped pages count as resident memory. N
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,9 +152,3 @@ def identity(descriptor: int) -> tuple[int, ...]:
     """Device, inode, size and time of change of an open file."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """A few of many names, for a message."""
-    listed = ", ".join(shown(name)[1:-1] for name in names[:limit])
-    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed

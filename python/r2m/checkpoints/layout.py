@@ -28,6 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 TORCH_OUTPUT = "model.pth"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 MOST_HEADER = 10**8  # bytes; the format's own bound
 MOST_INDEX = 2**27
 LENGTH_BYTES = 8
@@ -203,6 +204,44 @@ def encode_index(files: Sequence[PlannedFile], total_size: int) -> bytes:
     weight_map = {name: file.name for file in files for name in file.offsets}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def chosen(names: Sequence[str], label: str) -> str:
+    """The file that a directory's checkpoint is in, or its index.
+
+    ``model.safetensors`` comes first, as in ``transformers``; then ``model.safetensors.index.json``; then the only
+    ``*.safetensors`` there is; then ``pytorch_model.bin`` and its index; then the only file of ``torch.save``.
+
+    Args:
+        names: of its files.
+        label: how error messages name it.
+
+    Raises:
+        InvalidInput: there is none, or there are several and no index.
+    """
+    kinds = (
+        (SINGLE_FILE, INDEX_FILE, (".safetensors",)),
+        (TORCH_FILE, TORCH_INDEX_FILE, TORCH_SUFFIXES),
+    )
+    for single, index, suffixes in kinds:
+        found = [name for name in names if name.endswith(suffixes)]
+        for name in (single, index):
+            if name in names:
+                return name
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InvalidInput(
+                f"{label}: holds {len(found)} *{' *'.join(suffixes)} files ({some(found)}) and no {index}; "
+                "name the one that is meant"
+            )
+    raise InvalidInput(f"{label}: the directory holds no safetensors file and none of torch.save")
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """A few of many names, for a message."""
+    listed = ", ".join(shown(name)[1:-1] for name in names[:limit])
+    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
 
 
 def decode_index(what: str, text: bytes) -> dict[str, str]:

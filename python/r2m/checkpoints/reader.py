@@ -15,8 +15,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from r2m import hub
 from r2m.checkpoints import layout, torch_file
-from r2m.checkpoints.files import Checkpoint, File, Place, identity, some
+from r2m.checkpoints.files import Checkpoint, File, Place, identity
+from r2m.checkpoints.layout import some
 from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
@@ -33,18 +35,18 @@ _REASONS = {
 def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
     """Open a safetensors file, a file of ``torch.save``, or a directory with one of them or with an index and shards.
 
-    In a directory ``model.safetensors`` comes first, as in ``transformers``; then ``model.safetensors.index.json``;
-    then the only ``*.safetensors`` there is; then ``pytorch_model.bin`` and its index; then the only file of
-    ``torch.save``.
+    :func:`r2m.checkpoints.layout.chosen` says which files of a directory count.
 
     Args:
-        path: file or directory. A file is judged by its content, not by its name.
+        path: file, directory or :mod:`r2m.hub` reference. A file is judged by its content, not by its name.
         label: how error messages name the checkpoint; should hold the path as the user gave it.
 
     Raises:
         InvalidInput: nothing there, no such file, damaged, or an index that does not fit its files.
         OSError: it cannot be read; ``filename`` is set.
     """
+    if hub.is_reference(path):
+        path = hub.fetch(str(path)).path
     given, path = str(path), Path(path)
     if given and path.is_dir():
         return _open_directory(path, label)
@@ -56,24 +58,10 @@ def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
 def _open_directory(directory: Path, label: str) -> Checkpoint:
     # Names with a leading dot are leftovers of other programs, such as macOS's "._" companions.
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
-    kinds = (
-        (layout.SINGLE_FILE, layout.INDEX_FILE, (".safetensors",)),
-        (layout.TORCH_FILE, layout.TORCH_INDEX_FILE, torch_file.SUFFIXES),
-    )
-    for single, index, suffixes in kinds:
-        found = [name for name in names if name.endswith(suffixes)]
-        if single in names:
-            return _open_single(directory / single, label, f"{label}: file '{single}'")
-        if index in names:
-            return _open_shards(directory, label, index)
-        if len(found) == 1:
-            return _open_single(directory / found[0], label, f"{label}: file {shown(found[0])}")
-        if found:
-            raise InvalidInput(
-                f"{label}: holds {len(found)} *{' *'.join(suffixes)} files ({some(found)}) and no {index}; "
-                "name the one that is meant"
-            )
-    raise InvalidInput(f"{label}: the directory holds no safetensors file and none of torch.save")
+    name = layout.chosen(names, label)
+    if name in (layout.INDEX_FILE, layout.TORCH_INDEX_FILE):
+        return _open_shards(directory, label, name)
+    return _open_single(directory / name, label, f"{label}: file {shown(name)}")
 
 
 def _open_single(path: Path, label: str, what: str) -> Checkpoint:

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints import layout
-from r2m.checkpoints.files import Checkpoint, File, Place, identity, some
-from r2m.checkpoints.layout import naming
+from r2m.checkpoints.files import Checkpoint, File, Place, identity
+from r2m.checkpoints.layout import naming, some
 from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80\x02"
 # Under which keys training scripts put the weights, when they save more than those.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -42,7 +41,7 @@ _GROWING = ("builtins bytearray", "__builtin__ bytearray")
 
 def looks_like(path: Path, start: bytes) -> bool:
     """Whether a file that is no safetensors file is torch's: by its first bytes, or else by its name."""
-    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) or path.name.endswith(SUFFIXES)
+    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) or path.name.endswith(layout.TORCH_SUFFIXES)
 
 
 def open_torch_file(path: Path, what: str) -> File:
