@@ -7,7 +7,7 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all check kernels kernels-oldest sanitize format quality bench bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo test test-all check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,7 +25,7 @@ demo: $(READY)  ## specialists trained on real faces, merged and judged: table a
 test: check kernels  ## lint, types, import contracts, kernels compiled for every GPU target, tests
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY) .venv-peers/ready kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel, fusion-bench, quick quality
+test-all: $(READY) .venv-peers/ready .venv-zoo/ready kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel, fusion-bench, detectors of other libraries, quick quality
 	$(PYTEST) --timeout 1800 -m slow
 
 # A sanitizer's runtime comes before everything else in the process; torch and Python leak by design.
@@ -73,6 +73,14 @@ bench-peers: .venv-peers/ready  ## the environment in which `make bench` also ru
 	.venv-peers/bin/python -m pip install --quiet mergekit==0.1.5 fusion-bench==0.2.33 $$(grep -E '^torch==' requirements.txt)
 	touch $@
 
+# What people make their detectors with. Apart from the peers, which do without torchvision: PyPI's is no CPU build.
+zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers and torchvision
+.venv-zoo/ready: requirements.txt Makefile
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet timm==1.0.31 open_clip_torch==3.3.0 transformers==5.24.0 \
+	  $$(grep -E '^torch==' requirements.txt)
+	touch $@
+
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
 .venv-gpu/ready: requirements.txt Makefile
@@ -88,4 +96,4 @@ gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interprete
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-gpu/bin/python -m bench.gpu --rehearsal
 
 clean:  ## remove the environment and everything made
-	rm -rf .venv .venv-gpu .venv-peers build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-gpu .venv-peers .venv-zoo build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
