@@ -158,6 +158,11 @@ class Analysis:
         """Tensors that other members of the team write."""
         return [tensor.name for tensor in self.plan.tensors if not self._engine.owns(tensor)]
 
+    @property
+    def grams(self) -> dict[str, Tensor]:
+        """(N, N) float64 Gram matrix of every matrix and vector tensor."""
+        return dict(self._grams)
+
     def tensor_gram(self, name: str) -> Tensor:
         """(N, N) float64 Gram matrix of one matrix or vector tensor."""
         return self._grams[name]

@@ -22,6 +22,7 @@ from r2m.presets import PRESETS
 
 if TYPE_CHECKING:
     from r2m.arrangement import Arrangement
+    from r2m.recipe import Recipe
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
@@ -354,12 +355,18 @@ def merge(**given: Any) -> int | None:
             if first or isinstance(error, distributed.LostProcess) or not _is_expected(error):
                 raise
             return _exit_code(error)
-    if first and not quiet:
-        for line in _summary(report, out):
-            click.echo(line)
-        for warning in report["warnings"]:
-            click.echo(f"Warning: {warning}", err=True)
+    if first:
+        _tell(report, out, quiet)
     return None
+
+
+def _tell(report: dict[str, Any], out: str, quiet: bool) -> None:
+    if quiet:
+        return
+    for line in _summary(report, out):
+        click.echo(line)
+    for warning in report["warnings"]:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _job(given: dict[str, Any]) -> dict[str, Any]:
@@ -454,6 +461,94 @@ def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int
     for line in lines if not given["quiet"] else ():
         click.echo(line)
     return 0 if found.enough else 1
+
+
+def _running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of where and how to compute, as merge has them."""
+    names = ("device", "backend", "memory_budget", "offline", "quiet")
+    shared = [one for one in merge.params if one.name in names]
+    before = getattr(command, "__click_params__", [])  # in which click keeps them, the last one first
+    command.__click_params__ = [*reversed(shared), *before]  # type: ignore[attr-defined]
+    return command
+
+
+@r2m.command(cls=_SectionedCommand)
+@_running
+@click.argument("out", metavar="OUT")
+@_option(_FILES, "--expert", required=True, metavar="[NAME=]PATH", help="The new specialist.")
+@_option(_FILES, "--weight", type=float, help="Of it, where the others have 1 or their own.  [default: as merge]")
+@_option(_FILES, "--rename", "renames", multiple=True, metavar="OLD=NEW", help="In its names alone; repeat for each.")
+@_option(_RUN, "--resume", is_flag=True, help="Go on from where the same was cut off.")
+def add(out: str, expert: str, weight: float | None, renames: tuple[str, ...], **given: Any) -> None:
+    """Merge OUT, the output of a merge, again with one specialist more; OUT is replaced when all is done."""
+    from r2m.naming import name_experts
+    from r2m.project import read_project, with_expert
+
+    recipe = read_project(out)
+    ((name, path),) = name_experts([expert]).items()
+    rules: dict[str, str | None] = dict(_rule(text) for text in renames)
+    _merge_again(out, with_expert(recipe, name, path, weight=weight, rename=rules), **given)
+
+
+@r2m.command(cls=_SectionedCommand)
+@_running
+@click.argument("out", metavar="OUT")
+@_option(_FILES, "--expert", required=True, metavar="NAME", help="Which specialist.")
+@_option(_RUN, "--resume", is_flag=True, help="Go on from where the same was cut off.")
+def remove(out: str, expert: str, **given: Any) -> None:
+    """Merge OUT, the output of a merge, again without a specialist; OUT is replaced when all is done."""
+    from r2m.project import read_project, without_expert
+
+    _merge_again(out, without_expert(read_project(out), expert), **given)
+
+
+def _merge_again(out: str, recipe: Recipe, *, quiet: bool, resume: bool, **options: Any) -> None:
+    _settle_memory()
+    from r2m.execute import merge_files
+    from r2m.progress import reporting
+    from r2m.project import shard_size
+
+    with reporting(quiet=quiet) as progress:
+        report = merge_files(
+            recipe.base,
+            recipe.experts,
+            out,
+            recipe.config,
+            method=recipe.method,
+            dtype=recipe.dtype,
+            file_format=recipe.file_format,
+            max_shard_size=shard_size(out),
+            arrangement=recipe.arrangement,
+            overwrite=True,
+            resume=resume,
+            reuse=True,
+            progress=progress,
+            **options,
+        )
+    _tell(report, out, quiet)
+
+
+@r2m.command(cls=_SectionedCommand)
+@_running
+@click.argument("out", metavar="OUT")
+@_option(_FILES, "--to", required=True, metavar="DIR", help="The directory to create, with one output per combination.")
+@_option(_STRENGTH, "--rank", metavar="A,B,…", help="Truncation ranks, as merge has them.")
+@_option(_STRENGTH, "--eta", metavar="A,B,…", help="Strengths of the residuals.")
+@_option(_STRENGTH, "--core-scale", metavar="A,B,…", help="Factors of the core.")
+@_option(_STRENGTH, "--row-power", metavar="A,B,…", help="Powers of the weights by row.")
+def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
+    """Merge OUT, the output of a merge, with every combination of some options: analyzed once, combined for each."""
+    _settle_memory()
+    from r2m.progress import reporting
+    from r2m.project import SWEPT
+    from r2m.project import sweep as run
+
+    texts = {field: given.pop(field) for field in SWEPT}
+    values = {field: [_read_rank(one) for one in text.split(",")] for field, text in texts.items() if text is not None}
+    with reporting(quiet=quiet) as progress:
+        rows = run(out, values, to, progress=progress, **given)
+    if not quiet:
+        click.echo(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are")
 
 
 @r2m.command()

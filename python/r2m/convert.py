@@ -71,7 +71,7 @@ def convert(
     with _beside(target) as place:
         written = _write(found, place, dtype)
         if target.suffix != ".safetensors":
-            save_torch_file(open_checkpoint(written, "converted tensors"), place / TORCH_OUTPUT)
+            save_torch_file(open_checkpoint(written, "converted tensors"), place / TORCH_OUTPUT, list(found.specs))
             written = place / TORCH_OUTPUT
         os.replace(written, target)
     sync(target.parent)

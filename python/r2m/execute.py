@@ -19,7 +19,7 @@ import r2m_kernels
 from r2m import distributed, hub, machine
 from r2m.arrangement import Arranged, Arrangement, arrange
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.layout import TORCH_OUTPUT, parse_size
+from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT, parse_size
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.writer import SafetensorsSink, write_file
@@ -30,6 +30,7 @@ from r2m.output import (
     INPUTS,
     RECIPE_FILE,
     REPORT_FILE,
+    STATE_FILE,
     Workplace,
     check_output,
     difference,
@@ -71,6 +72,7 @@ class Job:
     arrangement: Arrangement
     sources: tuple[Checkpoint, ...]  # the base's, then the experts'
     arranged: Arranged
+    counts: Mapping[str, int]  # of specialists in each expert
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -80,13 +82,21 @@ class Job:
     @property
     def metadata(self) -> dict[str, str]:
         """Of the output's headers. No time, no path, no expert's name: equal merges give equal bytes."""
+        return self.metadata_of(self.arranged.config)
+
+    @staticmethod
+    def metadata_of(config: MergeConfig) -> dict[str, str]:
+        """The same for a merge with another configuration."""
         return {
             "r2m_kernels_version": r2m_kernels.__version__,
-            "r2m_config": json.dumps(self.arranged.config.to_dict(), sort_keys=True, allow_nan=False),
+            "r2m_config": json.dumps(config.to_dict(), sort_keys=True, allow_nan=False),
         }
 
-    def recipe(self) -> dict[str, Any]:
-        """The merge in mergekit's words. Paths are absolute: the recipe is not where the command was given."""
+    def recipe(self, config: MergeConfig | None = None) -> dict[str, Any]:
+        """The merge in mergekit's words, or one with another configuration.
+
+        Paths are absolute: the recipe is not where the command was given.
+        """
         wanted = self.arrangement
         models: list[dict[str, Any]] = []
         for name, path in self.experts.items():
@@ -97,7 +107,7 @@ class Job:
             "merge_method": self.method,
             "base_model": _fixed(self.base),
             "models": models,
-            "parameters": self.config.to_dict(),
+            "parameters": (config or self.config).to_dict(),
             "dtype": self.dtype,
             **({"format": self.file_format} if self.file_format != "safetensors" else {}),
             **({"rename": dict(wanted.rename)} if wanted.rename else {}),
@@ -121,6 +131,7 @@ class Job:
             "order of experts": list(experts),
             "experts": experts,
             "max_shard_size": self.shard_bytes,
+            "specialists": dict(self.counts),
             INPUTS: {one.pop("file"): one for source in self.sources for one in source.fingerprints},
         }
 
@@ -154,7 +165,11 @@ def open_job(
         open_checkpoint(base, f"base ({base})"),
         *(open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()),
     )
-    arranged = arrange(first, dict(zip(experts, rest, strict=True)), config, wanted)
+    counts = {name: 1 if hub.is_reference(path) else _specialists(path) for name, path in experts.items()}
+    effective = config
+    if config.weights is None and any(count > 1 for count in counts.values()):
+        effective = config.replace(weights=tuple(map(float, counts.values())))
+    arranged = arrange(first, dict(zip(experts, rest, strict=True)), effective, wanted)
     sources = (first, *rest)
     return Job(
         base,
@@ -171,6 +186,7 @@ def open_job(
         wanted,
         sources,
         arranged,
+        counts,
     )
 
 
@@ -190,6 +206,7 @@ def merge_files(
     resume: bool = False,
     memory_budget: str | int | None = None,
     arrangement: Arrangement | None = None,
+    reuse: bool = False,
     team: Team | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any]:
@@ -217,6 +234,7 @@ def merge_files(
         memory_budget: working memory of this process, in bytes or as "4GiB"; ``None``: ``BUDGET_SHARE`` of what is free
             on the machine, by the processes of the job on it. It touches no bit of the output.
         arrangement: how the checkpoints are brought into one layout, and what becomes of the head.
+        reuse: take what a former merge into ``out`` found, where this one would find the same to the bit.
         team: the processes that share the work; all of them call this alike.
         progress: called as the work goes on.
 
@@ -262,7 +280,8 @@ def merge_files(
         if place.finished:
             report: dict[str, Any] = json.loads((Path(out) / REPORT_FILE).read_text())
             return report
-        return _merge(job, place, team, started, progress)
+        known = _recalled(out, job) if reuse else {}
+        return _merge(job, place, team, started, known, progress)
 
 
 def plan_merge(
@@ -313,7 +332,12 @@ def plan_merge(
 
 
 def _merge(
-    job: Job, place: Workplace, team: Team, started: float, progress: Callable[[ProgressEvent], None] | None
+    job: Job,
+    place: Workplace,
+    team: Team,
+    started: float,
+    known: Mapping[str, Any],
+    progress: Callable[[ProgressEvent], None] | None,
 ) -> dict[str, Any]:
     """All of it but for the renaming."""
     # Another format is written from that one when all is merged: what can be resumed is in one format.
@@ -323,6 +347,7 @@ def _merge(
     sink = SafetensorsSink(directory, job.metadata, job.shard_bytes, create=team.member == 0)
     with closing(FileJournal(place.directory, team.member, before=sink.sync)) as journal:
         team.gather({})  # nobody appends before all have read what former runs wrote
+        journal.recall("task Gram", known)
         analysis = analyze(
             job.arranged.base,
             job.arranged.experts,
@@ -341,24 +366,55 @@ def _merge(
         analysis.write(sink, dtype=job.torch_dtype, progress=progress)
         sink.sync()
     team.gather({})
-    return _complete(job, place, sink, analysis, started) if team.member == 0 else analysis.report()
+    if team.member != 0:
+        return analysis.report()
+    return complete(job, place.output, place.tensors, sink, analysis, started)
 
 
-def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analysis, started: float) -> dict[str, Any]:
-    """What is written when all tensors are; the report."""
+def complete(
+    job: Job,
+    output: Path,
+    tensors: Path,
+    sink: SafetensorsSink,
+    analysis: Analysis,
+    started: float,
+    config: MergeConfig | None = None,
+    effective: MergeConfig | None = None,
+) -> dict[str, Any]:
+    """What is written when all tensors are.
+
+    Args:
+        job: whose merge it is.
+        output: the directory with the output's files.
+        tensors: where the sink wrote them, if the output's format is another.
+        sink: which has all of them.
+        analysis: what they were made from.
+        started: when, by ``time.perf_counter``.
+        config: what was asked for; ``None``: the job's.
+        effective: what they were made with, as the arrangement has it; ``None``: the analysis's.
+
+    Returns:
+        The report.
+    """
     sink.finish()
     if job.file_format == "pth":
-        save_torch_file(open_checkpoint(place.tensors, "merged tensors"), place.output / TORCH_OUTPUT)
+        save_torch_file(open_checkpoint(tensors, "merged tensors"), output / TORCH_OUTPUT, sink.names)
     base = hub.fetch(str(job.base)).path if hub.is_reference(job.base) else Path(job.base)
     for name in COPIED_FILES:
         if (base / name).is_file():
-            write_file(place.output / name, (base / name).read_bytes())
-    recipe = yaml.safe_dump(job.recipe(), sort_keys=False, allow_unicode=True)
-    write_file(place.output / RECIPE_FILE, recipe.encode(errors="backslashreplace"))
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(place.output.iterdir()) if entry.name != REPORT_FILE}
+            write_file(output / name, (base / name).read_bytes())
+    recipe = yaml.safe_dump(job.recipe(config), sort_keys=False, allow_unicode=True)
+    write_file(output / RECIPE_FILE, recipe.encode(errors="backslashreplace"))
+    if config is None:
+        found = {name: gram.tolist() for name, gram in analysis.grams.items()}
+        checked = {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}
+        state = {"state": job.state(), "grams": dict(sorted({**found, **checked}.items()))}
+        write_file(output / STATE_FILE, json.dumps(state).encode())
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(output.iterdir()) if entry.name != REPORT_FILE}
     report: dict[str, Any] = {
         "method": job.method,
-        **analysis.report(),
+        **analysis.report(effective),
+        "specialists": job.counts,
         "arrangement": {
             "preset": job.arrangement.preset,
             "head": {"rule": job.arrangement.head, "tensors": job.arranged.head},
@@ -371,8 +427,51 @@ def _complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analy
         },
     }
     text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    write_file(place.output / REPORT_FILE, text.encode(errors="backslashreplace"))
+    write_file(output / REPORT_FILE, text.encode(errors="backslashreplace"))
     return report
+
+
+def _recalled(out: str | Path, job: Job) -> dict[str, Any]:
+    """Gram matrices of the experts of ``job`` from a former merge into ``out`` that had them all, and more perhaps.
+
+    They are what the job would find, to the bit: same files, same options, and kernels whose inner products do not
+    depend on who else is there, which are the native ones. Empty where any of that is not so.
+    """
+    try:
+        content = json.loads((Path(out) / STATE_FILE).read_bytes())
+        before, grams = dict(content["state"]), dict(content["grams"])
+        names = list(before["order of experts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    now = json.loads(json.dumps(job.state()))
+    if not now["backend"].startswith("native") or not set(job.experts) <= set(names):
+        return {}
+    inputs = now[INPUTS].keys()
+    before["experts"] = {name: one for name, one in before["experts"].items() if name in job.experts}
+    before[INPUTS] = {file: one for file, one in before[INPUTS].items() if file in inputs}
+    for state in (before, now):
+        for free in ("merge_method", "dtype", "format", "max_shard_size", "order of experts", "specialists"):
+            state.pop(free, None)
+        state["parameters"] = {name: one for name, one in state["parameters"].items() if name != "weights"}
+    if difference(before, now):
+        return {}
+    places = [names.index(name) for name in job.experts]
+    return {
+        name: None if rows is None else [[rows[i][j] for j in places] for i in places] for name, rows in grams.items()
+    }
+
+
+def _specialists(path: str | Path) -> int:
+    """How many specialists a checkpoint stands for: those of the merge that wrote it, or one."""
+    place = Path(path)
+    report = (place if place.is_dir() else place.parent) / REPORT_FILE
+    if not report.is_file() or (place.is_file() and place.name not in (SINGLE_FILE, TORCH_OUTPUT)):
+        return 1
+    try:
+        content = json.loads(report.read_bytes())
+        return sum(int(count) for count in content["specialists"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 1
 
 
 def _fixed(path: str | Path) -> str:

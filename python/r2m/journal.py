@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class FileJournal:
     def known(self, step: str) -> dict[str, Any]:
         """See the protocol."""
         return self._known.get(step, {})
+
+    def recall(self, step: str, values: Mapping[str, Any]) -> None:
+        """Values that are known from elsewhere, and not written down."""
+        self._known[step] = {**values, **self._known.get(step, {})}
 
     def record(self, step: str, name: str, value: Any) -> None:
         """See the protocol.

@@ -33,7 +33,7 @@ QUALITY = [
     pytest.param(
         kind,
         shape,
-        marks=() if (kind, shape) in (("k^-1/2", (512, 528)), ("16 spikes", (520, 512))) else pytest.mark.slow,
+        marks=() if (kind, shape) == ("k^-1/2", (512, 528)) else pytest.mark.slow,
     )
     for kind in ("linear", "k^-1/2", "k^-1", "16 spikes")
     for shape in ((512, 528), (520, 512))
@@ -65,7 +65,9 @@ def steep(kind, size):
     return spectrum(kind, size) if kind in ("rank 8", "zero") else index ** -float(kind.removeprefix("k^-"))
 
 
-@pytest.mark.parametrize("kind", ["k^-2", "k^-3", "19 spikes", "rank 8", "zero"])
+@pytest.mark.parametrize(
+    "kind", ["19 spikes", "zero", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("k^-2", "k^-3", "rank 8"))]
+)
 def test_steep_spectra_are_left_to_the_careful_method(monkeypatch, kind):
     multiply_in_tf32(monkeypatch)
     values = steep(kind, 240)
@@ -91,9 +93,13 @@ def test_more_steps_help_and_a_tolerance_is_kept():
     assert factors_of(matrix, 10, tolerance=0.1).ordered  # each tensor on its own, by the textbook's method
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("power", [None, 0.0, 3.0])
+# Types differ in how elements are read and rounded, whatever the rest: each once with factors, by the slow way.
+EXACT = [(torch.float32, count, power) for count in (1, 3) for power in (None, 0.0, 3.0)]
+EXACT += [(dtype, 3, None) for dtype in (torch.bfloat16, torch.float16)]
+FACTORS = [pytest.param(torch.bfloat16, 3, 3.0, marks=pytest.mark.slow), (torch.float16, 1, 0.0)]
+
+
+@pytest.mark.parametrize(("dtype", "count", "power"), [*EXACT, *FACTORS], ids=str)
 def test_an_exact_merge_is_as_near_to_the_definition_as_torchs(dtype, count, power):
     base, experts = checkpoints(count, dtype=dtype, shapes=SHAPES, seed=count, scales=[1.0, 1.5, 0.7][:count])
     options = {} if power is None else {"rank": 0.1, "row_power": power}

@@ -64,6 +64,7 @@ def test_only_the_shard_size_decides_the_layout(checkpoints: Checkpoints) -> Non
         "model.safetensors.index.json",
         "r2m_config.yaml",
         "r2m_report.json",
+        "r2m_state.json",
     ]
     merged(checkpoints, "single")
     shards, single = open_checkpoint("out", "out"), load_file("single/model.safetensors")
@@ -98,6 +99,7 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
         "preprocessor_config.json",
         "r2m_config.yaml",
         "r2m_report.json",
+        "r2m_state.json",
     ]
     assert Path("out/config.json").read_text() == '{"model_type": "clip"}'
     assert yaml.safe_load(Path("out/r2m_config.yaml").read_text()) == {

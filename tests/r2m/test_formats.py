@@ -39,12 +39,13 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def test_a_merge_to_pth_holds_the_same_tensors(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "a").code == 0
     assert command("merge", *checkpoints.arguments, "--out", "b", "--format", "pth").code == 0
-    assert sorted(os.listdir("b")) == ["model.pth", "r2m_config.yaml", "r2m_report.json"]
+    assert sorted(os.listdir("b")) == ["model.pth", "r2m_config.yaml", "r2m_report.json", "r2m_state.json"]
     assert same(loaded("b/model.pth"), load_file("a/model.safetensors"))
     assert zipfile.ZipFile("b/model.pth").testzip() is None
     assert not Path("b.partial").exists()
     # Each has a storage of its own: a file of 10 tensors is not loaded whole for one.
     state = loaded("b/model.pth")
+    assert list(state) == list(open_checkpoint("base.safetensors", "base").specs)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.values())
     # Its recipe repeats it, and another merge takes it in.
     assert command("merge", "b/r2m_config.yaml", "--out", "c").code == 0
@@ -93,9 +94,9 @@ def test_a_kill_while_the_file_is_written_is_gone_on_from(
 import os, signal, sys
 import r2m.execute, r2m.checkpoints.torch_file as torch_file
 save = torch_file.save_torch_file
-def dies(source, path):
+def dies(source, path, names):
     if sys.argv[1] == "file":
-        save(source, path)
+        save(source, path, names)
         with open(path, "r+b") as file:
             file.truncate(100)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -134,7 +135,7 @@ def test_torchs_writer_says_what_the_file_said(tmp_path: Path) -> None:
     save_file({"a": torch.randn(200_000)}, tmp_path / "a.safetensors")
     source = open_checkpoint(tmp_path / "a.safetensors", "a")
     with pytest.raises(OSError, match="No space left") as error:
-        save_torch_file(source, Path("/dev/full"))
+        save_torch_file(source, Path("/dev/full"), ["a"])
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
@@ -148,7 +149,7 @@ from r2m.checkpoints.torch_file import save_torch_file
 from pathlib import Path
 import re
 source = open_checkpoint("{path}", "a")
-save_torch_file(source, Path("{tmp_path}/large.pth"))
+save_torch_file(source, Path("{tmp_path}/large.pth"), list(source.specs))
 print(sum(int(kb) for kb in re.findall(r"^VmData:\\s+(\\d+)", open("/proc/self/status").read(), re.M)))
 print(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

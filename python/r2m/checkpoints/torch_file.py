@@ -14,7 +14,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,17 +81,23 @@ def open_torch_file(path: Path, what: str) -> File:
     return File(specs, places, known, digest, aliases)
 
 
-def save_torch_file(source: Checkpoint, path: Path) -> None:
+def save_torch_file(source: Checkpoint, path: Path, names: Sequence[str]) -> None:
     """Write a checkpoint as ``torch.save({name: tensor, …}, path)``, tied tensors tied, and bring it to the disk.
 
     The tensors are taken from the checkpoint's pages as torch comes to them: memory does not hold them all.
+
+    Args:
+        source: the checkpoint.
+        path: the file to write.
+        names: all of its tensors, in the order of the file.
 
     Raises:
         OSError: it cannot be written; ``filename`` is set.
     """
     tensors: dict[str, Tensor] = {}
-    for name in source.specs:
-        tensors[name] = tensors[source.aliases[name]] if name in source.aliases else source.mapped(name)
+    for name in names:
+        first = source.aliases.get(name, name)
+        tensors[name] = tensors[first] if first in tensors else source.mapped(name)
     with naming(path), path.open("wb") as file:
         try:
             torch.save(tensors, file)

@@ -40,6 +40,7 @@ class SafetensorsSink:
         self._directory = Path(directory)
         self._metadata = metadata
         self._max_shard_size = max_shard_size
+        self.names: list[str] = []  # announced, in that order
         self._specs: dict[str, TensorSpec] = {}
         self._files: list[layout.PlannedFile] = []
         self._file_of: dict[str, layout.PlannedFile] = {}
@@ -57,6 +58,7 @@ class SafetensorsSink:
             InvalidInput: a dtype that safetensors cannot store, or a file that should be there is not.
             OSError: no space or no permission; ``filename`` is set.
         """
+        self.names = list(specs)
         self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
         self._files = layout.plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
         self._file_of = {name: file for file in self._files for name in file.offsets}
