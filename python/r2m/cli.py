@@ -434,6 +434,8 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
         "dtype": given["dtype"] or recipe.dtype,
         "file_format": given["file_format"] or recipe.file_format,
         "arrangement": recipe.arrangement,
+        "preprocessing": recipe.preprocessing,
+        "expert_preprocessing": recipe.expert_preprocessing,
     }
 
 
@@ -519,6 +521,8 @@ def _merge_again(out: str, recipe: Recipe, *, quiet: bool, resume: bool, **optio
             file_format=recipe.file_format,
             max_shard_size=shard_size(out),
             arrangement=recipe.arrangement,
+            preprocessing=recipe.preprocessing,
+            expert_preprocessing=recipe.expert_preprocessing,
             overwrite=True,
             resume=resume,
             reuse=True,
@@ -570,6 +574,33 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     for line in lines:
         click.echo(line)
     return 0 if fit else 1
+
+
+@r2m.command()
+@click.argument("base")
+@click.argument("experts", nargs=-1, required=True, metavar="[NAME=]PATH…")
+@click.option("--to", default="recipe.yaml", show_default=True, metavar="FILE", help="The recipe to write.")
+def init(base: str, experts: tuple[str, ...], to: str) -> None:
+    """Write a commented recipe for BASE and experts: what they are, and which preset makes them fit."""
+    from r2m.starter import starter
+
+    text = starter(base, experts, Path(to))
+    try:
+        with open(to, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise click.UsageError(f"{to}: exists already; --to names another file.") from None
+    click.echo(f"{to}: r2m merge {to} --out merged")
+
+
+@r2m.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that check them."""
+    import json
+
+    from r2m.recipe import schema as of_recipes
+
+    click.echo(json.dumps(of_recipes(), indent=2, ensure_ascii=False))
 
 
 @r2m.command()

@@ -36,19 +36,18 @@ from r2m.output import (
     difference,
     workplace,
 )
+from r2m.preprocessing import FILE as PREPROCESSOR_FILE
+from r2m.preprocessing import Preprocessing
+from r2m.preprocessing import common as common_preprocessing
+from r2m.preprocessing import found as found_preprocessing
+from r2m.recipe import DTYPES, FORMATS
 from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, _backends, _checks, analyze
 from r2m_kernels.errors import R2MError
 from r2m_kernels.team import Alone, Team
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
-FORMATS = ("safetensors", "pth")
-OUTPUT_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+OUTPUT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ class Job:
     sources: tuple[Checkpoint, ...]  # the base's, then the experts'
     arranged: Arranged
     counts: Mapping[str, int]  # of specialists in each expert
+    chosen_preprocessing: Preprocessing | None
+    expert_preprocessing: Mapping[str, Preprocessing]  # as it was told
+    preprocessing: Preprocessing | None  # of the merged model, if anything is known
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -101,7 +103,9 @@ class Job:
         models: list[dict[str, Any]] = []
         for name, path in self.experts.items():
             rules = wanted.expert_renames.get(name)
-            own = {"rename": dict(rules)} if rules else {}
+            own: dict[str, Any] = {"rename": dict(rules)} if rules else {}
+            if name in self.expert_preprocessing:
+                own["preprocessing"] = self.expert_preprocessing[name].plain()
             models.append({"model": _fixed(path), "name": name, **own})
         return {
             "merge_method": self.method,
@@ -114,6 +118,7 @@ class Job:
             **({"preset": wanted.preset} if wanted.preset else {}),
             **({"head": wanted.head} if wanted.head else {}),
             **({"head_tensors": list(wanted.head_tensors)} if wanted.head_tensors else {}),
+            **({"preprocessing": self.chosen_preprocessing.plain()} if self.chosen_preprocessing else {}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -150,6 +155,8 @@ def open_job(
     max_shard_size: str | int = "5GB",
     memory_budget: str | int | None = None,
     arrangement: Arrangement | None = None,
+    preprocessing: Preprocessing | None = None,
+    expert_preprocessing: Mapping[str, Preprocessing] | None = None,
 ) -> Job:
     """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
     shard_bytes = parse_size(max_shard_size)
@@ -165,6 +172,8 @@ def open_job(
         open_checkpoint(base, f"base ({base})"),
         *(open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()),
     )
+    told = expert_preprocessing or {}
+    known = {name: told.get(name) or found_preprocessing(_local(path)) for name, path in experts.items()}
     counts = {name: 1 if hub.is_reference(path) else _specialists(path) for name, path in experts.items()}
     effective = config
     if config.weights is None and any(count > 1 for count in counts.values()):
@@ -187,6 +196,9 @@ def open_job(
         sources,
         arranged,
         counts,
+        preprocessing,
+        told,
+        common_preprocessing(known, preprocessing),
     )
 
 
@@ -206,6 +218,8 @@ def merge_files(
     resume: bool = False,
     memory_budget: str | int | None = None,
     arrangement: Arrangement | None = None,
+    preprocessing: Preprocessing | None = None,
+    expert_preprocessing: Mapping[str, Preprocessing] | None = None,
     reuse: bool = False,
     team: Team | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
@@ -234,6 +248,8 @@ def merge_files(
         memory_budget: working memory of this process, in bytes or as "4GiB"; ``None``: ``BUDGET_SHARE`` of what is free
             on the machine, by the processes of the job on it. It touches no bit of the output.
         arrangement: how the checkpoints are brought into one layout, and what becomes of the head.
+        preprocessing: of the merged model, whatever the experts have; ``None``: theirs, which must not differ.
+        expert_preprocessing: what experts have, beside those whose directory says so.
         reuse: take what a former merge into ``out`` found, where this one would find the same to the bit.
         team: the processes that share the work; all of them call this alike.
         progress: called as the work goes on.
@@ -264,6 +280,8 @@ def merge_files(
                 max_shard_size=max_shard_size,
                 memory_budget=memory_budget,
                 arrangement=arrangement,
+                preprocessing=preprocessing,
+                expert_preprocessing=expert_preprocessing,
             )
             state = job.state()
             if team.member == 0:
@@ -399,10 +417,12 @@ def complete(
     sink.finish()
     if job.file_format == "pth":
         save_torch_file(open_checkpoint(tensors, "merged tensors"), output / TORCH_OUTPUT, sink.names)
-    base = hub.fetch(str(job.base)).path if hub.is_reference(job.base) else Path(job.base)
+    base = _local(job.base)
     for name in COPIED_FILES:
         if (base / name).is_file():
             write_file(output / name, (base / name).read_bytes())
+    if job.preprocessing is not None and found_preprocessing(output) != job.preprocessing:
+        write_file(output / PREPROCESSOR_FILE, job.preprocessing.for_transformers())
     recipe = yaml.safe_dump(job.recipe(config), sort_keys=False, allow_unicode=True)
     write_file(output / RECIPE_FILE, recipe.encode(errors="backslashreplace"))
     if config is None:
@@ -415,6 +435,7 @@ def complete(
         "method": job.method,
         **analysis.report(effective),
         "specialists": job.counts,
+        "preprocessing": job.preprocessing.plain() if job.preprocessing else None,
         "arrangement": {
             "preset": job.arrangement.preset,
             "head": {"rule": job.arrangement.head, "tensors": job.arranged.head},
@@ -472,6 +493,11 @@ def _specialists(path: str | Path) -> int:
         return sum(int(count) for count in content["specialists"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 1
+
+
+def _local(path: str | Path) -> Path:
+    """Where a checkpoint lies on this machine."""
+    return hub.fetch(str(path)).path if hub.is_reference(path) else Path(path)
 
 
 def _fixed(path: str | Path) -> str:

@@ -89,7 +89,8 @@ def without_expert(recipe: Recipe, name: str) -> Recipe:
     experts = {other: path for other, path in recipe.experts.items() if other != name}
     own = {other: rules for other, rules in recipe.arrangement.expert_renames.items() if other != name}
     arrangement = replace(recipe.arrangement, expert_renames=own)
-    return replace(recipe, experts=experts, config=config, arrangement=arrangement)
+    told = {other: one for other, one in recipe.expert_preprocessing.items() if other != name}
+    return replace(recipe, experts=experts, config=config, arrangement=arrangement, expert_preprocessing=told)
 
 
 def sweep(
@@ -132,6 +133,8 @@ def sweep(
         file_format=recipe.file_format,
         max_shard_size=shard_size(out),
         arrangement=recipe.arrangement,
+        preprocessing=recipe.preprocessing,
+        expert_preprocessing=recipe.expert_preprocessing,
         **options,
     )
     inputs = [Path(os.path.realpath(file)) for source in job.sources for file in source.files]

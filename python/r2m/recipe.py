@@ -23,21 +23,26 @@ method is. As in mergekit, ``rank`` may be a list of values with filters, globs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from r2m import hub
 from r2m.arrangement import Arrangement
 from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
+from r2m.preprocessing import Preprocessing
+from r2m.presets import PRESETS
 from r2m_kernels import MergeConfig, _checks
 from r2m_kernels.errors import InvalidInput, shown
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
+FORMATS = ("safetensors", "pth")  # of its files
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
 
 
@@ -45,24 +50,38 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class _Preprocessing(_Strict):
+    size: int = Field(description="pixels of a side")
+    mean: list[float | int] = Field(description="of the channels, of values in [0, 1]")
+    std: list[float | int] = Field(description="of the channels")
+
+    def value(self) -> Preprocessing:
+        return Preprocessing.of(self.size, self.mean, self.std)
+
+
 class _Expert(_Strict):
-    model: str = Field(min_length=1)
-    name: str | None = Field(None, pattern="^[^=]+$")
-    weight: float | int | None = None
-    rename: dict[str, str | None] = Field(default_factory=dict)
+    model: str = Field(min_length=1, description="checkpoint: a path relative to the recipe, or hf://owner/name")
+    name: str | None = Field(None, pattern="^[^=]+$", description="how it is called in the report")
+    weight: float | int | None = Field(None, description="in all means; 1 where others have one")
+    rename: dict[str, str | None] = Field(default_factory=dict, description="as for all, before those")
+    preprocessing: _Preprocessing | None = Field(None, description="what it was trained with")
 
 
 class _Recipe(_Strict):
-    base_model: str = Field(min_length=1)
-    models: list[_Expert] = Field(min_length=1)
-    merge_method: str = "r2m"
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    dtype: str | None = None
-    format: str = "safetensors"
-    rename: dict[str, str | None] = Field(default_factory=dict)
-    preset: str | None = None
-    head: str | None = None
-    head_tensors: list[str] = Field(default_factory=list)
+    base_model: str = Field(min_length=1, description="the checkpoint all experts started from")
+    models: list[_Expert] = Field(min_length=1, description="the experts")
+    merge_method: str = Field("r2m", description="how they are merged")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="on top of what the method is")
+    dtype: str | None = Field(None, description="of the output's floating-point tensors; the base's if left out")
+    format: str = Field("safetensors", description="of the output; pth: a state dict of torch.save")
+    rename: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="what names of tensors begin with: what they begin with instead, or null to leave them out",
+    )
+    preset: str | None = Field(None, description="names as known detectors have them")
+    head: str | None = Field(None, description="the classifier: mean, base or expert:NAME; merged if left out")
+    head_tensors: list[str] = Field(default_factory=list, description="globs of the classifier's names")
+    preprocessing: _Preprocessing | None = Field(None, description="of the merged model, whatever the experts have")
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,8 @@ class Recipe:
         dtype: of the output; ``None``: the base's.
         file_format: one of :data:`r2m.execute.FORMATS`.
         arrangement: how checkpoints are brought into one layout.
+        preprocessing: of the merged model, whatever the experts have.
+        expert_preprocessing: what experts are said to have.
     """
 
     base: str
@@ -86,6 +107,8 @@ class Recipe:
     dtype: str | None
     file_format: str
     arrangement: Arrangement
+    preprocessing: Preprocessing | None = None
+    expert_preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
 
 
 def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -127,7 +150,45 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
     wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors)
     base = _beside(directory, recipe.base_model)
-    return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.format, wanted)
+    try:
+        chosen = recipe.preprocessing.value() if recipe.preprocessing else None
+        own = {
+            name: expert.preprocessing.value()
+            for name, expert in zip(experts, recipe.models, strict=True)
+            if expert.preprocessing
+        }
+    except InvalidInput as error:
+        raise InvalidInput(f"{what}: {error}") from None
+    return Recipe(base, experts, recipe.merge_method, config, recipe.dtype, recipe.format, wanted, chosen, own)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes, for editors."""
+    found = _Recipe.model_json_schema()
+    properties = found["properties"]
+    properties["merge_method"]["enum"] = list(METHODS)
+    choices = (("preset", (*PRESETS, None)), ("dtype", (*DTYPES, None)), ("format", FORMATS))
+    for name, values in choices:
+        properties[name]["enum"] = list(values)
+    # Attributes' descriptions, as the class has them.
+    text = (MergeConfig.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
+    described = {
+        words[0].strip(): " ".join(words[1].split())
+        for words in (part.split(":", 1) for part in re.split(r"\n        (?=\w+:)", text) if ":" in part)
+    }
+    fields = TypeAdapter(MergeConfig).json_schema()["properties"]
+    for name, one in fields.items():
+        one["description"] = described[name]
+    by_name = {
+        "filter": {"type": "string", "description": "a glob of names; none: all others"},
+        "value": fields["rank"],
+    }
+    item = {"type": "object", "properties": by_name, "required": ["value"], "additionalProperties": False}
+    either = [dict(fields["rank"]), {"type": "array", "items": item}]
+    fields["rank"] = {"description": fields["rank"]["description"], "anyOf": either}
+    properties["parameters"].update(properties=fields, additionalProperties=False)
+    found["title"] = "A merge, as r2m merge takes it"
+    return found
 
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:
@@ -193,7 +254,8 @@ def _explained(error: ValidationError) -> str:
     *path, last = first["loc"]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        known = _Expert.model_fields if path and path[0] == "models" else _Recipe.model_fields
+        kind: type[BaseModel] = _Expert if path and path[0] == "models" else _Recipe
+        known = (_Preprocessing if path and path[-1] == "preprocessing" else kind).model_fields
         holder = f" in {'.'.join(map(str, path))}" if path else ""
         return f"unknown key {shown(str(last))}{holder}{_checks.did_you_mean(str(last), known)}"
     if first["type"] == "missing":

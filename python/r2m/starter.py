@@ -1,0 +1,108 @@
+"""A commented recipe for checkpoints at hand (``r2m init``): what they are, and which preset makes them fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from r2m import hub
+from r2m.arrangement import Arranged, Arrangement, arrange, head_names
+from r2m.checkpoints.files import Checkpoint
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.inspection import family
+from r2m.methods import METHODS
+from r2m.naming import name_experts
+from r2m.preprocessing import common, found
+from r2m.presets import PRESETS
+from r2m_kernels import MergeConfig, compatibility
+from r2m_kernels.errors import InvalidInput, shown
+
+
+def starter(base: str, words: Sequence[str], to: Path) -> str:
+    """The text of a recipe.
+
+    Args:
+        base: a checkpoint.
+        words: ``[NAME=]PATH`` of the experts.
+        to: where the recipe will be; its paths are relative to that directory.
+
+    Raises:
+        InvalidInput: a checkpoint cannot be read, or they do not fit whatever the preset.
+    """
+    experts = name_experts(words)
+    ground = open_checkpoint(base, f"base ({base})")
+    sources = {name: open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()}
+    preset, arranged = _fitting(ground, sources)
+    directory = to.parent
+    lines = [
+        f"# r2m merge {shown(str(to))[1:-1]} --out merged",
+        "# Paths are relative to this file; hf://owner/name works too. `r2m schema` prints a JSON schema for editors.",
+        f"base_model: {_text(_relative(base, directory))}  # {_described(ground)}",
+        "models:",
+    ]
+    for name, path in experts.items():
+        lines.append(f"  - model: {_text(_relative(path, directory))}  # {_described(sources[name])}")
+        lines.append(f"    name: {_text(name)}")
+        lines.append("    # weight: 2  # counts as two specialists")
+    lines += [
+        "merge_method: r2m",
+        *(f"#   {name}: {method.title}" for name, method in METHODS.items()),
+        "parameters: {}",
+        "#   rank: 0.2  # of r2m_truncated; or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
+        "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",
+        "# dtype: bfloat16  # of the output; the base's if left out",
+        "# format: pth  # a state dict of torch.save, which loads strict=True where the experts' did",
+    ]
+    lines.append(f"preset: {preset}  # {PRESETS[preset].title}" if preset else "# preset: df40  # `r2m merge --help`")
+    heads = head_names(next(iter(arranged.experts.values())).specs)
+    what = f"{shown(heads[0])[1:-1]}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
+    lines.append(f"# head: mean  # or base, or expert:NAME; the classifier: {what}")
+    lines += _preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)})
+    return "\n".join(lines) + "\n"
+
+
+def _fitting(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str | None, Arranged]:
+    """The preset they need, if any."""
+    config = MergeConfig.weight_average()
+    wanted = Arrangement()
+    try:
+        arranged = arrange(base, experts, config, wanted)
+        compatibility.plan(arranged.base, arranged.experts, arranged.config)
+        return None, arranged
+    except InvalidInput as error:
+        for name in PRESETS:
+            try:
+                arranged = arrange(base, experts, config, replace(wanted, preset=name))
+                compatibility.plan(arranged.base, arranged.experts, arranged.config)
+            except InvalidInput:
+                continue
+            return name, arranged
+        raise error
+
+
+def _preprocessing(experts: Mapping[str, str]) -> list[str]:
+    own = {name: found(path) for name, path in experts.items()}
+    try:
+        shared = common(own, None)
+    except InvalidInput as error:
+        return [f"# {error}"]
+    if shared is not None:
+        return [f"# preprocessing, from the experts' directories: {shared}"]
+    return ["# preprocessing: {size: 224, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}  # goes with the merged model"]
+
+
+def _described(source: Checkpoint) -> str:
+    return f"{family(source.specs) or 'unknown family'}, {len(source.specs)} tensor{'s' * (len(source.specs) != 1)}"
+
+
+def _relative(path: str, directory: Path) -> str:
+    return path if hub.is_reference(path) else os.path.relpath(path, directory)
+
+
+def _text(value: str) -> str:
+    """As YAML on one line."""
+    return yaml.safe_dump(value, allow_unicode=False, width=10**6, default_style='"').strip()
