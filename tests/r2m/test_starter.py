@@ -150,7 +150,7 @@ def test_two_preprocessings_are_not_mixed_silently(checkpoints: Checkpoints, com
         ({"size": 0}, "preprocessing: size: expected pixels of a side, got 0"),
         ({"mean": [0.5]}, "preprocessing: mean: expected 3 numbers, got [0.5]"),
         ({"std": [1, 1, 0]}, "preprocessing: std: expected positive numbers, got [1.0, 1.0, 0.0]"),
-        ({"sise": 3}, "unknown key 'sise' in preprocessing; did you mean 'size'?"),
+        ({"sizee": 3}, "unknown key 'sizee' in preprocessing; did you mean 'size'?"),
     ],
 )
 def test_a_preprocessing_that_is_none(
