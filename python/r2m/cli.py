@@ -576,6 +576,74 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     return 0 if fit else 1
 
 
+_MODELS, _DATA = "Models", "Data"
+
+
+@r2m.command(
+    cls=_SectionedCommand,
+    epilog="Example: r2m evaluate --model r2m=merged --detector clip:clip-vit-large-patch14 --data DFDC.json",
+)
+@_option(
+    _MODELS, "--model", "models", multiple=True, metavar="[NAME=]PATH", help="A checkpoint to run; repeat for each."
+)
+@_option(
+    _MODELS,
+    "--detector",
+    metavar="KIND",
+    help="What the checkpoints are weights of: transformers; clip:DIR (DF40, DeepfakeBench; DIR: its CLIP's "
+    "config.json); timm:NAME; open_clip:NAME; MODULE:FUNCTION, which gives a torch module.",
+)
+@_option(
+    _MODELS,
+    "--scores",
+    multiple=True,
+    metavar="[NAME=]CSV",
+    help="Finished scores of a model: columns path, label, probability, and video, dataset if there.  Repeat for each.",
+)
+@_option(_MODELS, "--size", type=int, help="Pixels of a side.  [default: as the checkpoint's directory says]")
+@_option(_MODELS, "--mean", metavar="R,G,B", help="Of the channels.  [default: as the checkpoint's directory says]")
+@_option(_MODELS, "--std", metavar="R,G,B", help="Of the channels.  [default: as the checkpoint's directory says]")
+@_option(
+    _DATA,
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="DeepfakeBench's or DF40's JSON, or a folder with real/ and fake/, or one of such.  Repeat for each.",
+)
+@_option(_DATA, "--root", metavar="DIR", help="Of the paths in JSON files.  [default: the file's directory]")
+@_option(
+    _DATA, "--split", type=_choice("train", "val", "test"), default="test", show_default=True, help="Of JSON files."
+)
+@_option(_DATA, "--compression", default="c23", show_default=True, help="Of FaceForensics++ in JSON files.")
+@_option(
+    _DATA, "--label", "labels", multiple=True, metavar="NAME=0|1", help="Of JSON files.  [default: 0 if it has real]"
+)
+@_option(_DATA, "--frames", type=click.IntRange(1), default=32, show_default=True, help="Of a video, at most, spread.")
+@_option(
+    _DATA, "--strict", is_flag=True, help="An image that cannot be read ends it.  [default: it is left out and told]"
+)
+@_option(
+    _DATA,
+    "--deepfakebench-compat",
+    "compat",
+    is_flag=True,
+    help="The first frames of a video, and videos known by their folder's name alone, as DeepfakeBench has it.",
+)
+@_option(_RUN, "--out", metavar="DIR", help="Where evaluation.json and scores-N.csv go.  [default: nowhere]")
+@_option(_RUN, "--overwrite", is_flag=True, help="Replace an evaluation in DIR.")
+@_option(_RUN, "--bootstrap", type=click.IntRange(0), default=1000, show_default=True, help="Resamples of videos.")
+@_option(_RUN, "--seed", type=int, default=0, show_default=True, help="Of the resamples.")
+@_option(_RUN, "--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at a time.")
+@_option(_RUN, "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@_option(_RUN, "--quiet", is_flag=True, help="No progress.")
+def evaluate(**given: Any) -> None:
+    """Measure detectors on datasets: accuracy, AUC, EER and AP over frames and videos, several models in one table."""
+    from r2m.evaluation.command import evaluate as run
+
+    for line in run(**given):
+        click.echo(line)
+
+
 @r2m.command()
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]PATH…")

@@ -1,0 +1,1 @@
+"""How well detectors detect: ``r2m evaluate``."""

@@ -1,0 +1,243 @@
+"""Datasets of frames: DeepfakeBench's and DF40's JSON, folders of images, and CSV files of finished scores."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from r2m.evaluation.metrics import Scores
+from r2m_kernels import _checks
+from r2m_kernels.errors import InvalidInput, shown
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("path", "label", "probability")  # of CSV files; video and dataset may be there
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Names of folders that say what is in them.
+FOLDERS = {"real": 0, "0_real": 0, "original": 0, "fake": 1, "1_fake": 1}
+_MOST_JSON = 2**30
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image.
+
+    Attributes:
+        path: where it is.
+        label: 1 fake, 0 real.
+        video: what tells its video from all others of the dataset.
+    """
+
+    path: Path
+    label: int
+    video: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How datasets are read.
+
+    Attributes:
+        root: of the paths in JSON files; None: the JSON's directory.
+        split: one of :data:`SPLITS`.
+        frames: at most so many of a video, evenly spread; None: all.
+        compression: of the FF++ family, where there are several.
+        labels: name of a label in JSON files → 0 or 1; of others those with "real" in them are 0.
+        compat: as DeepfakeBench does it: the first frames, and videos by their folder's name alone.
+    """
+
+    root: Path | None = None
+    split: str = "test"
+    frames: int | None = 32
+    compression: str = "c23"
+    labels: Mapping[str, int] | None = None
+    compat: bool = False
+
+
+def read_dataset(path: str | Path, reading: Reading) -> dict[str, list[Frame]]:
+    """Datasets by name.
+
+    Args:
+        path: a JSON file, or a directory with ``real`` and ``fake`` in it, or with directories of such.
+        reading: how.
+
+    Raises:
+        InvalidInput: no such file, not of these forms, or nothing in it.
+    """
+    place = Path(path)
+    _checks.choice("split", reading.split, SPLITS)
+    found = _folders(place, reading) if place.is_dir() else _json(place, reading)
+    empty = [name for name, frames in found.items() if not frames]
+    if empty or not found:
+        what = f"dataset {shown(empty[0])} " if empty else ""
+        raise InvalidInput(f"data ({path}): {what}holds no frames of the split '{reading.split}'")
+    return found
+
+
+def read_scores(path: str | Path) -> dict[str, Scores]:
+    """Finished scores by dataset, from a CSV file with a header.
+
+    Columns: ``path``, ``label`` (0 real, 1 fake), ``probability`` of fake, and where they are there ``video`` (default:
+    the path's folder) and ``dataset`` (default: "data").
+
+    Raises:
+        InvalidInput: a column, a label or a probability is missing or wrong; the line is named.
+    """
+    what = f"scores ({path})"
+    if not Path(path).is_file():
+        raise InvalidInput(f"{what}: no such file")
+    rows: dict[str, list[tuple[int, float, str]]] = {}
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            got = ", ".join(map(shown, reader.fieldnames or ())) or "nothing"
+            raise InvalidInput(f"{what}: expected the columns {', '.join(COLUMNS)} in its first line, got {got}")
+        try:
+            for row in reader:
+                where = f"{what}: line {reader.line_num}"
+                label = _label(f"{where}: label", row["label"])
+                probability = _probability(f"{where}: probability", row["probability"])
+                video = row.get("video") or row["path"].replace("\\", "/").rpartition("/")[0] or row["path"]
+                rows.setdefault(row.get("dataset") or "data", []).append((label, probability, video))
+        except csv.Error as error:
+            raise InvalidInput(f"{what}: line {reader.line_num}: {error}") from None
+    if not rows:
+        raise InvalidInput(f"{what}: holds no rows")
+    return {name: scores_of(held) for name, held in rows.items()}
+
+
+def scores_of(rows: Sequence[tuple[int, float, str]]) -> Scores:
+    """From (label, probability, video) of each frame."""
+    labels, probabilities, videos = zip(*rows, strict=True)
+    return Scores(np.array(labels, np.int64), np.array(probabilities, np.float64), np.array(videos, np.str_))
+
+
+def _label(what: str, text: str | None) -> int:
+    if text not in ("0", "1"):
+        raise InvalidInput(f"{what}: expected 0 (real) or 1 (fake), got {shown(str(text))}")
+    return int(text)
+
+
+def _probability(what: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise InvalidInput(f"{what}: expected a number from 0 to 1, got {shown(str(text))}")
+    return value
+
+
+def _folders(directory: Path, reading: Reading) -> dict[str, list[Frame]]:
+    def labelled(place: Path) -> dict[Path, int]:
+        return {entry: FOLDERS[entry.name.lower()] for entry in sorted(place.iterdir()) if _says(entry)}
+
+    if labelled(directory):
+        return {directory.resolve().name: _images(directory, labelled(directory), reading)}
+    inside = {entry: labelled(entry) for entry in sorted(directory.iterdir()) if entry.is_dir()}
+    if not any(inside.values()):
+        raise InvalidInput(
+            f"data ({directory}): expected folders named {', '.join(FOLDERS)}, or datasets with such; there are none"
+        )
+    return {place.name: _images(place, folders, reading) for place, folders in inside.items() if folders}
+
+
+def _says(entry: Path) -> bool:
+    return entry.is_dir() and entry.name.lower() in FOLDERS
+
+
+def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> list[Frame]:
+    videos: dict[tuple[int, str], list[Path]] = {}
+    for folder, label in folders.items():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in IMAGES:
+                # An image that lies in no folder of its own is no frame of a video: it stands for itself.
+                own = path if path.parent == folder else path.parent
+                videos.setdefault((label, str(own.relative_to(dataset))), []).append(path)
+    return [
+        Frame(path, label, _video(video, reading))
+        for (label, video), paths in videos.items()
+        for path in _chosen(paths, reading)
+    ]
+
+
+def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
+    what = f"data ({path})"
+    if not path.is_file():
+        raise InvalidInput(f"{what}: no such file or directory")
+    if path.stat().st_size > _MOST_JSON:
+        raise InvalidInput(f"{what}: has {path.stat().st_size} bytes, which is no list of frames")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{what}: not valid JSON ({shown(str(error))[1:-1]})") from None
+    root = reading.root or path.parent
+    found: dict[str, list[Frame]] = {}
+    for dataset, labels in _mapping(what, content).items():
+        frames = found.setdefault(dataset, [])
+        for name, splits in _mapping(f"{what}: {shown(dataset)}", labels).items():
+            where = f"{what}: {shown(dataset)}: {shown(name)}"
+            videos = _mapping(where, splits).get(reading.split, {})
+            for video, entry in _of_compression(where, videos, reading).items():
+                frames += _frames(f"{where}: video {shown(video)}", name, video, entry, root, reading)
+    return found
+
+
+def _mapping(what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        layout = "{dataset: {label: {split: {video: {label, frames}}}}}"
+        raise InvalidInput(f"{what}: expected {layout}, got {type(value).__name__} in the place of a mapping")
+    return value
+
+
+def _of_compression(what: str, videos: Any, reading: Reading) -> dict[str, Any]:
+    """The videos themselves; those of FF++ lie one level deeper."""
+    held = _mapping(what, videos)
+    if not held or any(isinstance(entry, dict) and "frames" in entry for entry in held.values()):
+        return held
+    if reading.compression in held:
+        return _mapping(what, held[reading.compression])
+    raise InvalidInput(f"{what}: has the compressions {', '.join(map(shown, held))}, not {reading.compression}")
+
+
+def _frames(what: str, name: str, video: str, entry: Any, root: Path, reading: Reading) -> list[Frame]:
+    entry = _mapping(what, entry)
+    paths = entry.get("frames")
+    if not isinstance(paths, list) or not all(isinstance(one, str) and one for one in paths):
+        raise InvalidInput(f"{what}: expected frames: a list of paths")
+    said = entry.get("label", name)
+    label = _of_label(what, said if isinstance(said, str) else name, reading)
+    # Written on Windows, some of them.
+    places = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
+    key = str(places[0].parent) if places else video
+    return [Frame(place, label, _video(key, reading)) for place in _chosen(places, reading)]
+
+
+def _of_label(what: str, name: str, reading: Reading) -> int:
+    if reading.labels and name in reading.labels:
+        value = reading.labels[name]
+        if value not in (0, 1):
+            raise InvalidInput(f"label {shown(name)}: expected 0 or 1, got {value}")
+        return value
+    return 0 if "real" in name.lower() else 1
+
+
+def _video(key: str, reading: Reading) -> str:
+    return key.rpartition("/")[2] if reading.compat else key
+
+
+def _chosen(paths: Sequence[Path], reading: Reading) -> Sequence[Path]:
+    """At most the wanted number of a video's frames."""
+    wanted = reading.frames
+    if wanted is None or len(paths) <= wanted:
+        return paths
+    if reading.compat:
+        return paths[:wanted]
+    return [paths[index * len(paths) // wanted] for index in range(wanted)]

@@ -1,0 +1,459 @@
+"""Metrics by definition, datasets as they lie around, and ``r2m evaluate`` on real images with a real module."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from r2m.evaluation.data import Reading, read_dataset, read_scores
+from r2m.evaluation.detectors import probabilities
+from r2m.evaluation.metrics import Scores, _Ranked, auc_interval, average, judge, metrics
+from r2m.preprocessing import Preprocessing
+from safetensors.torch import save_file
+from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score, roc_curve
+
+from r2m_kernels import InvalidInput
+
+if TYPE_CHECKING:
+    from conftest import Result
+
+Command = Callable[..., "Result"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def scores(labels: list[int], values: list[float], videos: list[str] | None = None) -> Scores:
+    names = [str(index) for index in range(len(labels))] if videos is None else videos
+    return Scores(np.array(labels), np.array(values, dtype=float), np.array(names))
+
+
+def pairs(labels: np.ndarray, values: np.ndarray, weights: np.ndarray) -> float:
+    """The AUC as it is defined: how often a fake is above a real, half where they tie."""
+    wins = total = 0.0
+    for i in np.flatnonzero(labels == 1):
+        for j in np.flatnonzero(labels == 0):
+            weight = weights[i] * weights[j]
+            wins += weight * (1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0)
+            total += weight
+    return wins / total
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0])), min_size=2, max_size=30
+    )
+)
+def test_metrics_are_the_definitions_with_ties(rows: list[tuple[int, float]]) -> None:
+    labels, values = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    found = metrics(scores(labels.tolist(), values.tolist()))
+    assert found["acc"] == pytest.approx(accuracy_score(labels, values > 0.5))
+    if len(set(labels.tolist())) == 1:
+        assert found["auc"] is found["eer"] is found["ap"] is None
+        assert found["acc_fake" if labels[0] == 0 else "acc_real"] is None
+        return
+    assert found["auc"] == pytest.approx(pairs(labels, values, np.ones(len(labels))))
+    assert found["auc"] == pytest.approx(roc_auc_score(labels, values))
+    assert found["ap"] == pytest.approx(average_precision_score(labels, values))
+    fpr, tpr, _ = roc_curve(labels, values)
+    assert found["eer"] == pytest.approx(fpr[np.argmin(np.abs((1 - tpr) - fpr))])
+
+
+def test_weights_count_frames_several_times() -> None:
+    dice = np.random.default_rng(0)
+    labels, values, weights = dice.integers(0, 2, 40), dice.random(40).round(1), dice.integers(0, 4, 40)
+    repeated = scores(np.repeat(labels, weights).tolist(), np.repeat(values, weights).tolist())
+    drawn = weights > 0
+    weighted = metrics(scores(labels[drawn].tolist(), values[drawn].tolist()), weights[drawn].astype(float))
+    assert {name: pytest.approx(value) for name, value in weighted.items()} == metrics(repeated)
+    ranked = _Ranked(scores(labels.tolist(), values.tolist()))
+    assert ranked.auc(weights.astype(float)) == pytest.approx(roc_auc_score(labels, values, sample_weight=weights))
+    assert ranked.auc((labels == 1).astype(float)) is None
+
+
+def test_deepfakebenchs_video_key_by_hand() -> None:
+    """Two manipulations of one name become one video; a real and a fake of one name become a real one."""
+    frames = scores([1, 1, 1, 0, 0, 1], [0.9, 0.7, 0.2, 0.1, 0.6, 0.8], ["000", "000", "000", "001", "002", "002"])
+    videos = frames.by_video()
+    assert videos.videos.tolist() == ["000", "001", "002"]
+    assert videos.labels.tolist() == [1, 0, 0]  # int(mean of labels), as theirs: 002 is half fake
+    assert videos.probabilities.tolist() == pytest.approx([0.6, 0.1, 0.7])
+    # Real 0.1 below 0.6, real 0.7 above it: half of the pairs.
+    assert judge(frames, resamples=0)["video_auc"] == 0.5
+    whole = scores(
+        [1, 1, 1, 0, 0, 1], [0.9, 0.7, 0.2, 0.1, 0.6, 0.8], ["a/000", "b/000", "b/000", "r/001", "r/002", "f/002"]
+    )
+    # By whole paths: fakes 0.9, 0.45, 0.8 against reals 0.1, 0.6: five of six pairs.
+    assert judge(whole, resamples=0)["video_auc"] == pytest.approx(5 / 6)
+
+
+def test_intervals_hold_the_value_and_narrow_with_more_videos() -> None:
+    dice = np.random.default_rng(1)
+
+    def width(videos: int) -> float:
+        labels = np.repeat(dice.integers(0, 2, videos), 4)
+        values = np.clip(0.5 + 0.1 * (labels - 0.5) + 0.2 * dice.normal(size=4 * videos), 0, 1)
+        of = scores(labels.tolist(), values.tolist(), np.repeat(np.arange(videos), 4).astype(str).tolist())
+        interval = auc_interval(of, 200, 0)["auc"]
+        assert interval is not None
+        assert interval == auc_interval(of, 200, 0)["auc"]  # a seed is a seed
+        assert interval[0] < roc_auc_score(labels, values) < interval[1]
+        return interval[1] - interval[0]
+
+    assert width(400) < 0.6 * width(40)
+    # Copies of frames are no news: the interval is that of the videos.
+    labels, values = dice.integers(0, 2, 30).tolist(), dice.random(30).tolist()
+    names = [str(index) for index in range(30)]
+    once = auc_interval(scores(labels, values, names), 100, 0)
+    copied = auc_interval(scores(labels * 5, values * 5, names * 5), 100, 0)
+    assert {key: pytest.approx(value) for key, value in copied.items()} == once
+    assert auc_interval(scores([1, 1], [0.1, 0.2]), 50, 0) == {"auc": None, "video_auc": None}
+
+
+def test_means_are_over_what_is_defined() -> None:
+    judged = {"a": {"auc": 0.8, "eer": None}, "b": {"auc": None, "eer": None}, "c": {"auc": 0.6, "eer": None}}
+    assert average(judged, ["auc", "eer"]) == {"auc": pytest.approx(0.7), "eer": None}
+
+
+def image(path: str, brightness: int) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(path) + brightness).integers(0, 20, (40, 30, 3))
+    Image.fromarray((noise + brightness).astype(np.uint8)).save(path)
+
+
+def deepfakebench() -> dict[str, Any]:
+    """Frames on the disk and their list: FF++ with compressions, another set without, a path from Windows."""
+    for video, brightness in (
+        ("real/000", 60),
+        ("real/001", 80),
+        ("Deepfakes/000_003", 150),
+        ("NeuralTextures/000_003", 200),
+    ):
+        for frame in range(4):
+            image(f"frames/FF/{video}/{frame:03d}.png", brightness)
+    for frame in range(2):
+        image(f"frames/Celeb/fake/id0/{frame}.png", 180)
+
+    def entry(label: str, folder: str, count: int, slash: str = "/") -> dict[str, Any]:
+        names = [f"frames/{folder}/{frame:03d}.png" for frame in range(count)]
+        return {"label": label, "frames": [name.replace("/", slash) for name in names]}
+
+    ff = {
+        "FF-real": {
+            "test": {"c23": {v: entry("FF-real", f"FF/real/{v}", 4) for v in ("000", "001")}},
+            "train": {"c23": {}},
+        },
+        "FF-DF": {"test": {"c23": {"000_003": entry("FF-DF", "FF/Deepfakes/000_003", 4, "\\")}, "c40": {}}},
+        "FF-NT": {"test": {"c23": {"000_003": entry("FF-NT", "FF/NeuralTextures/000_003", 4)}}},
+    }
+    celeb = {"fake_one": {"test": {"id0": {"label": "fake_one", "frames": ["frames/Celeb/fake/id0/0.png"]}}}}
+    return {"FaceForensics++": ff, "Celeb": celeb}
+
+
+def write_json(content: Any, name: str = "list.json") -> str:
+    Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return name
+
+
+def test_deepfakebenchs_lists_are_read() -> None:
+    found = read_dataset(write_json(deepfakebench()), Reading(frames=2))
+    ff = found["FaceForensics++"]
+    assert [frame.label for frame in ff] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert all(frame.path.is_file() for frames in found.values() for frame in frames)
+    assert [frame.path.name for frame in ff[:2]] == ["000.png", "002.png"]  # spread over the video
+    assert len({frame.video for frame in ff}) == 4  # 000_003 of two manipulations are two videos
+    compat = read_dataset("list.json", Reading(frames=2, compat=True))["FaceForensics++"]
+    assert [frame.path.name for frame in compat[:2]] == ["000.png", "001.png"]
+    assert {frame.video for frame in compat} == {"000", "001", "000_003"}
+    assert read_dataset("list.json", Reading(labels={"fake_one": 0}))["Celeb"][0].label == 0
+    moved = read_dataset("list.json", Reading(root=Path("elsewhere")))
+    assert str(moved["Celeb"][0].path) == "elsewhere/frames/Celeb/fake/id0/0.png"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "data (list.json): not valid JSON (Expecting property name"),
+        ("[1]", "expected {dataset: {label: {split: {video: {label, frames}}}}}, got list in the place of a mapping"),
+        ({"a": {"real": {"train": {}}}}, "dataset 'a' holds no frames of the split 'test'"),
+        ({}, "holds no frames of the split 'test'"),
+        ({"a": {"real": {"test": {"v": {"frames": "x"}}}}}, "'a': 'real': video 'v': expected frames: a list of paths"),
+        ({"a": {"real": {"test": {"c40": {"v": {"frames": []}}}}}}, "'a': 'real': has the compressions 'c40', not c23"),
+        ({"a": {"real": {"test": [1]}}}, "'a': 'real': expected {dataset:"),
+    ],
+)
+def test_lists_that_are_none(content: Any, sentence: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        read_dataset(write_json(content), Reading())
+    assert sentence in str(error.value)
+
+
+def test_folders_are_datasets() -> None:
+    for path in (
+        "x/real/a.png",
+        "x/real/b.JPG",
+        "x/fake/v1/0.png",
+        "x/fake/v1/1.png",
+        "y/0_real/a.png",
+        "y/1_fake/b.png",
+    ):
+        image(f"all/{path}", 90)
+    Path("all/x/fake/notes.txt").write_text("no image")
+    found = read_dataset("all", Reading())
+    assert {name: len(frames) for name, frames in found.items()} == {"x": 4, "y": 2}
+    # Images in a folder of their own are a video's frames; others stand for themselves.
+    assert [frame.video for frame in found["x"]] == ["fake/v1", "fake/v1", "real/a.png", "real/b.JPG"]
+    assert [frame.label for frame in found["x"]] == [1, 1, 0, 0]
+    assert read_dataset("all/x", Reading()) == {"x": found["x"]}
+    Path("empty").mkdir()
+    with pytest.raises(InvalidInput, match="expected folders named real, 0_real, original, fake, 1_fake"):
+        read_dataset("empty", Reading())
+
+
+def write_csv(rows: list[list[Any]], name: str = "scores.csv") -> str:
+    with open(name, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return name
+
+
+def test_finished_scores_are_judged(command: Command) -> None:
+    header = ["path", "label", "probability", "dataset"]
+    dice = np.random.default_rng(0)
+    rows = [[f"v{i // 3}/{i}.png", (i // 3) % 2, round(float(dice.random()), 2), "ab"[i % 2]] for i in range(60)]
+    write_csv([header, *rows])
+    flipped = [[path, label, 1 - value, dataset] for path, label, value, dataset in rows]
+    write_csv([header, *flipped], "flipped.csv")
+    result = command("evaluate", "--scores", "one=scores.csv", "--scores", "flipped.csv", "--out", "eval")
+    assert result.code == 0, result.err
+    found = json.loads(Path("eval/evaluation.json").read_text())["models"]
+    for dataset in "ab":
+        own = [row for row in rows if row[3] == dataset]
+        auc = roc_auc_score([row[1] for row in own], [row[2] for row in own])
+        assert found["one"]["datasets"][dataset]["auc"] == pytest.approx(auc)
+        assert found["flipped.csv"]["datasets"][dataset]["auc"] == pytest.approx(1 - auc)  # inverted, and left so
+    assert found["one"]["average"]["auc"] == pytest.approx(
+        np.mean([found["one"]["datasets"][dataset]["auc"] for dataset in "ab"])
+    )
+    lines = result.out.splitlines()
+    assert lines[0].split()[:4] == ["dataset", "model", "frames", "videos"]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [dataset, model] for dataset in ("a", "b", "mean") for model in ("one", "flipped.csv")
+    ]
+    again = command("evaluate", "--scores", "scores.csv", "--out", "eval")
+    assert (again.code, again.err) == (2, "Error: out (eval): holds an evaluation already; --overwrite replaces it\n")
+
+
+def test_a_set_of_one_class_is_named_and_not_zero(command: Command) -> None:
+    write_csv([["path", "label", "probability"], ["a/1", 1, 0.2], ["b/1", 1, 0.9]])
+    result = command("evaluate", "--scores", "scores.csv")
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == "data: fake alone: AUC, EER and AP are undefined"
+    row = result.out.splitlines()[1].split()
+    assert row[4:7] == ["0.500", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "expected the columns path, label, probability in its first line, got nothing"),
+        ([["path", "label"]], "expected the columns path, label, probability in its first line, got 'path', 'label'"),
+        ([["path", "label", "probability"]], "holds no rows"),
+        ([["path", "label", "probability"], ["a", 2, 0.5]], "line 2: label: expected 0 (real) or 1 (fake), got '2'"),
+        (
+            [["path", "label", "probability"], ["a", 1, "nan"]],
+            "line 2: probability: expected a number from 0 to 1, got 'nan'",
+        ),
+        (
+            [["path", "label", "probability"], ["a", 1]],
+            "line 2: probability: expected a number from 0 to 1, got 'None'",
+        ),
+    ],
+)
+def test_scores_that_are_none(rows: list[list[Any]], sentence: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        read_scores(write_csv(rows))
+    assert str(error.value) == f"scores (scores.csv): {sentence}"
+
+
+MODULE = """
+import torch
+from torch import nn
+
+class Brightness(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+        self.bias = nn.Parameter(torch.zeros(2))
+        self.register_buffer("position_ids", torch.arange(3))
+
+    def forward(self, images):
+        assert images.shape[1:] == (3, 16, 16)
+        return {"cls": images.mean((2, 3)) @ self.weight.T + self.bias}
+
+def build():
+    return Brightness()
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def detector() -> str:
+    """A module of the user's, and two checkpoints: one that knows that fakes here are bright, and its opposite."""
+    Path("mine.py").write_text(MODULE)
+    for name, sign in (("good", 1.0), ("bad", -1.0)):
+        weight = sign * torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
+        save_file({"weight": weight, "bias": torch.zeros(2)}, f"{name}.safetensors")
+    return "mine:build"
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+PREPARED = ("--size", "16", "--mean", "0.5", "--std", "0.5,0.5,0.5")
+
+
+def test_detectors_are_run(detector: str, command: Command) -> None:
+    write_json(deepfakebench())
+    arguments = [
+        "evaluate",
+        "--model",
+        "good=good.safetensors",
+        "--model",
+        "bad=bad.safetensors",
+        "--detector",
+        detector,
+    ]
+    result = command(*arguments, *PREPARED, "--data", "list.json", "--out", "eval", "--batch", "3", "--bootstrap", "20")
+    assert result.code == 0, result.err
+    found = json.loads(Path("eval/evaluation.json").read_text())
+    good, bad = (found["models"][name]["datasets"]["FaceForensics++"] for name in ("good", "bad"))
+    assert (good["auc"], bad["auc"]) == (1.0, 0.0)
+    assert (good["frames"], good["videos"]) == (16, 4)
+    assert found["models"]["good"]["preprocessing"] == Preprocessing.of(16, [0.5] * 3, [0.5] * 3).plain()
+    assert found["unreadable"] == {}
+    assert "Celeb: fake alone: AUC, EER and AP are undefined" in result.out
+    # The scores are there to be judged again, to the same numbers.
+    again = command("evaluate", "--scores", "good=eval/scores-1.csv", "--bootstrap", "20", "--out", "again")
+    assert again.code == 0
+    once, twice = (json.loads(Path(place, "evaluation.json").read_text()) for place in ("eval", "again"))
+    assert once["models"]["good"]["datasets"] == twice["models"]["good"]["datasets"]
+
+
+def test_probabilities_are_those_of_the_module_by_hand(detector: str, command: Command) -> None:
+    image("set/real/a.png", 70)
+    image("set/fake/b.png", 190)
+    assert (
+        command(
+            "evaluate", "--model", "good.safetensors", "--detector", detector, *PREPARED, "--data", "set", "--out", "e"
+        ).code
+        == 0
+    )
+    rows = {row["path"]: row for row in csv.DictReader(Path("e/scores-1.csv").read_text().splitlines())}
+    for path, label in (("set/real/a.png", "0"), ("set/fake/b.png", "1")):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), np.float64) / 255
+        brightness = ((pixels - 0.5) / 0.5).mean((0, 1)).sum()
+        assert float(rows[path]["probability"]) == pytest.approx(1 / (1 + np.exp(-2 * brightness)), rel=1e-5)
+        assert rows[path]["label"] == label
+
+
+def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: Command) -> None:
+    content = deepfakebench()
+    write_json(content)
+    Path("frames/FF/real/000/001.png").unlink()
+    Path("frames/FF/real/001/002.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    arguments = ["evaluate", "--model", "good.safetensors", "--detector", detector, *PREPARED, "--data", "list.json"]
+    result = command(*arguments, "--out", "eval")
+    assert result.code == 0, result.err
+    assert "2 images were left out: 1 no such file, 1 not a readable image" in result.out
+    assert "  frames/FF/real/000/001.png: no such file" in result.out
+    found = json.loads(Path("eval/evaluation.json").read_text())
+    assert found["unreadable"].keys() == {"frames/FF/real/000/001.png", "frames/FF/real/001/002.png"}
+    assert found["models"]["good.safetensors"]["datasets"]["FaceForensics++"]["frames"] == 14
+    strict = command(*arguments, "--strict", "--out", "strict")
+    assert (strict.code, Path("strict").exists()) == (2, False)
+    assert strict.err == "Error: dataset 'FaceForensics++': frames/FF/real/000/001.png: no such file\n"
+    for path in Path("frames/Celeb").rglob("*.png"):
+        path.unlink()
+    result = command(*arguments)
+    assert result.code == 2
+    assert "dataset 'Celeb': none of its 1 images can be read: " in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "evaluate: expected --model or --scores"),
+        ("--model good.safetensors --data set", "evaluate: --model needs --detector"),
+        ("--model good.safetensors --detector mine:build", "evaluate: --model needs --data"),
+        (
+            "--model good.safetensors --detector mine:build --data set",
+            "model 'good.safetensors' (good.safetensors): its prep",
+        ),
+        ("--model good.safetensors --detector mine:built --data set {}", "mine has no function 'built'"),
+        ("--model good.safetensors --detector mine:nothing --data set {}", "mine has no function 'nothing'"),
+        ("--model good.safetensors --detector our:build --data set {}", "detector our:build: no module 'our'"),
+        (
+            "--model good.safetensors --detector resnet --data set {}",
+            "detector 'resnet': expected transformers, clip:DIR",
+        ),
+        ("--model other.safetensors --detector mine:build --data set {}", "it lacks bias"),
+        (
+            "--model good.safetensors --detector mine:build --data set --data set {}",
+            "data (set): there is a dataset 'set'",
+        ),
+        ("--model good.safetensors --detector mine:build --data gone {}", "data (gone): no such file or directory"),
+        (
+            "--model good.safetensors --detector mine:build --data set --size 16 --mean 1,2 --std 1",
+            "--mean 1,2: expected a",
+        ),
+        ("--model good.safetensors --detector mine:build --data set --label x=2 {}", "--label x=2: expected NAME=0"),
+        ("--scores gone.csv", "scores (gone.csv): no such file"),
+    ],
+)
+def test_what_is_refused(arguments: str, sentence: str, detector: str, command: Command) -> None:
+    image("set/real/a.png", 70)
+    image("set/fake/b.png", 190)
+    save_file({"weight": torch.zeros(2, 3)}, "other.safetensors")
+    before = sorted(os.listdir())
+    result = command("evaluate", *arguments.format(" ".join(PREPARED)).split(), *(["--out", "e"] if arguments else []))
+    assert result.code == 2
+    assert result.err.startswith("Error: ")
+    assert sentence in result.err
+    assert len(result.err.splitlines()) == 1
+    assert sorted({*os.listdir()} - {"__pycache__"}) == before
+
+
+def test_what_detectors_give() -> None:
+    logits = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    expected = logits.double().softmax(1)[:, 1]
+    for output in (logits, {"logits": logits}, {"cls": logits, "feat": logits}, type("Output", (), {})()):
+        if not isinstance(output, dict | torch.Tensor):
+            output.logits = logits
+        assert torch.equal(probabilities(output, "m"), expected)
+    assert torch.equal(probabilities({"prob": expected, "cls": logits}, "m"), expected)
+    for single in (logits[:, :1], logits[:, 0]):
+        assert torch.equal(probabilities(single, "m"), logits[:, 0].double().sigmoid())
+    for wrong in (torch.zeros(2, 5), torch.zeros(2, 2, 2), {"features": logits}, None, torch.full((2, 2), torch.nan)):
+        with pytest.raises(InvalidInput, match=r"^m: (expected logits of shape|gave probabilities that are NaN)"):
+            probabilities(wrong, "m")
