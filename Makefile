@@ -78,7 +78,7 @@ zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, tran
 .venv-zoo/ready: requirements.txt Makefile
 	$(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/python -m pip install --quiet timm==1.0.31 open_clip_torch==3.3.0 transformers==5.24.0 \
-	  $$(grep -E '^torch==' requirements.txt)
+	  $$(grep -E '^(torch|click|rich|PyYAML|pydantic|psutil|scikit-learn)==' requirements.txt)
 	touch $@
 
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import r2m
 from r2m.cli import main
+
+import r2m_kernels
 
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-zoo" / "bin" / "python"
 EXPERTS = ("fs", "fr", "efs")
@@ -18,7 +21,8 @@ EXPERTS = ("fs", "fr", "efs")
 def zoo(command: str, directory: Path) -> dict[str, Any]:
     assert PYTHON.exists(), "their environment is missing: make zoo"
     script = Path(__file__).with_name("zoo.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    sources = os.pathsep.join(str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
     run = subprocess.run(
         [PYTHON, script, command, directory], capture_output=True, text=True, check=False, env=environment
     )
@@ -40,6 +44,9 @@ def test_what_libraries_save_is_merged_and_loads_strictly(tmp_path: Path, capsys
         assert code == 0, (name, capsys.readouterr().err)
         # R²M itself goes through as well, to the same names and shapes.
         assert main([*arguments[:-2], str(place / "r2m"), "--quiet", *options]) == 0, name
+    for name, numbers in zoo("evaluate", tmp_path).items():
+        assert numbers["code"] == 0, name
+        assert numbers["difference"] <= 1e-6 < numbers["spread"], (name, numbers)
     found = zoo("check", tmp_path)
     assert found.keys() == kinds.keys()
     for name, numbers in found.items():

@@ -1,11 +1,13 @@
 """Detectors made and judged by the libraries that people make them with; run by test_zoo.py in their environment.
 
 ``zoo.py make DIR`` saves for each kind a base and three experts as these libraries do. ``zoo.py check DIR`` loads
-DIR/KIND/merged with ``strict=True`` and compares its forward pass with that of the mean, taken by hand.
+DIR/KIND/merged with ``strict=True`` and compares its forward pass with that of the mean, taken by hand. ``zoo.py
+evaluate DIR`` runs ``r2m evaluate`` on such detectors.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 # PyPI's torchvision holds operators for another build of torch; these two are looked up when it is imported.
@@ -280,5 +284,66 @@ def load_expert(directory: Path, kind: Kind) -> nn.Module:
     return model.eval()
 
 
+class OpenClipDetector(nn.Module):
+    """An image tower of open_clip and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = open_clip.create_model("r2m-tiny", load_weights=False).visual
+        self.head = nn.Linear(OPEN_CLIP["embed_dim"], 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.visual(images))
+
+
+def evaluate(directory: Path) -> None:
+    """``r2m evaluate`` on detectors of each library, its probabilities beside those of their own forward pass."""
+    from r2m.cli import main
+
+    (directory / "r2m-tiny.json").write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(directory / "r2m-tiny.json")
+    dice = np.random.default_rng(0)
+    paths = [directory / "set" / label / f"{number}.png" for label in ("real", "fake") for number in range(3)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dice.integers(0, 255, (SIZE, SIZE, 3), np.uint8)).save(path)
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(path), np.float32).transpose(2, 0, 1)) for path in paths]
+    )
+    base = directory / "deepfakebench" / "base"
+    runs = {
+        "clip": (f"clip:{base}", Detector, directory / "clip.pth"),
+        "timm": ("timm:efficientnet_b0", KINDS["timm_efficientnet"].build, directory / "timm.pth"),
+        "open_clip": ("open_clip:r2m-tiny", OpenClipDetector, directory / "open_clip.pth"),
+        "transformers": ("transformers", KINDS["transformers_vit"].build, directory / "vit"),
+    }
+    found = {}
+    for name, (kind, build, path) in runs.items():
+        torch.manual_seed(1)
+        model = build()
+        save(model, path, path.suffix)
+        with torch.no_grad():
+            expected = model.eval()((images / 255 - 0.5) / 0.25)
+        logits = expected if isinstance(expected, Tensor) else expected.logits
+        out = directory / f"evaluated-{name}"
+        words = [
+            "evaluate",
+            "--model",
+            str(path),
+            "--detector",
+            kind,
+            "--data",
+            str(directory / "set"),
+            "--out",
+            str(out),
+        ]
+        code = main([*words, "--size", str(SIZE), "--mean", "0.5", "--std", "0.25", "--bootstrap", "5"])
+        rows = {row["path"]: float(row["probability"]) for row in csv.DictReader((out / "scores-1.csv").open())}
+        theirs = [rows[str(path)] for path in paths]
+        difference = (torch.tensor(theirs) - logits.double().softmax(1)[:, 1]).abs().max()
+        found[name] = {"code": code, "difference": float(difference), "spread": max(theirs) - min(theirs)}
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"make": make, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "check": check, "evaluate": evaluate}[sys.argv[1]](Path(sys.argv[2]))

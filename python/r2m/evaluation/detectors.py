@@ -37,8 +37,9 @@ def load_detector(kind: str, checkpoint: str | Path, label: str) -> nn.Module:
     """
     name, _, argument = kind.partition(":")
     if name == "transformers" and not argument:
-        model = _with("transformers", lambda library: _from_transformers(library, checkpoint), label, kind)
-    elif name == "clip" and argument:
+        # It knows its checkpoints' names, which are not always its modules'.
+        return _with("transformers", lambda library: _from_transformers(library, checkpoint, label), label, kind).eval()
+    if name == "clip" and argument:
         model = _with("transformers", lambda library: Clip(library, argument), label, kind)
     elif name == "timm" and argument:
         model = _with("timm", lambda library: library.create_model(argument, num_classes=CLASSES), label, kind)
@@ -126,9 +127,14 @@ def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> n
     return model
 
 
-def _from_transformers(library: Any, checkpoint: str | Path) -> Any:
-    config = library.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    return library.AutoModelForImageClassification.from_config(config)
+def _from_transformers(library: Any, checkpoint: str | Path, label: str) -> Any:
+    build = library.AutoModelForImageClassification.from_pretrained
+    model, info = build(checkpoint, local_files_only=True, output_loading_info=True)
+    for what, names in (("lacks", info["missing_keys"]), ("has other shapes of", info["mismatched_keys"])):
+        if names:
+            listed = some([name if isinstance(name, str) else name[0] for name in sorted(names, key=str)])
+            raise InvalidInput(f"{label}: does not fit the detector 'transformers': it {what} {listed}")
+    return model
 
 
 def _built(module: str, function: str, label: str) -> nn.Module:
