@@ -576,6 +576,38 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     return 0 if fit else 1
 
 
+@r2m.command()
+@click.argument("out")
+@click.option("--evaluation", metavar="DIR", help="Of r2m evaluate, for the card's metrics.")
+@click.option(
+    "--license", "licence", metavar="ID", help="The merged model's.  [default: the most restrictive of its inputs]"
+)
+def card(out: str, evaluation: str | None, licence: str | None) -> None:
+    """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
+    import json
+
+    from r2m.card import card as text_of
+    from r2m.card import warnings
+    from r2m.checkpoints.writer import write_file
+    from r2m.output import CARD_FILE
+    from r2m_kernels.errors import InvalidInput
+
+    measured = None
+    if evaluation is not None:
+        path = Path(evaluation) / "evaluation.json"
+        try:
+            measured = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            raise InvalidInput(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
+    text = text_of(Path(out), evaluation=measured, licence=licence, hashes=True)
+    partial = Path(out) / f".{CARD_FILE}.partial"
+    write_file(partial, text.encode(errors="backslashreplace"))
+    os.replace(partial, Path(out) / CARD_FILE)
+    click.echo(f"{out}/{CARD_FILE}")
+    for warning in warnings(text):
+        click.echo(f"Warning: {warning}", err=True)
+
+
 _MODELS, _DATA = "Models", "Data"
 
 

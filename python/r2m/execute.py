@@ -18,6 +18,7 @@ import yaml
 import r2m_kernels
 from r2m import distributed, hub, machine
 from r2m.arrangement import Arranged, Arrangement, arrange
+from r2m.card import card
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT, parse_size
 from r2m.checkpoints.reader import open_checkpoint
@@ -26,6 +27,7 @@ from r2m.checkpoints.writer import SafetensorsSink, write_file
 from r2m.forecast import Forecast, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.output import (
+    CARD_FILE,
     COPIED_FILES,
     INPUTS,
     RECIPE_FILE,
@@ -449,6 +451,7 @@ def complete(
     }
     text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
     write_file(output / REPORT_FILE, text.encode(errors="backslashreplace"))
+    write_file(output / CARD_FILE, card(output).encode(errors="backslashreplace"))
     return report
 
 

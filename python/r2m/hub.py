@@ -24,7 +24,7 @@ _REFERENCE = re.compile(
 # Whose errors are the network's: the library has used one after the other.
 _NETWORK = ("requests", "httpx", "httpx2")
 # Beside the weights.
-SMALL_FILES = ("config.json", "preprocessor_config.json")
+SMALL_FILES = ("config.json", "preprocessor_config.json", "README.md")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from r2m_kernels.factor_store import FACTORS_PREFIX
 RECIPE_FILE = "r2m_config.yaml"
 REPORT_FILE = "r2m_report.json"
 STATE_FILE = "r2m_state.json"
+CARD_FILE = "README.md"
 COPIED_FILES = ("config.json", "preprocessor_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT_FILE}
-_WRITTEN = {STATE_FILE, SINGLE_FILE, INDEX_FILE, TORCH_OUTPUT, *COPIED_FILES, *_MARKS}
+_WRITTEN = {STATE_FILE, CARD_FILE, SINGLE_FILE, INDEX_FILE, TORCH_OUTPUT, *COPIED_FILES, *_MARKS}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 PARTIAL_SUFFIX = ".partial"

@@ -60,6 +60,7 @@ def test_only_the_shard_size_decides_the_layout(checkpoints: Checkpoints) -> Non
     merged(checkpoints, "out", max_shard_size=1000)
     names = sorted(path.name for path in Path("out").iterdir())
     assert names == [
+        "README.md",
         *[f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)],
         "model.safetensors.index.json",
         "r2m_config.yaml",
@@ -94,6 +95,7 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
     Path("folder/training_args.bin").write_text("not copied")
     report = merge_files("folder", checkpoints.paths, "out", CONFIG, method="r2m", dtype="float16")
     assert sorted(path.name for path in Path("out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -114,7 +116,9 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert set(report["core"]["coefficients"]) == set(checkpoints.paths)
     assert [step["step"] for step in report["steps"]] == ["task Gram", "truncation", "combination"]
     assert report["output"]["files"] == {
-        path.name: path.stat().st_size for path in sorted(Path("out").iterdir()) if path.name != "r2m_report.json"
+        path.name: path.stat().st_size
+        for path in sorted(Path("out").iterdir())
+        if path.name not in ("r2m_report.json", "README.md")
     }
     assert report["output"]["seconds"] > 0
 

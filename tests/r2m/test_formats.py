@@ -39,7 +39,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def test_a_merge_to_pth_holds_the_same_tensors(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "a").code == 0
     assert command("merge", *checkpoints.arguments, "--out", "b", "--format", "pth").code == 0
-    assert sorted(os.listdir("b")) == ["model.pth", "r2m_config.yaml", "r2m_report.json", "r2m_state.json"]
+    assert sorted(os.listdir("b")) == ["README.md", "model.pth", "r2m_config.yaml", "r2m_report.json", "r2m_state.json"]
     assert same(loaded("b/model.pth"), load_file("a/model.safetensors"))
     assert zipfile.ZipFile("b/model.pth").testzip() is None
     assert not Path("b.partial").exists()
