@@ -420,7 +420,8 @@ def complete(
     if job.file_format == "pth":
         save_torch_file(open_checkpoint(tensors, "merged tensors"), output / TORCH_OUTPUT, sink.names)
     base = _local(job.base)
-    for name in COPIED_FILES:
+    # They speak of the base's own tensors: under other names nothing of it would load what is here.
+    for name in COPIED_FILES if job.arranged.base.specs.keys() == job.sources[0].specs.keys() else ():
         if (base / name).is_file():
             write_file(output / name, (base / name).read_bytes())
     if job.preprocessing is not None and found_preprocessing(output) != job.preprocessing:

@@ -19,7 +19,7 @@ from r2m_kernels.tensors import TensorSpec, dtype_name
 # The end of a name that a family of models has, and what has it. Its tensor is the first convolution, whose shape says
 # how wide the model is.
 FAMILIES: Mapping[str, str] = {
-    "vision_model.embeddings.patch_embedding.weight": "CLIP vision tower, transformers",
+    "embeddings.patch_embedding.weight": "CLIP vision tower, transformers",
     "visual.conv1.weight": "CLIP vision tower, open_clip",
     "vit.embeddings.patch_embeddings.projection.weight": "ViT, transformers",
     "patch_embed.proj.weight": "ViT, timm",

@@ -97,6 +97,18 @@ def test_df40s_names_are_brought_into_one_layout(files: list[str], command: Comm
     assert torch.equal(merged["backbone.embeddings.position_ids"], torch.arange(5).reshape(1, 5))
 
 
+def test_files_that_speak_of_the_bases_names_stay_behind(files: list[str], command: Command) -> None:
+    Path("clip").mkdir()
+    Path("clip.safetensors").rename("clip/model.safetensors")
+    for name in ("config.json", "preprocessor_config.json"):
+        Path("clip", name).write_text("{}")
+    arguments = ["--base", "clip", *files[2:], "--preset", "df40", "--out", "merged"]
+    assert command("merge", *arguments).code == 0
+    assert not {"config.json", "preprocessor_config.json"} & {path.name for path in Path("merged").iterdir()}
+    assert command("merge", "--base", "clip", "--expert", "clip", "--out", "same").code == 0
+    assert Path("same/config.json").exists()
+
+
 def test_files_that_do_not_fit_say_which_preset_would_help(files: list[str], command: Command) -> None:
     result = command("merge", *files, "--out", "merged")
     assert result.code == 2
