@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from r2m import refit
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.view import Part, View, folded, zeros
+from r2m.checkpoints.view import Part, View, constant, folded, zeros
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Preset, Rules
 from r2m_kernels import MergeConfig, _checks, compatibility
 from r2m_kernels.errors import InvalidInput, shown
@@ -26,7 +27,9 @@ class Arrangement:
         preset: a key of :data:`r2m.presets.PRESETS`.
         rename: beginnings of names in every checkpoint, before the preset's.
         expert_renames: the same by expert, before those.
-        head: ``"mean"`` of the experts', ``"base"``, or ``"expert:NAME"``; None: merged like everything else.
+        head: ``"mean"`` of the experts', ``"base"``, ``"expert:NAME"``, or ``"refit"`` (``"refit:logistic"``); None:
+            merged like everything else.
+        head_features: a file of the merged model's features, which ``"refit"`` is fitted on.
         head_tensors: globs of the head's names; empty: names that look like a classifier's.
     """
 
@@ -35,6 +38,7 @@ class Arrangement:
     expert_renames: Mapping[str, Rules] = field(default_factory=dict)
     head: str | None = None
     head_tensors: Sequence[str] = ()
+    head_features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Arranged:
         config: with what the arrangement asks of the merge.
         head: names of the tensors that ``head`` was about.
         folded: names of the weights that are sums of factors.
+        features: SHA-256 of the features that the head was fitted on.
     """
 
     base: View
@@ -53,6 +58,7 @@ class Arranged:
     config: MergeConfig
     head: list[str]
     folded: list[str]
+    features: str | None = None
 
 
 def arrange(base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeConfig, wanted: Arrangement) -> Arranged:
@@ -94,9 +100,12 @@ def _arranged(
     if preset.experts_layout and views:
         ground = _with_buffers_of(ground, list(views.values()))
     head: list[str] = []
+    features = None
+    if wanted.head_features is not None and (wanted.head or "").partition(":")[0] != "refit":
+        raise InvalidInput("head_features: are for head: refit alone")
     if wanted.head is not None:
-        ground, config, head = _with_head(ground, views, config, wanted.head, wanted.head_tensors)
-    return Arranged(ground, views, config, head, weights)
+        ground, config, head, features = _with_head(ground, views, config, wanted)
+    return Arranged(ground, views, config, head, weights, features)
 
 
 def renamed(source: Checkpoint, wanted: Arrangement, own: Rules | None = None) -> View:
@@ -187,15 +196,17 @@ def _folded(view: View, beginnings: Iterable[str]) -> View:
 
 
 def _with_head(
-    base: View, experts: Mapping[str, View], config: MergeConfig, wanted: str, globs: Sequence[str]
-) -> tuple[View, MergeConfig, list[str]]:
-    kind, _, chosen = wanted.partition(":")
-    if kind not in ("mean", "base", "expert") or bool(chosen) != (kind == "expert"):
-        raise InvalidInput(f"head: expected mean, base or expert:NAME, got {shown(wanted)}")
+    base: View, experts: Mapping[str, View], config: MergeConfig, wanted: Arrangement
+) -> tuple[View, MergeConfig, list[str], str | None]:
+    rule, globs = wanted.head or "", wanted.head_tensors
+    kind, _, chosen = rule.partition(":")
+    known = {"mean": not chosen, "base": not chosen, "expert": bool(chosen), "refit": chosen in ("", *refit.RULES)}
+    if not known.get(kind, False):
+        raise InvalidInput(f"head: expected mean, base, expert:NAME, refit or refit:logistic, got {shown(rule)}")
     if kind == "expert" and chosen not in experts:
         near = _checks.did_you_mean(chosen, experts)
         raise InvalidInput(f"head: no expert is called {shown(chosen)}{near}")
-    whose = base if kind == "base" else experts[chosen] if chosen else next(iter(experts.values()))
+    whose = base if kind == "base" else experts[chosen] if kind == "expert" else next(iter(experts.values()))
     names = [name for name in whose.specs if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
     names = names if globs else head_names(whose.specs)
     names = [name for name in names if whose.specs[name].dtype.is_floating_point]
@@ -207,9 +218,17 @@ def _with_head(
         lacking = [name for name in names if name not in base.specs]
         if lacking and config.extra == "error":
             config = config.replace(extra="average")
-        return base, config.replace(average=tuple(dict.fromkeys((*config.average, *exact)))), names
+        return base, config.replace(average=tuple(dict.fromkeys((*config.average, *exact)))), names, None
+    kept = config.replace(keep=tuple(dict.fromkeys((*config.keep, *exact))))
+    if kind == "refit":
+        if wanted.head_features is None:
+            raise InvalidInput("head: refit needs features of the merged model (head_features)")
+        found = refit.read_features(wanted.head_features)
+        fitted = refit.head({name: whose.specs[name].shape for name in names}, found, chosen or refit.RULES[0])
+        parts = {name: constant(tensor.to(whose.specs[name].dtype)) for name, tensor in fitted.items()}
+        return base.having(parts), kept, names, found.digest
     ground = base if kind == "base" else base.having({name: whose.parts[name] for name in names})
-    return ground, config.replace(keep=tuple(dict.fromkeys((*config.keep, *exact)))), names
+    return ground, kept, names, None
 
 
 def _suggest_preset(
@@ -224,7 +243,7 @@ def _suggest_preset(
             beginnings = tuple(old for step in preset.steps for old in step)
             if not any(known.startswith(beginnings) for source in sources for known in source.specs):
                 continue
-            other = Arrangement(name, wanted.rename, wanted.expert_renames, wanted.head, wanted.head_tensors)
+            other = replace(wanted, preset=name)
             try:
                 fitting = _arranged(base, experts, config, other)
                 compatibility.plan(fitting.base, fitting.experts, fitting.config)

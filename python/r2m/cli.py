@@ -188,7 +188,11 @@ _FILES, _METHOD, _REAL, _TRUNCATION, _STRENGTH, _RUN = (
     _FILES,
     "--head",
     metavar="RULE",
-    help="What becomes of the classifier: mean of the experts', base, or expert:NAME.  [default: merged like the rest]",
+    help="What becomes of the classifier: mean of the experts', base, expert:NAME, or refit (refit:logistic) on "
+    "features of the merged model.  [default: merged like the rest]",
+)
+@_option(
+    _FILES, "--head-features", metavar="PATH", help="For refit: a file with tensors features (n, d) and labels (n,)."
 )
 @_option(
     _FILES,
@@ -397,7 +401,7 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "arrangement": wanted}
 
 
-_ARRANGEMENT = ("renames", "drops", "preset", "head", "head_tensors")
+_ARRANGEMENT = ("renames", "drops", "preset", "head", "head_tensors", "head_features")
 
 
 def _arrangement(rest: dict[str, Any]) -> Arrangement:

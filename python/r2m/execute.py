@@ -120,6 +120,7 @@ class Job:
             **({"preset": wanted.preset} if wanted.preset else {}),
             **({"head": wanted.head} if wanted.head else {}),
             **({"head_tensors": list(wanted.head_tensors)} if wanted.head_tensors else {}),
+            **({"head_features": _fixed(wanted.head_features)} if wanted.head_features else {}),
             **({"preprocessing": self.chosen_preprocessing.plain()} if self.chosen_preprocessing else {}),
         }
 
@@ -139,6 +140,7 @@ class Job:
             "experts": experts,
             "max_shard_size": self.shard_bytes,
             "specialists": dict(self.counts),
+            "features": self.arranged.features,
             INPUTS: {one.pop("file"): one for source in self.sources for one in source.fingerprints},
         }
 

@@ -79,8 +79,11 @@ class _Recipe(_Strict):
         description="what names of tensors begin with: what they begin with instead, or null to leave them out",
     )
     preset: str | None = Field(None, description="names as known detectors have them")
-    head: str | None = Field(None, description="the classifier: mean, base or expert:NAME; merged if left out")
+    head: str | None = Field(
+        None, description="the classifier: mean, base, expert:NAME, refit or refit:logistic; merged if left out"
+    )
     head_tensors: list[str] = Field(default_factory=list, description="globs of the classifier's names")
+    head_features: str | None = Field(None, description="for refit: a file with features (n, d) and labels (n,)")
     preprocessing: _Preprocessing | None = Field(None, description="of the merged model, whatever the experts have")
 
 
@@ -148,7 +151,8 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise InvalidInput(f"{what}: parameters: {error}") from None
     experts = name_experts(words)
     renames = {name: expert.rename for name, expert in zip(experts, recipe.models, strict=True) if expert.rename}
-    wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors)
+    features = _beside(directory, recipe.head_features) if recipe.head_features else None
+    wanted = Arrangement(recipe.preset, recipe.rename, renames, recipe.head, recipe.head_tensors, features)
     base = _beside(directory, recipe.base_model)
     try:
         chosen = recipe.preprocessing.value() if recipe.preprocessing else None

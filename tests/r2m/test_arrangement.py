@@ -162,9 +162,9 @@ def test_the_head_is_what_was_asked_for(rule: str, files: list[str], command: Co
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--head median", "head: expected mean, base or expert:NAME, got 'median'"),
-        ("--head expert:", "head: expected mean, base or expert:NAME, got 'expert:'"),
-        ("--head mean:fs", "head: expected mean, base or expert:NAME, got 'mean:fs'"),
+        ("--head median", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'median'"),
+        ("--head expert:", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'expert:'"),
+        ("--head mean:fs", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'mean:fs'"),
         ("--head expert:ef", "head: no expert is called 'ef'; did you mean 'efs'?"),
         ("--head base", "head: no tensor of base (clip.safetensors) looks like a classifier; name it (head_tensors)"),
         ("--head mean --head-tensor top.*", "head: no tensor of expert 'fs' (fs.pth) fits 'top.*'"),
@@ -290,3 +290,80 @@ def test_a_literal_glob_fits_its_name_alone() -> None:
 
 def test_presets_are_described() -> None:
     assert all(preset.title and preset.steps for preset in PRESETS.values())
+
+
+def features(width: int = WIDTH, name: str = "features.safetensors") -> tuple[torch.Tensor, torch.Tensor]:
+    """Two clouds, with a feature that never changes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 2
+    values = torch.randn(200, width, generator=generator) + 1.5 * labels[:, None] * torch.linspace(-1, 1, width)
+    values[:, 0] = 3.0
+    save_file({"features": values, "labels": labels}, name)
+    return values, labels
+
+
+@pytest.mark.parametrize("rule", ["refit", "refit:lda", "refit:logistic"])
+def test_a_head_is_fitted_on_features(rule: str, files: list[str], command: Command) -> None:
+    values, labels = features()
+    options = ("--preset", "df40", "--head", rule, "--head-features", "features.safetensors")
+    assert command("merge", *files, "--out", "merged", *options).code == 0
+    merged = load_file("merged/model.safetensors")
+    assert merged["head.weight"].shape == (2, WIDTH)
+    logits = values @ merged["head.weight"].T + merged["head.bias"]
+    odds = logits[:, 1] - logits[:, 0]
+    assert ((odds > 0) == (labels == 1)).float().mean() > 0.9
+    # Log-odds, by scikit-learn itself.
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+
+    scaled = (values - values.mean(0)) / values.std(0, correction=0).clamp_min(1e-30).where(
+        values.std(0) > 0, torch.tensor(1.0)
+    )
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+    model = LogisticRegression(max_iter=10_000) if rule.endswith("logistic") else lda
+    expected = model.fit(scaled.numpy(), labels.numpy()).decision_function(scaled.numpy())
+    assert torch.allclose(odds.double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-3)
+    # Nothing else is touched, and the recipe repeats it.
+    assert torch.equal(
+        merged["backbone.embeddings.patch_embedding.weight"], by_hand()["backbone.embeddings.patch_embedding.weight"]
+    )
+    assert command("merge", "merged/r2m_config.yaml", "--out", "again").code == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+    assert json.loads(Path("merged/r2m_report.json").read_text())["arrangement"]["head"]["rule"] == rule
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"features": torch.zeros(4, 3)}, "expected tensors features (n, d) and labels (n,), got features"),
+        ({"features": torch.zeros(4), "labels": torch.arange(4) % 2}, "got (4,) and (4,)"),
+        (
+            {"features": torch.zeros(4, 3), "labels": torch.zeros(4).long()},
+            "expected labels 0 (real) and 1 (fake), both",
+        ),
+        ({"features": torch.zeros(4, 3), "labels": torch.arange(4) % 2}, "head: refit: expected 12 features, got 3"),
+        ({"features": torch.full((4, 12), torch.nan), "labels": torch.arange(4) % 2}, "features hold NaN or Inf"),
+    ],
+)
+def test_features_that_are_none(tensors: State, sentence: str, files: list[str], command: Command) -> None:
+    save_file(tensors, "features.safetensors")
+    options = ("--preset", "df40", "--head", "refit", "--head-features", "features.safetensors")
+    result = command("merge", *files, "--out", "merged", *options)
+    assert result.code == 2
+    assert sentence in result.err
+    assert not Path("merged.partial").exists()
+
+
+def test_refit_and_its_features_go_together(files: list[str], command: Command) -> None:
+    features()
+    for options, sentence in (
+        (("--head", "refit"), "head: refit needs features of the merged model (head_features)"),
+        (("--head", "mean", "--head-features", "features.safetensors"), "head_features: are for head: refit alone"),
+        (
+            ("--head", "refit", "--head-features", "features.safetensors", "--head-tensor", "head.bias"),
+            "head: refit expects one matrix",
+        ),
+    ):
+        result = command("merge", *files, "--out", "merged", "--preset", "df40", *options)
+        assert result.code == 2
+        assert sentence in result.err
