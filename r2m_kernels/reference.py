@@ -28,7 +28,10 @@ def merge(
     eta_mode: str = "constant",
     norm_match: bool = True,
     layer_weight: str = "none",
+    ranks: Sequence[tuple[str, float | int]] = (),
     exclude: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    average: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     spectrum: str = "truncate",
     core_spectrum: str = "keep",
@@ -45,15 +48,20 @@ def merge(
     count = len(experts)
     share = torch.tensor([1.0] * count if weights is None else list(weights), dtype=torch.float64)
     share = share / share.sum()
-    floating = {name: tensor.double() for name, tensor in base.items() if tensor.is_floating_point()}
-    statistics = [name for name in floating if name.split(".")[-1] in ("running_mean", "running_var")]
+
+    def meant(name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+    floating = {
+        name: tensor.double() for name, tensor in base.items() if tensor.is_floating_point() and not meant(name, keep)
+    }
+    statistics = [
+        name for name in floating if name.split(".")[-1] in ("running_mean", "running_var") or meant(name, average)
+    ]
     matrices = [
         name
         for name, tensor in floating.items()
-        if tensor.ndim >= 2
-        and tensor.numel()
-        and name not in statistics
-        and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+        if tensor.ndim >= 2 and tensor.numel() and name not in statistics and not meant(name, exclude)
     ]
     vectors = [name for name in floating if name not in matrices and name not in statistics]
 
@@ -99,7 +107,8 @@ def merge(
     for name in matrices:
         shape = floating[name].shape
         m, n = shape[0], math.prod(shape[1:])
-        r = rank if isinstance(rank, int) else max(1, math.ceil(rank * min(m, n) * (1 - 1e-12)))
+        own = next((of_glob for glob, of_glob in ranks if meant(name, [glob])), rank)
+        r = own if isinstance(own, int) else max(1, math.ceil(own * min(m, n) * (1 - 1e-12)))
         u, s, vh = torch.linalg.svd(residuals_of(name).reshape(count, m, n), full_matrices=False)
         if spectrum == "rescale":  # STAR
             inside = s.cumsum(1) - s < rank * s.sum(1, keepdim=True) * (1 - 1e-12)
@@ -154,7 +163,7 @@ def merge(
     merged: dict[str, Tensor] = {}
     for name, tensor in base.items():
         if name not in floating:
-            merged[name] = tensor.clone()
+            merged[name] = tensor.double() if tensor.is_floating_point() else tensor.clone()
             continue
         if name in statistics:
             update = share @ tau[name]

@@ -136,7 +136,9 @@ def test_the_page_is_what_the_json_gives():
 
 def test_the_json_is_of_the_default_that_is_in_the_package():
     content = json.loads(JSON.read_text())
-    assert content["default"] == MergeConfig.r2m().to_dict()
+    # Options that came later have defaults that change nothing.
+    then = {name: tuple(value) if isinstance(value, list) else value for name, value in content["default"].items()}
+    assert MergeConfig(**then) == MergeConfig.r2m()
     assert [run.partition("-")[2] for run in content["fresh"]] == [str(seed) for seed in settings.FRESH] * 2
     assert not content["quick"]
 

@@ -21,6 +21,8 @@ CONFIGS = {
     "no matching, scaled core": {**PAPER, "norm_match": False, "core_scale": 1.3},
     "frobenius": {**PAPER, "layer_weight": "frobenius", "real_rank": 2, "center": True},
     "excluded": {**PAPER, "exclude": ("conv*", "tall.weight")},
+    "ranks by name": {**PAPER, "ranks": [["conv*", 4], ["tall.*", 1.0], ["tall.weight", 2]]},
+    "kept and averaged": {**PAPER, "keep": ("tall.*", "encoder.bias"), "average": ("conv.*", "class_token")},
     "restored, relative": {**PAPER, "core_mode": "restored", "core_scale": 1.1},
     "rows, own": {"row_power": 3.5, "residual": "own", "norm_match": False},
     "rows of task vectors": {"row_power": 4, "real_rank": 0, "eta": 1.15},
