@@ -15,6 +15,7 @@ import yaml
 from r2m import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from r2m.recipe import PlainLoader
 from r2m_kernels.errors import InvalidInput, shown
 from r2m_kernels.tensors import TensorSpec
 
@@ -58,9 +59,8 @@ def card(
     chosen = licence or most_restrictive(list(licences.values()))
     measured = _measured(evaluation, out) if evaluation else {}
     lines = ["---", _header(out, recipe, report, cards, chosen, measured).rstrip(), "---", ""]
-    names = ", ".join(report["experts"])
     lines += [
-        f"# R²M merge of {names}",
+        f"# R²M merge of {_names(report)}",
         "",
         f"{len(report['experts'])} detectors, fine-tuned from one base, merged without data by "
         f"[R²M](https://arxiv.org/abs/2509.24367) (`{report['method']}`, r2m_kernels "
@@ -149,9 +149,10 @@ def _header(
 ) -> str:
     paths = [recipe["base_model"], *(one["model"] for one in recipe["models"])]
     ids = list(dict.fromkeys(_hub_id(path) for path in paths if hub.is_reference(path)))
-    datasets = sorted({str(name) for content in cards.values() for name in _listed(content.get("datasets"))})
+    names = (name for content in cards.values() for name in _listed(content.get("datasets")))
+    datasets = sorted({name for name in names if isinstance(name, str)})
     library = _library(out, report)
-    title = f"R2M merge of {', '.join(report['experts'])}"
+    title = f"R2M merge of {_names(report)}"
     found: dict[str, Any] = {
         **({"base_model": ids} if ids else {}),
         "base_model_relation": "merge",
@@ -186,11 +187,15 @@ def _licence_lines(licences: Mapping[str, str | None], chosen: str, given: bool)
     if unknown:
         lines.append(
             "**Licence: set it.** A merge is under the licences of its inputs, and that of "
-            f"{', '.join(unknown)} is not known here."
+            f"{', '.join(shown(name)[1:-1] for name in unknown)} is not known here."
         )
     if "-nc" in chosen:
         lines.append(f"**Not for commercial use**: an input is under {chosen}.")
     return [*lines, ""] if lines else []
+
+
+def _names(report: Mapping[str, Any]) -> str:
+    return ", ".join(shown(name)[1:-1] for name in report["experts"])
 
 
 def _front_matter(path: str) -> dict[str, Any]:
@@ -202,7 +207,7 @@ def _front_matter(path: str) -> dict[str, Any]:
             text = file.read(_MOST_CARD)
         if not text.startswith("---"):
             return {}
-        content = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+        content = yaml.load(text.split("\n---", 1)[0].removeprefix("---"), PlainLoader)
     except (OSError, yaml.YAMLError, RecursionError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

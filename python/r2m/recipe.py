@@ -203,7 +203,7 @@ def _loaded(path: Path, what: str) -> dict[str, Any]:
     if len(text) > _MOST_BYTES:
         raise InvalidInput(f"{what}: expected at most {_MOST_BYTES} bytes, which is no recipe's size")
     try:
-        content = yaml.load(text, _Loader)
+        content = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
@@ -214,16 +214,18 @@ def _loaded(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML without anchors, with which a few lines can stand for gigabytes, and without keys given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the document; an alias is none."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ."""
         seen = set()
         for key, _ in node.value:
             if key.value in seen:

@@ -97,6 +97,25 @@ def test_what_the_inputs_cards_say(checkpoints: Checkpoints, command: Command) -
     )
 
 
+def test_a_strangers_card_costs_nothing(checkpoints: Checkpoints, command: Command) -> None:
+    """A few lines that stand for gigabytes once they are written out."""
+    layers = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 30)]
+    bomb = "\n".join(["---", "a0: &a0 [x]", *layers, "datasets: *a29", "license: mit", "---", ""])
+    odd = "---\nlicense: [mit]\ndatasets: [{a: b}, 3, celeb]\n---\n"
+    assert command("merge", *folders(checkpoints, {"fs": bomb, "fr": odd}), "--out", "out").code == 0
+    assert front("out")["license"] == "unknown"
+    assert front("out")["datasets"] == ["celeb"]
+
+
+def test_names_cannot_break_the_page(checkpoints: Checkpoints, command: Command) -> None:
+    odd = "a\n# injected | x"
+    arguments = ["--base", "base.safetensors", "--expert", f"{odd}=fs.safetensors"]
+    assert command("merge", *arguments, "--out", "out").code == 0
+    text = Path("out/README.md").read_text()
+    assert "\n# injected" not in text.partition("## Recipe")[0]
+    assert "a\\n# injected \\| x" in text
+
+
 def test_the_command_adds_hashes_and_metrics(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
     with open("scores.csv", "w", newline="") as file:
