@@ -612,6 +612,27 @@ def card(out: str, evaluation: str | None, licence: str | None) -> None:
         click.echo(f"Warning: {warning}", err=True)
 
 
+@r2m.command()
+@click.argument("out")
+@click.option("--to", metavar="DIR", help="The directory to create.  [default: OUT.report]")
+@click.option("--evaluation", metavar="DIR", help="Of r2m evaluate: ROC curves, scores, models against test sets.")
+@click.option("--sweep", "swept", metavar="DIR", help="Of r2m sweep, whose points the evaluation has.")
+def report(out: str, to: str | None, evaluation: str | None, swept: str | None) -> None:
+    """Write a page about OUT, the output of a merge: one HTML file, and for each picture in it a PNG and a CSV."""
+    import importlib.util
+
+    from r2m_kernels.errors import InvalidInput
+
+    for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(package) is None:
+            raise InvalidInput(f"report: needs the package {name}: pip install 'r2m_kernels[report]'")
+    from r2m.reporting.page import PAGE_FILE, write_page
+
+    target = to or f"{out.rstrip('/')}.report"
+    files = write_page(out, target, evaluation=evaluation, swept=swept)
+    click.echo(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
+
+
 _MODELS, _DATA = "Models", "Data"
 
 

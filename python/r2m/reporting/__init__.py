@@ -1,0 +1,1 @@
+"""A merge as a page to look at: ``r2m report``."""

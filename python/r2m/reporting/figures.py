@@ -1,0 +1,136 @@
+"""Pictures of a merge, each with the numbers behind it. On a page they are SVG, beside it PNG and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Readable on white and on black alike: the page has both, and a picture one colour of text.
+_GREY = "#7a7a7a"
+_STYLE = {
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "axes.titlecolor": _GREY,
+    "text.color": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "legend.framealpha": 0.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "r2m",  # equal pictures have equal bytes
+}
+# Told apart by people who see no red or no green (Okabe and Ito).
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows.
+
+    Attributes:
+        name: of its files.
+        title: what it is.
+        text: how to read it, in a sentence or two.
+        rows: the numbers, one mapping per line of a table.
+        svg, png: the picture.
+    """
+
+    name: str
+    title: str
+    text: str
+    rows: Rows
+    svg: str
+    png: bytes
+
+    def table(self) -> bytes:
+        """The numbers as CSV."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue().encode(errors="backslashreplace")
+
+
+def picture(
+    name: str, title: str, text: str, rows: Rows, draw: Callable[[Axes], None], size: tuple[float, float] = (7.0, 3.4)
+) -> Picture:
+    """Draw one; ``draw`` gets the axes."""
+    with rc_context(cast(Any, _STYLE)):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=150, facecolor="white")
+    markup = svg.getvalue()
+    markup = markup[markup.index("<svg") :]
+    # Several pictures share a page: names inside one must not be those inside another.
+    markup = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", markup)
+    return Picture(name, title, text, rows, markup, png.getvalue())
+
+
+def colour(index: int) -> str:
+    """Of a series."""
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]], label: str) -> None:
+    """Groups of bars: a group for each name, a bar in it for each series."""
+    width = 0.8 / len(series)
+    for number, (title, values) in enumerate(series.items()):
+        places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(names))]
+        axes.bar(places, values, width, label=title, color=colour(number))
+    axes.set_xticks(range(len(names)), [short(name) for name in names])
+    axes.axhline(0, color=_GREY, linewidth=0.8)
+    axes.set_ylabel(label)
+    if len(series) > 1:
+        legend(axes)
+
+
+def legend(axes: Axes) -> None:
+    """Above the picture, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+
+
+def heatmap(
+    axes: Axes,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    low: float,
+    high: float,
+) -> None:
+    """A matrix with its numbers written in it."""
+    shown = [[float("nan") if value is None else value for value in row] for row in values]
+    axes.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(columns)), [short(name) for name in columns], rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), [short(name) for name in rows])
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            text = "–" if value is None else f"{value:.2f}"
+            light = value is not None and value < (low + high) / 2
+            axes.text(j, i, text, ha="center", va="center", color="white" if light else "black")
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def short(name: str, limit: int = 22) -> str:
+    """A name that fits below a bar: its end, which tells paths apart. No markup of matplotlib's."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in name).replace("$", r"\$")
+    return plain if len(plain) <= limit else "…" + plain[-limit + 1 :]

@@ -1,0 +1,353 @@
+"""The page of a merge: one HTML file without scripts or links to elsewhere, readable in light and dark."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from r2m.checkpoints.writer import sync, write_file
+from r2m.evaluation.data import read_scores
+from r2m.evaluation.metrics import Scores
+from r2m.output import REPORT_FILE
+from r2m.project import SWEEP_FILE
+from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
+from r2m_kernels.errors import InvalidInput, shown
+
+PAGE_FILE = "report.html"
+_LISTED = 400  # rows of a table on the page; the CSV beside it has all
+
+_CSS = """
+:root { color-scheme: light dark; --line: #8885; --note: #e69f0033; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
+h1 { line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+figure { margin: 1rem 0; }
+svg { max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.number { text-align: right; }
+.warning { background: var(--note); padding: 0.5rem 0.8rem; border-left: 4px solid #e69f00; margin: 0.5rem 0; }
+summary { cursor: pointer; }
+"""
+
+
+def write_page(
+    out: str | Path, to: str | Path, *, evaluation: str | Path | None = None, swept: str | Path | None = None
+) -> list[str]:
+    """Write ``report.html`` and, for each picture, a PNG and a CSV.
+
+    Args:
+        out: the output of a merge.
+        to: a directory to create.
+        evaluation: the directory of an ``r2m evaluate``.
+        swept: the directory of an ``r2m sweep``.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        InvalidInput: one of them is not what it should be, or ``to`` is there and not empty.
+        OSError: it cannot be written; ``filename`` is set.
+    """
+    report = _json(Path(out) / REPORT_FILE, f"{out}: expected the output of a merge")
+    measured = None
+    if evaluation is not None:
+        measured = _json(Path(evaluation) / "evaluation.json", f"{evaluation}: expected a directory of r2m evaluate")
+    rows = _sweep_rows(Path(swept)) if swept is not None else []
+    target = Path(to)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidInput(f"to ({to}): exists already and is not an empty directory")
+    pictures = [*of_merge(report)]
+    if measured is not None:
+        pictures += of_evaluation(measured, _scores(Path(str(evaluation)), measured))
+    if rows:
+        pictures += of_sweep(rows, Path(str(swept)), measured)
+    target.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for one in pictures:
+        files[f"{one.name}.png"], files[f"{one.name}.csv"] = one.png, one.table()
+    files[PAGE_FILE] = page(report, pictures).encode(errors="xmlcharrefreplace")
+    for name, content in files.items():
+        write_file(target / name, content)
+    sync(target)
+    return sorted(files)
+
+
+def of_merge(report: Mapping[str, Any]) -> Iterable[Picture]:
+    """What a merge's report says, in pictures."""
+    names = report["experts"]
+    cosines = report["task_vectors"]["cosines"]
+    yield picture(
+        "cosines",
+        "How alike the specialists moved",
+        "Cosines between their task vectors. Near 1 they learned the same; near 0 they have nothing in common, and "
+        "little of what each learned is shared.",
+        [{"expert": a, **dict(zip(names, row, strict=True))} for a, row in zip(names, cosines, strict=True)],
+        lambda axes: heatmap(axes, names, names, cosines, -0.2, 1.0),
+        (1.6 + 0.9 * len(names), 1.2 + 0.6 * len(names)),
+    )
+    norms, core = report["task_vectors"]["norms"], report["core"]["coefficients"]
+    yield picture(
+        "lengths",
+        "How far each specialist moved",
+        "Lengths of their task vectors. One that is much longer than the others was trained longer or harder, and "
+        "leads the core.",
+        [{"expert": name, "norm": norms[name]} for name in names],
+        lambda axes: bars(axes, names, {"": list(norms.values())}, "‖task vector‖"),
+    )
+    yield picture(
+        "core",
+        "Who makes up the shared Real component",
+        "Coefficients of the specialists in the core: equal ones share it equally; one alone dominates it.",
+        [{"expert": name, "coefficient": core[name]} for name in names],
+        lambda axes: bars(axes, names, {"": list(core.values())}, "coefficient"),
+    )
+    before, scales = report["residual"]["norms"], report["residual"]["scales"]
+    if before is not None:
+        after = {name: before[name] * scales[name] for name in names}
+        yield picture(
+            "norms",
+            "Residuals before and after norm matching",
+            "What each specialist has beyond the core. After matching all have one norm, so that no forgery family "
+            "drowns the others.",
+            [{"expert": name, "before": before[name], "after": after[name], "scale": scales[name]} for name in names],
+            lambda axes: bars(
+                axes, names, {"before": list(before.values()), "after": list(after.values())}, "‖residual‖"
+            ),
+        )
+    kept = [row for row in report["tensors"] if row["role"] == "matrix" and row.get("kept_energy")]
+    if kept and any(value is not None and value < 1 for row in kept for value in row["kept_energy"].values()):
+        yield _kept_energy(names, kept)
+
+
+def _kept_energy(names: Sequence[str], kept: Rows) -> Picture:
+    def draw(axes: Axes) -> None:
+        for index, name in enumerate(names):
+            values = [row["kept_energy"][name] for row in kept]
+            axes.plot(
+                [float("nan") if value is None else value for value in values],
+                ".-",
+                label=short(name),
+                color=colour(index),
+            )
+        axes.set_xlabel("matrix, in the model's order")
+        axes.set_ylabel("kept energy")
+        axes.set_ylim(0, 1.02)
+        legend(axes)
+
+    return picture(
+        "kept_energy",
+        "What truncation kept, over depth",
+        "The share of each residual's energy that is left at its rank. Low everywhere: residuals are spread over all "
+        "directions, mostly noise; high: a few directions say it all.",
+        [{"tensor": row["name"], "rank": row["rank"], **row["kept_energy"]} for row in kept],
+        draw,
+    )
+
+
+def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str, Scores]]) -> Iterable[Picture]:
+    """What an evaluation says, in pictures."""
+    models = measured["models"]
+    datasets = list(dict.fromkeys(name for one in models.values() for name in one["datasets"]))
+    for key, title in (("auc", "frames"), ("video_auc", "videos")):
+        values = [[models[name]["datasets"].get(dataset, {}).get(key) for dataset in datasets] for name in models]
+        yield picture(
+            key,
+            f"AUC over {title}: models against test sets",
+            "A specialist is good on its own forgeries; below 0.5 it ranks the wrong way round. A dash: one class.",
+            [
+                {"model": name, **dict(zip(datasets, row, strict=True))}
+                for name, row in zip(models, values, strict=True)
+            ],
+            lambda axes, values=values: heatmap(axes, list(models), datasets, values, 0.3, 1.0),  # type: ignore[misc]
+            (2.6 + 0.9 * len(datasets), 1.4 + 0.5 * len(models)),
+        )
+    for number, dataset in enumerate(datasets):
+        held = {name: of[dataset] for name, of in scores.items() if dataset in of}
+        both = {name: of for name, of in held.items() if len(set(of.labels.tolist())) == 2}
+        if both:
+            yield _roc(number, dataset, both)
+        for place, (name, of) in enumerate(held.items()):
+            yield _histogram(f"scores-{number}-{place}", dataset, name, of)
+
+
+def _roc(number: int, dataset: str, scores: Mapping[str, Scores]) -> Picture:
+    from sklearn.metrics import roc_curve
+
+    curves = {name: roc_curve(of.labels, of.probabilities)[:2] for name, of in scores.items()}
+
+    def draw(axes: Axes) -> None:
+        for index, (name, (fpr, tpr)) in enumerate(curves.items()):
+            axes.plot(fpr, tpr, label=short(name), color=colour(index))
+        axes.plot([0, 1], [0, 1], ":", color=colour(6))
+        axes.set_xlabel("real frames called fake")
+        axes.set_ylabel("fakes found")
+        legend(axes)
+
+    rows = [
+        {"model": name, "false positive rate": float(x), "true positive rate": float(y)}
+        for name, (fpr, tpr) in curves.items()
+        for x, y in zip(fpr, tpr, strict=True)
+    ]
+    text = "Of all frames. The further to the upper left, the better; the dotted line is chance."
+    return picture(f"roc-{number}", f"ROC: {dataset}", text, rows, draw, (5.0, 4.0))
+
+
+def _histogram(name: str, dataset: str, model: str, of: Scores) -> Picture:
+    edges = [index / 20 for index in range(21)]
+    counts = {
+        title: [
+            int(((of.labels == label) & (of.probabilities >= low) & ((of.probabilities < high) | (high == 1))).sum())
+            for low, high in pairwise(edges)
+        ]
+        for label, title in ((0, "real"), (1, "fake"))
+    }
+
+    def draw(axes: Axes) -> None:
+        for index, (title, values) in enumerate(counts.items()):
+            axes.stairs(values, edges, fill=True, alpha=0.6, label=title, color=colour(index))
+        axes.set_xlabel("probability of fake")
+        axes.set_ylabel("frames")
+        legend(axes)
+
+    rows = [{"from": edges[index], "real": counts["real"][index], "fake": counts["fake"][index]} for index in range(20)]
+    text = "The less the two overlap, the better; both at one side: the threshold of 0.5 is wrong for this set."
+    return picture(name, f"Scores of {model} on {dataset}", text, rows, draw, (5.0, 2.6))
+
+
+def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Iterable[Picture]:
+    """AUC over the options of a sweep, of those points that the evaluation has; else how strong the points are."""
+    options = [key for key in ("rank", "eta", "core_scale", "row_power") if key in rows[0]]
+    points = [str(row["point"]) for row in rows]
+    found = {} if measured is None else _point_aucs(points, swept, measured)
+    if not found:
+        return
+    axis = options[-1]
+
+    def draw(axes: Axes) -> None:
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["point"] in found:
+                title = ", ".join(f"{option} {row[option]}" for option in options[:-1]) or "all"
+                groups.setdefault(title, []).append((float(row[axis]), found[row["point"]]))
+        for index, (title, values) in enumerate(groups.items()):
+            axes.plot(*zip(*sorted(values), strict=True), "o-", label=title, color=colour(index))
+        axes.set_xlabel(axis)
+        axes.set_ylabel("mean AUC of frames")
+        legend(axes)
+
+    yield picture(
+        "sweep",
+        f"AUC over {' and '.join(options)}",
+        "Chosen on these sets, a point is fitted to them: report another set's numbers for it.",
+        [{**row, "auc": found[row["point"]]} for row in rows if row["point"] in found],
+        draw,
+    )
+
+
+def _point_aucs(points: Sequence[str], swept: Path, measured: Mapping[str, Any]) -> dict[str, float]:
+    places = {str((swept / point).resolve()): point for point in points}
+    found = {}
+    for one in measured["models"].values():
+        source = Path(one["source"])
+        point = places.get(str(source.resolve())) or places.get(str(source.resolve().parent))
+        if point is not None and one["average"]["auc"] is not None:
+            found[point] = float(one["average"]["auc"])
+    return found
+
+
+def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """The HTML."""
+    names = ", ".join(report["experts"])
+    core, residual = report["core"], report["residual"]
+    facts = [
+        ("method", report["method"]),
+        ("specialists", names),
+        ("‖core‖ / ‖mean‖", _number(core["norm_ratio_to_mean"])),
+        ("λ, factor of the core", _number(core["scale_used"])),
+        ("η, strength of the residuals", _number(residual["eta_used"])),
+        ("‖residual term‖ / ‖core‖", _number(residual["norm_ratio_to_core"])),
+        ("computed by", f"{report['backend']['name']} on {report['backend']['device']}"),
+        ("r2m_kernels, torch", f"{report['versions']['r2m_kernels']}, {report['versions']['torch']}"),
+    ]
+    text = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_safe(f'R²M merge of {names}')}</title><style>{_CSS}</style></head><body>",
+        f"<h1>R²M merge of {_safe(names)}</h1>",
+        *(f'<p class="warning">{_safe(warning)}</p>' for warning in report["warnings"]),
+        _table([{"about the merge": title, "": value} for title, value in facts]),
+    ]
+    for one in pictures:
+        text += [
+            f"<h2>{_safe(one.title)}</h2><p>{_safe(one.text)}</p>",
+            f'<figure role="img" aria-label="{_safe(one.title)}">{one.svg}</figure>',
+            f"<details><summary>The numbers ({_safe(one.name)}.csv)</summary>{_table(one.rows)}</details>",
+        ]
+    text.append("<h2>Every tensor</h2><details><summary>Roles, shapes and ranks</summary>")
+    tensors = [
+        {key: row.get(key, "") for key in ("name", "role", "shape", "dtype", "rank")} for row in report["tensors"]
+    ]
+    text += [_table(tensors), "</details></body></html>", ""]
+    return "\n".join(text)
+
+
+def _table(rows: Rows) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{_safe(key)}</th>" for key in rows[0])
+    lines = []
+    for row in rows[:_LISTED]:
+        cells = []
+        for value in row.values():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            cells.append(f'<td class="number">{_number(value)}</td>' if number else f"<td>{_safe(value)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    more = f"<p>… and {len(rows) - _LISTED} more rows</p>" if len(rows) > _LISTED else ""
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{more}'
+    )
+
+
+def _safe(value: Any) -> str:
+    if value is None:
+        return "–"
+    return html.escape(shown(value)[1:-1] if isinstance(value, str) else str(value))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise InvalidInput(f"{what}, with {path.name}") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(f"{what}, with {path.name}")
+    return content
+
+
+def _scores(evaluation: Path, measured: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
+    """Probabilities of the models that were run, from the files beside the evaluation."""
+    ran = [name for name, one in measured["models"].items() if one.get("detector")]
+    paths = {name: evaluation / f"scores-{number}.csv" for number, name in enumerate(ran, start=1)}
+    paths |= {name: Path(one["source"]) for name, one in measured["models"].items() if not one.get("detector")}
+    return {name: read_scores(path) for name, path in paths.items() if path.is_file()}
+
+
+def _sweep_rows(swept: Path) -> list[dict[str, str]]:
+    path = swept / SWEEP_FILE
+    if not path.is_file():
+        raise InvalidInput(f"{swept}: expected a directory of r2m sweep, with {SWEEP_FILE}")
+    return list(csv.DictReader(path.read_text().splitlines()))

@@ -1,0 +1,214 @@
+"""``r2m report``: the page holds what the report and the evaluation say, hurts nobody, and can be looked at."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints, Result
+
+Command = Callable[..., "Result"]
+
+
+class Reader(HTMLParser):
+    """The page's visible text and what it would fetch or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.outside: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            inside = (value or "").startswith(("#", "data:image/png;base64,"))
+            if name in ("src", "href", "xlink:href") and not inside:
+                self.outside.append(f"{tag} {value}")
+            if name.startswith("on"):
+                self.outside.append(f"{tag} {name}")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def write_scores(name: str, quality: float, path_of: Callable[[int], str] = str) -> str:
+    dice = np.random.default_rng(0)
+    with open(name, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "probability", "dataset"])
+        for video in range(30):
+            label = video % 2
+            value = float(np.clip(0.5 + quality * (label - 0.5) + 0.2 * dice.normal(), 0, 1))
+            writer.writerow([path_of(video), label, value, "celeb"])
+        writer.writerow(["x", 1, 0.7, "whichisreal"])
+    return name
+
+
+def merged(checkpoints: Checkpoints, command: Command, *options: str) -> dict[str, Any]:
+    assert command("merge", *checkpoints.arguments, "--out", "out", "--quiet", *options).code == 0
+    report = json.loads(Path("out/r2m_report.json").read_text())
+    assert isinstance(report, dict)
+    return report
+
+
+def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: Command) -> None:
+    report = merged(checkpoints, command, "--method", "r2m_truncated")
+    result = command("report", "out")
+    assert (result.code, result.out) == (0, "out.report/report.html, and 10 files beside it\n")
+    names = ("cosines", "core", "kept_energy", "lengths", "norms")
+    assert sorted(os.listdir("out.report")) == sorted(
+        [f"{n}.{e}" for n in names for e in ("csv", "png")] + ["report.html"]
+    )
+    page = Reader(Path("out.report/report.html").read_text())
+    text = " ".join(page.words)
+    assert all(warning in text for warning in report["warnings"])
+    assert all(name in text for name in ("fs", "fr", "efs", "block.weight", "conv.weight"))
+    assert f"{report['core']['norm_ratio_to_mean']:.4g}" in text
+    rows = list(csv.DictReader(Path("out.report/core.csv").read_text().splitlines()))
+    assert {row["expert"]: float(row["coefficient"]) for row in rows} == report["core"]["coefficients"]
+    rows = list(csv.DictReader(Path("out.report/norms.csv").read_text().splitlines()))
+    assert len({round(float(row["after"]), 9) for row in rows}) == 1  # matched
+    kept = {row["name"]: row["kept_energy"] for row in report["tensors"] if row.get("kept_energy")}
+    rows = list(csv.DictReader(Path("out.report/kept_energy.csv").read_text().splitlines()))
+    assert {row["tensor"]: float(row["fs"]) for row in rows} == {name: one["fs"] for name, one in kept.items()}
+
+
+def test_the_page_stands_alone(checkpoints: Checkpoints, command: Command) -> None:
+    merged(checkpoints, command)
+    assert command("report", "out").code == 0
+    text = Path("out.report/report.html").read_text()
+    page = Reader(text)
+    assert page.outside == []
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 4  # nothing was truncated: no kept energy
+    assert "@import" not in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    # The same merge gives the same page, to the byte.
+    assert command("report", "out", "--to", "again").code == 0
+    assert Path("again/report.html").read_text() == text
+
+
+def test_an_evaluation_and_a_sweep_are_shown(checkpoints: Checkpoints, command: Command) -> None:
+    merged(checkpoints, command)
+    assert command("sweep", "out", "--to", "swept", "--eta", "0.5,1", "--quiet").code == 0
+    for name, quality in (("fs", 0.3), ("r2m", 0.8)):
+        write_scores(f"{name}.csv", quality)
+    assert (
+        command(
+            "evaluate", "--scores", "fs=fs.csv", "--scores", "r2m=r2m.csv", "--out", "eval", "--bootstrap", "5"
+        ).code
+        == 0
+    )
+    content = json.loads(Path("eval/evaluation.json").read_text())
+    for point, auc in (("eta=0.5", 0.6), ("eta=1", 0.7)):
+        one = {"datasets": {}, "average": {"auc": auc}, "source": os.path.abspath(f"swept/{point}"), "detector": None}
+        content["models"][point] = one
+    Path("eval/evaluation.json").write_text(json.dumps(content))
+    for point in ("eta=0.5", "eta=1"):
+        shutil.copy("r2m.csv", f"swept/{point}/scores.csv")
+        content["models"][point]["source"] = os.path.abspath(f"swept/{point}/scores.csv")
+    Path("eval/evaluation.json").write_text(json.dumps(content))
+    result = command("report", "out", "--evaluation", "eval", "--sweep", "swept", "--to", "page")
+    assert result.code == 0, result.err
+    rows = list(csv.DictReader(Path("page/sweep.csv").read_text().splitlines()))
+    assert [(row["eta"], row["auc"]) for row in rows] == [("0.5", "0.6"), ("1.0", "0.7")]
+    rows = list(csv.DictReader(Path("page/auc.csv").read_text().splitlines()))
+    assert float(rows[1]["celeb"]) == content["models"]["r2m"]["datasets"]["celeb"]["auc"]
+    assert rows[1]["whichisreal"] == ""  # one class: nothing, not 0
+    roc = list(csv.DictReader(Path("page/roc-0.csv").read_text().splitlines()))
+    assert {row["model"] for row in roc} >= {"fs", "r2m"}
+    assert not Path("page/roc-1.csv").exists()
+    counts = list(csv.DictReader(Path("page/scores-0-0.csv").read_text().splitlines()))
+    assert sum(int(row["real"]) for row in counts) == sum(int(row["fake"]) for row in counts) == 15
+    assert "ROC: celeb" in " ".join(Reader(Path("page/report.html").read_text()).words)
+
+
+def test_names_are_text_and_nothing_else(checkpoints: Checkpoints, command: Command) -> None:
+    odd = "<script>alert(1)</script> $x_$ & \x1b[31m"
+    arguments = ["--base", "base.safetensors", "--expert", f"{odd}=fs.safetensors", "--expert", "fr.safetensors"]
+    assert command("merge", *arguments, "--out", "out", "--quiet").code == 0
+    assert command("report", "out").code == 0
+    text = Path("out.report/report.html").read_text()
+    page = Reader(text)
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script>" in " ".join(page.words)
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("report base.safetensors", "base.safetensors: expected the output of a merge, with r2m_report.json"),
+        ("report out --to out", "to (out): exists already and is not an empty directory"),
+        ("report out --evaluation out", "out: expected a directory of r2m evaluate, with evaluation.json"),
+        ("report out --sweep out", "out: expected a directory of r2m sweep, with sweep.csv"),
+    ],
+)
+def test_what_is_refused(arguments: str, sentence: str, checkpoints: Checkpoints, command: Command) -> None:
+    merged(checkpoints, command)
+    before = sorted(os.listdir())
+    result = command(*arguments.split())
+    assert (result.code, result.err) == (2, f"Error: {sentence}\n")
+    assert sorted(os.listdir()) == before
+
+
+MEASURE = """<!DOCTYPE html><pre id="found"></pre>
+<iframe id="page" width="{width}" height="3000" src="out.report/report.html"></iframe>
+<script>document.getElementById("page").onload = event => {{
+  const inside = event.target.contentDocument, picture = inside.querySelector("svg").getBoundingClientRect();
+  document.getElementById("found").textContent = JSON.stringify({{
+    width: inside.documentElement.scrollWidth, picture: picture.width, height: picture.height, title: inside.title}});
+}};</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_real_browser(width: int, checkpoints: Checkpoints, command: Command, tmp_path: Path) -> None:
+    merged(checkpoints, command, "--method", "r2m_truncated")
+    assert command("report", "out").code == 0
+    Path("measure.html").write_text(MEASURE.format(width=width))
+
+    def chromium(*arguments: str) -> str:
+        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile")
+        run = subprocess.run(
+            ["chromium", *options, "--allow-file-access-from-files", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        return run.stdout
+
+    dom = chromium("--virtual-time-budget=10000", "--dump-dom", f"file://{tmp_path}/measure.html")
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dom)[1])  # type: ignore[index]
+    assert found["title"] == "R²M merge of fs, fr, efs"
+    assert found["width"] <= width  # nothing sticks out to the side
+    assert 0.3 * min(width, 600) < found["picture"] <= width
+    for scheme, bright in ((), True), (("--force-dark-mode", "--blink-settings=preferredColorScheme=0"), False):
+        chromium(
+            *scheme,
+            f"--window-size={width},1200",
+            f"--screenshot={tmp_path}/shot.png",
+            f"file://{tmp_path}/out.report/report.html",
+        )
+        with Image.open(tmp_path / "shot.png") as shot:
+            pixels = np.asarray(shot.convert("L"), dtype=float)
+        assert (np.median(pixels) > 128) == bright
+        assert pixels.std() > 20  # something is drawn, and can be told from the ground
