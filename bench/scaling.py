@@ -81,8 +81,8 @@ def predicted(directory: Path, method: str, rates: Rates, processes: int) -> flo
     )
     cores = this.cores()
     found = forecast(
-        job.sources[0],
-        job.expert_sources,
+        job.arranged.base,
+        job.arranged.experts,
         METHODS[method],
         directory=directory,
         metadata=job.metadata,
@@ -124,8 +124,8 @@ def forecasts(directory: Path, rates: Rates) -> list[dict[str, Any]]:
         )
         for processes in FORECAST:
             found = forecast(
-                job.sources[0],
-                job.expert_sources,
+                job.arranged.base,
+                job.arranged.experts,
                 METHODS[method],
                 directory=directory,
                 metadata=job.metadata,
