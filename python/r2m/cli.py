@@ -650,6 +650,7 @@ _MODELS, _DATA = "Models", "Data"
     help="What the checkpoints are weights of: transformers; clip:DIR (DF40, DeepfakeBench; DIR: its CLIP's "
     "config.json); timm:NAME; open_clip:NAME; MODULE:FUNCTION, which gives a torch module.",
 )
+@_option(_MODELS, "--preset", type=_choice(*PRESETS), help="Names of the checkpoints' tensors, as of merge.")
 @_option(
     _MODELS,
     "--scores",

@@ -19,7 +19,7 @@ from r2m.evaluation.data import Reading, read_dataset, read_scores
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.metrics import Scores, _Ranked, auc_interval, average, judge, metrics
 from r2m.preprocessing import Preprocessing
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score, roc_curve
 
 from r2m_kernels import InvalidInput
@@ -357,6 +357,21 @@ def test_detectors_are_run(detector: str, command: Command) -> None:
     assert again.code == 0
     once, twice = (json.loads(Path(place, "evaluation.json").read_text()) for place in ("eval", "again"))
     assert once["models"]["good"]["datasets"] == twice["models"]["good"]["datasets"]
+
+
+def test_weights_under_other_names_need_a_preset(detector: str, command: Command) -> None:
+    image("set/real/a.png", 70)
+    image("set/fake/b.png", 190)
+    state = {f"module.{name}": tensor for name, tensor in load_file("good.safetensors").items()}
+    torch.save({"state_dict": state}, "wrapped.pth")
+    arguments = ["evaluate", "--model", "wrapped.pth", "--detector", detector, *PREPARED, "--data", "set"]
+    result = command(*arguments)
+    assert result.code == 2
+    assert "it lacks weight, bias" in result.err
+    result = command(*arguments, "--preset", "wrapped", "--out", "e")
+    assert result.code == 0, result.err
+    found = json.loads(Path("e/evaluation.json").read_text())
+    assert found["models"]["wrapped.pth"]["datasets"]["set"]["auc"] == 1.0
 
 
 def test_probabilities_are_those_of_the_module_by_hand(detector: str, command: Command) -> None:

@@ -313,6 +313,7 @@ def evaluate(directory: Path) -> None:
     base = directory / "deepfakebench" / "base"
     runs = {
         "clip": (f"clip:{base}", Detector, directory / "clip.pth"),
+        "effort": (f"clip:{base} --preset effort", EffortDetector, directory / "effort.pth"),
         "timm": ("timm:efficientnet_b0", KINDS["timm_efficientnet"].build, directory / "timm.pth"),
         "open_clip": ("open_clip:r2m-tiny", OpenClipDetector, directory / "open_clip.pth"),
         "transformers": ("transformers", KINDS["transformers_vit"].build, directory / "vit"),
@@ -331,7 +332,7 @@ def evaluate(directory: Path) -> None:
             "--model",
             str(path),
             "--detector",
-            kind,
+            *kind.split(),
             "--data",
             str(directory / "set"),
             "--out",

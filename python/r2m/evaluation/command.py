@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from r2m.arrangement import Arrangement
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
 from r2m_kernels.errors import InvalidInput, shown
@@ -24,6 +25,7 @@ def evaluate(
     *,
     models: Sequence[str],
     detector: str | None,
+    preset: str | None,
     scores: Sequence[str],
     size: int | None,
     mean: str | None,
@@ -77,8 +79,10 @@ def evaluate(
                 raise InvalidInput(f"data ({path}): there is a dataset {shown(name)} already")
             datasets[name] = held
     prepared = {name: _preprocessing(name, path, size, mean, std) for name, path in checkpoints.items()}
+    wanted = Arrangement(preset=preset)
     loaded = {
-        name: load_detector(detector or "", path, f"model '{name}' ({path})") for name, path in checkpoints.items()
+        name: load_detector(detector or "", path, f"model '{name}' ({path})", wanted)
+        for name, path in checkpoints.items()
     }
 
     evaluated: dict[str, run.Evaluated] = {}

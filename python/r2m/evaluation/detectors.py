@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from r2m.arrangement import Arrangement, plain
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
@@ -21,7 +22,7 @@ KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
 CLASSES = 2
 
 
-def load_detector(kind: str, checkpoint: str | Path, label: str) -> nn.Module:
+def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Arrangement | None = None) -> nn.Module:
     """A detector in evaluation mode.
 
     Args:
@@ -31,6 +32,7 @@ def load_detector(kind: str, checkpoint: str | Path, label: str) -> nn.Module:
             ``MODULE:FUNCTION``, which is imported (also from the current directory) and gives a module.
         checkpoint: whatever ``r2m merge`` reads.
         label: how error messages name it.
+        arrangement: under which names the weights are loaded; not with ``transformers``.
 
     Raises:
         InvalidInput: no such library, function or architecture, or weights that do not fit it strictly.
@@ -49,7 +51,7 @@ def load_detector(kind: str, checkpoint: str | Path, label: str) -> nn.Module:
         model = _built(name, argument, label)
     else:
         raise InvalidInput(f"{label}: detector {shown(kind)}: expected {KINDS}")
-    _load(model, View.of(open_checkpoint(checkpoint, label)), kind)
+    _load(model, plain(open_checkpoint(checkpoint, label), arrangement or Arrangement()), kind)
     return model.eval()
 
 
