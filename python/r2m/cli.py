@@ -617,7 +617,15 @@ def card(out: str, evaluation: str | None, licence: str | None) -> None:
 @click.option("--to", metavar="DIR", help="The directory to create.  [default: OUT.report]")
 @click.option("--evaluation", metavar="DIR", help="Of r2m evaluate: ROC curves, scores, models against test sets.")
 @click.option("--sweep", "swept", metavar="DIR", help="Of r2m sweep, whose points the evaluation has.")
-def report(out: str, to: str | None, evaluation: str | None, swept: str | None) -> None:
+@click.option(
+    "--spectra",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Singular values of the residuals of N matrices, kept and dropped: reads the checkpoints again.",
+)
+def report(out: str, to: str | None, evaluation: str | None, swept: str | None, spectra: int) -> None:
     """Write a page about OUT, the output of a merge: one HTML file, and for each picture in it a PNG and a CSV."""
     import importlib.util
 
@@ -629,7 +637,7 @@ def report(out: str, to: str | None, evaluation: str | None, swept: str | None) 
     from r2m.reporting.page import PAGE_FILE, write_page
 
     target = to or f"{out.rstrip('/')}.report"
-    files = write_page(out, target, evaluation=evaluation, swept=swept)
+    files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra)
     click.echo(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
 
 

@@ -68,6 +68,7 @@ def merged(checkpoints: Checkpoints, command: Command, *options: str) -> dict[st
 
 def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: Command) -> None:
     report = merged(checkpoints, command, "--method", "r2m_truncated")
+    Path("kept.json").write_text(json.dumps(report))
     result = command("report", "out")
     assert (result.code, result.out) == (0, "out.report/report.html, and 10 files beside it\n")
     names = ("cosines", "core", "kept_energy", "lengths", "norms")
@@ -77,6 +78,14 @@ def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: C
     page = Reader(Path("out.report/report.html").read_text())
     text = " ".join(page.words)
     assert all(warning in text for warning in report["warnings"])
+    assert "truncation kept 1" not in text
+    report["tensors"][0]["kept_energy"] = dict.fromkeys(report["experts"], 0.1)
+    for row in report["tensors"][1:]:
+        row["kept_energy"] = None
+    Path("out/r2m_report.json").write_text(json.dumps(report))
+    assert command("report", "out", "--to", "noisy").code == 0
+    assert "truncation kept 10% of the residuals&#x27; energy" in Path("noisy/report.html").read_text()
+    report = json.loads(Path("kept.json").read_text())
     assert all(name in text for name in ("fs", "fr", "efs", "block.weight", "conv.weight"))
     assert f"{report['core']['norm_ratio_to_mean']:.4g}" in text
     rows = list(csv.DictReader(Path("out.report/core.csv").read_text().splitlines()))
@@ -137,6 +146,34 @@ def test_an_evaluation_and_a_sweep_are_shown(checkpoints: Checkpoints, command: 
     counts = list(csv.DictReader(Path("page/scores-0-0.csv").read_text().splitlines()))
     assert sum(int(row["real"]) for row in counts) == sum(int(row["fake"]) for row in counts) == 15
     assert "ROC: celeb" in " ".join(Reader(Path("page/report.html").read_text()).words)
+
+
+@pytest.mark.parametrize("method", ["r2m_truncated", "r2m"])
+def test_spectra_are_the_residuals_own(method: str, checkpoints: Checkpoints, command: Command) -> None:
+    report = merged(checkpoints, command, "--method", method)
+    assert command("report", "out", "--spectra", "9").code == 0
+    assert len([name for name in os.listdir("out.report") if name.startswith("spectrum")]) == 2 * 2  # both matrices
+    rows = list(csv.DictReader(Path("out.report/spectrum-0.csv").read_text().splitlines()))
+    taus = {name: one["block.weight"] - checkpoints.base["block.weight"] for name, one in checkpoints.experts.items()}
+    core = sum(report["core"]["coefficients"][name] * tau for name, tau in taus.items())
+    tensor = next(row for row in report["tensors"] if row["name"] == "block.weight")
+    first = [row for row in rows if row["expert"] == "fs"]
+    expected = np.linalg.svd((taus["fs"] - core).numpy(), compute_uv=False)
+    title = "block.weight" in Path("out.report/report.html").read_text()
+    assert title
+    assert [float(row["singular value"]) for row in first] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert sum(row["kept"] == "True" for row in first) == tensor["rank"]
+    # What is kept of the energy is what the report says.
+    if method == "r2m_truncated":
+        energy = (expected[: tensor["rank"]] ** 2).sum() / (expected**2).sum()
+        assert tensor["kept_energy"]["fs"] == pytest.approx(energy, rel=0.05)
+
+
+def test_spectra_of_what_has_no_residuals(checkpoints: Checkpoints, command: Command) -> None:
+    merged(checkpoints, command, "--method", "weight_average")
+    result = command("report", "out", "--spectra", "2")
+    assert (result.code, result.err) == (2, "Error: spectra: weight_average has no residuals\n")
+    assert not Path("out.report").exists()
 
 
 def test_names_are_text_and_nothing_else(checkpoints: Checkpoints, command: Command) -> None:

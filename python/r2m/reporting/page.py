@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +19,11 @@ from r2m.evaluation.metrics import Scores
 from r2m.output import REPORT_FILE
 from r2m.project import SWEEP_FILE
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
+from r2m.reporting.spectra import of_residuals
 from r2m_kernels.errors import InvalidInput, shown
 
 PAGE_FILE = "report.html"
+_MOSTLY_NOISE = 0.25  # of a residual's energy kept, below which what is left hardly stands for it
 _LISTED = 400  # rows of a table on the page; the CSV beside it has all
 
 _CSS = """
@@ -40,7 +43,12 @@ summary { cursor: pointer; }
 
 
 def write_page(
-    out: str | Path, to: str | Path, *, evaluation: str | Path | None = None, swept: str | Path | None = None
+    out: str | Path,
+    to: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    swept: str | Path | None = None,
+    spectra: int = 0,
 ) -> list[str]:
     """Write ``report.html`` and, for each picture, a PNG and a CSV.
 
@@ -49,6 +57,7 @@ def write_page(
         to: a directory to create.
         evaluation: the directory of an ``r2m evaluate``.
         swept: the directory of an ``r2m sweep``.
+        spectra: of how many matrices the residuals' singular values are worked out.
 
     Returns:
         Names of the files.
@@ -66,6 +75,8 @@ def write_page(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidInput(f"to ({to}): exists already and is not an empty directory")
     pictures = [*of_merge(report)]
+    if spectra:
+        pictures += of_residuals(out, spectra)
     if measured is not None:
         pictures += of_evaluation(measured, _scores(Path(str(evaluation)), measured))
     if rows:
@@ -267,6 +278,7 @@ def _point_aucs(points: Sequence[str], swept: Path, measured: Mapping[str, Any])
 def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """The HTML."""
     names = ", ".join(report["experts"])
+    warnings = [*report["warnings"], *_of_noise(report)]
     core, residual = report["core"], report["residual"]
     facts = [
         ("method", report["method"]),
@@ -284,7 +296,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_safe(f'R²M merge of {names}')}</title><style>{_CSS}</style></head><body>",
         f"<h1>R²M merge of {_safe(names)}</h1>",
-        *(f'<p class="warning">{_safe(warning)}</p>' for warning in report["warnings"]),
+        *(f'<p class="warning">{_safe(warning)}</p>' for warning in warnings),
         _table([{"about the merge": title, "": value} for title, value in facts]),
     ]
     for one in pictures:
@@ -299,6 +311,20 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     ]
     text += [_table(tensors), "</details></body></html>", ""]
     return "\n".join(text)
+
+
+def _of_noise(report: Mapping[str, Any]) -> list[str]:
+    """A warning where truncation dropped most of what it was given."""
+    kept = [
+        value for row in report["tensors"] for value in (row.get("kept_energy") or {}).values() if value is not None
+    ]
+    middle = statistics.median(kept) if kept else 1.0
+    if middle >= _MOSTLY_NOISE:
+        return []
+    return [
+        f"truncation kept {middle:.0%} of the residuals' energy, by the median matrix: they are spread over all "
+        "directions, as noise is, or the rank is too small"
+    ]
 
 
 def _table(rows: Rows) -> str:

@@ -1,0 +1,70 @@
+"""Singular values of residuals, read from the checkpoints again: what truncation kept and dropped, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+
+from r2m.execute import open_job
+from r2m.project import read_project
+from r2m.reporting.figures import Picture, colour, legend, picture, short
+from r2m_kernels import analyze
+from r2m_kernels.errors import InvalidInput
+
+
+def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
+    """Spectra of matrices evenly spread over the model, by a full SVD each.
+
+    Args:
+        out: the output of a merge; its checkpoints must still be where its recipe says.
+        count: how many matrices.
+
+    Raises:
+        InvalidInput: the checkpoints are gone or no longer fit each other, or there are no residuals.
+    """
+    recipe = read_project(out)
+    if recipe.config.eta == 0:
+        raise InvalidInput(f"spectra: {recipe.method} has no residuals")
+    # The mixing is found without truncating anything.
+    job = open_job(
+        recipe.base, recipe.experts, Path(out), recipe.config.replace(eta=0.0), arrangement=recipe.arrangement
+    )
+    analysis = analyze(job.arranged.base, job.arranged.experts, job.arranged.config)
+    matrices = [tensor for tensor in analysis.plan.tensors if tensor.role == "matrix"]
+    count = min(count, len(matrices))
+    chosen = {matrices[index * len(matrices) // count].name for index in range(count)}
+    mixing = analysis.real_subspace.mixing.float()
+    for number, tensor in enumerate(tensor for tensor in matrices if tensor.name in chosen):
+        base = job.arranged.base.read(tensor.name).float()
+        taus = torch.stack([view.read(tensor.name).float() - base for view in job.arranged.experts.values()])
+        residuals = torch.einsum("ji,j...->i...", mixing, taus).reshape(len(taus), tensor.matrix_shape[0], -1)
+        values = dict(zip(job.experts, torch.linalg.svdvals(residuals).tolist(), strict=True))
+        yield _spectrum(number, tensor.name, values, tensor.rank)
+
+
+def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int) -> Picture:
+    def draw(axes: Axes) -> None:
+        for index, (expert, spectrum) in enumerate(values.items()):
+            axes.plot(range(1, len(spectrum) + 1), spectrum, label=short(expert), color=colour(index))
+        if rank < max(map(len, values.values())):
+            axes.axvline(rank + 0.5, color=colour(6), linestyle=":")
+        axes.set_xlabel("singular value")
+        axes.set_ylabel("size")
+        axes.set_ylim(bottom=0)
+        legend(axes)
+
+    rows = [
+        {"expert": expert, "index": index, "singular value": value, "kept": index <= rank}
+        for expert, spectrum in values.items()
+        for index, value in enumerate(spectrum, start=1)
+    ]
+    text = (
+        f"Left of the dotted line is what rank {rank} kept. A steep fall: the residual is a few directions; a slow "
+        "one: much of it is lost, or noise."
+        if rank < max(map(len, values.values()))
+        else "All of it was kept. A steep fall: a smaller rank would lose little; a slow one: it is spread, or noise."
+    )
+    return picture(f"spectrum-{number}", f"Spectrum of the residuals: {name}", text, rows, draw)
