@@ -430,17 +430,8 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
         flag = "--" + FLAGS.get(again[0], again[0]).replace("_", "-")
         raise click.UsageError(f"{flag}: the recipe says that; --set KEY=VALUE changes it.")
     recipe = read_recipe(path, changes)
-    return {
-        "base": recipe.base,
-        "experts": recipe.experts,
-        "method": recipe.method,
-        "config": recipe.config,
-        "dtype": given["dtype"] or recipe.dtype,
-        "file_format": given["file_format"] or recipe.file_format,
-        "arrangement": recipe.arrangement,
-        "preprocessing": recipe.preprocessing,
-        "expert_preprocessing": recipe.expert_preprocessing,
-    }
+    output = {name: given[name] for name in ("dtype", "file_format") if given[name]}
+    return {**recipe.arguments(), **output}
 
 
 @r2m.command(
@@ -516,17 +507,9 @@ def _merge_again(out: str, recipe: Recipe, *, quiet: bool, resume: bool, **optio
 
     with reporting(quiet=quiet) as progress:
         report = merge_files(
-            recipe.base,
-            recipe.experts,
-            out,
-            recipe.config,
-            method=recipe.method,
-            dtype=recipe.dtype,
-            file_format=recipe.file_format,
+            out=out,
+            **recipe.arguments(),
             max_shard_size=shard_size(out),
-            arrangement=recipe.arrangement,
-            preprocessing=recipe.preprocessing,
-            expert_preprocessing=recipe.expert_preprocessing,
             overwrite=True,
             resume=resume,
             reuse=True,

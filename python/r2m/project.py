@@ -123,20 +123,8 @@ def sweep(
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise InvalidInput(f"to ({to}): exists already and is not an empty directory")
     widest = _widest(recipe.config, list(points.values()))
-    job = open_job(
-        recipe.base,
-        recipe.experts,
-        target,
-        widest,
-        method=recipe.method,
-        dtype=recipe.dtype,
-        file_format=recipe.file_format,
-        max_shard_size=shard_size(out),
-        arrangement=recipe.arrangement,
-        preprocessing=recipe.preprocessing,
-        expert_preprocessing=recipe.expert_preprocessing,
-        **options,
-    )
+    recipe_at_widest = replace(recipe, config=widest)
+    job = open_job(out=target, **recipe_at_widest.arguments(), max_shard_size=shard_size(out), **options)
     inputs = [Path(os.path.realpath(file)) for source in job.sources for file in source.files]
     if any(Path(os.path.realpath(target)) in file.parents for file in inputs):
         raise InvalidInput(f"to ({to}): holds an input, and inputs are never written to")

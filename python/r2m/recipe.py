@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,10 @@ class Recipe:
     preprocessing: Preprocessing | None = None
     expert_preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
 
+    def arguments(self) -> dict[str, Any]:
+        """All of it, as :func:`r2m.execute.open_job` and ``merge_files`` call it."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
 
 def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe.
@@ -180,17 +184,17 @@ def schema() -> dict[str, Any]:
         words[0].strip(): " ".join(words[1].split())
         for words in (part.split(":", 1) for part in re.split(r"\n        (?=\w+:)", text) if ":" in part)
     }
-    fields = TypeAdapter(MergeConfig).json_schema()["properties"]
-    for name, one in fields.items():
+    options = TypeAdapter(MergeConfig).json_schema()["properties"]
+    for name, one in options.items():
         one["description"] = described[name]
     by_name = {
         "filter": {"type": "string", "description": "a glob of names; none: all others"},
-        "value": fields["rank"],
+        "value": options["rank"],
     }
     item = {"type": "object", "properties": by_name, "required": ["value"], "additionalProperties": False}
-    either = [dict(fields["rank"]), {"type": "array", "items": item}]
-    fields["rank"] = {"description": fields["rank"]["description"], "anyOf": either}
-    properties["parameters"].update(properties=fields, additionalProperties=False)
+    either = [dict(options["rank"]), {"type": "array", "items": item}]
+    options["rank"] = {"description": options["rank"]["description"], "anyOf": either}
+    properties["parameters"].update(properties=options, additionalProperties=False)
     found["title"] = "A merge, as r2m merge takes it"
     return found
 

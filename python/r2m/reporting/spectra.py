@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,9 +30,8 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
     if recipe.config.eta == 0:
         raise InvalidInput(f"spectra: {recipe.method} has no residuals")
     # The mixing is found without truncating anything.
-    job = open_job(
-        recipe.base, recipe.experts, Path(out), recipe.config.replace(eta=0.0), arrangement=recipe.arrangement
-    )
+    without = replace(recipe, config=recipe.config.replace(eta=0.0))
+    job = open_job(out=out, **without.arguments())
     analysis = analyze(job.arranged.base, job.arranged.experts, job.arranged.config)
     matrices = [tensor for tensor in analysis.plan.tensors if tensor.role == "matrix"]
     count = min(count, len(matrices))
