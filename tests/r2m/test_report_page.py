@@ -169,6 +169,19 @@ def test_spectra_are_the_residuals_own(method: str, checkpoints: Checkpoints, co
         assert tensor["kept_energy"]["fs"] == pytest.approx(energy, rel=0.05)
 
 
+def test_spectra_of_experts_whose_preprocessing_was_settled(checkpoints: Checkpoints, command: Command) -> None:
+    own = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
+    models = [
+        {"model": "fs.safetensors", "name": "fs", "preprocessing": own},
+        {"model": "fr.safetensors", "name": "fr", "preprocessing": {**own, "size": 256}},
+    ]
+    recipe = {"base_model": "base.safetensors", "models": models, "preprocessing": own}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert command("merge", "recipe.yaml", "--out", "out", "--quiet").code == 0
+    result = command("report", "out", "--spectra", "1")
+    assert (result.code, result.err) == (0, "")
+
+
 def test_spectra_of_what_has_no_residuals(checkpoints: Checkpoints, command: Command) -> None:
     merged(checkpoints, command, "--method", "weight_average")
     result = command("report", "out", "--spectra", "2")
