@@ -171,10 +171,13 @@ def test_spectra_are_the_residuals_own(method: str, checkpoints: Checkpoints, co
 
 def test_spectra_of_experts_whose_preprocessing_was_settled(checkpoints: Checkpoints, command: Command) -> None:
     own = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
-    models = [
-        {"model": "fs.safetensors", "name": "fs", "preprocessing": own},
-        {"model": "fr.safetensors", "name": "fr", "preprocessing": {**own, "size": 256}},
-    ]
+    models = []
+    for name, size in (("fs", 224), ("fr", 256)):
+        Path(name).mkdir()
+        Path(f"{name}.safetensors").rename(f"{name}/model.safetensors")
+        said = {"size": size, "image_mean": own["mean"], "image_std": own["std"]}
+        Path(name, "preprocessor_config.json").write_text(json.dumps(said))
+        models.append({"model": name})
     recipe = {"base_model": "base.safetensors", "models": models, "preprocessing": own}
     Path("recipe.yaml").write_text(json.dumps(recipe))
     assert command("merge", "recipe.yaml", "--out", "out", "--quiet").code == 0
