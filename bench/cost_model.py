@@ -17,8 +17,8 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any
 
+from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
 from r2m_kernels.cost_model import CHIPS, MODELS, Chip, Kind, Model, StepCost, Tile, Tiles, floor_seconds, merge_costs
-from r2m_kernels.engine import DEVICE_GROUP_BYTES
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"

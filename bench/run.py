@@ -34,7 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import cases, rivals
-from r2m_kernels import MergeConfig, __version__, _backends, merge, ops
+from r2m_kernels import MergeConfig, __version__, merge, ops
+from r2m_kernels.streaming import choose_backend
 from r2m_kernels.truncation import truncate_residuals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def our_truncation(
     residuals: Sequence[Tensor], rank: int, config: MergeConfig, name: str = "x"
 ) -> list[tuple[Tensor, Tensor]]:
     """Of residuals that are formed already: they are the experts, over a base of zeros."""
-    operators = _backends.choose("auto", CPU).operators
+    operators = choose_backend("auto", CPU).operators
     identity = torch.eye(len(residuals), dtype=torch.float64)
     group = ([name], [torch.zeros_like(residuals[0])], [[x] for x in residuals])
     (factors,) = truncate_residuals(*group, identity, rank, config, operators)
@@ -361,7 +362,7 @@ def machine() -> dict[str, object]:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
 
-    chosen = _backends.choose("auto", CPU)
+    chosen = choose_backend("auto", CPU)
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),

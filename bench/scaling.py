@@ -29,7 +29,7 @@ from r2m.forecast import Rates, forecast, measured_rates
 from bench.cases import write_checkpoints
 from bench.run import machine
 from r2m_kernels import MergeConfig
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.streaming import TensorSpec
 
 EXPERTS = 3
 METHODS = {"r2m": MergeConfig.r2m(), "r2m_truncated": MergeConfig.r2m_truncated()}

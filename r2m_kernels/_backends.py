@@ -10,8 +10,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from r2m_kernels import _checks
-from r2m_kernels.errors import BackendUnavailable, InvalidInput
+from . import checks
+from .errors import BackendUnavailable, BadOption
 
 NAMES = ("auto", "torch", "native", "triton")
 # Of NVIDIA GPUs: Ampere, the first with tf32 and bf16 matrix units.
@@ -133,7 +133,7 @@ def usable_device(value: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type == "meta":  # holds no numbers
-        raise InvalidInput(f"device: expected one such as cpu, cuda or cuda:1, got '{value}'")
+        raise BadOption(f"device: expected one such as cpu, cuda or cuda:1, got '{value}'")
     try:
         return torch.empty(1, device=device).device  # "cuda" has an index from here on
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -148,7 +148,7 @@ def choose(name: str, device: torch.device) -> Backend:
         InvalidInput: no such backend.
         BackendUnavailable: it was asked for by name and cannot run here; a named backend never falls back.
     """
-    _checks.choice("backend", name, NAMES)
+    checks.choice("backend", name, NAMES)
     if name == "torch":
         return _backend("torch", "asked for by name")
     if name == "native" or (name == "auto" and device.type == "cpu"):
@@ -167,7 +167,7 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
     """The native backend; for ``"auto"`` the torch backend where that cannot run and need not."""
     if device.type != "cpu":
         raise BackendUnavailable(f"backend 'native' runs on CPUs and not on '{device.type}'; use backend='auto'")
-    library = importlib.import_module("r2m_kernels._native.library")
+    library = importlib.import_module("._native.library", __package__)
     try:
         loaded = library.load()
     except BackendUnavailable as error:
@@ -181,13 +181,13 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
 
 def _backend(name: str, reason: str, variant: str = "") -> Backend:
     variant = " ".join(part for part in (variant, torch.backends.cpu.get_cpu_capability()) if part)
-    return Backend(name, reason, variant, cast(Operators, importlib.import_module(f"r2m_kernels._{name}")))
+    return Backend(name, reason, variant, cast(Operators, importlib.import_module(f"._{name}", __package__)))
 
 
 def _why_not_triton(device: torch.device) -> str:
     """Why the Triton backend cannot run on ``device``, as what follows its name; empty where it can."""
     try:
-        launch = importlib.import_module("r2m_kernels._triton.launch")
+        launch = importlib.import_module("._triton.launch", __package__)
     except ImportError as error:
         return f"needs the package triton, which cannot be imported ({error})"
     if device.type == "cuda":

@@ -9,28 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2m_kernels import (
-    _checks,
-    combination,
-    diagnostics,
-    elementwise,
-    gram,
-    norm_matching,
-    row_weights,
-    spectral_maps,
-    update_scale,
-)
-from r2m_kernels._backends import Backend
-from r2m_kernels._parallel import deterministic
-from r2m_kernels._torch.blocks import BLOCK_ELEMENTS, block_height
-from r2m_kernels.compatibility import Plan, PlannedTensor, residual_rank
-from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Cut, Engine, Group, Progress, StepRecord
-from r2m_kernels.errors import InvalidInput, R2MError, shown
-from r2m_kernels.factor_store import FactorStore
-from r2m_kernels.real_subspace import RealSubspace
-from r2m_kernels.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
-from r2m_kernels.truncation import Factors, compute_dtype, truncate_residuals
+from . import combination, gram, norm_matching, row_weights, tensor_checks, update_scale
+from . import elements as elementwise
+from . import report as diagnostics
+from . import spectra as spectral_maps
+from ._backends import Backend
+from ._stream.compatibility import Plan, PlannedTensor, residual_rank
+from ._stream.engine import Cut, Engine, Group, Progress, StepRecord
+from ._stream.parallel import deterministic
+from ._stream.spill import FactorStore
+from ._stream.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
+from ._torch.blocks import BLOCK_ELEMENTS, block_height
+from .config import MergeConfig, checked
+from .errors import BadOption, NotFinite, R2MError, quoted
+from .real_subspace import RealSubspace
+from .truncation import Factors, compute_dtype, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
 FREE_FIELDS = frozenset(
@@ -207,7 +200,7 @@ class Analysis:
         """Step 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
         settings = self._settings(config)
         if dtype is not None:
-            _checks.floating_dtype("dtype", dtype)
+            tensor_checks.floating_dtype("dtype", dtype)
         residuals = self.residuals(settings)
         specs = self.plan.output_specs(self._engine.base.specs, dtype)
         engine = self._engine
@@ -267,17 +260,17 @@ class Analysis:
         free = FREE_FIELDS if self.config.spectrum == "truncate" else FREE_FIELDS - {"rank", "ranks"}
         for field in ours:
             if field not in free and ours[field] != theirs[field]:
-                raise InvalidInput(
+                raise BadOption(
                     f"{field}: this analysis was made with {getattr(self.config, field)!r} and cannot be merged with "
                     f"{getattr(config, field)!r}; analyze again"
                 )
         if config.eta != 0 and self.config.eta == 0:
-            raise InvalidInput("eta: this analysis was made with eta=0, without residuals; analyze again")
+            raise BadOption("eta: this analysis was made with eta=0, without residuals; analyze again")
         for tensor in self.plan.of("matrix"):
             rank = self.rank_of(tensor.name, config)
             if rank > tensor.rank:
-                raise InvalidInput(
-                    f"rank: tensor {shown(tensor.name)} was analyzed at rank {tensor.rank} and cannot be merged at "
+                raise BadOption(
+                    f"rank: tensor {quoted(tensor.name)} was analyzed at rank {tensor.rank} and cannot be merged at "
                     f"{rank}; analyze again"
                 )
 
@@ -437,8 +430,8 @@ def _in_range(names: list[str], merged: list[Tensor]) -> list[Tensor]:
     extremes = torch.stack([torch.stack(torch.aminmax(tensor)) for tensor in merged]).tolist()
     for name, tensor, bounds in zip(names, merged, extremes, strict=True):
         if not all(map(math.isfinite, bounds)):
-            raise InvalidInput(
-                f"tensor {shown(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
+            raise NotFinite(
+                f"tensor {quoted(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
                 "dtype or smaller core_scale and eta"
             )
     return merged

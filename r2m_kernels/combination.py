@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from r2m_kernels.config import MergeConfig
-from r2m_kernels.norm_matching import NEGLIGIBLE
+from .config import MergeConfig
+from .norm_matching import NEGLIGIBLE
 
 
 @dataclass(frozen=True)

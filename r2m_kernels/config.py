@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from r2m_kernels import _checks
-from r2m_kernels.errors import InvalidInput
+from . import checks
+from .errors import BadOption
 
 
 @dataclass(frozen=True)
@@ -101,40 +101,40 @@ class MergeConfig:
     def __post_init__(self) -> None:
         normal = object.__setattr__  # the dataclass is frozen; numpy scalars and lists become plain values here
         if self.real_rank is not None:
-            normal(self, "real_rank", _checks.integer("real_rank", self.real_rank, minimum=0))
-        normal(self, "rank", _checks.rank(self.rank))
+            normal(self, "real_rank", checks.integer("real_rank", self.real_rank, minimum=0))
+        normal(self, "rank", checks.rank(self.rank))
         for field in ("center", "norm_match"):
-            _checks.boolean(field, getattr(self, field))
-        normal(self, "core_scale", _checks.number("core_scale", self.core_scale))
-        normal(self, "eta", _checks.number("eta", self.eta, minimum=0.0))
-        normal(self, "row_power", _checks.number("row_power", self.row_power, minimum=0.0))
+            checks.boolean(field, getattr(self, field))
+        normal(self, "core_scale", checks.number("core_scale", self.core_scale))
+        normal(self, "eta", checks.number("eta", self.eta, minimum=0.0))
+        normal(self, "row_power", checks.number("row_power", self.row_power, minimum=0.0))
         if self.tolerance is not None:
-            normal(self, "tolerance", _checks.number("tolerance", self.tolerance, minimum=0.0))
+            normal(self, "tolerance", checks.number("tolerance", self.tolerance, minimum=0.0))
         for field, minimum in (("power_iterations", 0), ("oversampling", 0), ("seed", None)):
-            normal(self, field, _checks.integer(field, getattr(self, field), minimum=minimum))
+            normal(self, field, checks.integer(field, getattr(self, field), minimum=minimum))
         for field, choices in _CHOICES.items():
-            _checks.choice(field, getattr(self, field), choices)
+            checks.choice(field, getattr(self, field), choices)
         for field in ("exclude", "keep", "average"):
-            normal(self, field, _checks.globs(field, getattr(self, field)))
-        normal(self, "ranks", _checks.ranks("ranks", self.ranks))
-        normal(self, "density", _checks.share("density", self.density))
+            normal(self, field, checks.globs(field, getattr(self, field)))
+        normal(self, "ranks", checks.ranks("ranks", self.ranks))
+        normal(self, "density", checks.share("density", self.density))
         if self.weights is not None:
-            normal(self, "weights", _checks.weights("weights", self.weights))
+            normal(self, "weights", checks.weights("weights", self.weights))
         if self.spectrum == "rescale" and isinstance(self.rank, int):
-            raise InvalidInput(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
+            raise BadOption(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
         if self.ranks and self.spectrum == "rescale":
-            raise InvalidInput("ranks: spectrum='rescale' has a share of the nuclear norm, expected none")
+            raise BadOption("ranks: spectrum='rescale' has a share of the nuclear norm, expected none")
         if self.row_power > 0 and self.eta != 0 and self.eta_mode == "relative":
-            raise InvalidInput(
+            raise BadOption(
                 "eta_mode: 'relative' needs the residual term's norm, which row_power="
                 f"{self.row_power:g} makes as rows pass; expected row_power=0 with it, or eta_mode='constant'"
             )
         if self.core_spectrum != "keep" and self.eta != 0:
-            raise InvalidInput(
+            raise BadOption(
                 f"core_spectrum: '{self.core_spectrum}' has no residuals; expected eta=0, got eta={self.eta:g}"
             )
         if self.elementwise != "none" and (self.eta != 0 or self.real_rank is not None or self.core_spectrum != "keep"):
-            raise InvalidInput(
+            raise BadOption(
                 f"elementwise: '{self.elementwise}' has neither residuals nor subspace; expected eta=0, real_rank=None "
                 f"and core_spectrum='keep', got eta={self.eta:g}, real_rank={self.real_rank}, "
                 f"core_spectrum='{self.core_spectrum}'"
@@ -184,7 +184,7 @@ class MergeConfig:
     @classmethod
     def task_arithmetic(cls, scale: float) -> MergeConfig:
         """θ₀ + scale · Σ τ_i (arXiv 2212.04089)."""
-        scale = _checks.number("scale", scale)
+        scale = checks.number("scale", scale)
         return cls._plain(
             real_rank=None, core_scale=scale, core_mode="sum", eta=0.0, eta_mode="constant", norm_match=False
         )
@@ -192,13 +192,13 @@ class MergeConfig:
     @classmethod
     def cart(cls, rank: float | int, scale: float) -> MergeConfig:
         """θ₀ + mean τ + scale · Σ truncated(τ_i − mean τ) (CART, arXiv 2412.12153)."""
-        scale = _checks.number("scale", scale, minimum=0.0)
+        scale = checks.number("scale", scale, minimum=0.0)
         return cls._plain(real_rank=None, rank=rank, eta=scale, eta_mode="sum", norm_match=False)
 
     @classmethod
     def star(cls, share: float = 0.4) -> MergeConfig:
         """θ₀ + mean of the τ_i cut to ``share`` of their nuclear norm and scaled up to it (STAR, arXiv 2502.10339)."""
-        share = _checks.share("share", share)
+        share = checks.share("share", share)
         return cls._plain(
             real_rank=0, rank=share, spectrum="rescale", eta=1.0, eta_mode="constant", norm_match=False, svd="exact"
         )
@@ -206,7 +206,7 @@ class MergeConfig:
     @classmethod
     def tsv_m(cls, scale: float = 1.0) -> MergeConfig:
         """θ₀ + scale · Σ of the τ_i at rank min(m, n)/N, decorrelated (TSV-M, arXiv 2412.00081); vectors: mean."""
-        scale = _checks.number("scale", scale, minimum=0.0)
+        scale = checks.number("scale", scale, minimum=0.0)
         return cls._plain(
             real_rank=0,
             rank=1.0,
@@ -220,7 +220,7 @@ class MergeConfig:
     @classmethod
     def iso_c(cls, scale: float = 1.0) -> MergeConfig:
         """θ₀ + scale · Σ τ_i with equal singular values (Iso-C, arXiv 2502.04959); vectors: scale · mean."""
-        scale = _checks.number("scale", scale)
+        scale = checks.number("scale", scale)
         return cls._plain(
             real_rank=None, core_spectrum="flat", core_scale=scale, eta=0.0, eta_mode="constant", norm_match=False
         )
@@ -242,8 +242,8 @@ class MergeConfig:
         return cls._plain(
             real_rank=None,
             elementwise=rule,
-            density=_checks.share("density", density),
-            core_scale=_checks.number("scale", scale),
+            density=checks.share("density", density),
+            core_scale=checks.number("scale", scale),
             core_mode=mode,
             eta=0.0,
             eta_mode="constant",
@@ -256,7 +256,7 @@ class MergeConfig:
         Raises:
             InvalidInput: an unknown field or a bad value.
         """
-        _checks.known_fields(overrides, [field.name for field in dataclasses.fields(self)])
+        checks.known_fields(overrides, [field.name for field in dataclasses.fields(self)])
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class MergeConfig:
 def checked(config: object) -> MergeConfig:
     """``config`` itself; InvalidInput if it is something else."""
     if not isinstance(config, MergeConfig):
-        raise InvalidInput(f"config: expected a MergeConfig, got {type(config).__name__}")
+        raise BadOption(f"config: expected a MergeConfig, got {type(config).__name__}")
     return config
 
 

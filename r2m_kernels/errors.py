@@ -1,18 +1,49 @@
-"""The errors users meet. Each message is one sentence: what, where, expected, got."""
+"""The errors users meet: a closed set. Each message is one sentence: what, where, expected, got."""
 
 
 class R2MError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+    """
+
+    exit_code = 2
 
 
 class InvalidInput(R2MError, ValueError):
-    """An argument, a checkpoint or a file cannot be used; the message says which and why."""
+    """Something given cannot be used; the message says which and why. What is raised is one of the kinds below."""
+
+
+class BadOption(InvalidInput):
+    """An argument, an option or a key of a recipe has a value that cannot be used."""
+
+
+class BadCheckpoint(InvalidInput):
+    """A file is no checkpoint that can be read: damaged, hostile, or of a kind that is not supported."""
+
+
+class DoesNotFit(InvalidInput):
+    """Checkpoints, each good by itself, do not belong together."""
+
+
+class NotFinite(InvalidInput):
+    """A tensor holds NaN or Inf, or would after the merge."""
+
+
+class BadFile(InvalidInput):
+    """A file or directory that is no checkpoint cannot be used: a recipe, a list, a picture, an output in the way."""
 
 
 class BackendUnavailable(R2MError, RuntimeError):
-    """A backend asked for by name cannot run here; the message says what to do."""
+    """A backend or device asked for by name cannot run here; the message says what to do."""
 
 
-def shown(name: str) -> str:
-    """A name from a file in quotation marks, for a message: what would move the cursor or hide text is escaped."""
-    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name) + "'"
+def printable(text: str) -> str:
+    """A text from a file, for a message: what would move the cursor or hide text is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(name: str) -> str:
+    """A name from a file in quotation marks, for a message."""
+    return f"'{printable(name)}'"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels._backends import Operators
+from ._backends import Operators
 
 
 def task_grams(

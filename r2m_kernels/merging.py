@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2m_kernels import _backends, _checks, compatibility, elementwise, gram, norm_matching
-from r2m_kernels._parallel import deterministic
-from r2m_kernels.analysis import Analysis, Truncated
-from r2m_kernels.compatibility import Plan
-from r2m_kernels.config import MergeConfig, checked
-from r2m_kernels.engine import Cut, Engine, Group, Progress, ProgressEvent
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.factor_store import FactorStore
-from r2m_kernels.real_subspace import layer_weights, real_subspace
-from r2m_kernels.spectral_maps import map_spectra
-from r2m_kernels.team import Journal, Team
-from r2m_kernels.tensors import StateDictSource, TensorSource
-from r2m_kernels.truncation import compute_dtype, truncate_residuals
+from . import _backends, checks, gram, norm_matching, tensor_checks
+from . import elements as elementwise
+from ._stream import compatibility
+from ._stream.compatibility import Plan
+from ._stream.engine import Cut, Engine, Group, Progress, ProgressEvent
+from ._stream.parallel import deterministic
+from ._stream.processes import Journal, ProcessGroup
+from ._stream.spill import FactorStore
+from ._stream.tensors import StateDictSource, TensorSource
+from .analysis import Analysis, Truncated
+from .config import MergeConfig, checked
+from .errors import BadOption, quoted
+from .real_subspace import layer_weights, real_subspace
+from .spectra import map_spectra
+from .truncation import compute_dtype, truncate_residuals
 
 __all__ = ["Analysis", "Checkpoint", "Progress", "ProgressEvent", "analyze", "merge"]
 
@@ -67,7 +69,7 @@ def merge(
     """
     settings = _settings(config, overrides)
     if dtype is not None:  # before the work, not after it
-        _checks.floating_dtype("dtype", dtype)
+        tensor_checks.floating_dtype("dtype", dtype)
     analysis = analyze(base, experts, settings, device=device, backend=backend, memory_budget=memory_budget)
     return analysis.merge(dtype=dtype)
 
@@ -83,7 +85,7 @@ def analyze(
     memory_budget: int | str | None = None,
     spill_directory: str | Path | None = None,
     progress: Progress | None = None,
-    team: Team | None = None,
+    team: ProcessGroup | None = None,
     journal: Journal | None = None,
     **overrides: Any,
 ) -> Analysis:
@@ -98,14 +100,14 @@ def analyze(
     """
     settings = _settings(config, overrides)
     if not isinstance(experts, Mapping | Sequence) or isinstance(experts, str):
-        raise InvalidInput(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
+        raise BadOption(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
     source = _as_source("base", base)
     named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
     sources = {name: _as_source(f"expert '{name}'", item) for name, item in named.items()}
     plan = compatibility.plan(source, sources, settings)
     if device is None:
         device = _device_of(source, plan)
-    budget = None if memory_budget is None else _checks.byte_size("memory_budget", memory_budget)
+    budget = None if memory_budget is None else checks.byte_size("memory_budget", memory_budget)
     where = _backends.usable_device(device)
     chosen = _backends.choose(backend, where)
     engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings, team, journal)
@@ -193,20 +195,18 @@ def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
     if isinstance(checkpoint, Mapping):
         wrong = next((key for key, value in checkpoint.items() if not isinstance(value, Tensor)), None)
         if wrong is not None:
-            raise InvalidInput(
+            raise BadOption(
                 f"{label}: expected a state dict of tensors, got {type(checkpoint[wrong]).__name__} for {wrong!r}"
             )
         for name, tensor in checkpoint.items():
             if not isinstance(name, str):
-                raise InvalidInput(f"{label}: expected names of tensors, got {name!r}")
+                raise BadOption(f"{label}: expected names of tensors, got {name!r}")
             if tensor.is_meta or tensor.layout is not torch.strided:
                 kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-                raise InvalidInput(f"{label}: expected dense tensors with data, got {shown(name)} {kind}")
+                raise BadOption(f"{label}: expected dense tensors with data, got {quoted(name)} {kind}")
         return StateDictSource(label, checkpoint)
     if not isinstance(checkpoint, TensorSource):
-        raise InvalidInput(
-            f"{label}: expected a state dict, a module or a TensorSource, got {type(checkpoint).__name__}"
-        )
+        raise BadOption(f"{label}: expected a state dict, a module or a TensorSource, got {type(checkpoint).__name__}")
     return checkpoint
 
 

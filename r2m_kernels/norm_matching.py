@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r2m_kernels.real_subspace import GRAM_ERROR
+from .real_subspace import GRAM_ERROR
 
 # A residual shorter than this fraction of the longest task vector is rounding: the Gram, and with it core and mixing,
 # is known to GRAM_ERROR only; four times that leaves room for forming the residual itself.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _backends, _checks
-from r2m_kernels._parallel import deterministic
+from . import _backends, checks, tensor_checks
+from ._stream.parallel import deterministic
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
@@ -34,13 +34,13 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
         (L, N, N) float64 on the CPU, symmetric up to rounding; |error| ≤ 16·2⁻²⁴ · |A||A|ᵀ (2⁻⁵³ for float64 inputs).
         A NaN or Inf in an input makes its entries non-finite.
     """
-    _checks.not_empty("base", base)
-    _checks.not_empty("experts", experts)
+    checks.not_empty("base", base)
+    checks.not_empty("experts", experts)
     for j, expert in enumerate(experts):
-        _checks.same_length(f"tensors of expert {j}", expert, len(base))
+        checks.same_length(f"tensors of expert {j}", expert, len(base))
     for index, tensor in enumerate(base):
         _check_inputs(tensor, [expert[index] for expert in experts], f" {index}")
-        _checks.same_device(f"base tensor {index}", tensor, base[0].device)
+        tensor_checks.same_device(f"base tensor {index}", tensor, base[0].device)
     return _backends.choose(backend, base[0].device).operators.task_gram(base, experts)
 
 
@@ -67,16 +67,16 @@ def residual_matmul(
     Returns:
         (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
     """
-    _checks.not_empty("experts", experts)
+    checks.not_empty("experts", experts)
     _check_inputs(base, experts, "")
-    _checks.matrix_like("base", base)
-    _checks.choice("precision", precision, PRECISIONS)
+    tensor_checks.matrix_like("base", base)
+    checks.choice("precision", precision, PRECISIONS)
     count = len(experts)
-    _checks.same_shape("mixing", mixing, (count, count))
+    tensor_checks.same_shape("mixing", mixing, (count, count))
     inner = base.shape[0] if transpose else math.prod(base.shape[1:])
-    _checks.ndim("rhs", rhs, 3)
-    _checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
-    _checks.floating("rhs", rhs)
+    tensor_checks.ndim("rhs", rhs, 3)
+    tensor_checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
+    tensor_checks.floating("rhs", rhs)
     operators = _backends.choose(backend, base.device).operators
     group = [[expert] for expert in experts]
     return operators.residual_matmul([base], group, mixing, rhs.unsqueeze(0), transpose, precision)[0]
@@ -92,8 +92,8 @@ def orthonormalize(y: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         (…, m, k), float32 (float64 for float64).
     """
-    _checks.floating("y", y)
-    _checks.tall("y", y)
+    tensor_checks.floating("y", y)
+    tensor_checks.tall("y", y)
     return _backends.choose(backend, y.device).operators.orthonormalize(y)
 
 
@@ -125,24 +125,24 @@ def combine(
         ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|); on NVIDIA's
         matrix units 20 for 8.
     """
-    _checks.not_empty("experts", experts)
+    checks.not_empty("experts", experts)
     _check_inputs(base, experts, "")
     count = len(experts)
-    _checks.same_shape("core", core, (count,))
+    tensor_checks.same_shape("core", core, (count,))
     given = [tensor is not None for tensor in (left, right, scale)]
-    _checks.all_or_none("left, right and scale", given)
+    checks.all_or_none("left, right and scale", given)
     if left is not None and right is not None and scale is not None:
-        _checks.matrix_like("base", base)
-        _checks.ndim("left", left, 3)
+        tensor_checks.matrix_like("base", base)
+        tensor_checks.ndim("left", left, 3)
         rows, rank = base.shape[0], left.shape[2]
-        _checks.same_shape("left", left, (count, rows, rank))
-        _checks.same_shape("right", right, (count, rank, math.prod(base.shape[1:])))
-        _checks.same_shape("scale", scale, (count,))
+        tensor_checks.same_shape("left", left, (count, rows, rank))
+        tensor_checks.same_shape("right", right, (count, rank, math.prod(base.shape[1:])))
+        tensor_checks.same_shape("scale", scale, (count,))
     if out is None:
         out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    _checks.floating("out", out)
-    _checks.same_shape("out", out, base.shape)
-    _checks.same_device("out", out, base.device)
+    tensor_checks.floating("out", out)
+    tensor_checks.same_shape("out", out, base.shape)
+    tensor_checks.same_device("out", out, base.device)
     operators = _backends.choose(backend, base.device).operators
     left, right = (None if factor is None else factor.unsqueeze(0) for factor in (left, right))
     operators.combine([base], [[expert] for expert in experts], core, left, right, scale, [out])
@@ -150,9 +150,9 @@ def combine(
 
 
 def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str) -> None:
-    _checks.floating(f"base tensor{index}", base)
+    tensor_checks.floating(f"base tensor{index}", base)
     for j, expert in enumerate(experts):
         what = f"tensor{index} of expert {j}"
-        _checks.floating(what, expert)
-        _checks.same_shape(what, expert, base.shape)
-        _checks.same_device(what, expert, base.device)
+        tensor_checks.floating(what, expert)
+        tensor_checks.same_shape(what, expert, base.shape)
+        tensor_checks.same_device(what, expert, base.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2m_kernels.config import MergeConfig
+from .config import MergeConfig
 
 # A Gram entry is known to this fraction of |A||A|ᵀ (README §2); eigenvalues below it, relative to the trace, are noise.
 GRAM_ERROR = 16 * 2.0**-24

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, panel_limit, row_panels, task_vectors
-from r2m_kernels.truncation import Factors
+from ._stream import parallel
+from ._torch.blocks import as_matrix, compute_dtype, panel_limit, row_panels, task_vectors
+from .truncation import Factors
 
 GPU_ELEMENTS = 2**23  # of a block on a GPU: a ViT-L's largest matrix in one
 
@@ -80,7 +80,7 @@ def combine(base: Tensor, experts: Sequence[Tensor], rule: RowRule, out: Tensor)
                 total.addcmul_(coefficient.unsqueeze(1), change)
             merged[rows] = total
 
-    for _ in _parallel.for_each(merge_panel, _panels(theta), panel_limit(base.device)):
+    for _ in parallel.for_each(merge_panel, _panels(theta), panel_limit(base.device)):
         pass
 
 

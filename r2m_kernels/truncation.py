@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2m_kernels._backends import Operators
-from r2m_kernels.config import MergeConfig
+from ._backends import Operators
+from .config import MergeConfig
 
 # Sketches are widened to a multiple of this: matrix products of 104 or 112 columns run up to twice as fast per
 # column as those of 110 on the CPUs we measured, and more columns only lower the error.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, row_panels, task_vectors
+from ._torch.blocks import as_matrix, compute_dtype, row_panels, task_vectors
 
 # A change is lengthened at most so much: specialists that cancel leave little but rounding to lengthen.
 MOST = 4.0

@@ -25,7 +25,7 @@ from bench.cost_model import launch_table, launch_tiles
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, chip_of, table
 from r2m_kernels import MergeConfig, _triton, analyze, cost_model, merge
-from r2m_kernels.engine import DEVICE_GROUP_BYTES
+from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
 from r2m_kernels.truncation import truncate_residuals, truncation_rank
 
 StateDict = dict[str, Tensor]

@@ -11,9 +11,9 @@ from r2m import refit
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.view import Part, View, constant, folded, zeros
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Preset, Rules
-from r2m_kernels import MergeConfig, _checks, compatibility
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels import MergeConfig, checks
+from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.streaming import TensorSpec, plan_tensors
 
 # How classifiers' names begin or go on.
 HEADS = ("head", "fc", "classifier", "last_linear", "_fc", "logits", "projection_head")
@@ -68,7 +68,7 @@ def arrange(base: Checkpoint, experts: Mapping[str, Checkpoint], config: MergeCo
         InvalidInput: an unknown preset, names that collide, no such head; or they do not fit, and a preset would help.
     """
     if wanted.preset is not None:
-        _checks.choice("preset", wanted.preset, tuple(PRESETS))
+        checks.choice("preset", wanted.preset, tuple(PRESETS))
     found = _arranged(base, experts, config, wanted)
     if wanted.preset is None:
         _suggest_preset(base, experts, config, wanted, found)
@@ -184,13 +184,13 @@ def _folded(view: View, beginnings: Iterable[str]) -> View:
             (m, n), r = (shapes[0], shapes[2][0]) if list(map(len, shapes)) == [2, 2, 1, 2] else ((0, 0), 0)
             if shapes[1:] != [(m, r), (r,), (r, n)]:
                 raise InvalidInput(
-                    f"{view.label}: {shown(names[0])}: expected factors of shapes (m, r), (r,) and (r, n) beside its "
+                    f"{view.label}: {quoted(names[0])}: expected factors of shapes (m, r), (r,) and (r, n) beside its "
                     f"(m, n), got {', '.join(map(str, shapes[1:]))} beside {shapes[0]}"
                 )
             whole[start + MAIN] = folded(main, left, singular, right)
         elif there and there != [names[0]]:
             missing = next(name for name in names if name not in there)
-            raise InvalidInput(f"{view.label}: has {shown(there[0])} and lacks {shown(missing)}")
+            raise InvalidInput(f"{view.label}: has {quoted(there[0])} and lacks {quoted(missing)}")
         gone += [start + ending for ending in (*FACTORS, *FROZEN)]
     return view.having(whole).without(gone)
 
@@ -202,16 +202,16 @@ def _with_head(
     kind, _, chosen = rule.partition(":")
     known = {"mean": not chosen, "base": not chosen, "expert": bool(chosen), "refit": chosen in ("", *refit.RULES)}
     if not known.get(kind, False):
-        raise InvalidInput(f"head: expected mean, base, expert:NAME, refit or refit:logistic, got {shown(rule)}")
+        raise InvalidInput(f"head: expected mean, base, expert:NAME, refit or refit:logistic, got {quoted(rule)}")
     if kind == "expert" and chosen not in experts:
-        near = _checks.did_you_mean(chosen, experts)
-        raise InvalidInput(f"head: no expert is called {shown(chosen)}{near}")
+        near = checks.did_you_mean(chosen, experts)
+        raise InvalidInput(f"head: no expert is called {quoted(chosen)}{near}")
     whose = base if kind == "base" else experts[chosen] if kind == "expert" else next(iter(experts.values()))
     names = [name for name in whose.specs if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
     names = names if globs else head_names(whose.specs)
     names = [name for name in names if whose.specs[name].dtype.is_floating_point]
     if not names:
-        meant = f"fits {', '.join(map(shown, globs))}" if globs else "looks like a classifier; name it (head_tensors)"
+        meant = f"fits {', '.join(map(quoted, globs))}" if globs else "looks like a classifier; name it (head_tensors)"
         raise InvalidInput(f"head: no tensor of {whose.label} {meant}")
     exact = tuple(literal(name) for name in names)
     if kind == "mean":
@@ -236,7 +236,7 @@ def _suggest_preset(
 ) -> None:
     """Add to the message of checkpoints that do not fit which preset would make them; silent where they fit."""
     try:
-        compatibility.plan(found.base, found.experts, found.config)
+        plan_tensors(found.base, found.experts, found.config)
     except InvalidInput as error:
         sources = (base, *experts.values())
         for name, preset in PRESETS.items():
@@ -246,7 +246,7 @@ def _suggest_preset(
             other = replace(wanted, preset=name)
             try:
                 fitting = _arranged(base, experts, config, other)
-                compatibility.plan(fitting.base, fitting.experts, fitting.config)
+                plan_tensors(fitting.base, fitting.experts, fitting.config)
             except InvalidInput:
                 continue
             raise InvalidInput(f"{error}\nWith --preset {name} they fit ({preset.title}).") from None

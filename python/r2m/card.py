@@ -16,8 +16,8 @@ from r2m import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from r2m.recipe import PlainLoader
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.streaming import TensorSpec
 
 # How much a licence asks of who uses a model: the more, the later. Those that are not here are compared by name alone.
 _RANKS: tuple[tuple[str, ...], ...] = (
@@ -187,7 +187,7 @@ def _licence_lines(licences: Mapping[str, str | None], chosen: str, given: bool)
     if unknown:
         lines.append(
             "**Licence: set it.** A merge is under the licences of its inputs, and that of "
-            f"{', '.join(shown(name)[1:-1] for name in unknown)} is not known here."
+            f"{', '.join(printable(name) for name in unknown)} is not known here."
         )
     if "-nc" in chosen:
         lines.append(f"**Not for commercial use**: an input is under {chosen}.")
@@ -195,7 +195,7 @@ def _licence_lines(licences: Mapping[str, str | None], chosen: str, given: bool)
 
 
 def _names(report: Mapping[str, Any]) -> str:
-    return ", ".join(shown(name)[1:-1] for name in report["experts"])
+    return ", ".join(printable(name) for name in report["experts"])
 
 
 def _front_matter(path: str) -> dict[str, Any]:
@@ -266,4 +266,4 @@ def _shown_path(path: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return shown(text)[1:-1].replace("|", "\\|")
+    return printable(text).replace("|", "\\|")

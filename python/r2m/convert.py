@@ -20,8 +20,8 @@ from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.view import View
 from r2m.checkpoints.writer import SafetensorsSink, sync
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSource, TensorSpec, dtype_name
+from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -67,7 +67,7 @@ def convert(
     found = _trusted(Path(source), label, wanted) if allow_pickle else plain(open_checkpoint(source, label), wanted)
     unstorable = [name for name, spec in found.specs.items() if spec.dtype.is_complex]
     if unstorable:
-        raise InvalidInput(f"{label}: tensor {shown(unstorable[0])} is complex, which no format here stores")
+        raise InvalidInput(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
     with _beside(target) as place:
         written = _write(found, place, dtype)
         if target.suffix != ".safetensors":
@@ -104,7 +104,7 @@ def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> 
         tensor = source.read(name)
         changed = tensor.to(spec.dtype)
         if tensor.is_floating_point() and changed.isinf().any() and not tensor.isinf().any():
-            raise InvalidInput(f"{source.label}: tensor {shown(name)} exceeds the range of {dtype_name(spec.dtype)}")
+            raise InvalidInput(f"{source.label}: tensor {quoted(name)} exceeds the range of {dtype_name(spec.dtype)}")
         sink.write(name, changed)
     sink.finish()
     return directory / SINGLE_FILE
@@ -122,10 +122,10 @@ def _trusted(path: Path, label: str, wanted: Arrangement) -> _InMemory:
     except OSError:
         raise
     except ModuleNotFoundError as error:
-        raise InvalidInput(f"{label}: needs the Python module {shown(str(error.name))} it was saved with") from None
+        raise InvalidInput(f"{label}: needs the Python module {quoted(str(error.name))} it was saved with") from None
     except Exception as error:  # whatever a stranger's code raises
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InvalidInput(f"{label}: could not be loaded: {shown(lines[0][:200])[1:-1]}") from None
+        raise InvalidInput(f"{label}: could not be loaded: {printable(lines[0][:200])}") from None
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in torch_file.WRAPPERS if isinstance(loaded.get(key), nn.Module)), loaded)
     state = loaded.state_dict() if isinstance(loaded, nn.Module) else torch_file.state_dict(loaded, label)

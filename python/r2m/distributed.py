@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r2m_kernels.errors import R2MError
-from r2m_kernels.team import Alone, Team
+from r2m_kernels.streaming import ProcessGroup, SingleProcess
 
 # One process may work for hours while another has nothing left to do; one that died is noticed at once.
 PATIENCE = datetime.timedelta(days=30)
@@ -23,8 +23,8 @@ class LostProcess(R2MError):
     """Another process of the job has ended."""
 
 
-class ProcessGroup:
-    """The processes of a job as a :class:`r2m_kernels.team.Team`."""
+class TorchrunProcesses:
+    """The processes of a job as a :class:`r2m_kernels.streaming.ProcessGroup`."""
 
     def __init__(self, member: int, size: int) -> None:
         self.member = member
@@ -54,17 +54,17 @@ class ProcessGroup:
 
 
 @contextlib.contextmanager
-def team() -> Iterator[Team]:
+def team() -> Iterator[ProcessGroup]:
     """The processes that ``torchrun`` started together with this one, or this one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        yield Alone()
+        yield SingleProcess()
         return
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield ProcessGroup(torch.distributed.get_rank(), size)
+        yield TorchrunProcesses(torch.distributed.get_rank(), size)
     finally:
         with contextlib.suppress(RuntimeError):  # of a group that has lost a member
             torch.distributed.destroy_process_group()

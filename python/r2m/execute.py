@@ -43,9 +43,9 @@ from r2m.preprocessing import Preprocessing
 from r2m.preprocessing import common as common_preprocessing
 from r2m.preprocessing import found as found_preprocessing
 from r2m.recipe import DTYPES, FORMATS
-from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, _backends, _checks, analyze
+from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
 from r2m_kernels.errors import R2MError
-from r2m_kernels.team import Alone, Team
+from r2m_kernels.streaming import ProcessGroup, SingleProcess, choose_backend, usable_device
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
@@ -128,8 +128,8 @@ class Job:
         """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
         recipe = self.recipe()
         experts = {model.pop("name"): model for model in recipe.pop("models")}
-        device = _backends.usable_device(self.device or "cpu")
-        chosen = _backends.choose(self.backend, device)
+        device = usable_device(self.device or "cpu")
+        chosen = choose_backend(self.backend, device)
         return {
             "r2m_kernels": r2m_kernels.__version__,
             "torch": torch.__version__,
@@ -165,12 +165,12 @@ def open_job(
     """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
     shard_bytes = parse_size(max_shard_size)
     if dtype is not None:
-        _checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
-    _checks.choice("format", file_format, FORMATS)
+        checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
+    checks.choice("format", file_format, FORMATS)
     if memory_budget is None:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     else:
-        budget = _checks.byte_size("memory_budget", memory_budget)
+        budget = checks.byte_size("memory_budget", memory_budget)
     wanted = arrangement or Arrangement()
     first, *rest = (
         open_checkpoint(base, f"base ({base})"),
@@ -225,7 +225,7 @@ def merge_files(
     preprocessing: Preprocessing | None = None,
     expert_preprocessing: Mapping[str, Preprocessing] | None = None,
     reuse: bool = False,
-    team: Team | None = None,
+    team: ProcessGroup | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> dict[str, Any]:
     """Merge checkpoints into a new directory.
@@ -267,7 +267,7 @@ def merge_files(
         OSError: a file cannot be read or written; ``filename`` is set.
     """
     started = time.perf_counter()
-    team = team or Alone()
+    team = team or SingleProcess()
     with contextlib.ExitStack() as stack:
         job, place, trouble = None, None, None
         try:
@@ -356,7 +356,7 @@ def plan_merge(
 def _merge(
     job: Job,
     place: Workplace,
-    team: Team,
+    team: ProcessGroup,
     started: float,
     known: Mapping[str, Any],
     progress: Callable[[ProgressEvent], None] | None,
@@ -511,7 +511,7 @@ def _fixed(path: str | Path) -> str:
     return hub.fetch(str(path)).pinned if hub.is_reference(path) else os.path.abspath(path)
 
 
-def _other_state(team: Team, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
+def _other_state(team: ProcessGroup, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
     """Why this process cannot share the work of the first one."""
     found = difference(first, state)
     return InvalidInput(f"process {team.member} of {team.size} is not on the same merge: {found}") if found else None

@@ -18,11 +18,10 @@ import torch
 from r2m import machine
 from r2m.checkpoints import layout
 from r2m.progress import readable_bytes
-from r2m_kernels import MergeConfig, compatibility, planning
-from r2m_kernels.compatibility import PlannedTensor
-from r2m_kernels.errors import shown
-from r2m_kernels.team import deal
-from r2m_kernels.tensors import TensorSource
+from r2m_kernels import MergeConfig
+from r2m_kernels.errors import quoted
+from r2m_kernels.streaming import PlannedTensor, TensorSource, assign, plan_tensors
+from r2m_kernels.streaming import budget as planning
 
 _SAMPLE = 2**25  # bytes that a rate is measured on
 
@@ -140,7 +139,7 @@ def forecast(
     Raises:
         InvalidInput: checkpoints that do not fit together.
     """
-    plan = compatibility.plan(base, experts, config)
+    plan = plan_tensors(base, experts, config)
     sources = [base, *experts.values()]
 
     def read(tensor: PlannedTensor) -> int:
@@ -154,7 +153,7 @@ def forecast(
 
     costs = {tensor.name: planning.cost(tensor, config, read(tensor), len(experts)) for tensor in plan.tensors}
     found, in_parts, whole = [], 0, []
-    for hand in deal(costs, processes):
+    for hand in assign(costs, processes):
         mine = [tensor for tensor in plan.tensors if tensor.name in hand]
         split = planning.shares(budget, mine, read, len(experts), threads)
         kept = planning.kept(split.kept, mine, read)
@@ -256,5 +255,7 @@ def lines(found: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
         text.append(f"too little disk: {size(found.disk)} needed, {size(found.free_disk)} free")
     if found.whole:
         more = f" and {len(found.whole) - 1} more" if found.whole[1:] else ""
-        text.append(f"over the budget: {shown(found.whole[0])}{more} cannot be merged in parts; memory counts it whole")
+        text.append(
+            f"over the budget: {quoted(found.whole[0])}{more} cannot be merged in parts; memory counts it whole"
+        )
     return text

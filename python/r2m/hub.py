@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2m.checkpoints import layout
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.errors import InvalidInput, quoted
 
 SCHEME = "hf://"
 _REFERENCE = re.compile(
@@ -61,7 +61,7 @@ def fetch(reference: str) -> Fetched:
     """
     found = _REFERENCE.fullmatch(reference)
     if found is None:
-        raise InvalidInput(f"{shown(reference)}: expected hf://owner/name, hf://owner/name@revision or …/file")
+        raise InvalidInput(f"{quoted(reference)}: expected hf://owner/name, hf://owner/name@revision or …/file")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise InvalidInput(f"{reference}: needs the package huggingface_hub: pip install 'r2m_kernels[hub]'")
     if not sys.stderr.isatty():
@@ -78,13 +78,13 @@ def fetch(reference: str) -> Fetched:
     except errors.RepositoryNotFoundError:
         raise InvalidInput(f"{reference}: no such repository, or a private one (hf auth login)") from None
     except errors.RevisionNotFoundError:
-        raise InvalidInput(f"{reference}: no revision {shown(revision or 'main')}") from None
+        raise InvalidInput(f"{reference}: no revision {quoted(revision or 'main')}") from None
     except errors.LocalEntryNotFoundError:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise InvalidInput(f"{reference}: not in the cache, and --offline forbids to fetch it") from None
         raise _unreachable(reference) from None
     except errors.EntryNotFoundError:
-        raise InvalidInput(f"{reference}: no file {shown(file or '')} in the repository") from None
+        raise InvalidInput(f"{reference}: no file {quoted(file or '')} in the repository") from None
     except errors.HFValidationError as error:
         raise InvalidInput(f"{reference}: {error}") from None
     except Exception as error:

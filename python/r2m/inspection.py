@@ -12,9 +12,9 @@ from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.naming import name_experts
 from r2m.progress import readable_bytes
-from r2m_kernels import MergeConfig, analyze, compatibility
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec, dtype_name
+from r2m_kernels import MergeConfig, analyze
+from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.streaming import TensorSpec, dtype_name, plan_tensors
 
 # The end of a name that a family of models has, and what has it. Its tensor is the first convolution, whose shape says
 # how wide the model is.
@@ -57,10 +57,10 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     rows = {
         "family": family(specs) or "unknown",
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
-        "begin": ", ".join(f"{shown(name)[1:-1]} {count}" for name, count in begin.most_common(_LISTED))
+        "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
-        "heads": ", ".join(f"{shown(name)[1:-1]} {list(specs[name].shape)}" for name in head_names(specs)[:4]),
-        "tied": ", ".join(f"{shown(name)[1:-1]} = {shown(first)[1:-1]}" for name, first in source.aliases.items()),
+        "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in head_names(specs)[:4]),
+        "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
     return [*found, *(f"  {title:<8}{text}" for title, text in rows.items() if text)]
 
@@ -88,7 +88,7 @@ def inspect(
     experts = dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
     try:
         arranged = arrange(sources[0], experts, MergeConfig.weight_average(), arrangement or Arrangement())
-        plan = compatibility.plan(arranged.base, arranged.experts, arranged.config)
+        plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
         return [*text, f"cannot be merged: {error}"], False
     roles = Counter(tensor.role for tensor in plan.tensors)

@@ -19,7 +19,7 @@ PREFIX = "journal-"
 
 
 class FileJournal:
-    """A :class:`r2m_kernels.team.Journal` of JSON lines, each behind its CRC-32: ``journal-MEMBER``.
+    """A :class:`r2m_kernels.streaming.Journal` of JSON lines, each behind its CRC-32: ``journal-MEMBER``.
 
     Every process appends to a file of its own and reads those of all processes of former runs, however many there were.
     A line that was cut off, and whatever follows it, does not count.

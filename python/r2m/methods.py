@@ -106,10 +106,10 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
     Raises:
         InvalidInput: an unknown method, an option that the method does not use, or a bad value.
     """
-    from r2m_kernels import MergeConfig, _checks
+    from r2m_kernels import MergeConfig, checks
     from r2m_kernels.errors import InvalidInput
 
-    _checks.choice("method", method, tuple(METHODS))
+    checks.choice("method", method, tuple(METHODS))
     for name in options:
         if name not in METHODS[method].options:
             used = ", ".join(_flag(other) for other in sorted(METHODS[method].options))
@@ -119,7 +119,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> MergeConfig:
     if "scale_by" in fields:
         fields["scale"] = fields.pop("scale_by")
     if scale is not None:
-        scale = _checks.number("scale", scale)
+        scale = checks.number("scale", scale)
     if method == "task_arithmetic":
         return MergeConfig.task_arithmetic(scale).replace(**fields)
     if method == "cart":

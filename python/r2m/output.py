@@ -17,7 +17,7 @@ from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE, TORCH_OUTPUT
 from r2m.checkpoints.writer import sync, write_file
 from r2m.journal import PREFIX
 from r2m_kernels.errors import InvalidInput
-from r2m_kernels.factor_store import FACTORS_PREFIX
+from r2m_kernels.streaming import FACTORS_PREFIX
 
 RECIPE_FILE = "r2m_config.yaml"
 REPORT_FILE = "r2m_report.json"

@@ -18,8 +18,8 @@ from r2m.checkpoints.writer import SafetensorsSink, sync, write_file
 from r2m.execute import Job, complete, open_job
 from r2m.output import RECIPE_FILE, STATE_FILE
 from r2m.recipe import Recipe, read_recipe
-from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, _checks, analyze
-from r2m_kernels.errors import shown
+from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
+from r2m_kernels.errors import quoted
 
 SWEEP_FILE = "sweep.csv"
 # What a sweep may vary: an analysis is merged at any of them for the cost of the last step.
@@ -61,7 +61,7 @@ def with_expert(
         InvalidInput: the name is taken, or the weight is none.
     """
     if name in recipe.experts:
-        raise InvalidInput(f"expert {shown(name)}: there is one already; another name, or remove that one first")
+        raise InvalidInput(f"expert {quoted(name)}: there is one already; another name, or remove that one first")
     config = recipe.config
     if config.weights is not None or weight is not None:
         before = config.weights or (1.0,) * len(recipe.experts)
@@ -78,10 +78,10 @@ def without_expert(recipe: Recipe, name: str) -> Recipe:
         InvalidInput: no such expert, or it is the last.
     """
     if name not in recipe.experts:
-        near = _checks.did_you_mean(name, recipe.experts)
-        raise InvalidInput(f"expert {shown(name)}: there is none; there are {', '.join(recipe.experts)}{near}")
+        near = checks.did_you_mean(name, recipe.experts)
+        raise InvalidInput(f"expert {quoted(name)}: there is none; there are {', '.join(recipe.experts)}{near}")
     if len(recipe.experts) == 1:
-        raise InvalidInput(f"expert {shown(name)}: it is the only one, and a merge of none is none")
+        raise InvalidInput(f"expert {quoted(name)}: it is the only one, and a merge of none is none")
     place = list(recipe.experts).index(name)
     config = recipe.config
     if config.weights is not None:

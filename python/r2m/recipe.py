@@ -38,8 +38,8 @@ from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS
-from r2m_kernels import MergeConfig, _checks
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels import MergeConfig, checks
+from r2m_kernels.errors import InvalidInput, printable, quoted
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
 FORMATS = ("safetensors", "pth")  # of its files
@@ -140,9 +140,9 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     directory = Path(path).parent
     words = [_word(expert, directory) for expert in recipe.models]
     if recipe.merge_method not in METHODS:
-        near = _checks.did_you_mean(recipe.merge_method, METHODS)
+        near = checks.did_you_mean(recipe.merge_method, METHODS)
         known = ", ".join(METHODS)
-        raise InvalidInput(f"{what}: merge_method: expected one of {known}, got {shown(recipe.merge_method)}{near}")
+        raise InvalidInput(f"{what}: merge_method: expected one of {known}, got {quoted(recipe.merge_method)}{near}")
     parameters = dict(recipe.parameters)
     weights = [expert.weight for expert in recipe.models]
     if any(weight is not None for weight in weights):
@@ -212,7 +212,7 @@ def _loaded(path: Path, what: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InvalidInput(f"{what}: not valid YAML{where}: {shown(problem)[1:-1]}") from None
+        raise InvalidInput(f"{what}: not valid YAML{where}: {printable(problem)}") from None
     if not isinstance(content, dict):
         raise InvalidInput(f"{what}: expected keys such as base_model and models, got {type(content).__name__}")
     return content
@@ -233,7 +233,7 @@ class PlainLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                problem = f"the key {shown(str(key.value))} is given twice"
+                problem = f"the key {quoted(str(key.value))} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if isinstance(key.value, str):
                 seen.add(key.value)
@@ -267,10 +267,10 @@ def _explained(error: ValidationError) -> str:
         kind: type[BaseModel] = _Expert if path and path[0] == "models" else _Recipe
         known = (_Preprocessing if path and path[-1] == "preprocessing" else kind).model_fields
         holder = f" in {'.'.join(map(str, path))}" if path else ""
-        return f"unknown key {shown(str(last))}{holder}{_checks.did_you_mean(str(last), known)}"
+        return f"unknown key {quoted(str(last))}{holder}{checks.did_you_mean(str(last), known)}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(str(first['input'])[:80])}"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quoted(str(first['input'])[:80])}"
 
 
 def _beside(directory: Path, path: str) -> str:
@@ -297,5 +297,5 @@ def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
 def _filtered(one: Any) -> tuple[str | None, Any]:
     """A rank and the names it is for; without a filter those that no other is for."""
     if not isinstance(one, dict) or not {"value"} <= one.keys() <= {"filter", "value"}:
-        raise InvalidInput(f"rank: expected a value with or without a filter, got {shown(str(one))}")
+        raise InvalidInput(f"rank: expected a value with or without a filter, got {quoted(str(one))}")
     return one.get("filter"), one["value"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r2m.checkpoints.reader import open_checkpoint
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.errors import InvalidInput, printable, quoted
 
 # Linear discriminant analysis with a shrunk covariance, in closed form; or logistic regression.
 RULES = ("lda", "logistic")
@@ -102,7 +102,7 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
     outputs, width = shapes[matrices[0]] if len(matrices) == 1 else (0, 0)
     fits = outputs in (1, 2) and len(vectors) <= 1 and all(shapes[name] == (outputs,) for name in vectors)
     if not fits or len(matrices) + len(vectors) < len(shapes):
-        listed = ", ".join(f"{shown(name)[1:-1]} {list(shape)}" for name, shape in shapes.items())
+        listed = ", ".join(f"{printable(name)} {list(shape)}" for name, shape in shapes.items())
         raise InvalidInput(
             f"head: refit expects one matrix (2, d) or (1, d), and its bias if there is one; got {listed}"
         )
@@ -115,5 +115,5 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
     for name in vectors:
         fitted[name] = torch.tensor(signs[:, 0] * bias, dtype=torch.float32)
     if not vectors and abs(bias) > 0:
-        raise InvalidInput(f"head: refit: {shown(matrices[0])} has no bias beside it, and the fit needs one")
+        raise InvalidInput(f"head: refit: {quoted(matrices[0])} has no bias beside it, and the fit needs one")
     return fitted

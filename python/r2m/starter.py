@@ -18,8 +18,9 @@ from r2m.methods import METHODS
 from r2m.naming import name_experts
 from r2m.preprocessing import common, found
 from r2m.presets import PRESETS
-from r2m_kernels import MergeConfig, compatibility
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels import MergeConfig
+from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.streaming import plan_tensors
 
 
 def starter(base: str, words: Sequence[str], to: Path) -> str:
@@ -39,7 +40,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
     preset, arranged = _fitting(ground, sources)
     directory = to.parent
     lines = [
-        f"# r2m merge {shown(str(to))[1:-1]} --out merged",
+        f"# r2m merge {printable(str(to))} --out merged",
         "# Paths are relative to this file; hf://owner/name works too. `r2m schema` prints a JSON schema for editors.",
         f"base_model: {_text(_relative(base, directory))}  # {_described(ground)}",
         "models:",
@@ -59,7 +60,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
     ]
     lines.append(f"preset: {preset}  # {PRESETS[preset].title}" if preset else "# preset: df40  # `r2m merge --help`")
     heads = head_names(next(iter(arranged.experts.values())).specs)
-    what = f"{shown(heads[0])[1:-1]}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
+    what = f"{printable(heads[0])}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
     lines.append(f"# head: mean  # or base, or expert:NAME; the classifier: {what}")
     lines += _preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)})
     return "\n".join(lines) + "\n"
@@ -71,13 +72,13 @@ def _fitting(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str |
     wanted = Arrangement()
     try:
         arranged = arrange(base, experts, config, wanted)
-        compatibility.plan(arranged.base, arranged.experts, arranged.config)
+        plan_tensors(arranged.base, arranged.experts, arranged.config)
         return None, arranged
     except InvalidInput as error:
         for name in PRESETS:
             try:
                 arranged = arrange(base, experts, config, replace(wanted, preset=name))
-                compatibility.plan(arranged.base, arranged.experts, arranged.config)
+                plan_tensors(arranged.base, arranged.experts, arranged.config)
             except InvalidInput:
                 continue
             return name, arranged

@@ -3,11 +3,11 @@
 The library is loaded by :func:`r2m_kernels._native.library.load`, not by importing this package.
 """
 
-from r2m_kernels._native.combine import combine
-from r2m_kernels._native.residual_matmul import residual_matmul
-from r2m_kernels._native.task_gram import gram_elements, task_gram
-from r2m_kernels._native.truncate import shifted_truncation
-from r2m_kernels._torch import orders_components, orthonormalize, takes_tolerance, truncation_width
+from .._torch import orders_components, orthonormalize, takes_tolerance, truncation_width
+from .combine import combine
+from .residual_matmul import residual_matmul
+from .task_gram import gram_elements, task_gram
+from .truncate import shifted_truncation
 
 __all__ = [
     "combine",

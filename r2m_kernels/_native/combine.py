@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._native.library import flat, load, matrices, rows_of
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, element_panels, row_panels
-from r2m_kernels._torch.combine import side_by_side
+from .._stream import parallel
+from .._torch.blocks import as_matrix, compute_dtype, element_panels, row_panels
+from .._torch.combine import side_by_side
+from .library import flat, load, matrices, rows_of
 
 
 def combine(
@@ -68,7 +68,7 @@ def _combine(
                 of_rows(slice(None), run, None)
 
     panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
-    for _ in _parallel.for_each(of_panel, panels):
+    for _ in parallel.for_each(of_panel, panels):
         pass
     if target is not out:
         out.copy_(target)

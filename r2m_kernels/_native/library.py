@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2m_kernels.errors import BackendUnavailable, InvalidInput
+from ..errors import BackendUnavailable, InvalidInput
 
 ABI_VERSION = 1
 POLICIES = ("auto", "require", "off")

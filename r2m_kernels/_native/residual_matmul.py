@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from r2m_kernels._native.residuals import NativeResiduals
-from r2m_kernels._torch.residual_matmul import residual_matmul as portable
+from .._torch.residual_matmul import residual_matmul as portable
+from .residuals import NativeResiduals
 
 residual_matmul = functools.partial(portable, residuals=NativeResiduals.of)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._native.library import load, matrices, rows_of
-from r2m_kernels._torch.blocks import long_panels
-from r2m_kernels._torch.residuals import Residuals, SignMatrix
+from .._stream import parallel
+from .._torch.blocks import long_panels
+from .._torch.residuals import Residuals, SignMatrix
+from .library import load, matrices, rows_of
 
 
 @functools.cache
@@ -67,10 +67,10 @@ class NativeResiduals(Residuals):
                 sketch = torch.zeros(shape, dtype=self.dtype)
                 return sketch, of_rows(slice(panel[0].start, panel[-1].stop), sketch)
 
-            total, energy = _parallel.ordered_sum(of_panel, long_panels(m, n))
+            total, energy = parallel.ordered_sum(of_panel, long_panels(m, n))
             return total, energy
         # Rows of a wide matrix have rows of the sketch of their own: nothing to sum.
         whole = torch.empty(shape, dtype=self.dtype)
         panels = [slice(panel[0].start, panel[-1].stop) for panel in long_panels(m, 1)]
-        (energy,) = _parallel.ordered_sum(lambda rows: (of_rows(rows, whole),), panels)
+        (energy,) = parallel.ordered_sum(lambda rows: (of_rows(rows, whole),), panels)
         return whole.mT.contiguous(), energy

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._native.library import flat, load, matrices
-from r2m_kernels._torch.blocks import compute_dtype
+from .._stream import parallel
+from .._torch.blocks import compute_dtype
+from .library import flat, load, matrices
 
 # Elements of one call; panels are summed in order.
 PANEL = 2**20
@@ -42,6 +42,6 @@ def _gram(base: Tensor, experts: Sequence[Tensor], precise: bool) -> Tensor:
         library.call("r2m_task_gram", dtype, count, inputs, first, last, gram.data_ptr())
         return gram
 
-    for gram in _parallel.for_each(of_panel, range(0, elements, PANEL)):
+    for gram in parallel.for_each(of_panel, range(0, elements, PANEL)):
         total += gram
     return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from r2m_kernels._native.residuals import NativeResiduals
-from r2m_kernels._torch.truncate import shifted_truncation as portable
+from .._torch.truncate import shifted_truncation as portable
+from .residuals import NativeResiduals
 
 shifted_truncation = functools.partial(portable, residuals=NativeResiduals.of)

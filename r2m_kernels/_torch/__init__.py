@@ -1,10 +1,10 @@
 """The portable backend: plain PyTorch on any device, a block of rows at a time. See :mod:`r2m_kernels.ops`."""
 
-from r2m_kernels._torch.combine import combine
-from r2m_kernels._torch.orthonormalize import orthonormalize
-from r2m_kernels._torch.residual_matmul import residual_matmul
-from r2m_kernels._torch.task_gram import gram_elements, task_gram
-from r2m_kernels._torch.truncate import shifted_truncation, truncation_width
+from .combine import combine
+from .orthonormalize import orthonormalize
+from .residual_matmul import residual_matmul
+from .task_gram import gram_elements, task_gram
+from .truncate import shifted_truncation, truncation_width
 
 __all__ = [
     "combine",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import (
+from .._stream import parallel
+from .blocks import (
     as_column,
     as_matrix,
     column_slices,
@@ -67,7 +67,7 @@ def _combine(
                 merged[rows, columns] = total  # the one rounding to the storage dtype
 
     panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
-    for _ in _parallel.for_each(merge_panel, panels, panel_limit(base.device)):
+    for _ in parallel.for_each(merge_panel, panels, panel_limit(base.device)):
         pass
     if target is not out:
         out.copy_(target)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import column_slices, compute_dtype, panel_limit, row_panels
-from r2m_kernels._torch.residuals import Residuals
+from .._stream import parallel
+from .blocks import column_slices, compute_dtype, panel_limit, row_panels
+from .residuals import Residuals
 
 
 def residual_matmul(
@@ -41,7 +41,7 @@ def _plain(residuals: Residuals, rhs: Tensor) -> Tensor:
                 for i in range(count):
                     result[i, rows].addmm_(block[i], rhs[i, columns])
 
-    for _ in _parallel.for_each(multiply, row_panels(m, n), panel_limit(rhs.device)):
+    for _ in parallel.for_each(multiply, row_panels(m, n), panel_limit(rhs.device)):
         pass
     return result
 
@@ -61,4 +61,4 @@ def _transposed(residuals: Residuals, rhs: Tensor) -> Tensor:
     panels = row_panels(m, n)
     if not panels:
         return torch.zeros(count, n, rhs.shape[2], dtype=rhs.dtype, device=rhs.device)
-    return _parallel.ordered_sum(multiply, panels, panel_limit(rhs.device))[0]
+    return parallel.ordered_sum(multiply, panels, panel_limit(rhs.device))[0]

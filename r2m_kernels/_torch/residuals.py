@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import as_matrix, compute_dtype, long_panels, panel_limit, task_vectors
+from .._stream import parallel
+from .blocks import as_matrix, compute_dtype, long_panels, panel_limit, task_vectors
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Residuals:
                 energy += torch.linalg.vector_norm(block, dim=(1, 2), dtype=torch.float64).square()
             return total, energy
 
-        total, energy = _parallel.ordered_sum(of_panel, long_panels(m, n), panel_limit(self.device))
+        total, energy = parallel.ordered_sum(of_panel, long_panels(m, n), panel_limit(self.device))
         return total, energy.cpu()
 
     def along(self, run: slice, tall: bool, dtype: torch.dtype | None = None) -> Tensor:

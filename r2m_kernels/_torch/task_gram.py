@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import (
+from .._stream import parallel
+from .blocks import (
     BLOCK_ELEMENTS,
     BLOCKS_PER_PANEL,
     compute_dtype,
@@ -64,6 +64,6 @@ def _gram(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         return total
 
     total = torch.zeros(count, count, dtype=torch.float64, device=base.device)
-    for gram in _parallel.for_each(panel_gram, element_panels(flat_base.numel()), panel_limit(base.device)):
+    for gram in parallel.for_each(panel_gram, element_panels(flat_base.numel()), panel_limit(base.device)):
         total += gram
     return total

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels import _parallel
-from r2m_kernels._torch.blocks import long_panels, panel_limit
-from r2m_kernels._torch.residuals import Residuals, SignMatrix
+from .._stream import parallel
+from .blocks import long_panels, panel_limit
+from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
@@ -117,7 +117,7 @@ def _times(residuals: Residuals, basis: Tensor, tall: bool) -> Tensor:
             for v, a, out in zip(basis, residuals.along(run, tall), rows, strict=True):
                 torch.mm(v, a.T, out=out[:, run])
 
-    for _ in _parallel.for_each(multiply, long_panels(*residuals.shape), panel_limit(residuals.device)):
+    for _ in parallel.for_each(multiply, long_panels(*residuals.shape), panel_limit(residuals.device)):
         pass
     return rows
 
@@ -139,7 +139,7 @@ def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Te
                     total[i] += y @ a
         return total, energies
 
-    total, energies = _parallel.ordered_sum(of_panel, long_panels(*residuals.shape), panel_limit(basis.device))
+    total, energies = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), panel_limit(basis.device))
     return total, energies.cpu()
 
 

@@ -1,10 +1,10 @@
 """The Triton backend: fused kernels for CUDA and ROCm. See :mod:`r2m_kernels.ops`."""
 
-from r2m_kernels._triton.combine import combine
-from r2m_kernels._triton.orthonormalize import orthonormalize
-from r2m_kernels._triton.residual_matmul import residual_matmul
-from r2m_kernels._triton.task_gram import gram_elements, task_gram
-from r2m_kernels._triton.truncate import shifted_truncation, truncation_width
+from .combine import combine
+from .orthonormalize import orthonormalize
+from .residual_matmul import residual_matmul
+from .task_gram import gram_elements, task_gram
+from .truncate import shifted_truncation, truncation_width
 
 __all__ = [
     "combine",

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels._triton import launch
-from r2m_kernels._triton.addresses import (
+from . import launch
+from .addresses import (
     ELEMENT_TYPES,
     VECTOR_BYTES,
     Group,

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels._triton import launch
-from r2m_kernels._triton.addresses import ELEMENT_TYPES, empty_rows, known_multiple, padded_rows, vectors_fit
-from r2m_kernels._triton.sums import sum_tiles
+from . import launch
+from .addresses import ELEMENT_TYPES, empty_rows, known_multiple, padded_rows, vectors_fit
+from .sums import sum_tiles
 
 # Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least
 # this, and four times its rounding √m · k · 2⁻⁵³ where that is more; far below what the second pass can repair.

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels._triton import launch
-from r2m_kernels._triton.addresses import (
+from . import launch
+from .addresses import (
     ELEMENT_TYPES,
     Group,
     empty_rows,
@@ -28,7 +28,7 @@ from r2m_kernels._triton.addresses import (
     tensor_at,
     vectors_fit,
 )
-from r2m_kernels._triton.sums import sum_tiles
+from .sums import sum_tiles
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels._triton import launch
+from . import launch
 
 
 @triton.jit(do_not_specialize=["tiles"])

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2m_kernels._triton import launch
-from r2m_kernels._triton.addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
-from r2m_kernels._triton.sums import sum_tiles
+from . import launch
+from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
+from .sums import sum_tiles
 
 BLOCK_OF_EXPERTS = 4
 # Elements of one launch, 1 GiB in float32; panels are summed in order, so that a tensor may also come in parts.

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels._triton import launch
-from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
-from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+from . import launch
+from .orthonormalize import inner_products, orthonormal_rows
+from .residual_matmul import matrix_group, multiply, sketch
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8

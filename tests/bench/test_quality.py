@@ -18,7 +18,8 @@ from bench.quality import choosing, docs, groups, ideas, judging, methods, setti
 from bench.quality.diagnosis import RULES
 from bench.quality.models import Models, Pools, Run
 from bench.quality.networks import new_network
-from r2m_kernels import MergeConfig, diagnostics
+from r2m_kernels import MergeConfig
+from r2m_kernels import report as diagnostics
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "bench" / "results" / "quality.json"

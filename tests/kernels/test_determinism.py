@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import TRUNCATED, checkpoints, same_bits
 
-from r2m_kernels import MergeConfig, _parallel, analyze, merge, ops
+from r2m_kernels import MergeConfig, analyze, merge, ops
+from r2m_kernels._stream import parallel
 
 # Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
 SHAPES = {"big": (3000, 1500), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
@@ -123,14 +124,14 @@ def test_merges_side_by_side_leave_torchs_threads_as_they_were():
     first, second = threading.Event(), threading.Event()
 
     def short():
-        with _parallel.one_thread_per_product():
+        with parallel.one_thread_per_product():
             first.set()
             second.wait(10)
 
     def long():
         first.wait(10)
-        with _parallel.one_thread_per_product():
-            assert _parallel.workers() == 3  # not the 1 that the other merge set
+        with parallel.one_thread_per_product():
+            assert parallel.workers() == 3  # not the 1 that the other merge set
             second.set()
 
     with ThreadPoolExecutor(2) as pool:
@@ -142,13 +143,13 @@ def test_merges_side_by_side_leave_torchs_threads_as_they_were():
 
 def test_for_each_keeps_order_nests_and_passes_errors_on():
     torch.set_num_threads(3)
-    with _parallel.one_thread_per_product():
+    with parallel.one_thread_per_product():
         assert torch.get_num_threads() == 1
-        nested = _parallel.for_each(lambda i: sum(_parallel.for_each(lambda j: i * j, range(4))), range(9))
+        nested = parallel.for_each(lambda i: sum(parallel.for_each(lambda j: i * j, range(4))), range(9))
         assert list(nested) == [6 * i for i in range(9)]
-        assert list(_parallel.for_each(lambda i: i, range(9), limit=2)) == list(range(9))
+        assert list(parallel.for_each(lambda i: i, range(9), limit=2)) == list(range(9))
         with pytest.raises(ZeroDivisionError):
-            list(_parallel.for_each(lambda i: 1 // (i - 5), range(9)))
+            list(parallel.for_each(lambda i: 1 // (i - 5), range(9)))
     assert torch.get_num_threads() == 3
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
-from r2m_kernels.elementwise import Magnitudes
+from r2m_kernels.elements import Magnitudes
 
 METHODS = {
     "R2M": MergeConfig.r2m(),

@@ -9,7 +9,7 @@ import torch
 from cases import same_bits
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
-from r2m_kernels.tensors import StateDictSink, StateDictSource, TensorSpec
+from r2m_kernels._stream.tensors import StateDictSink, StateDictSource, TensorSpec
 
 METHODS = {
     "R2M": MergeConfig.r2m(),

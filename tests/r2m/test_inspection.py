@@ -12,7 +12,7 @@ from r2m.arrangement import head_names
 from r2m.inspection import FAMILIES, family
 from safetensors.torch import load_file, save_file
 
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels._stream.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result

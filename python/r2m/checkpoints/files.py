@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints.layout import naming
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.streaming import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class File:
 
 
 class Checkpoint:
-    """A checkpoint on disk as a :class:`r2m_kernels.tensors.PartialSource`. Made by ``open_checkpoint``.
+    """A checkpoint on disk as a :class:`r2m_kernels.streaming.PartialSource`. Made by ``open_checkpoint``.
 
     Reading is safe from several threads: every read opens the file, so there is no shared position, no limit
     on the number of shards, and a file replaced meanwhile is noticed.
@@ -143,8 +143,8 @@ class Checkpoint:
         finally:
             os.close(descriptor)
         if not whole:
-            file = shown(place.path.name)
-            raise InvalidInput(f"{self.label}: tensor {shown(name)}: file {file} was changed while it was in use")
+            file = quoted(place.path.name)
+            raise InvalidInput(f"{self.label}: tensor {quoted(name)}: file {file} was changed while it was in use")
         return data
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from r2m_kernels import _checks
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels import checks
+from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.streaming import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -162,7 +162,7 @@ def plan_files(
 def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
     for name, spec in specs.items():
         if spec.dtype not in _CODES:
-            raise InvalidInput(f"tensor {shown(name)}: safetensors cannot store {spec.dtype}")
+            raise InvalidInput(f"tensor {quoted(name)}: safetensors cannot store {spec.dtype}")
     header: dict[str, object] = {"__metadata__": dict(sorted({**metadata, **_FORMAT}.items()))}
     starts: dict[str, int] = {}
     position = 0
@@ -240,7 +240,7 @@ def chosen(names: Sequence[str], label: str) -> str:
 
 def some(names: Sequence[str], limit: int = 5) -> str:
     """A few of many names, for a message."""
-    listed = ", ".join(shown(name)[1:-1] for name in names[:limit])
+    listed = ", ".join(printable(name) for name in names[:limit])
     return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
 
 
@@ -253,13 +253,13 @@ def decode_index(what: str, text: bytes) -> dict[str, str]:
     try:
         index = json.loads(text, object_pairs_hook=functools.partial(unique, what))
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{what}: not valid JSON ({shown(str(error))[1:-1]})") from None
+        raise InvalidInput(f"{what}: not valid JSON ({printable(str(error))})") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InvalidInput(f"{what}: holds no 'weight_map' from tensor names to file names")
     for file in dict.fromkeys(weight_map.values()):
         if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
-            raise InvalidInput(f"{what}: shard {shown(file)} is not the name of a file in the same directory")
+            raise InvalidInput(f"{what}: shard {quoted(file)} is not the name of a file in the same directory")
     return weight_map
 
 
@@ -268,7 +268,7 @@ def unique(what: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidInput(f"{what}: holds {shown(twice)} twice")
+        raise InvalidInput(f"{what}: holds {quoted(twice)} twice")
     return found
 
 
@@ -278,7 +278,7 @@ def parse_size(size: str | int) -> int:
     Raises:
         InvalidInput: no such text, or less than one byte.
     """
-    return _checks.byte_size("max_shard_size", size)
+    return checks.byte_size("max_shard_size", size)
 
 
 @contextlib.contextmanager

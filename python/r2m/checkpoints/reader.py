@@ -19,8 +19,8 @@ from r2m import hub
 from r2m.checkpoints import layout, torch_file
 from r2m.checkpoints.files import Checkpoint, File, Place, identity
 from r2m.checkpoints.layout import some
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.streaming import TensorSpec
 
 # What the library's reasons mean to someone who only knows the file; others are shown as they are.
 _REASONS = {
@@ -61,7 +61,7 @@ def _open_directory(directory: Path, label: str) -> Checkpoint:
     name = layout.chosen(names, label)
     if name in (layout.INDEX_FILE, layout.TORCH_INDEX_FILE):
         return _open_shards(directory, label, name)
-    return _open_single(directory / name, label, f"{label}: file {shown(name)}")
+    return _open_single(directory / name, label, f"{label}: file {quoted(name)}")
 
 
 def _open_single(path: Path, label: str, what: str) -> Checkpoint:
@@ -85,13 +85,13 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
         raise InvalidInput(f"{label}: {len(missing)} of {len(shards)} shards missing: {some(missing)}")
     outside = [shard for shard in shards if not _confined(directory, directory / shard)]
     if outside:
-        raise InvalidInput(f"{index}: shard {shown(outside[0])} is a link that leads out of its directory")
-    files = {shard: _open_file(directory / shard, f"{label}: shard {shown(shard)}") for shard in shards}
+        raise InvalidInput(f"{index}: shard {quoted(outside[0])} is a link that leads out of its directory")
+    files = {shard: _open_file(directory / shard, f"{label}: shard {quoted(shard)}") for shard in shards}
     absent = [name for name, shard in weight_map.items() if name not in files[shard].specs]
     if absent:
         shard = weight_map[absent[0]]
         raise InvalidInput(
-            f"{label}: shard {shown(shard)}: lacks tensor {shown(absent[0])}, which the index says it holds"
+            f"{label}: shard {quoted(shard)}: lacks tensor {quoted(absent[0])}, which the index says it holds"
             + (f" (and {len(absent) - 1} more tensors are not where the index says)" if absent[1:] else "")
         )
     # Names that are tied to another are in its shard's header, and no index lists them.
@@ -140,7 +140,7 @@ def _open_file(path: Path, what: str) -> File:
             position = layout.data_start(length_field)
             for name in opened.offset_keys():
                 entry = opened.get_slice(name)
-                spec = layout.spec_of(f"{what}: tensor {shown(name)}", entry.get_dtype(), entry.get_shape())
+                spec = layout.spec_of(f"{what}: tensor {quoted(name)}", entry.get_dtype(), entry.get_shape())
                 specs[name], places[name] = spec, Place(path, position)
                 position += spec.nbytes
             aliases = layout.tied_names(opened.metadata() or {}, specs)
@@ -149,7 +149,7 @@ def _open_file(path: Path, what: str) -> File:
             return torch_file.open_torch_file(path, what)
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = next((plain for known, plain in _REASONS.items() if known in text), text)
-        raise InvalidInput(f"{what}: not a whole safetensors file: {shown(reason)[1:-1]}") from None
+        raise InvalidInput(f"{what}: not a whole safetensors file: {printable(reason)}") from None
     for name, first in aliases.items():
         specs[name], places[name] = specs[first], places[first]
     return File(specs, places, known, hashlib.sha256(length_field + header).hexdigest(), aliases)

@@ -24,8 +24,8 @@ from torch import Tensor
 from r2m.checkpoints import layout
 from r2m.checkpoints.files import Checkpoint, File, Place, identity
 from r2m.checkpoints.layout import naming, some
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.streaming import TensorSpec
 
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80\x02"
 # Under which keys training scripts put the weights, when they save more than those.
@@ -72,7 +72,7 @@ def open_torch_file(path: Path, what: str) -> File:
     first: dict[tuple[object, ...], str] = {}
     mapped = _Mappings()
     for name, tensor in state.items():
-        spec, place = _placed(f"{what}: tensor {shown(name)}", tensor, path, records, mapped)
+        spec, place = _placed(f"{what}: tensor {quoted(name)}", tensor, path, records, mapped)
         specs[name], places[name] = spec, place
         key = (place.offset, place.strides, spec.shape, spec.dtype)
         if spec.numel and key in first:
@@ -124,11 +124,11 @@ def _refuse(what: str, reason: str) -> NoReturn:
     if found is not None:
         name = found.group(1).removesuffix(".")
         raise InvalidInput(
-            f"{what}: holds {shown(name)}, which could run code when it is loaded, and only tensors are; save its "
+            f"{what}: holds {quoted(name)}, which could run code when it is loaded, and only tensors are; save its "
             "state_dict() where it was made, or trust it with this machine: r2m convert --allow-pickle"
         ) from None
     line = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
-    raise InvalidInput(f"{what}: not a whole file of torch.save: {shown(line[:200])[1:-1]}") from None
+    raise InvalidInput(f"{what}: not a whole file of torch.save: {printable(line[:200])}") from None
 
 
 def state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise InvalidInput(f"{what}: expected a state dict of tensors, got {kind} for {shown(str(key))}")
+            raise InvalidInput(f"{what}: expected a state dict of tensors, got {kind} for {quoted(str(key))}")
     return dict(loaded)
 
 
@@ -231,14 +231,14 @@ def _records(path: Path, what: str) -> tuple[dict[int, int], str]:
             header = file.read(_LOCAL.size)
             stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
             if not stored:
-                raise InvalidInput(f"{what}: the entry {shown(entry.filename)} is compressed, which torch never does")
+                raise InvalidInput(f"{what}: the entry {quoted(entry.filename)} is compressed, which torch never does")
             if len(header) < _LOCAL.size or not header.startswith(ZIP_MAGIC) or entry.header_offset < end:
-                raise InvalidInput(f"{what}: the entry {shown(entry.filename)} overlaps another or leaves the file")
+                raise InvalidInput(f"{what}: the entry {quoted(entry.filename)} overlaps another or leaves the file")
             *_, name_bytes, extra_bytes = _LOCAL.unpack(header)
             start = entry.header_offset + _LOCAL.size + name_bytes + extra_bytes
             end = start + entry.file_size
             if end > size:
-                raise InvalidInput(f"{what}: the entry {shown(entry.filename)} overlaps another or leaves the file")
+                raise InvalidInput(f"{what}: the entry {quoted(entry.filename)} overlaps another or leaves the file")
             records[start] = entry.file_size
         pickle = archive.getinfo(last["data.pkl"])
         if pickle.file_size > _MOST_PICKLE:

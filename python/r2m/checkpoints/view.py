@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints.files import Checkpoint
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.streaming import TensorSpec
 
 
 class Part(Protocol):
@@ -87,7 +87,7 @@ def constant(tensor: Tensor) -> Made:
 
 
 class View:
-    """Parts by name, as a :class:`r2m_kernels.tensors.PartialSource`. Its methods give other views.
+    """Parts by name, as a :class:`r2m_kernels.streaming.PartialSource`. Its methods give other views.
 
     Attributes:
         label: how error messages name the checkpoint.
@@ -136,7 +136,7 @@ class View:
             new = name if old is None or beginning is None else beginning + name[len(old) :]
             if new in taken:
                 raise InvalidInput(
-                    f"{self.label}: renamed, {shown(taken[new])} and {shown(name)} are both {shown(new)}"
+                    f"{self.label}: renamed, {quoted(taken[new])} and {quoted(name)} are both {quoted(new)}"
                 )
             names[name], taken[new] = new, name
         return View(

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints import layout
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSpec
+from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.streaming import TensorSpec
 
 
 class SafetensorsSink:
-    """A directory being filled, as a :class:`r2m_kernels.tensors.PartialSink`.
+    """A directory being filled, as a :class:`r2m_kernels.streaming.PartialSink`.
 
     Equal tensors, metadata and ``max_shard_size`` give equal bytes, whatever the order of ``specs`` and of
     the writes. Call :meth:`finish` when the merge has returned; until then the files cannot be loaded.
@@ -76,8 +76,8 @@ class SafetensorsSink:
                         lost = next((name for name, end in ends.items() if name in self._there and end > size), None)
                         if lost is not None:
                             raise InvalidInput(
-                                f"{path}: expected tensor {shown(lost)} in it, as the journal beside it says; the file "
-                                "is gone or was cut; start anew"
+                                f"{path}: expected tensor {quoted(lost)} in it, as the journal beside it says; the "
+                                "file is gone or was cut; start anew"
                             )
                         _reserve(descriptor, file.size)
             finally:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from r2m.arrangement import Arrangement
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.errors import InvalidInput, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
 
@@ -76,7 +76,7 @@ def evaluate(
     for path in data if models else ():
         for name, held in read_dataset(path, reading).items():
             if name in datasets:
-                raise InvalidInput(f"data ({path}): there is a dataset {shown(name)} already")
+                raise InvalidInput(f"data ({path}): there is a dataset {quoted(name)} already")
             datasets[name] = held
     prepared = {name: _preprocessing(name, path, size, mean, std) for name, path in checkpoints.items()}
     wanted = Arrangement(preset=preset)

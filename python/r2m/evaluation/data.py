@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from r2m.evaluation.metrics import Scores
-from r2m_kernels import _checks
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels import checks
+from r2m_kernels.errors import InvalidInput, printable, quoted
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "probability")  # of CSV files; video and dataset may be there
@@ -71,11 +71,11 @@ def read_dataset(path: str | Path, reading: Reading) -> dict[str, list[Frame]]:
         InvalidInput: no such file, not of these forms, or nothing in it.
     """
     place = Path(path)
-    _checks.choice("split", reading.split, SPLITS)
+    checks.choice("split", reading.split, SPLITS)
     found = _folders(place, reading) if place.is_dir() else _json(place, reading)
     empty = [name for name, frames in found.items() if not frames]
     if empty or not found:
-        what = f"dataset {shown(empty[0])} " if empty else ""
+        what = f"dataset {quoted(empty[0])} " if empty else ""
         raise InvalidInput(f"data ({path}): {what}holds no frames of the split '{reading.split}'")
     return found
 
@@ -97,7 +97,7 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            got = ", ".join(map(shown, reader.fieldnames or ())) or "nothing"
+            got = ", ".join(map(quoted, reader.fieldnames or ())) or "nothing"
             raise InvalidInput(f"{what}: expected the columns {', '.join(COLUMNS)} in its first line, got {got}")
         try:
             for row in reader:
@@ -121,7 +121,7 @@ def scores_of(rows: Sequence[tuple[int, float, str]]) -> Scores:
 
 def _label(what: str, text: str | None) -> int:
     if text not in ("0", "1"):
-        raise InvalidInput(f"{what}: expected 0 (real) or 1 (fake), got {shown(str(text))}")
+        raise InvalidInput(f"{what}: expected 0 (real) or 1 (fake), got {quoted(str(text))}")
     return int(text)
 
 
@@ -131,7 +131,7 @@ def _probability(what: str, text: str | None) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise InvalidInput(f"{what}: expected a number from 0 to 1, got {shown(str(text))}")
+        raise InvalidInput(f"{what}: expected a number from 0 to 1, got {quoted(str(text))}")
     return value
 
 
@@ -177,16 +177,16 @@ def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{what}: not valid JSON ({shown(str(error))[1:-1]})") from None
+        raise InvalidInput(f"{what}: not valid JSON ({printable(str(error))})") from None
     root = reading.root or path.parent
     found: dict[str, list[Frame]] = {}
     for dataset, labels in _mapping(what, content).items():
         frames = found.setdefault(dataset, [])
-        for name, splits in _mapping(f"{what}: {shown(dataset)}", labels).items():
-            where = f"{what}: {shown(dataset)}: {shown(name)}"
+        for name, splits in _mapping(f"{what}: {quoted(dataset)}", labels).items():
+            where = f"{what}: {quoted(dataset)}: {quoted(name)}"
             videos = _mapping(where, splits).get(reading.split, {})
             for video, entry in _of_compression(where, videos, reading).items():
-                frames += _frames(f"{where}: video {shown(video)}", name, video, entry, root, reading)
+                frames += _frames(f"{where}: video {quoted(video)}", name, video, entry, root, reading)
     return found
 
 
@@ -204,7 +204,7 @@ def _of_compression(what: str, videos: Any, reading: Reading) -> dict[str, Any]:
         return held
     if reading.compression in held:
         return _mapping(what, held[reading.compression])
-    raise InvalidInput(f"{what}: has the compressions {', '.join(map(shown, held))}, not {reading.compression}")
+    raise InvalidInput(f"{what}: has the compressions {', '.join(map(quoted, held))}, not {reading.compression}")
 
 
 def _frames(what: str, name: str, video: str, entry: Any, root: Path, reading: Reading) -> list[Frame]:
@@ -224,7 +224,7 @@ def _of_label(what: str, name: str, reading: Reading) -> int:
     if reading.labels and name in reading.labels:
         value = reading.labels[name]
         if value not in (0, 1):
-            raise InvalidInput(f"label {shown(name)}: expected 0 or 1, got {value}")
+            raise InvalidInput(f"label {quoted(name)}: expected 0 or 1, got {value}")
         return value
     return 0 if "real" in name.lower() else 1
 

@@ -16,7 +16,7 @@ from r2m.arrangement import Arrangement, plain
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.errors import InvalidInput, printable, quoted
 
 KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
 CLASSES = 2
@@ -50,7 +50,7 @@ def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Ar
     elif name and argument:
         model = _built(name, argument, label)
     else:
-        raise InvalidInput(f"{label}: detector {shown(kind)}: expected {KINDS}")
+        raise InvalidInput(f"{label}: detector {quoted(kind)}: expected {KINDS}")
     _load(model, plain(open_checkpoint(checkpoint, label), arrangement or Arrangement()), kind)
     return model.eval()
 
@@ -117,14 +117,14 @@ class OpenClip(nn.Module):
 
 def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> nn.Module:
     if importlib.util.find_spec(library) is None:
-        raise InvalidInput(f"{label}: detector {shown(kind)}: needs the package {library}, which is not installed")
+        raise InvalidInput(f"{label}: detector {quoted(kind)}: needs the package {library}, which is not installed")
     try:
         model = build(importlib.import_module(library))
     except InvalidInput:
         raise
     except Exception as error:  # each library has its own
         line = (str(error).strip().splitlines() or [""])[0]
-        raise InvalidInput(f"{label}: detector {shown(kind)}: {type(error).__name__}: {shown(line)[1:-1]}") from error
+        raise InvalidInput(f"{label}: detector {quoted(kind)}: {type(error).__name__}: {printable(line)}") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -145,10 +145,10 @@ def _built(module: str, function: str, label: str) -> nn.Module:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise InvalidInput(f"{label}: detector {module}:{function}: no module {shown(str(error.name))}") from None
+        raise InvalidInput(f"{label}: detector {module}:{function}: no module {quoted(str(error.name))}") from None
     build = getattr(found, function, None)
     if not callable(build):
-        raise InvalidInput(f"{label}: detector {module}:{function}: {module} has no function {shown(function)}")
+        raise InvalidInput(f"{label}: detector {module}:{function}: {module} has no function {quoted(function)}")
     model = build()
     if not isinstance(model, nn.Module):
         raise InvalidInput(
@@ -169,7 +169,7 @@ def _load(model: nn.Module, view: View, kind: str) -> None:
         ("has other shapes of", shapes),
     ):
         if names:
-            raise InvalidInput(f"{view.label}: does not fit the detector {shown(kind)}: it {what} {some(names)}")
+            raise InvalidInput(f"{view.label}: does not fit the detector {quoted(kind)}: it {what} {some(names)}")
     state = {name: view.read(name) for name in view.specs if name in own}
     model.load_state_dict({**own, **state}, strict=True)
 

@@ -25,9 +25,9 @@ from r2m.evaluation.data import Frame, scores_of
 from r2m.evaluation.detectors import as_batch, probabilities
 from r2m.evaluation.metrics import Scores, average, judge
 from r2m.preprocessing import Preprocessing
-from r2m_kernels import _backends
-from r2m_kernels._version import __version__
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels import __version__
+from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.streaming import usable_device
 
 RESULT_FILE = "evaluation.json"
 AVERAGED = ("acc", "auc", "eer", "ap", "video_acc", "video_auc", "video_eer", "video_ap")
@@ -82,7 +82,7 @@ def run_detector(
         InvalidInput: outputs that are no probabilities, an unreadable image while strict, or a dataset of which none
             can be read.
     """
-    where = _backends.usable_device(device)
+    where = usable_device(device)
     model = model.to(where)
     found = Evaluated()
     for name, frames in datasets.items():
@@ -93,7 +93,7 @@ def run_detector(
             for frame, image in chunk:
                 if isinstance(image, str):
                     if strict:
-                        raise InvalidInput(f"dataset {shown(name)}: {frame.path}: {image}")
+                        raise InvalidInput(f"dataset {quoted(name)}: {frame.path}: {image}")
                     found.unreadable[str(frame.path)] = image
                 else:
                     images.append(image)
@@ -108,7 +108,9 @@ def run_detector(
                 progress(len(chunk))
         if not rows:
             path, reason = next(iter(found.unreadable.items()))
-            raise InvalidInput(f"dataset {shown(name)}: none of its {len(frames)} images can be read: {path}: {reason}")
+            raise InvalidInput(
+                f"dataset {quoted(name)}: none of its {len(frames)} images can be read: {path}: {reason}"
+            )
         found.rows[name] = rows
     return found
 
@@ -122,7 +124,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor | str:
     except FileNotFoundError:
         return "no such file"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what its decoders raise
-        return f"not a readable image: {shown(str(error))[1:-1]}"
+        return f"not a readable image: {printable(str(error))}"
     normal = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
     return torch.from_numpy(normal.transpose(2, 0, 1).copy())
 
@@ -185,5 +187,5 @@ def told(unreadable: Mapping[str, str]) -> list[str]:
     reasons = Counter(reason.partition(":")[0] for reason in unreadable.values())
     kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     lines = [f"{len(unreadable)} images were left out: {kinds}"]
-    lines += [f"  {shown(path)[1:-1]}: {reason}" for path, reason in islice(unreadable.items(), _LISTED)]
+    lines += [f"  {printable(path)}: {reason}" for path, reason in islice(unreadable.items(), _LISTED)]
     return lines + [f"  … and {len(unreadable) - _LISTED} more"] * (len(unreadable) > _LISTED)

@@ -20,7 +20,7 @@ from r2m.output import REPORT_FILE
 from r2m.project import SWEEP_FILE
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
 from r2m.reporting.spectra import of_residuals
-from r2m_kernels.errors import InvalidInput, shown
+from r2m_kernels.errors import InvalidInput, printable
 
 PAGE_FILE = "report.html"
 _MOSTLY_NOISE = 0.25  # of a residual's energy kept, below which what is left hardly stands for it
@@ -347,7 +347,7 @@ def _table(rows: Rows) -> str:
 def _safe(value: Any) -> str:
     if value is None:
         return "–"
-    return html.escape(shown(value)[1:-1] if isinstance(value, str) else str(value))
+    return html.escape(printable(value) if isinstance(value, str) else str(value))
 
 
 def _number(value: float | None) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from r2m_kernels.config import MergeConfig
-from r2m_kernels.team import Team
-from r2m_kernels.truncation import tensor_key
+from ._stream.processes import ProcessGroup
+from .config import MergeConfig
+from .truncation import tensor_key
 
 BLOCK = 2**18  # elements of a tensor worked on at once, and masked by one generator
 HALF = 2**16
@@ -48,7 +48,7 @@ class Magnitudes:
                 with self._lock:
                     self._counts[j] += counts
 
-    def gather(self, team: Team) -> None:
+    def gather(self, team: ProcessGroup) -> None:
         """Add up what all members counted."""
         counts = team.gather({str(team.member): self._counts})
         self._counts = torch.stack([counts[str(member)] for member in range(team.size)]).sum(dim=0)

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2m_kernels import gram, planning
-from r2m_kernels._backends import Backend
-from r2m_kernels._parallel import for_each, workers
-from r2m_kernels.compatibility import Plan, PlannedTensor
-from r2m_kernels.config import MergeConfig
-from r2m_kernels.errors import InvalidInput, R2MError, shown
-from r2m_kernels.team import Alone, Forgetful, Journal, Team, deal
-from r2m_kernels.tensors import PartialSource, StateDictSource, TensorSource
+from .. import gram
+from .._backends import Backend
+from ..config import MergeConfig
+from ..errors import NotFinite, R2MError, quoted
+from . import budget as planning
+from .compatibility import Plan, PlannedTensor
+from .parallel import for_each, workers
+from .processes import Journal, NoJournal, ProcessGroup, SingleProcess, assign
+from .tensors import PartialSource, StateDictSource, TensorSource
 
 # Bytes of inputs in one group, where no budget says less. What comes from elsewhere waits in pinned memory, which is
 # slow to get and to be had twice; what is on the device already can be taken in few launches, each of which costs the
@@ -124,11 +125,11 @@ class Engine:
         backend: Backend,
         budget: int | None,
         config: MergeConfig,
-        team: Team | None = None,
+        team: ProcessGroup | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.base, self.experts, self.device, self.backend = base, experts, device, backend
-        self.team, self.journal = team or Alone(), journal or Forgetful()
+        self.team, self.journal = team or SingleProcess(), journal or NoJournal()
         self._exact = config.svd == "exact"
         self.steps: dict[str, StepRecord] = {}
         self._grouped = backend.name == "triton"
@@ -137,7 +138,7 @@ class Engine:
         self._kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self._read_bytes = 0
         costs = {t.name: planning.cost(t, config, self._bytes(t), len(experts)) for t in plan.tensors}
-        self._hand = deal(costs, self.team.size)[self.team.member]
+        self._hand = assign(costs, self.team.size)[self.team.member]
         self.device_budget: int | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -449,8 +450,8 @@ class Engine:
         """A Gram matrix as it is, or why it holds NaN or Inf."""
         if not bool(torch.isfinite(result).all()):
             self._refuse_non_finite(tensor)
-            raise InvalidInput(
-                f"tensor {shown(tensor.name)}: the differences from the base are too large to be squared and summed"
+            raise NotFinite(
+                f"tensor {quoted(tensor.name)}: the differences from the base are too large to be squared and summed"
             )
         return result
 
@@ -462,8 +463,8 @@ class Engine:
             everywhere = windows if isinstance(source, PartialSource) else [None]
             if self._bad(source, tensor, everywhere if part is None else [part]):
                 bad = self._bad(source, tensor, everywhere)
-                raise InvalidInput(
-                    f"{source.label}: tensor {shown(tensor.name)} holds NaN or Inf in {bad} of {size} elements"
+                raise NotFinite(
+                    f"{source.label}: tensor {quoted(tensor.name)} holds NaN or Inf in {bad} of {size} elements"
                 )
 
     def _bad(self, source: TensorSource, tensor: PlannedTensor, parts: Sequence[slice | None]) -> int:

@@ -11,12 +11,11 @@ from typing import Literal
 
 import torch
 
-from r2m_kernels import _checks
-from r2m_kernels._checks import FLOATING
-from r2m_kernels.config import MergeConfig
-from r2m_kernels.errors import InvalidInput, shown
-from r2m_kernels.tensors import TensorSource, TensorSpec, dtype_name
-from r2m_kernels.truncation import truncation_rank
+from .. import checks
+from ..config import MergeConfig
+from ..errors import BadOption, DoesNotFit, quoted
+from ..truncation import truncation_rank
+from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
 
 Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
 
@@ -89,13 +88,13 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         InvalidInput: no experts, nothing to merge, or checkpoints that do not fit; *all* mismatches are listed.
     """
     if not experts:
-        raise InvalidInput("experts: expected at least one, got none")
+        raise BadOption("experts: expected at least one, got none")
     if config.weights is not None:
-        _checks.same_length("weights", config.weights, len(experts))
+        checks.same_length("weights", config.weights, len(experts))
     extras = _extras(base, experts)
     problems = _mismatches(base, experts, extras, config)
     if problems:
-        raise InvalidInput(problems)
+        raise DoesNotFit(problems)
     aliases = {
         name: first
         for name, first in base.aliases.items()
@@ -110,7 +109,7 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         if name not in aliases
     ]
     if not any(tensor.role != "copied" for tensor in tensors):
-        raise InvalidInput(
+        raise DoesNotFit(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
         )
     if config.extra == "average":
@@ -169,18 +168,18 @@ def _mismatches(
     merged = {name: spec for name, spec in base.specs.items() if not _fits([name], config.keep)}
     unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
-        lines = [f"unsupported dtype: {shown(name)} ({_describe(base.specs[name])})" for name in unsupported]
+        lines = [f"unsupported dtype: {quoted(name)} ({_describe(base.specs[name])})" for name in unsupported]
         reports.append(_report(f"{base.label} cannot be merged", [lines], ""))
     for source in experts.values():
         missing = [
-            f"missing: {shown(name)} ({_describe(spec)})"
+            f"missing: {quoted(name)} ({_describe(spec)})"
             for name, spec in merged.items()
             # Integer buffers such as position_ids come and go between library versions, and are the base's anyway.
             # One that is there and differs in shape or dtype still means another architecture.
             if name not in source.specs and spec.dtype.is_floating_point
         ]
         unknown = [
-            f"extra: {shown(name)} ({_describe(spec)}) is not in the base"
+            f"extra: {quoted(name)} ({_describe(spec)}) is not in the base"
             for name, spec in source.specs.items()
             if name not in base.specs
             and (config.extra == "error" or name not in extras)
@@ -192,10 +191,10 @@ def _mismatches(
             if expected is None:
                 continue
             if spec.shape != expected.shape:
-                shapes.append(f"shape: {shown(name)} expected {list(expected.shape)}, got {list(spec.shape)}")
+                shapes.append(f"shape: {quoted(name)} expected {list(expected.shape)}, got {list(spec.shape)}")
             if not _compatible_dtypes(expected, spec):
                 dtypes.append(
-                    f"dtype: {shown(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}"
+                    f"dtype: {quoted(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}"
                 )
         kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
         if kinds:
@@ -225,10 +224,10 @@ def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, Tensor
     if missing and unknown:
         for prefix in _prefixes(unknown):
             if all(name.removeprefix(prefix) in base.specs for name in unknown if name.startswith(prefix)):
-                return f"; its names carry the prefix {shown(prefix)} that the base's lack"
+                return f"; its names carry the prefix {quoted(prefix)} that the base's lack"
         for prefix in _prefixes(missing):
             if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
-                return f"; its names lack the prefix {shown(prefix)} of the base's"
+                return f"; its names lack the prefix {quoted(prefix)} of the base's"
     if unknown and not missing and all(name in extras for name in unknown):
         return "; every expert has it: a head the base lacks? extra='average' (--extra average) takes their mean"
     widths = {

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from r2m_kernels.factor_store import FactorStore
+from r2m_kernels._stream.spill import FactorStore
 from r2m_kernels.truncation import Factors
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from r2m_kernels.compatibility import PlannedTensor
-from r2m_kernels.config import MergeConfig
+from ..config import MergeConfig
+from .compatibility import PlannedTensor
 
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
 # Tensors begun and not yet finished, per thread: one at work and one that is read or written meanwhile.

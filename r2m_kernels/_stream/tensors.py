@@ -1,6 +1,6 @@
 """What the merge reads and writes: checkpoints seen as named tensors.
 
-The engine (:mod:`r2m_kernels.engine`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
+The engine (:mod:`r2m_kernels._stream.engine`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
 one at a time, a :class:`TensorSink` takes them one at a time. Dictionaries are served here; files by the
 application.
 """
@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what can be merged
 
 
 def dtype_name(dtype: torch.dtype) -> str:

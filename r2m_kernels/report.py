@@ -11,14 +11,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from r2m_kernels._version import __version__
-from r2m_kernels.config import MergeConfig
-from r2m_kernels.real_subspace import GRAM_ERROR
-from r2m_kernels.tensors import dtype_name
+from ._stream.tensors import dtype_name
+from ._version import __version__
+from .config import MergeConfig
+from .real_subspace import GRAM_ERROR
 
 if TYPE_CHECKING:
-    from r2m_kernels.analysis import Analysis, Residuals
-    from r2m_kernels.compatibility import PlannedTensor
+    from ._stream.compatibility import PlannedTensor
+    from .analysis import Analysis, Residuals
 
 # Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality.md.
 CALIBRATED = {

@@ -1,6 +1,6 @@
 """Who shares the work of a merge, and what of it is on the disk already: two protocols the engine knows.
 
-One process with nothing to remember is :class:`Alone` and :class:`Forgetful`; others are the application's.
+One process with nothing to remember is :class:`SingleProcess` and :class:`NoJournal`; others are the application's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 
-class Team(Protocol):
+class ProcessGroup(Protocol):
     """Processes that run the same merge, each on tensors of its own; all call the same methods in the same order.
 
     Attributes:
@@ -50,7 +50,7 @@ class Journal(Protocol):
         ...
 
 
-class Alone:
+class SingleProcess:
     """A team of one."""
 
     member = 0
@@ -63,7 +63,7 @@ class Alone:
         return dict(found)
 
 
-class Forgetful:
+class NoJournal:
     """A journal that keeps nothing."""
 
     def known(self, step: str) -> Mapping[str, Any]:
@@ -74,7 +74,7 @@ class Forgetful:
         """Forget it."""
 
 
-def deal(costs: Mapping[str, float], size: int) -> list[set[str]]:
+def assign(costs: Mapping[str, float], size: int) -> list[set[str]]:
     """Names for each of ``size`` members: the costliest first, always to who has least; ties by name, then member."""
     hands: list[set[str]] = [set() for _ in range(size)]
     loads = [(0.0, member) for member in range(size)]

@@ -1,0 +1,43 @@
+"""What an application needs to merge checkpoints of its own kind: sources, sinks, tensor plans, processes, backends."""
+
+from __future__ import annotations
+
+from ._backends import Backend, usable_device
+from ._backends import choose as choose_backend
+from ._stream import budget
+from ._stream.compatibility import Plan, PlannedTensor
+from ._stream.compatibility import plan as plan_tensors
+from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess, assign
+from ._stream.spill import FACTORS_PREFIX
+from ._stream.tensors import (
+    FLOATING,
+    PartialSink,
+    PartialSource,
+    TensorSink,
+    TensorSource,
+    TensorSpec,
+    dtype_name,
+)
+
+__all__ = [
+    "FACTORS_PREFIX",
+    "FLOATING",
+    "Backend",
+    "Journal",
+    "NoJournal",
+    "PartialSink",
+    "PartialSource",
+    "Plan",
+    "PlannedTensor",
+    "ProcessGroup",
+    "SingleProcess",
+    "TensorSink",
+    "TensorSource",
+    "TensorSpec",
+    "assign",
+    "budget",
+    "choose_backend",
+    "dtype_name",
+    "plan_tensors",
+    "usable_device",
+]
