@@ -107,7 +107,14 @@ def test_the_source_archive_holds_what_a_build_needs(sources, tmp_path):
     assert set(os.listdir(ROOT / "csrc")) - {".clang-format"} <= {
         name.removeprefix("csrc/") for name in names if name.startswith("csrc/")
     }
-    assert {"setup.py", "csrc/README.md", "python/r2m/cli.py", "requirements.txt", "Makefile", "LICENSE"} <= names
+    assert {
+        "setup.py",
+        "csrc/README.md",
+        "python/r2m/commands/main.py",
+        "requirements.txt",
+        "Makefile",
+        "LICENSE",
+    } <= names
 
 
 @pytest.mark.slow

@@ -2,6 +2,6 @@
 
 import sys
 
-from r2m.cli import main
+from r2m.commands.main import main
 
 sys.exit(main())

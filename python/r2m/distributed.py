@@ -22,6 +22,8 @@ PATIENCE = datetime.timedelta(days=30)
 class LostProcess(R2MError):
     """Another process of the job has ended."""
 
+    exit_code = 1
+
 
 class TorchrunProcesses:
     """The processes of a job as a :class:`r2m_kernels.streaming.ProcessGroup`."""

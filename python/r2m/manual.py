@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from r2m.cli import r2m
+from r2m.commands.main import r2m
 
 _WIDTH = 120
 

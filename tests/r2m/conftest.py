@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import r2m
 import torch
-from r2m.cli import main
+from r2m.commands.main import main
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -17,8 +17,9 @@ import click
 import pytest
 import r2m.execute
 import torch
-from r2m import cli
 from r2m.arrangement import Arrangement
+from r2m.commands.main import main
+from r2m.commands.merge import merge
 from r2m.execute import OUTPUT_DTYPES
 from r2m.methods import FLAGS, METHODS, make_config
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     Command = Callable[..., Result]
     Start = Callable[..., subprocess.Popen[str]]
 
-OPTIONS = {option.name: option for option in cli.merge.params if isinstance(option, click.Option)}
+OPTIONS = {option.name: option for option in merge.params if isinstance(option, click.Option)}
 
 
 # Fields of other methods, and the weights of experts, which belong to files.
@@ -106,7 +107,7 @@ def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, An
             return report
 
         monkeypatch.setattr(r2m.execute, "merge_files", record)
-        assert cli.main(["merge", "--base", "b", "--expert", "x=e", "--out", "o", *arguments]) == 0
+        assert main(["merge", "--base", "b", "--expert", "x=e", "--out", "o", *arguments]) == 0
         return calls[0]
 
     return of
@@ -447,8 +448,8 @@ def test_help_does_not_wait_for_torch(start: Start) -> None:
     imported = {line.rpartition("|")[2].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert process.returncode == 0
     assert "--core-scale" in out
-    assert "r2m.cli" in imported
-    assert not {"torch", "numpy", "r2m_kernels", "rich", "yaml", "safetensors"} & imported
+    assert "r2m.commands.merge" in imported
+    assert not {"torch", "numpy", "rich", "yaml", "safetensors"} & imported
 
 
 def test_a_process_on_a_terminal_without_such_letters_merges(checkpoints: Checkpoints, start: Start) -> None:

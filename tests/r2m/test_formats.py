@@ -101,7 +101,7 @@ def dies(source, path, names):
             file.truncate(100)
     os.kill(os.getpid(), signal.SIGKILL)
 r2m.execute.save_torch_file = dies
-from r2m.cli import main
+from r2m.commands.main import main
 main(sys.argv[2:])
 """
     Path("dies.py").write_text(script)
@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     script = f"""
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from r2m.cli import main
+from r2m.commands.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 raise SystemExit(main(["convert", "{tmp_path}/a.safetensors", "{tmp_path}/b.pth"]))
 """

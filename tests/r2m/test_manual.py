@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r2m.cli import r2m
+from r2m.commands.main import r2m
 from r2m.manual import manual
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

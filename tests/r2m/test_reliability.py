@@ -89,7 +89,7 @@ init = r2m.journal.FileJournal.__init__
 def often(self, *arguments, **keywords):
     init(self, *arguments, **{**keywords, "seconds": 0.0})
 r2m.journal.FileJournal.__init__ = often
-from r2m.cli import main
+from r2m.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -297,7 +297,7 @@ def rename(source, target):
     if moving and {moment!r} == "between" and names[1] == "former": os.kill(os.getpid(), signal.SIGKILL)
     if moving and {moment!r} == "after" and names[1] == "out": os.kill(os.getpid(), signal.SIGKILL)
 os.rename = rename
-from r2m.cli import main
+from r2m.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
     arguments = [*BASE_ARGUMENTS, "--out", "out", "--overwrite"]
@@ -392,7 +392,7 @@ def test_bad_input_is_told_once(here: Path, start: Start) -> None:
     assert job.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert told == ["Error: expert 'b' (b.safetensors): tensor 'block7.bias' holds NaN or Inf in 1 of 400 elements"]
-    assert "r2m/cli.py" not in err  # torchrun shows a traceback of its own
+    assert "r2m/commands" not in err  # torchrun shows a traceback of its own
     assert not Path("out").exists()
     assert not Path("out.partial").exists()
 
@@ -414,8 +414,8 @@ def test_a_process_that_dies_ends_the_job_and_another_number_resumes(here: Path,
 MEASURE = """
 import sys, threading, time
 import psutil, torch
-from r2m.cli import _settle_memory
-_settle_memory()
+from r2m.commands.process import settle_memory
+settle_memory()
 from r2m.execute import merge_files
 from r2m_kernels import MergeConfig
 process, most, done = psutil.Process(), 0, False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import r2m
-from r2m.cli import main
+from r2m.commands.main import main
 
 import r2m_kernels
 

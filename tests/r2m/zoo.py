@@ -298,7 +298,7 @@ class OpenClipDetector(nn.Module):
 
 def evaluate(directory: Path) -> None:
     """``r2m evaluate`` on detectors of each library, its probabilities beside those of their own forward pass."""
-    from r2m.cli import main
+    from r2m.commands.main import main
 
     (directory / "r2m-tiny.json").write_text(json.dumps(OPEN_CLIP))
     open_clip.add_model_config(directory / "r2m-tiny.json")

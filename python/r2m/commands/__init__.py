@@ -1,0 +1,1 @@
+"""The command ``r2m``: options in, exit code out."""

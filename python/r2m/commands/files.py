@@ -1,0 +1,79 @@
+"""``r2m init``, ``schema``, ``convert`` and ``demo``: what writes files of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from r2m.commands.given import arrangement_of
+from r2m.commands.options import OFFLINE, choice
+from r2m.presets import PRESETS
+
+
+@click.command()
+@click.argument("base")
+@click.argument("experts", nargs=-1, required=True, metavar="[NAME=]PATH…")
+@click.option("--to", default="recipe.yaml", show_default=True, metavar="FILE", help="The recipe to write.")
+def init(base: str, experts: tuple[str, ...], to: str) -> None:
+    """Write a commented recipe for BASE and experts: what they are, and which preset makes them fit."""
+    from r2m.starter import starter
+
+    text = starter(base, experts, Path(to))
+    try:
+        with open(to, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise click.UsageError(f"{to}: exists already; --to names another file.") from None
+    click.echo(f"{to}: r2m merge {to} --out merged")
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that check them."""
+    import json
+
+    from r2m.recipe import schema as of_recipes
+
+    click.echo(json.dumps(of_recipes(), indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
+@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
+@click.option("--preset", type=choice(*PRESETS), help="As of merge.")
+@click.option("--dtype", type=choice("float32", "bfloat16", "float16", "float64"), help="Of floating-point tensors.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@OFFLINE
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Load a pickled module or a TorchScript archive. This RUNS CODE from the file: only for files you trust.",
+)
+def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pickle: bool, **given: Any) -> None:
+    """Write the checkpoint SOURCE to the file OUT, whose ending says how: .safetensors, or .pth for torch.save."""
+    from r2m.convert import convert as write
+    from r2m.execute import OUTPUT_DTYPES
+
+    wanted = arrangement_of({name: value for name, value in given.items() if value not in (None, ())})
+    chosen = OUTPUT_DTYPES[dtype] if dtype else None
+    click.echo(write(source, out, arrangement=wanted, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle))
+
+
+@click.command()
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of data, training and merge.")
+@click.option("--quick", is_flag=True, help="Less training: a look at how it runs, not at what it shows.")
+def demo(out: str, seed: int, quick: bool) -> None:
+    """Train three forgery specialists on real faces, merge them and measure the result, on a CPU."""
+    from rich.console import Console
+
+    from r2m.demo import run_demo
+
+    run_demo(Path(out), seed=seed, quick=quick, console=Console())
+
+
+COMMANDS = (init, schema, convert, demo)

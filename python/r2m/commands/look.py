@@ -1,0 +1,98 @@
+"""``r2m inspect``, ``card`` and ``report``: what checkpoints are, and what a merge made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from r2m.commands.given import arrangement_of
+from r2m.commands.options import OFFLINE, choice
+from r2m.presets import PRESETS
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH…")
+@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
+@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
+@click.option("--preset", type=choice(*PRESETS), help="As of merge.")
+@OFFLINE
+@click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
+def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
+    """Show what checkpoints are, and whether they can be merged: the first as base, the others as experts.
+
+    The exit code is 1 where they cannot.
+    """
+    from r2m.inspection import inspect as look
+
+    wanted = arrangement_of({name: value for name, value in given.items() if value not in (None, ())})
+    lines, fit = look(paths, arrangement=wanted, norms=norms)
+    for line in lines:
+        click.echo(line)
+    return 0 if fit else 1
+
+
+@click.command()
+@click.argument("out")
+@click.option("--evaluation", metavar="DIR", help="Of r2m evaluate, for the card's metrics.")
+@click.option(
+    "--license", "licence", metavar="ID", help="The merged model's.  [default: the most restrictive of its inputs]"
+)
+def card(out: str, evaluation: str | None, licence: str | None) -> None:
+    """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
+    import json
+
+    from r2m.card import card as text_of
+    from r2m.card import warnings
+    from r2m.checkpoints.writer import write_file
+    from r2m.output import CARD_FILE
+    from r2m_kernels.errors import InvalidInput
+
+    measured = None
+    if evaluation is not None:
+        path = Path(evaluation) / "evaluation.json"
+        try:
+            measured = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            raise InvalidInput(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
+    text = text_of(Path(out), evaluation=measured, licence=licence, hashes=True)
+    partial = Path(out) / f".{CARD_FILE}.partial"
+    write_file(partial, text.encode(errors="backslashreplace"))
+    os.replace(partial, Path(out) / CARD_FILE)
+    click.echo(f"{out}/{CARD_FILE}")
+    for warning in warnings(text):
+        click.echo(f"Warning: {warning}", err=True)
+
+
+@click.command()
+@click.argument("out")
+@click.option("--to", metavar="DIR", help="The directory to create.  [default: OUT.report]")
+@click.option("--evaluation", metavar="DIR", help="Of r2m evaluate: ROC curves, scores, models against test sets.")
+@click.option("--sweep", "swept", metavar="DIR", help="Of r2m sweep, whose points the evaluation has.")
+@click.option(
+    "--spectra",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Singular values of the residuals of N matrices, kept and dropped: reads the checkpoints again.",
+)
+def report(out: str, to: str | None, evaluation: str | None, swept: str | None, spectra: int) -> None:
+    """Write a page about OUT, the output of a merge: one HTML file, and for each picture in it a PNG and a CSV."""
+    import importlib.util
+
+    from r2m_kernels.errors import InvalidInput
+
+    for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(package) is None:
+            raise InvalidInput(f"report: needs the package {name}: pip install 'r2m_kernels[report]'")
+    from r2m.reporting.page import PAGE_FILE, write_page
+
+    target = to or f"{out.rstrip('/')}.report"
+    files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra)
+    click.echo(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
+
+
+COMMANDS = (inspect, card, report)

@@ -1,0 +1,76 @@
+"""The group of all commands, and what becomes of their errors.
+
+Exit codes: 0 done; 1 the machine refused (no space, no permission); 2 the input or an option cannot be used;
+130 Ctrl-C. torch is imported inside the commands, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+import click
+
+from r2m.commands import again, evaluate, files, look, merge
+from r2m.commands.process import exit_code
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from r2m_kernels import __version__
+
+        click.echo(f"r2m {__version__}")
+        ctx.exit()
+
+
+@click.group(name="r2m", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def r2m() -> None:
+    """Merge detectors that were fine-tuned from one base into one detector, without data (R²M)."""
+
+
+for _command in (*merge.COMMANDS, *again.COMMANDS, *look.COMMANDS, *evaluate.COMMANDS, *files.COMMANDS):
+    r2m.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: without the program's name; default: those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    try:
+        result = r2m.main(args=arguments, prog_name="r2m", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+        else:
+            click.echo(f"Error: {error.format_message()}", err=True)  # without the usage lines: one sentence
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
+        return 130
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        text = _describe(error) if isinstance(error, OSError) else str(error)
+        click.echo("\n".join([f"Error: {text}", *getattr(error, "__notes__", ())]), err=True)
+        return code
+
+
+def _describe(error: OSError) -> str:
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
