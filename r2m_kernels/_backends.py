@@ -86,6 +86,49 @@ class Operators(Protocol):
         outs: Sequence[Tensor],
     ) -> None: ...
 
+    def combine_rows(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        core: Tensor,
+        mixing: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        eta: float,
+        power: float,
+        out: Tensor,
+    ) -> None:
+        """θ₀ + Σ_j core_j τ_j + η Σ_i W_i ∘ X_i, W_ri ∝ weights_i ‖row r of scales_i X_i‖^power, Σ_i W_ri = 1.
+
+        The matching scales enter the weights alone: there they keep one generator from dominating, and residuals stay
+        as long as they are.
+
+        Args:
+            base, experts: θ₀ and N θ_j of one shape (m, …); rows are slices of the first dimension.
+            core: (N,) λ c, float64.
+            mixing: (N, N) M, X_i = Σ_j M_ji τ_j, float64.
+            weights: (N,) w, summing to 1, float64.
+            scales: (N,) s, float64.
+            eta: η.
+            power: p > 0.
+            out: where to write, contiguous; rounded once to its dtype.
+        """
+        ...
+
+    def match_columns(
+        self, base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, out: Tensor
+    ) -> None:
+        """Every column of the merged change scaled to Σ_j counts_j ‖column of τ_j‖ / Σ_j counts_j.
+
+        Args:
+            base, experts: θ₀ and N θ_j of one shape (m, …); columns are indices of all dimensions but the first.
+            merged: θ* in the compute dtype, contiguous; overwritten.
+            counts: (N,), not negative, float64.
+            out: where to write, contiguous. A factor is at most :data:`r2m_kernels.update_scale.MOST`; a column that
+                did not change stays.
+        """
+        ...
+
     def truncation_width(self, rank: int, oversampling: int) -> int:
         """Columns or rows of the blocks that ``shifted_truncation`` works with."""
         ...

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import combination, gram, norm_matching, row_weights, tensor_checks, update_scale
+from . import combination, gram, norm_matching, tensor_checks, update_scale
 from . import elements as elementwise
 from . import report as diagnostics
 from . import spectra as spectral_maps
 from ._backends import Backend
+from ._stream.blocks import BLOCK_ELEMENTS, block_height
 from ._stream.compatibility import Plan, PlannedTensor, residual_rank
 from ._stream.engine import Cut, Engine, Group, Progress, StepRecord
 from ._stream.parallel import deterministic
 from ._stream.spill import FactorStore
-from ._stream.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, dtype_name
-from ._torch.blocks import BLOCK_ELEMENTS, block_height
+from ._stream.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, compute_dtype, dtype_name
 from .config import MergeConfig, checked
 from .errors import BadOption, NotFinite, R2MError, quoted
 from .real_subspace import RealSubspace
-from .truncation import Factors, compute_dtype, truncate_residuals
+from .row_weights import weighted_factors
+from .truncation import Factors, truncate_residuals
 
 # What may differ between an analysis and a merge made from it; a rank may only be smaller.
 FREE_FIELDS = frozenset(
@@ -358,7 +359,7 @@ class Analysis:
         base, experts = group.inputs(0)
         wide = torch.empty(out.shape, dtype=compute_dtype([base, *experts]), device=out.device)
         self._combine(group, config, residuals, [wide])
-        update_scale.match_columns(base, experts, wide, self.real_subspace.core, out)
+        self._engine.backend.operators.match_columns(base, experts, wide, self.real_subspace.core.abs(), out)
 
     def _combine(self, group: Group, config: MergeConfig, residuals: Residuals, outs: list[Tensor]) -> None:
         """Step 5 for tensors of one role, shape and rank."""
@@ -368,16 +369,16 @@ class Analysis:
             self._combine_elements(group, config, strength.core_scale, outs)
             return
         core, mixing = self.real_subspace.core, self.real_subspace.mixing
-        left = right = scale = rule = None
-        if config.row_power > 0 and strength.eta != 0:
-            core_part = strength.core_scale * core
-            rule = row_weights.RowRule(core_part, mixing, shares, scales, strength.eta, config.row_power)
+        left = right = scale = None
+        by_row = config.row_power > 0 and strength.eta != 0
         if first.role == "vector":
             weights = combination.vector_coefficients(scales, shares, strength.core_scale, strength.eta)
-        elif rule is not None and self._kept_whole(first, config):
+        elif by_row and self._kept_whole(first, config):
             group, outs = (group, outs) if part is None else _in_rows(group, outs)
+            combine_rows, core_part = self._engine.backend.operators.combine_rows, strength.core_scale * core
             for index, out in enumerate(outs):
-                row_weights.combine(*group.inputs(index), rule, out)
+                base, experts = group.inputs(index)
+                combine_rows(base, experts, core_part, mixing, shares, scales, strength.eta, config.row_power, out)
             return
         elif self._kept_whole(first, config):
             weights = combination.full_rank_coefficients(
@@ -388,14 +389,17 @@ class Analysis:
             found = [self._factors(tensor, config) for tensor in group.tensors] if strength.eta != 0 else []
             factors = [one for one in found if one is not None]
             if factors:
-                lefts = [one.left if rule is None else row_weights.weighted_factors(one, rule) for one in factors]
+                lefts = [one.left for one in factors]
+                if by_row:
+                    weighted = (shares, scales, config.row_power)
+                    lefts = [weighted_factors(one.left, one.right, *weighted) for one in factors]
                 if part is not None:
                     group, outs = _in_rows(group, outs)
                     columns = first.matrix_shape[1]
                     lefts = [one[:, part.start // columns : part.stop // columns] for one in lefts]
                 left = _stacked([one.to(self.device).mT for one in lefts]).mT  # rows, as kernels have them
                 right = _stacked([one.right.to(self.device) for one in factors])
-                scale = strength.eta * (shares * scales if rule is None else torch.ones_like(scales))
+                scale = strength.eta * (torch.ones_like(scales) if by_row else shares * scales)
         if first.role == "matrix" and config.core_spectrum == "flat":
             for index, out in enumerate(outs):
                 base, experts = group.inputs(index)

@@ -21,13 +21,13 @@ from ._stream.engine import Cut, Engine, Group, Progress, ProgressEvent
 from ._stream.parallel import deterministic
 from ._stream.processes import Journal, ProcessGroup
 from ._stream.spill import FactorStore
-from ._stream.tensors import StateDictSource, TensorSource
+from ._stream.tensors import StateDictSource, TensorSource, compute_dtype
 from .analysis import Analysis, Truncated
 from .config import MergeConfig, checked
 from .errors import BadOption, quoted
 from .real_subspace import layer_weights, real_subspace
 from .spectra import map_spectra
-from .truncation import compute_dtype, truncate_residuals
+from .truncation import truncate_residuals
 
 __all__ = ["Analysis", "Checkpoint", "Progress", "ProgressEvent", "analyze", "merge"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._backends import Operators
+from ._stream.tensors import compute_dtype
 from .config import MergeConfig
 
 # Sketches are widened to a multiple of this: matrix products of 104 or 112 columns run up to twice as fast per
@@ -78,11 +79,6 @@ class Factors:
             pairs = (left[i] @ left[others].flatten(0, 1).T).mul_(right[i] @ right[others].flatten(0, 1).T)
             products[i, others] = products[others, i] = pairs.view(rank, count - i - first, rank).sum(dim=(0, 2))
         return products.cpu()
-
-
-def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float32, or float64 where one of them is."""
-    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
 
 
 def truncation_rank(rank: float | int, shape: Sequence[int], most: int | None = None) -> int:

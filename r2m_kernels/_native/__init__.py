@@ -3,7 +3,14 @@
 The library is loaded by :func:`r2m_kernels._native.library.load`, not by importing this package.
 """
 
-from .._torch import orders_components, orthonormalize, takes_tolerance, truncation_width
+from .._torch import (
+    combine_rows,
+    match_columns,
+    orders_components,
+    orthonormalize,
+    takes_tolerance,
+    truncation_width,
+)
 from .combine import combine
 from .residual_matmul import residual_matmul
 from .task_gram import gram_elements, task_gram
@@ -11,7 +18,9 @@ from .truncate import shifted_truncation
 
 __all__ = [
     "combine",
+    "combine_rows",
     "gram_elements",
+    "match_columns",
     "orders_components",
     "orthonormalize",
     "residual_matmul",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._torch.blocks import as_matrix, compute_dtype, element_panels, row_panels
+from .._stream.blocks import as_matrix, element_panels, row_panels
+from .._stream.tensors import compute_dtype
 from .._torch.combine import side_by_side
 from .library import flat, load, matrices, rows_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._torch.blocks import long_panels
+from .._stream.blocks import long_panels
 from .._torch.residuals import Residuals, SignMatrix
 from .library import load, matrices, rows_of
 

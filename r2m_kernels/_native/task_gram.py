@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._torch.blocks import compute_dtype
+from .._stream.tensors import compute_dtype
 from .library import flat, load, matrices
 
 # Elements of one call; panels are summed in order.

@@ -8,7 +8,7 @@ application.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,11 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` and so on, as messages and reports say it."""
     return str(dtype).removeprefix("torch.")
+
+
+def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What these are computed in: float64 where one of them is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .blocks import (
+from .._stream.blocks import (
     as_column,
     as_matrix,
     column_slices,
-    compute_dtype,
     element_panels,
     panel_limit,
     row_panels,
 )
+from .._stream.tensors import compute_dtype
 
 
 def combine(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .blocks import column_slices, compute_dtype, panel_limit, row_panels
+from .._stream.blocks import column_slices, panel_limit, row_panels
+from .._stream.tensors import compute_dtype
 from .residuals import Residuals
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .blocks import as_matrix, compute_dtype, long_panels, panel_limit, task_vectors
+from .._stream.blocks import as_matrix, long_panels, panel_limit, task_vectors
+from .._stream.tensors import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .blocks import (
+from .._stream.blocks import (
     BLOCK_ELEMENTS,
     BLOCKS_PER_PANEL,
-    compute_dtype,
     element_panels,
     panel_limit,
     task_vectors,
 )
+from .._stream.tensors import compute_dtype
 
 # Products are summed in the compute dtype within a tile and in float64 across tiles. A BLAS may sum a short product
 # one term after another, and then a tile of 8192 equal-signed terms is off by 29·2⁻²⁴ (seen): 256 keep it under 10.

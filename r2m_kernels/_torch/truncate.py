@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .blocks import long_panels, panel_limit
+from .._stream.blocks import long_panels, panel_limit
 from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.

@@ -1,5 +1,6 @@
 """The Triton backend: fused kernels for CUDA and ROCm. See :mod:`r2m_kernels.ops`."""
 
+from .._torch import combine_rows, match_columns
 from .combine import combine
 from .orthonormalize import orthonormalize
 from .residual_matmul import residual_matmul
@@ -8,7 +9,9 @@ from .truncate import shifted_truncation, truncation_width
 
 __all__ = [
     "combine",
+    "combine_rows",
     "gram_elements",
+    "match_columns",
     "orders_components",
     "orthonormalize",
     "residual_matmul",

@@ -27,11 +27,6 @@ def panel_limit(device: torch.device) -> int | None:
     return None if device.type == "cpu" else 1
 
 
-def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any input is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def as_matrix(tensor: Tensor) -> Tensor:
     """(out, …) as (out, the rest)."""
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
