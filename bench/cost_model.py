@@ -1,79 +1,344 @@
-"""What a merge should cost on a GPU: tables of counts and floors. Predicted, not measured; no GPU needed.
+"""What a merge should cost on a GPU: bytes, products, launches and the floor in time of every step. No GPU needed.
 
     python -m bench.cost_model [--model vit_l_14] [--experts 3] [--rank 0.1] [--dtype float32] [--chip H100]
 
-Without options: the reference job on every chip, and the totals of the other models. A floor is the longest of memory,
-arithmetic and host link at the datasheet's rates. "no L2" is the floor if every tile of the inputs that a second
-program reads came from memory again.
+Without options: the reference job on every chip, and the totals of the other models. Counts follow from shapes and the
+launch plan (r2m_kernels/README.md §§2–6); a floor is the time of the slowest resource, memory, arithmetic or host link,
+busy at its datasheet's rate throughout. All of it is predicted, nothing measured.
+
+``bytes_read`` is compulsory: every distinct byte once, as if caches were perfect. ``fetched_bytes`` is what programs
+fetch of the inputs: each reads a byte once, but several may want the same one, which the L2 cache then usually has; the
+table's "no L2" is the floor if every tile that a second program reads came from memory again. Matrices are taken to be
+sketched; arithmetic beside the loads (mixing, differences) is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from importlib import resources
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
 
 from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
-from r2m_kernels.cost_model import CHIPS, MODELS, Chip, Kind, Model, StepCost, Tile, Tiles, floor_seconds, merge_costs
+from r2m_kernels._triton import launch
+from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
+from r2m_kernels.truncation import truncation_rank
+
+Kind = Literal["fp64", "fp32", "tf32", "tf32x3", "bf16"]
+# A product with a residual: as it is, with random signs made in registers, less the shift, or in full precision.
+Variant = Literal["fast", "signs", "shifted", "full"]
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Sketches, bases and factors are float32 whatever the inputs are; Gram matrices and partial sums are float64.
+FACTOR_BYTES, SUM_BYTES = 4, 8
 
 
-def launch_table() -> dict[str, Any]:
-    """The tile sizes that the kernels are launched with; read as a file, since Triton need not be installed."""
-    return json.loads(resources.files("r2m_kernels").joinpath("_triton", "launch.json").read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Chip:
+    """A GPU by its datasheet: B/s, and flop/s at dense rates, without sparsity."""
+
+    name: str
+    bandwidth: float  # of device memory
+    fp64: float  # vector units; matrix units may do float64 products up to twice as fast
+    fp32: float  # products as Triton compiles "ieee": vector units on NVIDIA, matrix units on AMD
+    tf32: float | None  # None where tl.dot has none
+    bf16: float
+    host_link: float  # in one direction
+    target: str  # its entry in _triton/launch.json
+
+    def rate(self, kind: Kind) -> float:
+        """Flop/s for products of a kind, tf32x3 being three of tf32; ValueError where the chip has none."""
+        if kind in ("tf32", "tf32x3"):
+            if self.tf32 is None:
+                raise ValueError(f"{self.name} has no {kind} products: plan with kinds that it has")
+            return self.tf32 / (3 if kind == "tf32x3" else 1)
+        return {"fp64": self.fp64, "fp32": self.fp32, "bf16": self.bf16}[kind]
 
 
-def launch_tiles(table: Mapping[str, Any], target: str, dtype_bytes: int) -> Tiles:
-    """What `_triton/launch.py` chooses for aligned inputs of 4 or 2 bytes."""
-    nvidia = target.startswith("sm_")
-    fast, full = "tf32" if nvidia and dtype_bytes == 4 else "bf16", "tf32x3" if nvidia else "ieee"
-
-    def tile(operator: str, variant: str) -> Tile:
-        sizes = table[operator][target][variant]
-        return Tile(sizes["rows"], sizes["columns"], sizes["inner"], sizes.get("experts", 1))
-
-    gram = table["task_gram"][target][f"{8 * dtype_bytes}-bit"]
-    products = [tile("residual_matmul", variant) for variant in (fast, fast + "/many", full, full + "/many")]
-    others = [tile("combine_matrix", full), tile("vectors_gram", "float64"), tile("triangular_product", full)]
-    kinds: tuple[Kind, Kind] = ("tf32", "tf32x3") if nvidia else ("bf16", "fp32")
-    return Tiles(gram["steps"] * gram["block"], *products, *others, *kinds)
+# NVIDIA prints matrix rates with sparsity and PCIe in both directions; both are halved here.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("A100", 2.039e12, 9.7e12, 19.5e12, 156e12, 312e12, 32e9, "sm_80"),  # datasheet, A100 80GB SXM
+        Chip("H100", 3.35e12, 34e12, 67e12, 494.5e12, 989.5e12, 64e9, "sm_90"),  # datasheet, H100 SXM
+        Chip("H200", 4.8e12, 34e12, 67e12, 494.5e12, 989.5e12, 64e9, "sm_90"),  # datasheet, H200 SXM
+        Chip("B200", 7.7e12, 37e12, 75e12, 1100e12, 2250e12, 64e9, "sm_100"),  # datasheet, column HGX B200
+        Chip("MI300X", 5.3e12, 81.7e12, 163.4e12, None, 1307.4e12, 64e9, "gfx942"),  # datasheet, fp32 is matrix
+    )
+}
 
 
-def costs_on(chip: Chip, model: Model, experts: int, rank: float | int, dtype: str) -> list[StepCost]:
-    tiles = launch_tiles(launch_table(), chip.target, DTYPE_BYTES[dtype])
-    return merge_costs(model, experts, rank, DTYPE_BYTES[dtype], tiles=tiles, group_bytes=DEVICE_GROUP_BYTES)
+@dataclass(frozen=True)
+class Shapes:
+    """A checkpoint as shapes, each shape once."""
+
+    name: str
+    matrices: tuple[tuple[int, int, int], ...]  # m, n, how many
+    vectors: tuple[tuple[int, int], ...] = ()  # elements, how many
+
+    @classmethod
+    def of(cls, name: str, shapes: Iterable[tuple[int, ...]]) -> Shapes:
+        """From the shapes of all its tensors; two dimensions or more are a matrix, first dimension × the rest."""
+        counted = Counter((s[0], math.prod(s[1:])) if len(s) > 1 else (math.prod(s),) for s in shapes)
+        matrices = tuple((key[0], key[1], count) for key, count in counted.items() if len(key) == 2)
+        return cls(name, matrices, tuple((key[0], count) for key, count in counted.items() if len(key) == 1))
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(m * n * count for m, n, count in self.matrices) + sum(size * count for size, count in self.vectors)
 
 
-def table_of(chip: Chip, model: Model, experts: int, rank: float | int, dtype: str) -> Iterator[str]:
+def _vit(name: str, layers: int, width: int, mlp: int, patch: int, tokens: int, projection: int) -> Shapes:
+    """CLIP's vision tower: separate q, k, v and out, biases, a norm before and one after the layers."""
+    layer: list[tuple[int, ...]] = [*[(width, width)] * 4, (mlp, width), (width, mlp), *[(width,)] * 9, (mlp,)]
+    ends: list[tuple[int, ...]] = [(width, 3, patch, patch), (tokens, width), (projection, width), *[(width,)] * 5]
+    return Shapes.of(name, layer * layers + ends)
+
+
+def _llama(name: str, layers: int, width: int, mlp: int, vocabulary: int) -> Shapes:
+    layer: list[tuple[int, ...]] = [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp), (width,), (width,)]
+    return Shapes.of(name, [*layer * layers, (vocabulary, width), (vocabulary, width), (width,)])
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        _vit("vit_b_16", layers=12, width=768, mlp=3072, patch=16, tokens=197, projection=512),
+        _vit("vit_l_14", layers=24, width=1024, mlp=4096, patch=14, tokens=257, projection=768),
+        _llama("7b", layers=32, width=4096, mlp=11008, vocabulary=32000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a merge is launched: for N ``experts`` and a target, in inputs of one dtype (merged alike)."""
+
+    experts: int
+    dtype: torch.dtype = torch.float32
+    target: str = "sm_90"
+    aligned: bool = True  # rows that are whole 16-byte vectors
+    unread: int = 0  # experts with core coefficient 0, of which the combination reads nothing but factors
+
+    def product(self, full: bool) -> launch.MatmulConfig:
+        """Of products with residuals, as the truncation asks for them."""
+        full_precision, fast = launch.full_precision(self.target), launch.fast_precision(self.target, self.dtype)
+        precision = full_precision if full else fast
+        return launch.residual_matmul(self.target, self.dtype, torch.float32, precision, self.aligned, self.experts)
+
+    def plane(self, elements: int) -> int:
+        """Bytes of as many elements of θ₀, or of one expert."""
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Counts of one step, over all tensors."""
+
+    step: str
+    kind: Kind  # of the flops
+    flops: int = 0  # of the mathematics, 2 a multiply-add
+    bytes_read: int = 0  # compulsory
+    bytes_written: int = 0
+    input_bytes: int = 0  # the part of bytes_read that is checkpoints
+    fetched_bytes: int = 0  # the same, as often as programs fetch it
+    launches: int = 0  # a batched library call counts as one
+    link_bytes: int = 0  # over the host link
+
+    @property
+    def reread_factor(self) -> float:
+        """How often programs fetch an input, on average; 1 where none is."""
+        return self.fetched_bytes / self.input_bytes if self.input_bytes else 1.0
+
+    def floor_seconds(self, chip: Chip, *, cached: bool = True) -> float:
+        """The slowest of memory, arithmetic and host link; not ``cached``: what is fetched again comes from memory."""
+        read = self.bytes_read + (0 if cached else self.fetched_bytes - self.input_bytes)
+        arithmetic = self.flops / chip.rate(self.kind) if self.flops else 0.0
+        return max((read + self.bytes_written) / chip.bandwidth, arithmetic, self.link_bytes / chip.host_link)
+
+    def plus(self, other: StepCost) -> StepCost:
+        """The same step over more tensors; launches add up."""
+        if (self.step, self.kind) != (other.step, other.kind):
+            raise ValueError(f"{self.step} ({self.kind}) and {other.step} ({other.kind}) are different steps")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _COUNTS})
+
+    def times(self, repeats: int) -> StepCost:
+        """The same step run ``repeats`` times."""
+        return replace(self, **{name: getattr(self, name) * repeats for name in _COUNTS})
+
+
+_COUNTS = tuple(field.name for field in fields(StepCost) if field.name not in ("step", "kind"))
+
+
+def _kind(config: launch.MatmulConfig) -> Kind:
+    return "fp32" if config.precision == "ieee" else config.precision
+
+
+def _tiles(length: int, tile: int) -> int:
+    return -(-length // tile)
+
+
+def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
+    """``tensors`` of one size. Beyond four experts a program serves a pair of blocks of four and fetches both."""
+    config = launch.task_gram(job.target, job.dtype, job.experts, job.aligned)
+    blocks = [min(BLOCK_OF_EXPERTS, job.experts - first) for first in range(0, job.experts, BLOCK_OF_EXPERTS)]
+    pairs = [(row, column) for row in range(len(blocks)) for column in range(row + 1)]
+    plane = job.plane(tensors * elements)
+    fetched = plane * sum(1 + blocks[row] + (blocks[column] if row != column else 0) for row, column in pairs)
+    # A program leaves the products of two blocks, needed or not.
+    sums = BLOCK_OF_EXPERTS**2 * SUM_BYTES * tensors * len(pairs)
+    inputs, partial_sums = (job.experts + 1) * plane, sums * _tiles(elements, config.steps * config.block)
+    flops = tensors * elements * job.experts * (job.experts + 1)
+    read, written = inputs + partial_sums, partial_sums + sums
+    return StepCost("task Gram", "fp64", flops, read, written, inputs, fetched, launches=2)
+
+
+def residual_matmul_cost(
+    step: str, m: int, n: int, tensors: int, k: int, job: Job, transpose: bool, variant: Variant = "fast"
+) -> StepCost:
+    """One pass: X, or Xᵀ, times k columns for every expert."""
+    config = job.product(variant == "full")
+    outer, inner = (n, m) if transpose else (m, n)
+    row_tiles, column_tiles = _tiles(outer, config.rows), _tiles(k, config.columns)
+    times = _tiles(job.experts, config.experts) * column_tiles  # that a tile of the inputs is read
+    inputs = (job.experts + 1) * job.plane(m * n * tensors)
+    bases = job.experts * k * FACTOR_BYTES * tensors  # bytes of all vectors of length 1
+    squares = job.experts * row_tiles * column_tiles * SUM_BYTES * tensors
+    read = inputs + squares + (0 if variant == "signs" else bases * inner) + (bases * outer) * (variant == "shifted")
+    written = bases * outer + squares + job.experts * SUM_BYTES * tensors
+    flops = 2 * m * n * k * job.experts * tensors
+    return StepCost(step, _kind(config), flops, read, written, inputs, inputs * times, launches=2)
+
+
+def vectors_gram_cost(step: str, k: int, length: int, blocks: int) -> StepCost:
+    """Gram matrices of blocks of k rows, float64, half of each computed."""
+    read, written = blocks * k * length * FACTOR_BYTES, blocks * k * k * SUM_BYTES
+    return StepCost(step, "fp64", blocks * length * k * k, read, written, launches=1)
+
+
+def orthonormalize_costs(k: int, length: int, blocks: int, job: Job) -> list[StepCost]:
+    """CholeskyQR twice, ``blocks`` of k rows: Gram matrices, their inverse factors (library), triangular products."""
+    gram = vectors_gram_cost("orthonormalize: Gram", k, length, blocks)
+    square, cubes = 2 * blocks * k * k * SUM_BYTES, 2 * blocks * k**3 // 3  # factor and inverse, a third each
+    factor = StepCost("orthonormalize: factor", "fp64", cubes, square, square, launches=2)
+    config = launch.triangular_product(job.target, torch.float32, job.aligned)
+    # A tile of rows meets the rows of the triangle up to its last one, in whole steps.
+    starts = range(0, k, config.rows)
+    depths = [min(k, _tiles(min(k, i + config.rows), config.inner) * config.inner) for i in starts]
+    triangle = sum(min(config.rows, k - i) * depth for i, depth in zip(starts, depths, strict=True))
+    read = gram.bytes_read + triangle * blocks * SUM_BYTES
+    product = StepCost("orthonormalize: product", _kind(config), gram.flops, read, gram.bytes_read, launches=1)
+    return [cost.times(2) for cost in (gram, factor, product)]
+
+
+def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
+    """⟨F_i, F_j⟩ from the Gram matrices of all experts' factors together: their product, laid out anew, and summed."""
+    left, right = (vectors_gram_cost("inner products", job.experts * rank, size, tensors) for size in (m, n))
+    square, total = left.bytes_written, tensors * job.experts**2 * SUM_BYTES
+    rest = StepCost("inner products", "fp64", 0, 4 * square, 2 * square + total, launches=3)
+    return left.plus(right).plus(rest)
+
+
+def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
+    """Merged matrices; every factor is read once a tile of the other side."""
+    inputs = (job.experts + 1 - job.unread) * job.plane(m * n * tensors)
+    factors = job.experts * tensors * rank * (m + n) * FACTOR_BYTES
+    kind = _kind(launch.combine_matrix(job.target, torch.float32, job.aligned))
+    flops = 2 * m * n * rank * job.experts * tensors
+    written = job.plane(m * n * tensors)
+    return StepCost("combine: matrices", kind, flops, inputs + factors, written, inputs, inputs, launches=1)
+
+
+def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
+    """Merged vectors: a difference and a multiply-add an element and expert."""
+    plane, read = job.plane(elements * tensors), job.experts - job.unread
+    inputs, flops = (read + 1) * plane, 3 * elements * tensors * read
+    return StepCost("combine: vectors", "fp32", flops, inputs, plane, inputs, inputs, launches=1)
+
+
+def merge_costs(
+    model: Shapes, job: Job, rank: float | int = 0.1, power_iterations: int = 2, group_bytes: int | None = None
+) -> list[StepCost]:
+    """The steps of a merge in their order, each over all tensors and repetitions.
+
+    Args:
+        model: what is merged.
+        job: how.
+        rank: a ratio of min(m, n), rounded up, or an integer ≥ 1; that many columns are sketched.
+        power_iterations: of the sketch.
+        group_bytes: inputs that one launch serves, at most; ``None``: all tensors of a shape.
+    """
+    inputs = (job.experts + 1) * job.plane(model.elements)
+
+    def groups(elements: int, count: int) -> list[int]:
+        size = max(1, (group_bytes or inputs) // ((job.experts + 1) * job.plane(elements)))
+        return [min(size, count - first) for first in range(0, count, size)]
+
+    matrices = [(m, n, size) for m, n, count in model.matrices for size in groups(m * n, count)]
+    vectors = [(elements, size) for elements, count in model.vectors for size in groups(elements, count)]
+    costs = [StepCost("transfer", "fp32", bytes_written=inputs, link_bytes=inputs)]
+    costs += [task_gram_cost(*flat, job) for flat in [(m * n, count) for m, n, count in matrices] + vectors]
+    for m, n, count in matrices:
+        k, tall = truncation_rank(rank, (m, n)), n <= m  # A is X where tall, else Xᵀ: V lies on the short side
+        multiply = functools.partial(residual_matmul_cost, m=m, n=n, tensors=count, k=k, job=job)
+        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job)
+        costs += [
+            multiply("sketch V = AᵀS", transpose=tall, variant="signs"),
+            multiply("steps Y = AV", transpose=not tall).times(power_iterations),
+            multiply("steps V = AᵀY − shift·V", transpose=tall, variant="shifted").times(power_iterations),
+            *(cost.times(1 + power_iterations) for cost in orthonormalize),
+            multiply("final Y = AV", transpose=not tall, variant="full"),
+            inner_products_cost(m, n, count, k, job),
+            combine_matrix_cost(m, n, count, k, job),
+        ]
+    costs += [combine_vector_cost(elements, count, job) for elements, count in vectors]
+    merged: dict[str, StepCost] = {}
+    for cost in costs:
+        merged[cost.step] = merged[cost.step].plus(cost) if cost.step in merged else cost
+    return [cost for cost in merged.values() if cost.launches or cost.link_bytes]
+
+
+def floor_seconds(costs: Iterable[StepCost], chip: Chip, *, cached: bool = True) -> float:
+    """The floors of all kernels, one after the other, without the transfer."""
+    return sum(cost.floor_seconds(chip, cached=cached) for cost in costs if not cost.link_bytes)
+
+
+def costs_on(chip: Chip, model: Shapes, experts: int, rank: float | int, dtype: str) -> list[StepCost]:
+    """With groups as large as a merge on a GPU makes them."""
+    return merge_costs(model, Job(experts, DTYPES[dtype], chip.target), rank, group_bytes=DEVICE_GROUP_BYTES)
+
+
+def table_of(chip: Chip, model: Shapes, experts: int, rank: float | int, dtype: str) -> Iterator[str]:
     """One job on one chip, a line a step."""
     costs = costs_on(chip, model, experts, rank, dtype)
     yield f"{model.name}, N = {experts}, rank {rank}, {dtype}, on {chip.name} ({NOTE})"
     head = f"{'GB read':>9} {'GB written':>10} {'GFLOP':>8} {'kind':>6} {'launches':>8} {'re-read':>7}"
     yield f"{'step':<33} {head} {'floor ms':>9} {'no L2':>7}"
-    for cost in costs:
-        yield (
-            f"{cost.step:<33} {(cost.bytes_read or cost.link_bytes) / 1e9:>9.2f} {cost.bytes_written / 1e9:>10.2f} "
-            f"{cost.flops / 1e9:>8.1f} {cost.kind if cost.flops else '-':>6} {cost.launches:>8} "
-            f"{cost.reread_factor:>7.2f} {1e3 * cost.floor_seconds(chip):>9.2f} "
-            f"{1e3 * cost.floor_seconds(chip, cached=False):>7.2f}"
+
+    def line(step: str, cost: StepCost, kind: str, reread: str, floors: Sequence[float]) -> str:
+        return (
+            f"{step:<33} {(cost.bytes_read or cost.link_bytes) / 1e9:>9.2f} {cost.bytes_written / 1e9:>10.2f} "
+            f"{cost.flops / 1e9:>8.1f} {kind:>6} {cost.launches:>8} {reread:>7} "
+            f"{1e3 * floors[0]:>9.2f} {1e3 * floors[1]:>7.2f}"
         )
-    kernels = [cost for cost in costs if not cost.link_bytes]
-    total = functools.reduce(StepCost.plus, [replace(cost, step="kernels", kind="fp32") for cost in kernels])
-    yield (
-        f"{'kernels, ' + NOTE:<33} {total.bytes_read / 1e9:>9.2f} {total.bytes_written / 1e9:>10.2f} "
-        f"{total.flops / 1e9:>8.1f} {'':>6} {total.launches:>8} {'':>7} {1e3 * floor_seconds(costs, chip):>9.2f} "
-        f"{1e3 * floor_seconds(costs, chip, cached=False):>7.2f}"
-    )
+
+    for cost in costs:
+        floors = [cost.floor_seconds(chip, cached=cached) for cached in (True, False)]
+        yield line(cost.step, cost, cost.kind if cost.flops else "-", f"{cost.reread_factor:.2f}", floors)
+    kernels = [replace(cost, step="kernels", kind="fp32") for cost in costs if not cost.link_bytes]
+    floors = [floor_seconds(costs, chip, cached=cached) for cached in (True, False)]
+    yield line(f"kernels, {NOTE}", functools.reduce(StepCost.plus, kernels), "", "", floors)
 
 
-def totals_of(chips: list[Chip], models: list[Model], experts: int, rank: float | int) -> Iterator[str]:
+def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float | int) -> Iterator[str]:
     """A line a model and dtype: kernels' floors on every chip, and the transfer's."""
     yield f"kernels' floors / transfer's floor in ms, N = {experts}, rank {rank} ({NOTE})"
     yield f"{'model':<10} {'dtype':<9}" + "".join(f"{chip.name:>18}" for chip in chips)
@@ -104,7 +369,7 @@ def report(
     return lines
 
 
-def rank_option(text: str) -> float | int:
+def _rank(text: str) -> float | int:
     return float(text) if "." in text else int(text)
 
 
@@ -112,8 +377,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="default: the reference job, then totals of all models")
     parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--rank", type=rank_option, default=0.1, help="ratio such as 0.1, or an integer")
-    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="float32")
+    parser.add_argument("--rank", type=_rank, default=0.1, help="ratio such as 0.1, or an integer")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--chip", choices=CHIPS, help="default: all")
     print("\n".join(report(**vars(parser.parse_args()))))
     return 0

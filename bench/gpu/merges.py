@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cost_model import launch_table, launch_tiles
+from bench import cost_model
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, chip_of, table
-from r2m_kernels import MergeConfig, _triton, analyze, cost_model, merge
+from r2m_kernels import MergeConfig, _triton, analyze, merge
 from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
 from r2m_kernels.truncation import truncate_residuals, truncation_rank
 
@@ -233,16 +233,9 @@ def one_job(
             rival["over_ours"] = None if rival["seconds"] is None else rival["seconds"] / ours
         chip = chip_of(session)
         if chip is not None:
-            shapes = [tuple(tensor.shape) for tensor in base.values()]
-            tiles = launch_tiles(launch_table(), session.target, dtype.itemsize)
-            costs = cost_model.merge_costs(
-                cost_model.Model.of(model.name, shapes),
-                count,
-                TRUNCATED.rank,
-                dtype.itemsize,
-                tiles=tiles,
-                group_bytes=DEVICE_GROUP_BYTES,
-            )
+            shapes = cost_model.Shapes.of(model.name, [tuple(tensor.shape) for tensor in base.values()])
+            job = cost_model.Job(count, dtype, session.target)
+            costs = cost_model.merge_costs(shapes, job, TRUNCATED.rank, group_bytes=DEVICE_GROUP_BYTES)
             row["floor_seconds"] = cost_model.floor_seconds(costs, chip)
             row["over_floor"] = ours / row["floor_seconds"]
         if (model, count, dtype) == jobs(session)[0] and session.left() > 30:

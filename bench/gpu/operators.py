@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cost_model import launch_table, launch_tiles
+from bench import cost_model
+from bench.cost_model import Chip, Job, StepCost
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, chip_of, copy_bandwidth, table
-from r2m_kernels import _triton, cost_model
+from r2m_kernels import _triton
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
 from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
-from r2m_kernels.cost_model import Chip, Job, StepCost
+from r2m_kernels.truncation import truncation_rank
 
 RANK = 0.1
 
@@ -46,7 +47,7 @@ class GroupOf:
     def made(cls, session: Session, shape: tuple[int, int], dtype: torch.dtype, count: int, size: int) -> GroupOf:
         source = checks.generator(session.device, seed=shape[0] + count)
         pairs = [checks.inputs(shape, dtype, count, source) for _ in range(size)]
-        k = cost_model.rank_of(RANK, *shape)
+        k = truncation_rank(RANK, shape)
         basis, product = (
             torch.randn(size, count, k, side, generator=source, device=session.device)
             for side in (min(shape), max(shape))
@@ -255,8 +256,7 @@ def run(session: Session, record: Record) -> bool:
         if session.left() < 8:
             left_out.append(what)
             continue
-        tiles = launch_tiles(launch_table(), session.target, dtype.itemsize)
-        job = Job(count, dtype.itemsize, tiles)
+        job = Job(count, dtype, session.target)
         group = GroupOf.made(session, shape, dtype, count, size)
         for case in cases(group, session.target):
             try:

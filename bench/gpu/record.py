@@ -25,9 +25,9 @@ import numpy
 import torch
 import triton
 
+from bench.cost_model import CHIPS, Chip
 from r2m_kernels import __version__
 from r2m_kernels._triton import launch
-from r2m_kernels.cost_model import CHIPS, Chip
 
 ROOT = Path(__file__).resolve().parents[2]
 # Written over between repeats: beyond the L2 cache of every GPU of today (and MI300's 256 MiB behind it).

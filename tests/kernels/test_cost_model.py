@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.cost_model import NOTE, launch_table, launch_tiles, report
-from r2m_kernels.cost_model import (
+from bench.cost_model import (
     CHIPS,
     MODELS,
+    NOTE,
     Job,
-    Model,
+    Shapes,
     StepCost,
-    Tile,
-    Tiles,
     combine_matrix_cost,
     combine_vector_cost,
     floor_seconds,
     inner_products_cost,
     merge_costs,
     orthonormalize_costs,
-    rank_of,
+    report,
     residual_matmul_cost,
     task_gram_cost,
 )
-from r2m_kernels.truncation import truncation_rank
 
 # ---- by hand ----
 
-LAYERS = Model("layers", ((1024, 1024, 96), (4096, 1024, 24), (1024, 4096, 24)))
+LAYERS = Shapes("layers", ((1024, 1024, 96), (4096, 1024, 24), (1024, 4096, 24)))
 # shared/GPU.md reckons with the bandwidth and the link that others have measured.
 MEASURED_BY_OTHERS = replace(CHIPS["H100"], bandwidth=3.0e12, host_link=55e9)
 
@@ -45,7 +44,7 @@ def by_step(costs):
 
 def test_the_reference_job_costs_what_was_worked_out_by_hand():
     assert LAYERS.elements == 24 * (4 * 1024**2 + 2 * 4096 * 1024) == 301_989_888
-    costs = by_step(merge_costs(LAYERS, experts=3, rank=111))  # GPU.md: 103 columns and 8 of oversampling
+    costs = by_step(merge_costs(LAYERS, Job(3), rank=111))  # GPU.md: 103 columns and 8 of oversampling
     inputs = 4 * LAYERS.elements * 4
     assert inputs == pytest.approx(4.8e9, rel=0.01)
     gram = costs["task Gram"]
@@ -73,7 +72,7 @@ def test_the_reference_job_costs_what_was_worked_out_by_hand():
 
 
 def test_a_shifted_step_reads_and_writes_what_its_formula_names():
-    costs = by_step(merge_costs(Model("one", ((64, 32, 1),)), experts=2, rank=8, power_iterations=2))
+    costs = by_step(merge_costs(Shapes("one", ((64, 32, 1),)), Job(2), rank=8, power_iterations=2))
     inputs, per_vector = 3 * 64 * 32 * 4, 2 * 8 * 4  # base and two experts; N · k numbers
     down, back = costs["steps Y = AV"], costs["steps V = AᵀY − shift·V"]
     squares = 2 * 8  # one tile of rows
@@ -83,7 +82,7 @@ def test_a_shifted_step_reads_and_writes_what_its_formula_names():
     assert back.bytes_written == 2 * (32 * per_vector + 2 * squares)
     assert costs["orthonormalize: product"].launches == 3 * 2
     assert costs["orthonormalize: Gram"].flops == 3 * 2 * 2 * (32 * 8 * 8)
-    without = by_step(merge_costs(Model("one", ((64, 32, 1),)), experts=2, rank=8, power_iterations=0))
+    without = by_step(merge_costs(Shapes("one", ((64, 32, 1),)), Job(2), rank=8, power_iterations=0))
     assert "steps Y = AV" not in without
     assert without["orthonormalize: Gram"].launches == 2
 
@@ -135,23 +134,17 @@ def test_models_have_the_sizes_that_are_published():
     assert [count for *_, count in MODELS["vit_l_14"].matrices[:3]] == [96, 24, 24]
 
 
-@pytest.mark.parametrize("rank", [0.1, 0.07, 1.0, 1, 57, 5000])
-def test_the_rank_is_that_of_the_truncation(rank):
-    for m, n, _ in [shape for model in MODELS.values() for shape in model.matrices] + [(100, 3, 1), (1, 9, 1)]:
-        assert rank_of(rank, m, n) == truncation_rank(rank, (m, n))
-
-
 def test_sixteen_bit_inputs_halve_the_traffic_of_a_pass_and_an_unread_expert_saves_its_share():
-    wide, narrow = (by_step(merge_costs(LAYERS, 3, dtype_bytes=size)) for size in (4, 2))
+    wide, narrow = (by_step(merge_costs(LAYERS, Job(3, dtype))) for dtype in (torch.float32, torch.bfloat16))
     for step in ("task Gram", "sketch V = AᵀS", "final Y = AV"):
         assert narrow[step].input_bytes * 2 == wide[step].input_bytes
     assert narrow["sketch V = AᵀS"].kind == "bf16"
-    fewer = by_step(merge_costs(LAYERS, 3, unread=1))["combine: matrices"]
+    fewer = by_step(merge_costs(LAYERS, Job(3, unread=1)))["combine: matrices"]
     assert wide["combine: matrices"].bytes_read - fewer.bytes_read == LAYERS.elements * 4
 
 
 def test_groups_change_launches_and_nothing_else():
-    whole, parts = (merge_costs(LAYERS, 3, group_bytes=size) for size in (None, 2**28))
+    whole, parts = (merge_costs(LAYERS, Job(3), group_bytes=size) for size in (None, 2**28))
     # 16 MiB a square matrix and its experts' together, 64 MiB another: 16 and 4 in a group.
     assert by_step(whole)["final Y = AV"].launches == 2 * 3
     assert by_step(parts)["final Y = AV"].launches == 2 * (6 + 6 + 6)
@@ -163,10 +156,6 @@ def test_inner_products_are_two_grams_of_all_factors():
     assert cost.flops == 12 * 12 * 150  # N · r rows, half of every Gram matrix
     assert cost.bytes_read == 12 * 150 * 4 + 4 * 12 * 12 * 8
     assert cost.bytes_written == 4 * 12 * 12 * 8 + 9 * 8
-
-
-def test_the_defaults_are_the_launch_table_s():
-    assert launch_tiles(launch_table(), "sm_90", 4) == Tiles()
 
 
 def test_the_report_covers_every_chip_and_says_what_it_is():
@@ -237,7 +226,7 @@ def counts():
     return dict(zip(map(json.dumps, cases), json.loads(done.stdout), strict=True))
 
 
-def found(counts, case, operator=None):
+def count_of(counts, case, operator=None):
     return counts[json.dumps(case if operator is None else {"operator": operator, **case})]
 
 
@@ -245,74 +234,93 @@ def loads(count, *without):
     return sum(size for name, size in count["loads"].items() if name not in (*NOT_COUNTED, *without))
 
 
-def tile_of(launch):
-    config = launch["config"]
-    return Tile(config["rows"], config["columns"], config["inner"], config["experts"])
+def job_of(case, aligned=True):
+    return Job(
+        case["experts"],
+        {4: torch.float32, 2: torch.bfloat16}[case["dtype_bytes"]],
+        "sm_90",
+        aligned,
+        case.get("unread", 0),
+    )
 
 
-def job_of(case):
-    tiles = launch_tiles(launch_table(), "sm_90", case["dtype_bytes"])
-    return Job(case["experts"], case["dtype_bytes"], tiles, case.get("unread", 0))
+def tiles(*sides):
+    """How many tiles cover what is (length, tile) on every side."""
+    return math.prod(-(-length // tile) for length, tile in sides)
+
+
+def tile_flops(config):
+    return 2 * config["rows"] * config["columns"] * config["inner"] * config["experts"]
 
 
 @pytest.mark.parametrize("case", GRAMS, ids=str)
 def test_the_task_gram_moves_what_is_predicted(counts, case):
-    count = found(counts, case, "task_gram")
+    count = count_of(counts, case, "task_gram")
     config = count["launches"][0]["config"]
-    job = job_of(case)
-    if not config["aligned"]:
-        job = replace(job, tiles=replace(job.tiles, gram_elements=config["steps"] * config["block"]))
-    assert job.tiles.gram_elements == config["steps"] * config["block"]
-    cost = task_gram_cost(case["m"] * case["n"], case["tensors"], job, aligned=config["aligned"])
+    cost = task_gram_cost(case["m"] * case["n"], case["tensors"], job_of(case, config["aligned"]))
     assert count["distinct_input_bytes"] == cost.fetched_bytes
-    assert loads(count) == cost.loads_bytes
-    assert count["loads"]["inputs"] >= cost.fetched_bytes >= cost.input_bytes
+    # Only the variant for one pair of blocks knows that the two are the same; the other loads them as two.
+    twice = 0 if config["diagonal"] else case["experts"] * case["m"] * case["n"] * case["dtype_bytes"] * case["tensors"]
+    assert count["loads"]["inputs"] == cost.fetched_bytes + twice
+    assert loads(count, "inputs") == cost.bytes_read - cost.input_bytes
     assert sum(count["stores"].values()) == cost.bytes_written
     assert len(count["launches"]) == cost.launches
 
 
 @pytest.mark.parametrize("case", PASSES, ids=str)
 def test_a_pass_moves_and_multiplies_what_is_predicted(counts, case):
-    count = found(counts, case)
-    job, used = job_of(case), tile_of(count["launches"][0])
-    final = case.get("precision") == "tf32x3"
-    if case["m"] == ODD["m"]:
-        job = replace(job, tiles=replace(job.tiles, fast=used))
-    assert job.product(final)[0] == used
-    signs = case["operator"] == "sketch"
+    count = count_of(counts, case)
+    config = count["launches"][0]["config"]
+    job, final = job_of(case, case["m"] != ODD["m"]), case.get("precision") == "tf32x3"
+    assert asdict(job.product(final)) == config
+    signs, transpose = case["operator"] == "sketch", case.get("transpose", False)
+    outer, inner = (case["n"], case["m"]) if transpose else (case["m"], case["n"])
     variant = "signs" if signs else "full" if final else "shifted"
-    shape = (case["m"], case["n"], case["tensors"], case["k"])
-    cost = residual_matmul_cost("pass", *shape, job, case.get("transpose", False), variant)
+    cost = residual_matmul_cost("pass", case["m"], case["n"], case["tensors"], case["k"], job, transpose, variant)
     assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
-    assert loads(count, *["rhs"] * signs) == cost.loads_bytes
+    # Every tile of rows reads the vectors again.
+    vectors = 0 if signs else case["experts"] * case["k"] * inner * 4 * case["tensors"]
+    again = (tiles((outer, config["rows"])) - 1) * vectors
+    assert loads(count, "inputs", *["rhs"] * signs) == cost.bytes_read - cost.input_bytes + again
     assert sum(count["stores"].values()) == cost.bytes_written
-    assert count["dot_flops"] == cost.padded_flops > cost.flops
+    sides = [(outer, config["rows"]), (case["k"], config["columns"]), (inner, config["inner"])]
+    programs = tiles(*sides, (case["experts"], config["experts"])) * case["tensors"]
+    assert count["dot_flops"] == programs * tile_flops(config) > cost.flops
     assert len(count["launches"]) == cost.launches
 
 
 @pytest.mark.parametrize("case", COMBINES, ids=str)
 def test_the_combination_moves_and_multiplies_what_is_predicted(counts, case):
-    count, job = found(counts, case, "combine"), job_of(case)
-    if case["k"]:
-        assert job.tiles.combine == tile_of(count["launches"][0])
-        cost = combine_matrix_cost(case["m"], case["n"], case["tensors"], case["k"], job)
-        assert count["dot_flops"] == cost.padded_flops > cost.flops
+    count, job, m, n, k = count_of(counts, case, "combine"), job_of(case), case["m"], case["n"], case["k"]
+    config, again = count["launches"][0]["config"], 0
+    if k:
+        cost = combine_matrix_cost(m, n, case["tensors"], k, job)
+        rows, columns = tiles((m, config["rows"])), tiles((n, config["columns"]))
+        programs = case["experts"] * rows * columns * tiles((k, config["inner"]))
+        assert count["dot_flops"] == programs * tile_flops(config) > cost.flops
+        again = case["experts"] * k * 4 * (m * (columns - 1) + n * (rows - 1))
     else:
-        cost = combine_vector_cost(case["m"] * case["n"], case["tensors"], job)
+        cost = combine_vector_cost(m * n, case["tensors"], job)
     assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
-    assert loads(count) == cost.loads_bytes
+    assert loads(count) == cost.bytes_read + again
     assert sum(count["stores"].values()) == cost.bytes_written
     assert len(count["launches"]) == cost.launches
 
 
 @pytest.mark.parametrize("case", BASES, ids=str)
 def test_orthonormalization_moves_and_multiplies_what_is_predicted(counts, case):
-    count, job = found(counts, case, "orthonormalize"), job_of(case)
-    assert job.tiles.vectors_gram == tile_of(count["launches"][0])
-    assert job.tiles.triangular == tile_of(count["launches"][1])
-    gram, _, product = orthonormalize_costs(case["k"], case["m"], case["experts"], job)
-    assert loads(count) == gram.loads_bytes + product.loads_bytes
-    assert count["dot_flops"] == gram.padded_flops + product.padded_flops
+    count, job, k, length = count_of(counts, case, "orthonormalize"), job_of(case), case["k"], case["m"]
+    grams, products = (count["launches"][i]["config"] for i in (0, 1))
+    gram, _, product = orthonormalize_costs(k, length, case["experts"], job)
+    across, depths = tiles((k, grams["rows"])), [16, 32, 48, 64, 70]  # of the triangle: one for each tile of 16 rows
+    assert products["rows"] == products["inner"] == 16
+    # Every row meets every tile of the lower triangle in its own row and column of tiles.
+    assert count["loads"]["vectors"] == gram.bytes_read * (across + 1) + product.bytes_written * sum(depths) // k
+    assert count["loads"]["triangle"] == product.bytes_read - product.bytes_written  # one tile of columns
+    blocks = 2 * case["experts"]
+    lower = across * (across + 1) // 2 * tiles((length, grams["inner"])) * tile_flops(grams)
+    steps = sum(tiles((depth, 16)) for depth in depths) * tiles((length, products["columns"]))
+    assert count["dot_flops"] == blocks * (lower + steps * tile_flops(products))
     assert len(count["launches"]) == gram.launches + product.launches
     # Tiles on the diagonal are written twice, once as their own transpose.
     assert count["stores"]["gram"] > gram.bytes_written
@@ -321,9 +329,14 @@ def test_orthonormalization_moves_and_multiplies_what_is_predicted(counts, case)
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_inner_products_move_and_multiply_what_is_predicted(counts, case):
-    count, job = found(counts, case, "inner_products"), job_of(case)
+    count, job = count_of(counts, case, "inner_products"), job_of(case)
     cost = inner_products_cost(case["m"], case["n"], case["tensors"], case["k"], job)
-    square = case["tensors"] * (case["experts"] * case["k"]) ** 2 * 8
-    assert loads(count) == cost.loads_bytes - 3 * square  # the library multiplies and lays out anew
-    assert count["dot_flops"] == cost.padded_flops > cost.flops
+    config, rows = count["launches"][0]["config"], case["experts"] * case["k"]
+    square, across = case["tensors"] * rows**2 * 8, tiles((rows, config["rows"]))
+    vectors = case["tensors"] * rows * (case["m"] + case["n"]) * 4
+    assert count["loads"]["vectors"] == (across + 1) * vectors
+    # Of four squares the library reads three: it multiplies and lays out anew.
+    assert count["loads"]["partial"] == square == (cost.bytes_read - vectors) / 4
+    steps = sum(tiles((case[side], config["inner"])) for side in ("m", "n")) * case["tensors"]
+    assert count["dot_flops"] == across * (across + 1) // 2 * steps * tile_flops(config) > cost.flops
     assert len(count["launches"]) == cost.launches - 2
