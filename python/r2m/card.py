@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from r2m import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from r2m.places import MOST_RECORD, read_mapping, read_small
 from r2m.recipe import PlainLoader
 from r2m_kernels.errors import InvalidInput, printable
 from r2m_kernels.streaming import TensorSpec
@@ -31,7 +31,6 @@ _FORBIDDING = 3  # rank from which a licence forbids something
 UNKNOWN = "unknown"
 _LIBRARIES = ("timm", "open_clip", "transformers")
 _METRICS = {"auc": "AUC, frames", "video_auc": "AUC, videos", "acc": "accuracy", "eer": "EER", "ap": "AP"}
-_MOST_CARD = 2**20  # bytes of another model's card
 
 
 def card(
@@ -51,8 +50,8 @@ def card(
     """
     if not (out / RECIPE_FILE).is_file() or not (out / REPORT_FILE).is_file():
         raise InvalidInput(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
-    recipe = yaml.safe_load((out / RECIPE_FILE).read_text())
-    report = json.loads((out / REPORT_FILE).read_text())
+    recipe = yaml.safe_load(read_small(out / RECIPE_FILE, f"{out}: {RECIPE_FILE}"))
+    report = read_mapping(out / REPORT_FILE, f"{out}: {REPORT_FILE}", MOST_RECORD)
     inputs = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
     cards = {name: _front_matter(path) for name, path in inputs.items()}
     licences = {name: _licence_of(content) for name, content in cards.items()}
@@ -203,8 +202,7 @@ def _front_matter(path: str) -> dict[str, Any]:
     place = hub.fetch(path).path if hub.is_reference(path) else Path(path)
     found = (place if place.is_dir() else place.parent) / CARD_FILE
     try:
-        with found.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_MOST_CARD)
+        text = read_small(found, path).decode(errors="replace")
         if not text.startswith("---"):
             return {}
         content = yaml.load(text.split("\n---", 1)[0].removeprefix("---"), PlainLoader)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.view import View
-from r2m.checkpoints.writer import SafetensorsSink, sync
+from r2m.checkpoints.writer import SafetensorsSink
+from r2m.places import beside, sync
 from r2m_kernels.errors import InvalidInput, printable, quoted
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
 
@@ -68,7 +68,7 @@ def convert(
     unstorable = [name for name, spec in found.specs.items() if spec.dtype.is_complex]
     if unstorable:
         raise InvalidInput(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
-    with _beside(target) as place:
+    with beside(target) as place:
         written = _write(found, place, dtype)
         if target.suffix != ".safetensors":
             save_torch_file(open_checkpoint(written, "converted tensors"), place / TORCH_OUTPUT, list(found.specs))
@@ -76,18 +76,6 @@ def convert(
         os.replace(written, target)
     sync(target.parent)
     return f"{len(found.specs)} tensors from {source} to {out}"
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A directory for what is not whole yet, on the file system of the target."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as directory:
-        try:
-            yield Path(directory)
-        except OSError as error:
-            if str(error.filename).startswith(directory):
-                raise OSError(error.errno, error.strerror, str(target)) from error
-            raise
 
 
 def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> Path:

@@ -23,7 +23,7 @@ from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT, parse_size
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.torch_file import save_torch_file
-from r2m.checkpoints.writer import SafetensorsSink, write_file
+from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.output import (
@@ -38,6 +38,7 @@ from r2m.output import (
     difference,
     workplace,
 )
+from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
 from r2m.preprocessing import FILE as PREPROCESSOR_FILE
 from r2m.preprocessing import Preprocessing
 from r2m.preprocessing import common as common_preprocessing
@@ -300,8 +301,7 @@ def merge_files(
         place = shared["place"]
         team.gather({}, _other_state(team, state, shared["state"]))
         if place.finished:
-            report: dict[str, Any] = json.loads((Path(out) / REPORT_FILE).read_text())
-            return report
+            return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
         known = _recalled(out, job) if reuse else {}
         return _merge(job, place, team, started, known, progress)
 
@@ -425,7 +425,7 @@ def complete(
     # They speak of the base's own tensors: under other names nothing of it would load what is here.
     for name in COPIED_FILES if job.arranged.base.specs.keys() == job.sources[0].specs.keys() else ():
         if (base / name).is_file():
-            write_file(output / name, (base / name).read_bytes())
+            write_file(output / name, read_small(base / name, f"base ({job.base}): {name}"))
     if job.preprocessing is not None and found_preprocessing(output) != job.preprocessing:
         write_file(output / PREPROCESSOR_FILE, job.preprocessing.for_transformers())
     recipe = yaml.safe_dump(job.recipe(config), sort_keys=False, allow_unicode=True)
@@ -465,7 +465,7 @@ def _recalled(out: str | Path, job: Job) -> dict[str, Any]:
     depend on who else is there, which are the native ones. Empty where any of that is not so.
     """
     try:
-        content = json.loads((Path(out) / STATE_FILE).read_bytes())
+        content = read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)
         before, grams = dict(content["state"]), dict(content["grams"])
         names = list(before["order of experts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -495,7 +495,7 @@ def _specialists(path: str | Path) -> int:
     if not report.is_file() or (place.is_file() and place.name not in (SINGLE_FILE, TORCH_OUTPUT)):
         return 1
     try:
-        content = json.loads(report.read_bytes())
+        content = read_mapping(report, REPORT_FILE, MOST_RECORD)
         return sum(int(count) for count in content["specialists"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.util
 import os
 import re
 import sys
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2m.checkpoints import layout
+from r2m.extras import need
+from r2m.places import read_small
 from r2m_kernels.errors import InvalidInput, quoted
 
 SCHEME = "hf://"
@@ -62,8 +63,7 @@ def fetch(reference: str) -> Fetched:
     found = _REFERENCE.fullmatch(reference)
     if found is None:
         raise InvalidInput(f"{quoted(reference)}: expected hf://owner/name, hf://owner/name@revision or …/file")
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise InvalidInput(f"{reference}: needs the package huggingface_hub: pip install 'r2m_kernels[hub]'")
+    need(reference, "hub", "huggingface_hub")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before its import
     from huggingface_hub import errors
@@ -106,7 +106,7 @@ def _cached(reference: str, repository: str, revision: str) -> Path:
 
     directory = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     pointer = directory / "refs" / revision
-    commit = pointer.read_text().strip() if pointer.is_file() else revision
+    commit = read_small(pointer, reference).decode(errors="replace").strip() if pointer.is_file() else revision
     snapshot = directory / "snapshots" / commit
     if not snapshot.is_dir():
         raise InvalidInput(f"{reference}: not in the cache, and --offline forbids to fetch it")
@@ -127,5 +127,5 @@ def _fetched(reference: str, repository: str, revision: str | None, file: str | 
     wanted = [weights, *(name for name in SMALL_FILES if name in names)]
     if weights in (layout.INDEX_FILE, layout.TORCH_INDEX_FILE):
         index = hf_hub_download(repository, weights, revision=info.sha)
-        wanted += set(layout.decode_index(reference, Path(index).read_bytes()).values())
+        wanted += set(layout.decode_index(reference, read_small(Path(index), reference, layout.MOST_INDEX)).values())
     return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))

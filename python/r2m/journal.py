@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.layout import naming
+from r2m.places import naming
 
 PREFIX = "journal-"
 

@@ -8,15 +8,16 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE, TORCH_OUTPUT
-from r2m.checkpoints.writer import sync, write_file
 from r2m.journal import PREFIX
-from r2m_kernels.errors import InvalidInput
+from r2m.places import MOST_RECORD, PARTIAL, as_seen, new_file, read_mapping, sync
+from r2m_kernels.errors import BadFile, InvalidInput
 from r2m_kernels.streaming import FACTORS_PREFIX
 
 RECIPE_FILE = "r2m_config.yaml"
@@ -31,7 +32,7 @@ _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 PARTIAL_SUFFIX = ".partial"
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
-_LOCK, _STATE, _NEW_STATE = "lock", "state.json", "state.json.new"
+_LOCK, _STATE = "lock", "state.json"
 _OUTPUT, _FORMER, _TENSORS = "output", "former", "tensors"
 # Journals, and low-rank factors of a run that was killed in the moment in which their file had a name.
 _OURS = re.compile(rf"{PREFIX}\d+$|{re.escape(FACTORS_PREFIX)}")
@@ -128,7 +129,7 @@ def workplace(out: str | Path, *, overwrite: bool, resume: bool, state: Mapping[
             if locked and not (partial / _STATE).exists():
                 _clear(partial)
             _forget_parents(new_parents)
-            raise _as_seen(error, partial, out) from error.__cause__
+            raise as_seen(error, partial, out) from error.__cause__
         try:
             yield place
             if not place.finished:
@@ -141,7 +142,7 @@ def workplace(out: str | Path, *, overwrite: bool, resume: bool, state: Mapping[
                 _forget_parents(new_parents)
             else:
                 error.add_note(f"The work so far is kept in {out}{PARTIAL_SUFFIX}; --resume goes on from there.")
-            raise _as_seen(error, place.output, out) from error.__cause__
+            raise as_seen(error, place.output, out) from error.__cause__
         _clear(partial)
 
 
@@ -202,9 +203,7 @@ def _prepare(
     # Nothing that could be resumed: an earlier run that had hardly begun, or has ended.
     _clear(partial, but=_LOCK)
     place.output.mkdir()
-    write_file(partial / _NEW_STATE, json.dumps(state, indent=1).encode())
-    os.rename(partial / _NEW_STATE, path)
-    sync(partial)
+    new_file(path, json.dumps(state, indent=1).encode())
     sync(partial.parent)
     return place
 
@@ -212,9 +211,9 @@ def _prepare(
 def _refuse_other(out: str | Path, path: Path, state: Mapping[str, Any]) -> None:
     """Refuse to resume another merge than ``state``."""
     try:
-        before = json.loads(path.read_bytes())
-    except ValueError:
-        raise InvalidInput(f"out ({out}): {path.parent.name}/{path.name} cannot be read; remove it") from None
+        before = read_mapping(path, path.name, MOST_RECORD)
+    except BadFile:
+        raise BadFile(f"out ({out}): {path.parent.name}/{path.name} cannot be read; remove it") from None
     found = difference(before, state)
     if found:
         raise InvalidInput(
@@ -275,8 +274,8 @@ def _strange(partial: Path) -> str:
             inside = next((one.name for one in os.scandir(entry) if not _is_ours(one)), "")
             if inside:
                 return f"{entry.name}/{inside}"
-        elif not entry.is_file(follow_symlinks=False) or not (
-            entry.name in (_LOCK, _STATE, _NEW_STATE) or _OURS.match(entry.name)
+        elif not _is_partial(entry) and not (
+            entry.is_file(follow_symlinks=False) and (entry.name in (_LOCK, _STATE) or _OURS.match(entry.name))
         ):
             return entry.name
     return ""
@@ -284,7 +283,12 @@ def _strange(partial: Path) -> str:
 
 def _is_ours(entry: os.DirEntry[str]) -> bool:
     """Whether a file in an output has one of the names that a merge gives."""
-    return entry.is_file(follow_symlinks=False) and (entry.name in _WRITTEN or bool(_SHARD.fullmatch(entry.name)))
+    named = entry.name in _WRITTEN or bool(_SHARD.fullmatch(entry.name))
+    return (entry.is_file(follow_symlinks=False) and named) or _is_partial(entry)
+
+
+def _is_partial(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and bool(PARTIAL.fullmatch(entry.name))
 
 
 def _clear(partial: Path, but: str = "") -> None:
@@ -293,11 +297,16 @@ def _clear(partial: Path, but: str = "") -> None:
         for directory in (partial / _OUTPUT, partial / _FORMER, partial / _TENSORS):
             if directory.is_dir():
                 for entry in list(os.scandir(directory)):
-                    if _is_ours(entry):
+                    if _is_partial(entry):
+                        shutil.rmtree(entry)
+                    elif _is_ours(entry):
                         os.unlink(entry)
                 directory.rmdir()
+        for entry in list(os.scandir(partial)):
+            if _is_partial(entry):
+                shutil.rmtree(entry)
         names = [path.name for path in partial.iterdir() if _OURS.match(path.name)]
-        for name in (*names, _NEW_STATE, _STATE, _LOCK):
+        for name in (*names, _STATE, _LOCK):
             if name != but:
                 (partial / name).unlink(missing_ok=True)
         if not but:
@@ -308,16 +317,6 @@ def _forget_parents(new_parents: Iterable[Path]) -> None:
     for parent in new_parents:
         with contextlib.suppress(OSError):
             parent.rmdir()
-
-
-def _as_seen(error: BaseException, inside: Path, out: str | Path) -> BaseException:
-    """An error about a file in the workplace is one about that file in ``out``, for who reads it."""
-    if not isinstance(error, OSError) or not str(error.filename).startswith(str(inside)):
-        return error
-    seen = OSError(error.errno, error.strerror, str(out) + str(error.filename)[len(str(inside)) :])
-    for note in getattr(error, "__notes__", ()):
-        seen.add_note(note)
-    return seen
 
 
 def _resolved(out: str | Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2m.places import read_mapping
 from r2m_kernels.errors import InvalidInput
 
 FILE = "preprocessor_config.json"  # of transformers
@@ -71,7 +72,7 @@ def found(checkpoint: str | Path) -> Preprocessing | None:
     path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = read_mapping(path, FILE)
         size = content.get("crop_size") if content.get("do_center_crop") else None
         size = size or content["size"]
         if isinstance(size, dict):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.writer import SafetensorsSink, sync, write_file
+from r2m.checkpoints.writer import SafetensorsSink
 from r2m.execute import Job, complete, open_job
 from r2m.output import RECIPE_FILE, STATE_FILE
+from r2m.places import MOST_RECORD, beside, new_file, read_mapping, sync
 from r2m.recipe import Recipe, read_recipe
 from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
 from r2m_kernels.errors import quoted
@@ -41,7 +40,7 @@ def read_project(out: str | Path) -> Recipe:
 def shard_size(out: str | Path) -> str | int:
     """``max_shard_size`` of the merge that wrote an output, which no recipe holds; the default where not known."""
     try:
-        return int(json.loads((Path(out) / STATE_FILE).read_bytes())["state"]["max_shard_size"])
+        return int(read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)["state"]["max_shard_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return "5GB"
 
@@ -158,8 +157,7 @@ def sweep(
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(target / SWEEP_FILE, table.getvalue().encode())
-    sync(target)
+    new_file(target / SWEEP_FILE, table.getvalue().encode())
     return rows
 
 
@@ -198,11 +196,10 @@ def _write(
 ) -> dict[str, Any]:
     """One point as a directory that appears when it is whole."""
     started = time.perf_counter()
-    partial = place.with_name(f".{place.name}.partial")
-    output, tensors = partial / "output", partial / "tensors"
-    try:
+    with beside(place) as partial:
+        output, tensors = partial / "output", partial / "tensors"
         for directory in (output, tensors):
-            directory.mkdir(parents=True)
+            directory.mkdir()
         directory = output if job.file_format == "safetensors" else tensors
         sink = SafetensorsSink(directory, job.metadata_of(effective), job.shard_bytes)
         sink.tie(analysis.plan.aliases)
@@ -210,6 +207,4 @@ def _write(
         report = complete(job, output, tensors, sink, analysis, started, config, effective)
         sync(output)
         os.rename(output, place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report

@@ -36,10 +36,11 @@ from r2m import hub
 from r2m.arrangement import Arrangement
 from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
+from r2m.places import read_small
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS
 from r2m_kernels import MergeConfig, checks
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadFile, InvalidInput, printable, quoted
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
 FORMATS = ("safetensors", "pth")  # of its files
@@ -201,11 +202,8 @@ def schema() -> dict[str, Any]:
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
-        raise InvalidInput(f"{what}: no such file")
-    with path.open("rb") as file:
-        text = file.read(_MOST_BYTES + 1)
-    if len(text) > _MOST_BYTES:
-        raise InvalidInput(f"{what}: expected at most {_MOST_BYTES} bytes, which is no recipe's size")
+        raise BadFile(f"{what}: no such file")
+    text = read_small(path, what, _MOST_BYTES)
     try:
         content = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, UnicodeError, ValueError, RecursionError, OverflowError) as error:

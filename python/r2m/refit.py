@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.extras import need
 from r2m_kernels.errors import InvalidInput, printable, quoted
 
 # Linear discriminant analysis with a shrunk covariance, in closed form; or logistic regression.
@@ -70,8 +70,7 @@ def fit(features: Features, rule: str) -> tuple[NDArray[np.float64], float]:
     Raises:
         InvalidInput: scikit-learn is missing.
     """
-    if importlib.util.find_spec("sklearn") is None:
-        raise InvalidInput("head: refit needs the package scikit-learn: pip install 'r2m_kernels[evaluate]'")
+    need("head: refit", "evaluate", "sklearn")
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
 

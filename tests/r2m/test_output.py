@@ -118,7 +118,7 @@ def test_a_workplace_that_cannot_be_prepared_leaves_nothing(monkeypatch: pytest.
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("r2m.output.write_file", full)
+    monkeypatch.setattr("r2m.output.new_file", full)
     with pytest.raises(OSError, match="No space"), new("a/out"):
         pass
     assert everything() == []
@@ -130,6 +130,16 @@ def test_what_a_killed_run_left_of_its_factors_is_its_own() -> None:
     with new("out"):
         assert sorted(os.listdir("out.partial")) == ["lock", "output", "state.json"]
     assert everything() == ["out"]
+
+
+def test_what_a_killed_command_left_in_an_output_goes_with_it() -> None:
+    out = former_output("out")
+    for place in (out, Path("out.partial")):
+        (place / ".r2m-0123456789abcdef.partial").mkdir(parents=True)
+        (place / ".r2m-0123456789abcdef.partial/file").write_text("half a card")
+    with new("out", overwrite=True) as place:
+        (place.output / "config.json").write_text("new")
+    assert everything() == ["out", "out/config.json"]
 
 
 REPLACED = "--overwrite replaces the output of a former merge"

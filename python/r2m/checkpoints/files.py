@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2m.checkpoints.layout import naming
+from r2m.places import naming
 from r2m_kernels.errors import InvalidInput, quoted
 from r2m_kernels.streaming import TensorSpec
 

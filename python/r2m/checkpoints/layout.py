@@ -8,14 +8,12 @@ Reference: https://huggingface.co/docs/safetensors (format), ``transformers`` (f
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -279,14 +277,3 @@ def parse_size(size: str | int) -> int:
         InvalidInput: no such text, or less than one byte.
     """
     return checks.byte_size("max_shard_size", size)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an ``OSError`` raised inside the file's name: calls on file descriptors do not know it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise

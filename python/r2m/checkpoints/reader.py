@@ -19,7 +19,8 @@ from r2m import hub
 from r2m.checkpoints import layout, torch_file
 from r2m.checkpoints.files import Checkpoint, File, Place, identity
 from r2m.checkpoints.layout import some
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m.places import read_small
+from r2m_kernels.errors import BadCheckpoint, InvalidInput, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
 # What the library's reasons mean to someone who only knows the file; others are shown as they are.
@@ -73,9 +74,7 @@ def _open_single(path: Path, label: str, what: str) -> Checkpoint:
 
 def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
     index, path = f"{label}: index '{index_name}'", directory / index_name
-    if path.stat().st_size > layout.MOST_INDEX:
-        raise InvalidInput(f"{index}: has {path.stat().st_size} bytes, expected at most {layout.MOST_INDEX}")
-    text = path.read_bytes()
+    text = read_small(path, index, layout.MOST_INDEX, error=BadCheckpoint)
     weight_map = layout.decode_index(index, text)
     if not weight_map:
         raise InvalidInput(f"{index}: holds no tensors")

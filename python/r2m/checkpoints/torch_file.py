@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import pickletools
 import re
 import struct
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from r2m.checkpoints import layout
 from r2m.checkpoints.files import Checkpoint, File, Place, identity
-from r2m.checkpoints.layout import naming, some
+from r2m.checkpoints.layout import some
+from r2m.places import created
 from r2m_kernels.errors import InvalidInput, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -98,14 +98,12 @@ def save_torch_file(source: Checkpoint, path: Path, names: Sequence[str]) -> Non
     for name in names:
         first = source.aliases.get(name, name)
         tensors[name] = tensors[first] if first in tensors else source.mapped(name)
-    with naming(path), path.open("wb") as file:
+    with created(path) as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # torch's writer, when the file has already told what is wrong
             cause = error.__context__ if isinstance(error.__context__, OSError) else None
             raise cause or OSError(errno.EIO, f"torch could not write it: {error}") from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _load(path: Path, what: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints import layout
+from r2m.places import naming, sync, write_file
 from r2m_kernels.errors import InvalidInput, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -69,7 +70,7 @@ class SafetensorsSink:
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o666)
             try:
-                with layout.naming(path):
+                with naming(path):
                     size = os.fstat(descriptor).st_size
                     if size != file.size:
                         ends = {name: start + self._specs[name].nbytes for name, start in file.offsets.items()}
@@ -175,28 +176,12 @@ class SafetensorsSink:
         # One descriptor per write, as in the reader: no limit on the number of shards.
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            with layout.naming(path):
+            with naming(path):
                 done = 0
                 while done < len(view):  # a call may take less than offered; Linux takes 2 147 479 552 bytes at most
                     done += os.pwrite(descriptor, view[done:], offset + done)
         finally:
             os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and bring it to the disk."""
-    path.write_bytes(content)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Bring a file or a directory to the disk; an ``OSError`` has ``filename`` set."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with layout.naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -18,12 +18,12 @@ from r2m.presets import PRESETS
 @click.option("--to", default="recipe.yaml", show_default=True, metavar="FILE", help="The recipe to write.")
 def init(base: str, experts: tuple[str, ...], to: str) -> None:
     """Write a commented recipe for BASE and experts: what they are, and which preset makes them fit."""
+    from r2m.places import new_file
     from r2m.starter import starter
 
     text = starter(base, experts, Path(to))
     try:
-        with open(to, "x", encoding="utf-8") as file:
-            file.write(text)
+        new_file(Path(to), text.encode(), replace=False)
     except FileExistsError:
         raise click.UsageError(f"{to}: exists already; --to names another file.") from None
     click.echo(f"{to}: r2m merge {to} --out merged")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +41,21 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
 )
 def card(out: str, evaluation: str | None, licence: str | None) -> None:
     """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
-    import json
-
     from r2m.card import card as text_of
     from r2m.card import warnings
-    from r2m.checkpoints.writer import write_file
     from r2m.output import CARD_FILE
-    from r2m_kernels.errors import InvalidInput
+    from r2m.places import MOST_RECORD, new_file, read_mapping
+    from r2m_kernels.errors import BadFile
 
     measured = None
     if evaluation is not None:
         path = Path(evaluation) / "evaluation.json"
         try:
-            measured = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            raise InvalidInput(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
+            measured = read_mapping(path, str(path), MOST_RECORD)
+        except (OSError, BadFile):
+            raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
     text = text_of(Path(out), evaluation=measured, licence=licence, hashes=True)
-    partial = Path(out) / f".{CARD_FILE}.partial"
-    write_file(partial, text.encode(errors="backslashreplace"))
-    os.replace(partial, Path(out) / CARD_FILE)
+    new_file(Path(out) / CARD_FILE, text.encode(errors="backslashreplace"))
     click.echo(f"{out}/{CARD_FILE}")
     for warning in warnings(text):
         click.echo(f"Warning: {warning}", err=True)
@@ -81,13 +76,9 @@ def card(out: str, evaluation: str | None, licence: str | None) -> None:
 )
 def report(out: str, to: str | None, evaluation: str | None, swept: str | None, spectra: int) -> None:
     """Write a page about OUT, the output of a merge: one HTML file, and for each picture in it a PNG and a CSV."""
-    import importlib.util
+    from r2m.extras import need
 
-    from r2m_kernels.errors import InvalidInput
-
-    for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
-        if importlib.util.find_spec(package) is None:
-            raise InvalidInput(f"report: needs the package {name}: pip install 'r2m_kernels[report]'")
+    need("report", "report", "matplotlib", "sklearn")
     from r2m.reporting.page import PAGE_FILE, write_page
 
     target = to or f"{out.rstrip('/')}.report"

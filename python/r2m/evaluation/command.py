@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r2m.arrangement import Arrangement
+from r2m.extras import need
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
 from r2m_kernels.errors import InvalidInput, quoted
@@ -52,9 +52,7 @@ def evaluate(
         InvalidInput: an option, a model or a dataset cannot be used; nothing is written then.
         OSError: of the file system.
     """
-    for package, name in (("sklearn", "scikit-learn"), ("PIL", "pillow")):
-        if importlib.util.find_spec(package) is None:
-            raise InvalidInput(f"evaluate: needs the package {name}: pip install 'r2m_kernels[evaluate]'")
+    need("evaluate", "evaluate", "sklearn", "PIL")
     from r2m.evaluation import run
     from r2m.evaluation.data import Frame, Reading, read_dataset, read_scores
     from r2m.evaluation.detectors import load_detector

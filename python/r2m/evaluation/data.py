@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from r2m.evaluation.metrics import Scores
+from r2m.places import read_small
 from r2m_kernels import checks
 from r2m_kernels.errors import InvalidInput, printable, quoted
 
@@ -172,10 +173,9 @@ def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
     what = f"data ({path})"
     if not path.is_file():
         raise InvalidInput(f"{what}: no such file or directory")
-    if path.stat().st_size > _MOST_JSON:
-        raise InvalidInput(f"{what}: has {path.stat().st_size} bytes, which is no list of frames")
+    text = read_small(path, what, _MOST_JSON)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{what}: not valid JSON ({printable(str(error))})") from None
     root = reading.root or path.parent

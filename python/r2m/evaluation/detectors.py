@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from r2m.arrangement import Arrangement, plain
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
+from r2m.extras import need
 from r2m_kernels.errors import InvalidInput, printable, quoted
 
 KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
@@ -116,8 +116,7 @@ class OpenClip(nn.Module):
 
 
 def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> nn.Module:
-    if importlib.util.find_spec(library) is None:
-        raise InvalidInput(f"{label}: detector {quoted(kind)}: needs the package {library}, which is not installed")
+    need(f"{label}: detector {quoted(kind)}", None, library)
     try:
         model = build(importlib.import_module(library))
     except InvalidInput:

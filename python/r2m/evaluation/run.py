@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from r2m.checkpoints.writer import write_file
 from r2m.evaluation.data import Frame, scores_of
 from r2m.evaluation.detectors import as_batch, probabilities
 from r2m.evaluation.metrics import Scores, average, judge
+from r2m.places import new_file
 from r2m.preprocessing import Preprocessing
 from r2m_kernels import __version__
 from r2m_kernels.errors import InvalidInput, printable, quoted
@@ -165,9 +165,9 @@ def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, E
             writer.writerows(
                 [frame.path, frame.label, frame.video, dataset, repr(probability)] for frame, probability in rows
             )
-        write_file(out / f"scores-{number}.csv", table.getvalue().encode(errors="surrogateescape"))
+        new_file(out / f"scores-{number}.csv", table.getvalue().encode(errors="surrogateescape"))
     text = json.dumps(result, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    write_file(out / RESULT_FILE, text.encode(errors="backslashreplace"))
+    new_file(out / RESULT_FILE, text.encode(errors="backslashreplace"))
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import html
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -13,14 +12,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from r2m.checkpoints.writer import sync, write_file
 from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.output import REPORT_FILE
+from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
 from r2m.project import SWEEP_FILE
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
 from r2m.reporting.spectra import of_residuals
-from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.errors import BadFile, printable
 
 PAGE_FILE = "report.html"
 _MOSTLY_NOISE = 0.25  # of a residual's energy kept, below which what is left hardly stands for it
@@ -73,7 +72,7 @@ def write_page(
     rows = _sweep_rows(Path(swept)) if swept is not None else []
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidInput(f"to ({to}): exists already and is not an empty directory")
+        raise BadFile(f"to ({to}): exists already and is not an empty directory")
     pictures = [*of_merge(report)]
     if spectra:
         pictures += of_residuals(out, spectra)
@@ -81,14 +80,13 @@ def write_page(
         pictures += of_evaluation(measured, _scores(Path(str(evaluation)), measured))
     if rows:
         pictures += of_sweep(rows, Path(str(swept)), measured)
-    target.mkdir(parents=True, exist_ok=True)
     files = {}
     for one in pictures:
         files[f"{one.name}.png"], files[f"{one.name}.csv"] = one.png, one.table()
     files[PAGE_FILE] = page(report, pictures).encode(errors="xmlcharrefreplace")
-    for name, content in files.items():
-        write_file(target / name, content)
-    sync(target)
+    with new_directory(target) as partial:
+        for name, content in files.items():
+            write_file(partial / name, content)
     return sorted(files)
 
 
@@ -356,12 +354,9 @@ def _number(value: float | None) -> str:
 
 def _json(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        raise InvalidInput(f"{what}, with {path.name}") from None
-    if not isinstance(content, dict):
-        raise InvalidInput(f"{what}, with {path.name}")
-    return content
+        return read_mapping(path, what, MOST_RECORD)
+    except (OSError, BadFile):
+        raise BadFile(f"{what}, with {path.name}") from None
 
 
 def _scores(evaluation: Path, measured: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
@@ -375,5 +370,5 @@ def _scores(evaluation: Path, measured: Mapping[str, Any]) -> dict[str, dict[str
 def _sweep_rows(swept: Path) -> list[dict[str, str]]:
     path = swept / SWEEP_FILE
     if not path.is_file():
-        raise InvalidInput(f"{swept}: expected a directory of r2m sweep, with {SWEEP_FILE}")
-    return list(csv.DictReader(path.read_text().splitlines()))
+        raise BadFile(f"{swept}: expected a directory of r2m sweep, with {SWEEP_FILE}")
+    return list(csv.DictReader(read_small(path, str(path)).decode(errors="replace").splitlines()))

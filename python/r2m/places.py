@@ -1,0 +1,174 @@
+"""Files as they are written and read: whole or not at all, within bounds, never through a stranger's link or pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from r2m_kernels.errors import BadFile, InvalidInput, printable
+
+MOST_CONFIG = 2**24  # bytes of a small file that others wrote: a configuration, a card
+# Of what is not whole yet: a run that was killed leaves it.
+PARTIAL = re.compile(r"\.r2m-[0-9a-f]{16}\.partial")
+MOST_RECORD = 2**28  # of one that a merge wrote: a report with a row for every tensor, a state with its Gram matrices
+
+
+def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[InvalidInput] = BadFile) -> bytes:
+    """The content of a small file.
+
+    Args:
+        path: a regular file, or a link to one.
+        what: how error messages name it.
+        most: bytes that it may have.
+        error: the kind that is raised.
+
+    Raises:
+        InvalidInput: of that kind: it is no regular file (a pipe is not waited for), or larger.
+        OSError: it cannot be read; ``filename`` is set.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{what}: not a regular file")
+        with naming(path), open(descriptor, "rb", closefd=False) as file:
+            content = b"" if status.st_size > most else file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if max(status.st_size, len(content)) > most:
+        raise error(f"{what}: has {max(status.st_size, len(content))} bytes, expected at most {most} bytes")
+    return content
+
+
+def read_mapping(path: Path, what: str, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """The content of a small JSON file with keys. Arguments and other errors are :func:`read_small`'s.
+
+    Raises:
+        BadFile: it is not that.
+    """
+    text = read_small(path, what, most)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{what}: not valid JSON ({printable(str(error))})") from None
+    if not isinstance(content, dict):
+        raise BadFile(f"{what}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def created(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, in a directory that nobody else uses yet; on the disk when the block ends.
+
+    Raises:
+        OSError: it cannot be written, or is a link; ``filename`` is set.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with naming(path), open(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file where :func:`created` may."""
+    with created(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A directory on the file system of ``target`` for what is not whole yet. It and what is left in it go at the end.
+
+    An ``OSError`` about it is one about ``target``, for who reads it. Nobody else can put a link there.
+    """
+    directory = target.with_name(f".r2m-{secrets.token_hex(8)}.partial")  # as PARTIAL says
+    try:
+        directory.mkdir(mode=0o700)
+        yield directory
+    except OSError as error:
+        if not str(error.filename).startswith(str(directory)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def new_file(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """A small file that appears when it is whole and on the disk; until then a former one stays.
+
+    Args:
+        path: where; a link there is replaced, not followed.
+        content: all of it.
+        replace: whether something may be there.
+
+    Raises:
+        FileExistsError: something is.
+        OSError: it cannot be written; ``filename`` is ``path``.
+    """
+    with beside(path) as directory:
+        partial = directory / "file"
+        write_file(partial, content)
+        if not replace:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        os.replace(partial, path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``path`` when the block ends without an exception; its parents are made.
+
+    Raises:
+        OSError: it cannot be written, or something other than an empty directory is there by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as directory:
+        partial = directory / "directory"
+        partial.mkdir()
+        try:
+            yield partial
+            sync(partial)
+        except OSError as error:
+            raise as_seen(error, partial, path) from error.__cause__
+        os.rename(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk; an ``OSError`` has ``filename`` set."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` raised inside the file's name: calls on file descriptors do not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def as_seen(error: BaseException, inside: Path, shown: str | Path) -> BaseException:
+    """An error about a file in a directory that goes, as one about where it would be seen; others as they are."""
+    if not isinstance(error, OSError) or not str(error.filename).startswith(str(inside)):
+        return error
+    seen = OSError(error.errno, error.strerror, str(shown) + str(error.filename)[len(str(inside)) :])
+    for note in getattr(error, "__notes__", ()):
+        seen.add_note(note)
+    return seen
