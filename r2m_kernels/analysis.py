@@ -20,16 +20,11 @@ from ._stream.engine import Cut, Engine, Group, Progress, StepRecord
 from ._stream.parallel import deterministic
 from ._stream.spill import FactorStore
 from ._stream.tensors import PartialSink, StateDictSink, StateDictSource, TensorSink, compute_dtype, dtype_name
-from .config import MergeConfig, checked
+from .config import FREE_FIELDS, MergeConfig, checked
 from .errors import BadOption, NotFinite, R2MError, quoted
 from .real_subspace import RealSubspace
 from .row_weights import weighted_factors
 from .truncation import Factors, truncate_residuals
-
-# What may differ between an analysis and a merge made from it; a rank may only be smaller.
-FREE_FIELDS = frozenset(
-    {"rank", "ranks", "eta", "eta_mode", "core_scale", "core_mode", "norm_match", "row_power", "scale"}
-)
 
 
 @dataclass(frozen=True)

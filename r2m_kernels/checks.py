@@ -65,18 +65,18 @@ def weights(name: str, value: Any) -> tuple[float, ...]:
     return found
 
 
-def rank(value: Any) -> float | int:
+def rank(name: str, value: Any) -> float | int:
     """A truncation rank: an integer of at least 1, or a ratio in (0, 1]."""
     expected = "a ratio in (0, 1] or a whole number of at least 1"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise BadOption(f"rank: expected {expected}, got {value!r}")
+        raise BadOption(f"{name}: expected {expected}, got {value!r}")
     if isinstance(value, numbers.Integral):
         if value < 1:
-            raise BadOption(f"rank: expected {expected}, got {value}")
+            raise BadOption(f"{name}: expected {expected}, got {value}")
         return int(value)
     ratio = float(value)
     if not 0.0 < ratio <= 1.0:  # also refuses NaN
-        raise BadOption(f"rank: expected {expected}, got {value}")
+        raise BadOption(f"{name}: expected {expected}, got {value}")
     return ratio
 
 
@@ -88,21 +88,23 @@ def ranks(name: str, value: Any) -> tuple[tuple[str, float | int], ...]:
     for pair in value:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], str):
             raise BadOption(f"{name}: expected {expected}, got {pair!r}")
-    return tuple((pattern, rank(of_pattern)) for pattern, of_pattern in value)
+    return tuple((pattern, rank("rank", of_pattern)) for pattern, of_pattern in value)
 
 
-def boolean(name: str, value: Any) -> None:
+def boolean(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise BadOption(f"{name}: expected True or False, got {value!r}")
+    return value
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of ``choices``."""
     if value not in choices:
         listed = ", ".join(f"'{item}'" for item in choices)
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise BadOption(f"{name}: expected one of {listed}, got {value!r}{hint}")
+    return str(value)
 
 
 def globs(name: str, value: Any) -> tuple[str, ...]:

@@ -1,125 +1,196 @@
-"""The options of a merge, validated when made. Symbols are those of ``r2m_kernels/README.md``."""
+"""The options of a merge and its methods, each declared once. Symbols are those of ``r2m_kernels/README.md``.
+
+An option is a field of :class:`MergeConfig`; a method is a constructor of it. Checks, docstring, the command's flags
+and help, the schema of recipes and the tables of the READMEs come from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import checks
 from .errors import BadOption
+from .options import Method, Option, documented, flag, method, option, read_methods, read_options
+
+FILES, METHOD, REAL, TRUNCATION, STRENGTH = SECTIONS = (
+    "Files",
+    "Method",
+    "Real subspace",
+    "Residual truncation",
+    "Strength of the residuals",
+)
+_NO_FLAG = ""  # methods set it
+_RANDOMIZED = ("svd", "power_iterations", "oversampling", "tolerance", "seed")
 
 
 @dataclass(frozen=True)
 class MergeConfig:
     """How to merge. Immutable; every field is checked on construction.
 
-    Attributes:
-        real_rank: k, dimension of the Real subspace. ``None``: the whole span of the task vectors, so that the
-            core is their mean (weight averaging, CART). 0: none, so that residuals are the task vectors (STAR, TSV-M).
-        center: subtract the mean task vector before the Real subspace is computed.
-        residual: ``"core"``: residual i = τ_i − τ_core; ``"own"``: residual i = τ_i − Πτ_i.
-        rank: truncation rank of each residual matrix: a ratio in (0, 1] of min(m, n), rounded up, or an integer ≥ 1.
-        core_scale: λ, factor of the core.
-        core_mode: ``"mean"``: λ = core_scale; ``"sum"``: λ = core_scale · N (task arithmetic); ``"restored"``: λ =
-            core_scale · (mean ‖τ_i‖ / ‖mean τ‖)^½, half of what averaging took from the length: 1 for equal experts,
-            N^¼ for orthogonal ones of one length, never above 4.
-        eta: strength of the residual term, ≥ 0; what it multiplies is ``eta_mode``.
-        eta_mode: ``"relative"``: the residual term's norm is eta times the core's; ``"constant"``: η = eta;
-            ``"core_norm"``: η = eta · ‖λ τ_core‖ (not scale-free); ``"sum"``: η = eta · N (CART).
-        norm_match: rescale every specialist's residual to their mean norm.
-        row_power: p ≥ 0. 0: every specialist's residual counts alike. Above: in each row (output neuron) of a matrix it
-            counts in proportion to the p-th power of its length there; ``norm_match`` then applies to these weights
-            alone. Not with a relative eta.
-        scale: what the change of a matrix is multiplied by at the end. ``"none"``: 1. ``"layer"``: (mean ‖τ_i‖ /
-            ‖mean τ‖)^½, a number per tensor. ``"column"``: a number per column, so that its length is the specialists'
-            mean one. Never more than 4.
-        layer_weight: γ_l, ``"none"`` (1) or ``"frobenius"`` (1/‖A_l‖²_F).
-        weights: one positive number per expert, or ``None`` for equal ones: an expert of weight 2 counts as two equal
-            experts, as a merge of two should when it is merged again. Only their ratios matter.
-        spectrum: what becomes of a residual's singular values. ``"truncate"``: the leading r_l stay. ``"rescale"``:
-            the fewest whose sum is ``rank`` (then a share) of all, scaled up to the sum of all (STAR).
-            ``"orthogonal"``: the leading r_l ≤ min(m, n)/N stay, and the singular vectors of all experts are made
-            orthonormal together (TSV-M).
-        core_spectrum: ``"keep"``, or ``"flat"``: N times the core, all its singular values set to their mean (Iso-C).
-        elementwise: ``"none"``, or how elements of the task vectors are dropped: ``"ties"`` keeps the largest
-            ``density`` of each expert's over all tensors and averages those that agree in sign with their sum;
-            ``"dare"`` keeps a random ``density`` and divides by it. λ times the mean of what is left is added to the
-            base; there are no residuals.
-        density: share of elements kept by ``elementwise``, in (0, 1].
-        ranks: (glob, rank) pairs: a matrix has the rank of the first pair that fits its name, and ``rank`` where none
-            does.
-        exclude: globs of tensor names that take no part in subspace and truncation; they are merged as vectors are.
-        keep: globs of tensors that stay the base's. Experts may lack them, or have them in other shapes.
-        average: globs of tensors that become the plain mean of the experts', as a head often is.
-        svd: ``"randomized"`` (the backend's fastest near-optimal method), ``"textbook"`` (range finder with power
-            iterations, for comparison) or ``"exact"`` (float64 eigendecomposition of the short side's Gram: an (s, s)
-            float64 matrix per expert).
-        power_iterations: of the textbook's truncation, ≥ 0. The torch and native backends' method takes one shifted
-            step for every two; the Triton backend's one for each, and more at ranks below 64 (README §4).
-        oversampling: sketch columns beyond the rank (beyond 1.4 times the rank where not by the textbook), ≥ 0; the
-            width is rounded up to a multiple of 16. The Triton backend's method has none.
-        tolerance: stop iterations when the energy in every residual's sketch grows by less than this fraction of
-            itself; ``None``: never stop early. On the Triton backend tensors then go one by one, by the textbook's
-            method.
-        seed: seed of the random test matrices; each depends on (seed, tensor name, shape) only.
-        extra: tensors that all experts have and the base lacks, such as a head: ``"error"``, ``"average"``,
-            ``"drop"``.
-
     Raises:
         InvalidInput: a field has a wrong type or value.
     """
 
-    real_rank: int | None = 1
-    center: bool = False
-    residual: Literal["core", "own"] = "core"
-    rank: float | int = 1.0
-    core_scale: float = 1.0
-    core_mode: Literal["mean", "sum", "restored"] = "restored"
-    eta: float = 1.0
-    eta_mode: Literal["relative", "constant", "core_norm", "sum"] = "constant"
-    norm_match: bool = True
-    row_power: float = 3.0
-    scale: Literal["none", "layer", "column"] = "none"
-    layer_weight: Literal["none", "frobenius"] = "none"
-    weights: tuple[float, ...] | None = None
-    spectrum: Literal["truncate", "rescale", "orthogonal"] = "truncate"
-    core_spectrum: Literal["keep", "flat"] = "keep"
-    elementwise: Literal["none", "ties", "dare"] = "none"
-    density: float = 0.2
-    ranks: tuple[tuple[str, float | int], ...] = ()
-    exclude: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    average: tuple[str, ...] = ()
-    svd: Literal["randomized", "textbook", "exact"] = "randomized"
-    power_iterations: int = 2
-    oversampling: int = 8
-    tolerance: float | None = None
-    seed: int = 0
-    extra: Literal["error", "average", "drop"] = "error"
+    real_rank: int | None = option(
+        1,
+        REAL,
+        "Dimension k of the Real subspace.",
+        "None: the whole span of the task vectors, so that the core is their mean (weight averaging, CART). 0: none, "
+        "so that residuals are the task vectors (STAR, TSV-M).",
+        minimum=0,
+        metavar="K",
+    )
+    center: bool = option(False, REAL, "Subtract the mean task vector before the Real subspace is computed.")
+    residual: Literal["core", "own"] = option(
+        "core",
+        REAL,
+        "What a task vector loses: the core (residual i = τ_i − τ_core), or its own part in the subspace (τ_i − Πτ_i).",
+    )
+    rank: float | int = option(
+        1.0,
+        TRUNCATION,
+        "Of each residual matrix: with a point a share of min(m, n), rounded up (0.1; 1.0: all), without one a rank "
+        "(16); in star a share of the nuclear norm.",
+        check=checks.rank,
+        metavar="RANK",
+        free=True,
+    )
+    core_scale: float = option(1.0, REAL, "Factor of the core.", "λ is made of it by core_mode.", free=True)
+    core_mode: Literal["mean", "sum", "restored"] = option(
+        "restored",
+        REAL,
+        "The core as it is, times the number of experts, or with half of the length that averaging took from it.",
+        "mean: λ = core_scale. sum: λ = core_scale · N (task arithmetic). restored: λ = core_scale · (mean ‖τ_i‖ / "
+        "‖mean τ‖)^½: 1 for equal experts, N^¼ for orthogonal ones of one length, never above 4.",
+        free=True,
+    )
+    eta: float = option(
+        1.0,
+        STRENGTH,
+        "How much of the residuals is added; what it multiplies is eta_mode's.",
+        minimum=0,
+        free=True,
+    )
+    eta_mode: Literal["relative", "constant", "core_norm", "sum"] = option(
+        "constant",
+        STRENGTH,
+        "relative: the residual term's norm is eta times the core's; constant: η = eta; core_norm: η = eta · "
+        "‖λ τ_core‖, which is not scale-free; sum: η = eta · N.",
+        free=True,
+    )
+    norm_match: bool = option(True, STRENGTH, "Rescale every expert's residual to their mean norm first.", free=True)
+    row_power: float = option(
+        3.0,
+        STRENGTH,
+        "In each row of a matrix (an output neuron), weigh an expert's residual by the P-th power of its length there; "
+        "0: all alike. Not with a relative eta.",
+        "norm_match then applies to these weights alone.",
+        minimum=0,
+        metavar="P",
+        free=True,
+    )
+    scale: Literal["none", "layer", "column"] = option(
+        "none",
+        STRENGTH,
+        "Lengthen the change of each matrix towards the experts' own: as a whole, or column by column.",
+        "layer: by (mean ‖τ_i‖ / ‖mean τ‖)^½ of the tensor. column: to the experts' mean length. At most 4 times.",
+        flag="scale-by",
+        free=True,
+    )
+    layer_weight: Literal["none", "frobenius"] = option(
+        "none", REAL, "A tensor's weight γ in the Gram matrix: 1, or 1/‖its task vectors‖²."
+    )
+    weights: tuple[float, ...] | None = option(
+        None,
+        _NO_FLAG,
+        "One positive number per expert, or None for equal ones: an expert of weight 2 counts as two equal experts, as "
+        "a merge of two should when it is merged again. Only their ratios matter.",
+        check=checks.weights,
+    )
+    spectrum: Literal["truncate", "rescale", "orthogonal"] = option(
+        "truncate",
+        _NO_FLAG,
+        "What becomes of a residual's singular values.",
+        "truncate: the leading r_l stay. rescale: the fewest whose sum is rank (then a share) of all, scaled up to the "
+        "sum of all (STAR). orthogonal: the leading r_l ≤ min(m, n)/N stay, and the singular vectors of all experts "
+        "are made orthonormal together (TSV-M).",
+    )
+    core_spectrum: Literal["keep", "flat"] = option(
+        "keep", _NO_FLAG, "flat: N times the core, all its singular values set to their mean (Iso-C)."
+    )
+    elementwise: Literal["none", "ties", "dare"] = option(
+        "none",
+        _NO_FLAG,
+        "How elements of the task vectors are dropped.",
+        "ties keeps the largest density of each expert's over all tensors and averages those that agree in sign with "
+        "their sum; dare keeps a random density and divides by it. λ times the mean of what is left is added to the "
+        "base; there are no residuals.",
+    )
+    density: float = option(
+        0.2, METHOD, "Share of each expert's elements that ties and dare keep, in (0, 1].", check=checks.share
+    )
+    ranks: tuple[tuple[str, float | int], ...] = option(
+        (),
+        TRUNCATION,
+        "Another rank for these tensors, by name; the first that fits counts.",
+        "Pairs of a glob and a rank.",
+        check=checks.ranks,
+        flag="rank-of",
+        free=True,
+    )
+    exclude: tuple[str, ...] = option(
+        (), REAL, "Tensors to keep out of subspace and truncation, by name; they are merged as vectors are."
+    )
+    keep: tuple[str, ...] = option(
+        (), FILES, "Tensors that stay the base's, by name; experts may lack them, or have them in other shapes."
+    )
+    average: tuple[str, ...] = option(
+        (), FILES, "Tensors that become the plain mean of the experts', as a head often is."
+    )
+    svd: Literal["randomized", "textbook", "exact"] = option(
+        "randomized",
+        TRUNCATION,
+        "How to truncate.",
+        "randomized: the backend's fastest near-optimal method. textbook: a range finder with power iterations, for "
+        "comparison. exact: an eigendecomposition of the short side's Gram, an (s, s) float64 matrix per expert.",
+    )
+    power_iterations: int = option(
+        2,
+        TRUNCATION,
+        "Of the truncation: more is closer to the optimum.",
+        "The textbook's count. The torch and native backends' method takes one shifted step for every two; the Triton "
+        "backend's one for each, and more at ranks below 64 (README §4).",
+        minimum=0,
+    )
+    oversampling: int = option(
+        8,
+        TRUNCATION,
+        "Columns of the sketch beyond the rank.",
+        "Beyond 1.4 times the rank where not by the textbook; the width is rounded up to a multiple of 16. The Triton "
+        "backend's method has none.",
+        minimum=0,
+    )
+    tolerance: float | None = option(
+        None,
+        TRUNCATION,
+        "Stop iterating where the energy in every residual's sketch grows by less than this share of itself.",
+        "On the Triton backend tensors then go one by one, by the textbook's method.",
+        minimum=0,
+        unset="never",
+    )
+    seed: int = option(
+        0, TRUNCATION, "Of random test matrices and masks.", "A matrix depends on (seed, tensor name, shape) only."
+    )
+    extra: Literal["error", "average", "drop"] = option(
+        "error", FILES, "Tensors that all experts have and the base lacks, such as a head."
+    )
 
     def __post_init__(self) -> None:
-        normal = object.__setattr__  # the dataclass is frozen; numpy scalars and lists become plain values here
-        if self.real_rank is not None:
-            normal(self, "real_rank", checks.integer("real_rank", self.real_rank, minimum=0))
-        normal(self, "rank", checks.rank(self.rank))
-        for field in ("center", "norm_match"):
-            checks.boolean(field, getattr(self, field))
-        normal(self, "core_scale", checks.number("core_scale", self.core_scale))
-        normal(self, "eta", checks.number("eta", self.eta, minimum=0.0))
-        normal(self, "row_power", checks.number("row_power", self.row_power, minimum=0.0))
-        if self.tolerance is not None:
-            normal(self, "tolerance", checks.number("tolerance", self.tolerance, minimum=0.0))
-        for field, minimum in (("power_iterations", 0), ("oversampling", 0), ("seed", None)):
-            normal(self, field, checks.integer(field, getattr(self, field), minimum=minimum))
-        for field, choices in _CHOICES.items():
-            checks.choice(field, getattr(self, field), choices)
-        for field in ("exclude", "keep", "average"):
-            normal(self, field, checks.globs(field, getattr(self, field)))
-        normal(self, "ranks", checks.ranks("ranks", self.ranks))
-        normal(self, "density", checks.share("density", self.density))
-        if self.weights is not None:
-            normal(self, "weights", checks.weights("weights", self.weights))
+        for name, declared in OPTIONS.items():  # numpy scalars and lists become plain values; the dataclass is frozen
+            object.__setattr__(self, name, declared.checked(getattr(self, name)))
         if self.spectrum == "rescale" and isinstance(self.rank, int):
             raise BadOption(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
         if self.ranks and self.spectrum == "rescale":
@@ -141,6 +212,7 @@ class MergeConfig:
             )
 
     @classmethod
+    @method("R²M", "arXiv 2509.24367", uses=(REAL, TRUNCATION, STRENGTH))
     def r2m(cls, **overrides: Any) -> MergeConfig:
         """R²M (arXiv 2509.24367) with the defaults of this package; ``overrides`` are fields.
 
@@ -150,6 +222,7 @@ class MergeConfig:
         return cls().replace(**overrides)
 
     @classmethod
+    @method("R²M with residuals truncated to low rank", uses=(REAL, TRUNCATION, STRENGTH))
     def r2m_truncated(cls, rank: float | int = 0.1, **overrides: Any) -> MergeConfig:
         """R²M with residuals truncated to ``rank``, one norm each, and 0.6 of the core's norm together.
 
@@ -159,6 +232,7 @@ class MergeConfig:
         return cls(**{**fields, **overrides})
 
     @classmethod
+    @method("R²M with the paper's settings as far as they are known", uses=(REAL, TRUNCATION, STRENGTH))
     def r2m_paper(cls, **overrides: Any) -> MergeConfig:
         """R²M as summaries of the paper and the authors' public script have it; ``overrides`` are fields.
 
@@ -168,87 +242,79 @@ class MergeConfig:
         and 0.2 occur in the script's file names), and η (the script: 0.4, 0.6 or 0.8 times ‖core‖, which is not
         scale-free). docs/quality.md has what these settings did here.
         """
-        settings = {"center": True, "residual": "own", "rank": 0.1, "eta": 0.6, "eta_mode": "core_norm"}
-        return cls._plain(norm_match=True, real_rank=1).replace(**{**settings, **overrides})
+        fields = {"center": True, "residual": "own", "rank": 0.1, "eta": 0.6, "eta_mode": "core_norm"}
+        return cls(**{"core_mode": "mean", "row_power": 0.0, **fields, **overrides})
 
     @classmethod
-    def _plain(cls, **fields: Any) -> MergeConfig:
-        """Without what only R²M by rows has."""
-        return cls(**{"core_mode": "mean", "row_power": 0.0, **fields})
-
-    @classmethod
+    @method("mean of the experts", "model soups, arXiv 2203.05482", uses=("core_scale", "scale_by"))
     def weight_average(cls) -> MergeConfig:
-        """θ₀ + mean τ_i (model soups, arXiv 2203.05482)."""
-        return cls._plain(real_rank=None, eta=0.0, eta_mode="constant", norm_match=False)
+        """θ₀ + mean τ_i."""
+        return cls._averaged()
 
     @classmethod
-    def task_arithmetic(cls, scale: float) -> MergeConfig:
-        """θ₀ + scale · Σ τ_i (arXiv 2212.04089)."""
-        scale = checks.number("scale", scale)
-        return cls._plain(
-            real_rank=None, core_scale=scale, core_mode="sum", eta=0.0, eta_mode="constant", norm_match=False
-        )
+    def _averaged(cls, **fields: Any) -> MergeConfig:
+        """The mean as the core, without anything that R²M adds, on top of which are ``fields``."""
+        plain = {"real_rank": None, "core_mode": "mean", "eta": 0.0, "norm_match": False, "row_power": 0.0}
+        return cls(**{**plain, **fields})
 
     @classmethod
-    def cart(cls, rank: float | int, scale: float) -> MergeConfig:
-        """θ₀ + mean τ + scale · Σ truncated(τ_i − mean τ) (CART, arXiv 2412.12153)."""
-        scale = checks.number("scale", scale, minimum=0.0)
-        return cls._plain(real_rank=None, rank=rank, eta=scale, eta_mode="sum", norm_match=False)
+    @method("base + scale · sum of task vectors", "arXiv 2212.04089")
+    def task_arithmetic(cls, scale: float = 0.3) -> MergeConfig:
+        """θ₀ + scale · Σ τ_i; 0.3 is what the literature uses where the scale is not tuned."""
+        return cls._averaged(core_scale=checks.number("scale", scale), core_mode="sum")
 
     @classmethod
-    def star(cls, share: float = 0.4) -> MergeConfig:
-        """θ₀ + mean of the τ_i cut to ``share`` of their nuclear norm and scaled up to it (STAR, arXiv 2502.10339)."""
-        share = checks.share("share", share)
-        return cls._plain(
-            real_rank=0, rank=share, spectrum="rescale", eta=1.0, eta_mode="constant", norm_match=False, svd="exact"
-        )
+    @method(
+        "mean + scale · sum of truncated centred task vectors", "CART, arXiv 2412.12153", uses=(TRUNCATION, "exclude")
+    )
+    def cart(cls, rank: float | int = 0.1, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + mean τ + scale · Σ truncated(τ_i − mean τ); untuned: 1 adds every truncated residual as it is."""
+        return cls._averaged(rank=rank, eta=checks.number("scale", scale, minimum=0.0), eta_mode="sum")
 
     @classmethod
-    def tsv_m(cls, scale: float = 1.0) -> MergeConfig:
-        """θ₀ + scale · Σ of the τ_i at rank min(m, n)/N, decorrelated (TSV-M, arXiv 2412.00081); vectors: mean."""
-        scale = checks.number("scale", scale, minimum=0.0)
-        return cls._plain(
-            real_rank=0,
-            rank=1.0,
-            spectrum="orthogonal",
-            core_scale=scale,
-            eta=scale,
-            eta_mode="sum",
-            norm_match=False,
-        )
-
-    @classmethod
-    def iso_c(cls, scale: float = 1.0) -> MergeConfig:
-        """θ₀ + scale · Σ τ_i with equal singular values (Iso-C, arXiv 2502.04959); vectors: scale · mean."""
-        scale = checks.number("scale", scale)
-        return cls._plain(
-            real_rank=None, core_spectrum="flat", core_scale=scale, eta=0.0, eta_mode="constant", norm_match=False
-        )
-
-    @classmethod
+    @method("base + scale · mean of the largest elements that agree in sign", "TIES, arXiv 2306.01708")
     def ties(cls, density: float = 0.2, scale: float = 1.0) -> MergeConfig:
-        """θ₀ + scale · mean of the elements that agree in sign, of the largest ``density`` (TIES, arXiv 2306.01708)."""
-        return cls._by_elements("ties", density, scale, "mean")
+        """θ₀ + scale · mean of the elements that agree in sign, of the largest ``density``."""
+        return cls._averaged(elementwise="ties", density=density, core_scale=checks.number("scale", scale))
 
     @classmethod
+    @method(
+        "base + scale · sum of task vectors with elements dropped at random", "DARE, arXiv 2311.03099", uses=("seed",)
+    )
     def dare(cls, density: float = 0.2, scale: float = 0.3) -> MergeConfig:
-        """θ₀ + scale · Σ of a random ``density`` of elements, divided by it (DARE, arXiv 2311.03099)."""
-        return cls._by_elements("dare", density, scale, "sum")
+        """θ₀ + scale · Σ of a random ``density`` of elements, divided by it."""
+        scale = checks.number("scale", scale)
+        return cls._averaged(elementwise="dare", density=density, core_scale=scale, core_mode="sum")
 
     @classmethod
-    def _by_elements(
-        cls, rule: Literal["ties", "dare"], density: float, scale: float, mode: Literal["mean", "sum"]
-    ) -> MergeConfig:
-        return cls._plain(
-            real_rank=None,
-            elementwise=rule,
-            density=checks.share("density", density),
-            core_scale=checks.number("scale", scale),
-            core_mode=mode,
-            eta=0.0,
-            eta_mode="constant",
-            norm_match=False,
-        )
+    @method(
+        "mean of task vectors cut to a share of their nuclear norm and scaled up to it",
+        "STAR, arXiv 2502.10339",
+        uses=("rank", "exclude"),
+    )
+    def star(cls, share: float = 0.4) -> MergeConfig:
+        """θ₀ + mean of the τ_i cut to ``share`` of their nuclear norm and scaled up to it."""
+        rank = checks.share("share", share)
+        return cls._averaged(real_rank=0, rank=rank, spectrum="rescale", eta=1.0, svd="exact")
+
+    @classmethod
+    @method(
+        "base + scale · sum of decorrelated low-rank task vectors",
+        "TSV-M, arXiv 2412.00081",
+        uses=(*_RANDOMIZED, "exclude"),
+    )
+    def tsv_m(cls, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · Σ of the τ_i at rank min(m, n)/N, decorrelated; vectors: mean."""
+        scale = checks.number("scale", scale, minimum=0.0)
+        return cls._averaged(real_rank=0, spectrum="orthogonal", core_scale=scale, eta=scale, eta_mode="sum")
+
+    @classmethod
+    @method(
+        "base + scale · sum of task vectors with equal singular values", "Iso-C, arXiv 2502.04959", uses=("exclude",)
+    )
+    def iso_c(cls, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · Σ τ_i with equal singular values; vectors: scale · mean."""
+        return cls._averaged(core_spectrum="flat", core_scale=checks.number("scale", scale))
 
     def replace(self, **overrides: Any) -> MergeConfig:
         """A copy with some fields changed.
@@ -256,14 +322,16 @@ class MergeConfig:
         Raises:
             InvalidInput: an unknown field or a bad value.
         """
-        checks.known_fields(overrides, [field.name for field in dataclasses.fields(self)])
+        checks.known_fields(overrides, list(OPTIONS))
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
-        weights = None if self.weights is None else list(self.weights)
-        lists = {name: list(getattr(self, name)) for name in ("exclude", "keep", "average")}
-        return {**dataclasses.asdict(self), **lists, "ranks": list(map(list, self.ranks)), "weights": weights}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def checked(config: object) -> MergeConfig:
@@ -273,15 +341,37 @@ def checked(config: object) -> MergeConfig:
     return config
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "residual": ("core", "own"),
-    "core_mode": ("mean", "sum", "restored"),
-    "eta_mode": ("relative", "constant", "core_norm", "sum"),
-    "layer_weight": ("none", "frobenius"),
-    "scale": ("none", "layer", "column"),
-    "spectrum": ("truncate", "rescale", "orthogonal"),
-    "core_spectrum": ("keep", "flat"),
-    "elementwise": ("none", "ties", "dare"),
-    "svd": ("randomized", "textbook", "exact"),
-    "extra": ("error", "average", "drop"),
-}
+OPTIONS: dict[str, Option] = read_options(MergeConfig)  # by field
+FREE_FIELDS = frozenset(name for name, one in OPTIONS.items() if one.free)  # of a merge from an analysis
+MergeConfig.__doc__ = documented(MergeConfig, OPTIONS)
+# A method's own factor; the field of that name has another flag.
+_SCALE = Option("scale", float, None, False, METHOD, "Factor of the sum, in ties of the mean.", flag="scale")
+# Those that the command has, by its flags' names.
+FLAGS: dict[str, Option] = {"scale": _SCALE} | {one.key: one for one in OPTIONS.values() if one.section}
+METHODS: dict[str, Method] = read_methods(MergeConfig, FLAGS, common=FILES)
+
+
+def make_config(name: str, options: Mapping[str, Any]) -> MergeConfig:
+    """The configuration of a method.
+
+    Args:
+        name: a key of :data:`METHODS`.
+        options: by keys of :data:`FLAGS`; those absent have their defaults.
+
+    Raises:
+        InvalidInput: an unknown method, an option that the method does not use, or a bad value.
+    """
+    found = METHODS[checks.choice("method", name, tuple(METHODS))]
+    for key in options:
+        if key not in found.options:
+            used = ", ".join(map(flag, sorted(found.options)))
+            raise BadOption(f"{flag(key)}: not used by the method '{name}', which uses {used}")
+    own = {key: value for key, value in options.items() if key in found.parameters}
+    config: MergeConfig = found.make(**own)
+    return config.replace(**{FLAGS[key].name: value for key, value in options.items() if key not in own})
+
+
+def default_of(key: str, name: str) -> Any:
+    """What an option is in a method that uses it, where it is not given."""
+    found = METHODS[name]
+    return found.parameters[key] if key in found.parameters else getattr(found.make(), FLAGS[key].name)

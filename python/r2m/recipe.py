@@ -23,7 +23,6 @@ method is. As in mergekit, ``rank`` may be a list of values with filters, globs 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,12 +33,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from r2m import hub
 from r2m.arrangement import Arrangement
-from r2m.methods import METHODS, make_config
 from r2m.naming import name_experts
 from r2m.places import read_small
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS
 from r2m_kernels import MergeConfig, checks
+from r2m_kernels.config import METHODS, OPTIONS, make_config
 from r2m_kernels.errors import BadFile, InvalidInput, printable, quoted
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
@@ -95,7 +94,7 @@ class Recipe:
     Attributes:
         base: the base's path.
         experts: name → path.
-        method: a key of :data:`r2m.methods.METHODS`.
+        method: a key of :data:`r2m_kernels.config.METHODS`.
         config: the method's configuration with the recipe's parameters and weights.
         dtype: of the output; ``None``: the base's.
         file_format: one of :data:`r2m.execute.FORMATS`.
@@ -179,15 +178,9 @@ def schema() -> dict[str, Any]:
     choices = (("preset", (*PRESETS, None)), ("dtype", (*DTYPES, None)), ("format", FORMATS))
     for name, values in choices:
         properties[name]["enum"] = list(values)
-    # Attributes' descriptions, as the class has them.
-    text = (MergeConfig.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
-    described = {
-        words[0].strip(): " ".join(words[1].split())
-        for words in (part.split(":", 1) for part in re.split(r"\n        (?=\w+:)", text) if ":" in part)
-    }
     options = TypeAdapter(MergeConfig).json_schema()["properties"]
     for name, one in options.items():
-        one["description"] = described[name]
+        one["description"] = OPTIONS[name].text
     by_name = {
         "filter": {"type": "string", "description": "a glob of names; none: all others"},
         "value": options["rank"],

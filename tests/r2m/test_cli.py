@@ -21,12 +21,12 @@ from r2m.arrangement import Arrangement
 from r2m.commands.main import main
 from r2m.commands.merge import merge
 from r2m.execute import OUTPUT_DTYPES
-from r2m.methods import FLAGS, METHODS, make_config
 from safetensors.torch import load_file, save_file
 
 import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig
-from r2m_kernels.config import _CHOICES
+from r2m_kernels.config import FLAGS, METHODS, OPTIONS, default_of, make_config
+from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -34,11 +34,7 @@ if TYPE_CHECKING:
     Command = Callable[..., Result]
     Start = Callable[..., subprocess.Popen[str]]
 
-OPTIONS = {option.name: option for option in merge.params if isinstance(option, click.Option)}
-
-
-# Fields of other methods, and the weights of experts, which belong to files.
-OTHERS = {"weights", "spectrum", "core_spectrum", "elementwise", "density"}
+HELP = {option.name: option for option in merge.params if isinstance(option, click.Option)}
 
 
 def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) -> None:
@@ -146,32 +142,32 @@ def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -
         "backend": "torch",
         "progress": None,
     }
-    words = (
-        "--real-rank 2 --center --residual own --core-scale 1.5 --layer-weight frobenius --exclude a* "
-        "--exclude *.b --rank 16 --svd exact --power-iterations 3 --oversampling 4 --tolerance 0.01 --seed 7 "
-        "--eta 0.3 --eta-mode relative --no-norm-match --extra drop --scale-by layer --row-power 0 --core-mode sum"
-    )
-    assert configuration(*words.split())["config"] == MergeConfig(
-        real_rank=2,
-        center=True,
-        residual="own",
-        core_scale=1.5,
-        layer_weight="frobenius",
-        exclude=("a*", "*.b"),
-        rank=16,
-        svd="exact",
-        power_iterations=3,
-        oversampling=4,
-        tolerance=0.01,
-        seed=7,
-        eta=0.3,
-        eta_mode="relative",
-        core_mode="sum",
-        row_power=0.0,
-        norm_match=False,
-        extra="drop",
-        scale="layer",
-    )
+
+
+# Another value than the default of each, as it is written and as the configuration has it.
+OTHER = {
+    int: ("7", 7),
+    float: ("0.5", 0.5),
+    float | int: ("16", 16),
+    tuple[str, ...]: ("a*", ("a*",)),
+    tuple[tuple[str, float | int], ...]: ("b=0.5", (("b", 0.5),)),
+}
+
+
+@pytest.mark.parametrize("key", sorted(METHODS["r2m"].options))
+def test_every_option_reaches_the_configuration(configuration: Callable[..., dict[str, Any]], key: str) -> None:
+    declared = FLAGS[key]
+    if declared.kind is bool:
+        words, value = [("--no-" if declared.default else "--") + declared.flag], not declared.default
+    elif declared.choices:
+        value = next(choice for choice in declared.choices if choice != declared.default)
+        words = [flag(key), value]
+    else:
+        text, value = OTHER[declared.kind]
+        words = [flag(key), text]
+    more = {"row_power": 0.0} if value == "relative" else {}  # which needs it
+    words += [word for field, other in more.items() for word in (flag(field), str(other))]
+    assert configuration(*words)["config"] == MergeConfig(**{declared.name: value, **more})
 
 
 @pytest.mark.parametrize(
@@ -213,51 +209,49 @@ def test_a_point_makes_a_rank_a_ratio(configuration: Callable[..., dict[str, Any
     assert type(found) is type(rank)
 
 
-def test_every_field_of_the_configuration_is_an_option_of_r2m() -> None:
-    fields = {"scale_by" if name == "scale" else name for name in MergeConfig().to_dict()}
-    assert METHODS["r2m"].options == fields - OTHERS
-    assert METHODS["r2m"].options | {"scale"} <= set(OPTIONS)
+def test_the_help_states_choices_and_the_defaults_of_every_method() -> None:
+    for key, declared in FLAGS.items():
+        shown = HELP[key]
+        assert shown.help is not None
+        assert shown.help.startswith(declared.sentence)
+        if declared.choices:
+            assert isinstance(shown.type, click.Choice)
+            assert tuple(shown.type.choices) == declared.choices
+        for name, method in METHODS.items():
+            default = default_of(key, name) if key in method.options else None
+            if default is not None and default != ():
+                assert declared.shown(default) in shown.help.partition("[default: ")[2], (key, name)
+    assert all(declared.section == "" for name, declared in OPTIONS.items() if declared.key not in FLAGS), "no flag"
+    assert isinstance(HELP["dtype"].type, click.Choice)
+    assert tuple(HELP["dtype"].type.choices) == tuple(OUTPUT_DTYPES)
 
 
-def test_the_help_states_the_defaults_and_choices_of_the_configuration() -> None:
-    for name, value in MergeConfig().to_dict().items():
-        if name in (OTHERS | {"exclude", "keep", "average", "ranks"}) - {"density"}:
-            continue
-        text = OPTIONS["scale_by" if name == "scale" else name].help
-        if isinstance(value, bool):
-            shown = ("" if value else "no-") + name.replace("_", "-")
-        else:
-            shown = (
-                "1.0"
-                if name == "rank"
-                else "never"
-                if value is None
-                else f"{value:g}"
-                if isinstance(value, float)
-                else str(value)
-            )
-        assert text is not None
-        assert text.endswith(f"[default: {shown}]"), name
-    for name, choices in _CHOICES.items():
-        if name not in OTHERS:
-            kind = OPTIONS["scale_by" if name == "scale" else name].type
-            assert isinstance(kind, click.Choice)
-            assert tuple(kind.choices) == choices
-    assert isinstance(OPTIONS["dtype"].type, click.Choice)
-    assert tuple(OPTIONS["dtype"].type.choices) == tuple(OUTPUT_DTYPES)
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("rank", "1.0; 0.1 in r2m_truncated, r2m_paper, cart; 0.4 in star"),
+        ("scale", "0.3 in task_arithmetic, dare; 1 in cart, ties, tsv_m, iso_c"),
+        ("density", "0.2"),
+        ("center", "no-center; center in r2m_paper"),
+        ("tolerance", "never"),
+        ("exclude", ""),
+    ],
+)
+def test_defaults_in_the_help(key: str, text: str) -> None:
+    assert (HELP[key].help or "").partition("  [default: ")[2] == (f"{text}]" if text else "")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "r2m"])
 def test_an_option_that_a_method_does_not_use_is_refused(method: str) -> None:
     # Its own values: of two methods' defaults not every pair goes together.
-    values = {**make_config(method, {}).to_dict(), "scale": 1.0, "scale_by": "none"}
-    for name in METHODS["r2m"].options | {"scale"}:
-        if name in METHODS[method].options:
-            make_config(method, {name: values[name]})
+    own = make_config(method, {})
+    for key, declared in FLAGS.items():
+        value = 1.0 if key == "scale" else getattr(own, declared.name)
+        if key in METHODS[method].options:
+            make_config(method, {key: value})
         else:
-            flag = "--" + FLAGS.get(name, name).replace("_", "-")
-            with pytest.raises(InvalidInput, match=f"^{flag}: not used by the method '{method}', which uses --"):
-                make_config(method, {name: values[name]})
+            with pytest.raises(InvalidInput, match=f"^{flag(key)}: not used by the method '{method}', which uses --"):
+                make_config(method, {key: value})
 
 
 def write_bad_files(checkpoints: Checkpoints) -> None:

@@ -12,10 +12,10 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from r2m.methods import METHODS
 from r2m.recipe import read_recipe
 
 from r2m_kernels import InvalidInput, MergeConfig
+from r2m_kernels.config import METHODS
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result

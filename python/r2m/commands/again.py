@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from r2m.commands.given import read_rank, rule
+from r2m.commands.given import rule
 from r2m.commands.merge import merge, tell
-from r2m.commands.options import FILES, RUN, STRENGTH, SectionedCommand, option
+from r2m.commands.options import RUN, SectionedCommand, option, read_rank
 from r2m.commands.process import settle_memory
+from r2m_kernels.config import FILES, STRENGTH
 
 if TYPE_CHECKING:
     from r2m.recipe import Recipe
@@ -30,16 +31,16 @@ def _running(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("out", metavar="OUT")
 @option(FILES, "--expert", required=True, metavar="[NAME=]PATH", help="The new specialist.")
 @option(FILES, "--weight", type=float, help="Of it, where the others have 1 or their own.  [default: as merge]")
-@option(FILES, "--rename", "renames", multiple=True, metavar="OLD=NEW", help="In its names alone; repeat for each.")
+@option(FILES, "--rename", multiple=True, metavar="OLD=NEW", help="In its names alone; repeat for each.")
 @option(RUN, "--resume", is_flag=True, help="Go on from where the same was cut off.")
-def add(out: str, expert: str, weight: float | None, renames: tuple[str, ...], **given: Any) -> None:
+def add(out: str, expert: str, weight: float | None, rename: tuple[str, ...], **given: Any) -> None:
     """Merge OUT, the output of a merge, again with one specialist more; OUT is replaced when all is done."""
     from r2m.naming import name_experts
     from r2m.project import read_project, with_expert
 
     recipe = read_project(out)
     ((name, path),) = name_experts([expert]).items()
-    rules: dict[str, str | None] = dict(rule(text) for text in renames)
+    rules: dict[str, str | None] = dict(rule(text) for text in rename)
     _merge_again(out, with_expert(recipe, name, path, weight=weight, rename=rules), **given)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from r2m.commands.options import RUN, SectionedCommand, choice, option
+from r2m.commands.options import RUN, SectionedCommand, option
 from r2m.presets import PRESETS
 
 _MODELS, _DATA = "Models", "Data"
@@ -26,7 +26,7 @@ _MODELS, _DATA = "Models", "Data"
     help="What the checkpoints are weights of: transformers; clip:DIR (DF40, DeepfakeBench; DIR: its CLIP's "
     "config.json); timm:NAME; open_clip:NAME; MODULE:FUNCTION, which gives a torch module.",
 )
-@option(_MODELS, "--preset", type=choice(*PRESETS), help="Names of the checkpoints' tensors, as of merge.")
+@option(_MODELS, "--preset", type=click.Choice(list(PRESETS)), help="Names of the checkpoints' tensors, as of merge.")
 @option(
     _MODELS,
     "--scores",
@@ -45,7 +45,14 @@ _MODELS, _DATA = "Models", "Data"
     help="DeepfakeBench's or DF40's JSON, or a folder with real/ and fake/, or one of such.  Repeat for each.",
 )
 @option(_DATA, "--root", metavar="DIR", help="Of the paths in JSON files.  [default: the file's directory]")
-@option(_DATA, "--split", type=choice("train", "val", "test"), default="test", show_default=True, help="Of JSON files.")
+@option(
+    _DATA,
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    default="test",
+    show_default=True,
+    help="Of JSON files.",
+)
 @option(_DATA, "--compression", default="c23", show_default=True, help="Of FaceForensics++ in JSON files.")
 @option(
     _DATA, "--label", "labels", multiple=True, metavar="NAME=0|1", help="Of JSON files.  [default: 0 if it has real]"

@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import arrangement_of
-from r2m.commands.options import OFFLINE, choice
-from r2m.presets import PRESETS
+from r2m.commands.options import OFFLINE, names
 
 
 @click.command()
@@ -42,10 +41,10 @@ def schema() -> None:
 @click.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
-@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
-@click.option("--preset", type=choice(*PRESETS), help="As of merge.")
-@click.option("--dtype", type=choice("float32", "bfloat16", "float16", "float64"), help="Of floating-point tensors.")
+@names
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), help="Of floating-point tensors."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @OFFLINE
 @click.option(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from r2m.methods import FLAGS
+from r2m_kernels.config import make_config
+from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
     from r2m.arrangement import Arrangement
@@ -15,33 +16,28 @@ if TYPE_CHECKING:
 
 def job(given: dict[str, Any]) -> dict[str, Any]:
     """Options of ``merge`` as arguments of :func:`r2m.execute.open_job`."""
-    from r2m.methods import make_config
     from r2m.naming import name_experts
 
-    files = ("base", "experts", "out", "dtype", "file_format", "max_shard_size")
+    files = ("base", "expert", "out", "dtype", "format", "max_shard_size")
     names = (*files, "method", "device", "backend", "memory_budget")
-    arguments = {name: given[name] for name in names}
+    arguments = {{"expert": "experts", "format": "file_format"}.get(name, name): given[name] for name in names}
     rest = {name: value for name, value in given.items() if name not in names and value not in (None, ())}
-    path, changes = rest.pop("recipe", None), rest.pop("changes", ())
+    path, changes = rest.pop("recipe", None), rest.pop("set", ())
     if path is not None:
         return {**arguments, **_described(path, changes, given, rest)}
-    for name, flag in (("base", "--base"), ("experts", "--expert")):
-        if not arguments[name]:
-            raise click.UsageError(f"Missing option '{flag}', or a recipe.")
+    for name in ("base", "expert"):
+        if not given[name]:
+            raise click.UsageError(f"Missing option '{flag(name)}', or a recipe.")
     if changes:
         raise click.UsageError("--set: changes a recipe, and none is given.")
     arguments["method"] = arguments["method"] or "r2m"
     arguments["file_format"] = arguments["file_format"] or "safetensors"
-    if "rank" in rest:
-        rest["rank"] = read_rank(rest["rank"])
-    if "ranks" in rest:
-        rest["ranks"] = [(glob, read_rank(rank)) for glob, _, rank in (one.rpartition("=") for one in rest["ranks"])]
     wanted = arrangement_of(rest)
     config = make_config(arguments["method"], rest)
     return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "arrangement": wanted}
 
 
-_ARRANGEMENT = ("renames", "drops", "preset", "head", "head_tensors", "head_features")
+_ARRANGEMENT = ("rename", "drop", "preset", "head", "head_tensor", "head_features")
 
 
 def arrangement_of(rest: dict[str, Any]) -> Arrangement:
@@ -49,9 +45,9 @@ def arrangement_of(rest: dict[str, Any]) -> Arrangement:
     from r2m.arrangement import Arrangement
 
     given = {name: rest.pop(name) for name in _ARRANGEMENT if name in rest}
-    rules: dict[str, str | None] = dict(rule(text) for text in given.pop("renames", ()))
-    rules.update(dict.fromkeys(given.pop("drops", ())))
-    return Arrangement(rename=rules, **given)
+    rules: dict[str, str | None] = dict(rule(text) for text in given.pop("rename", ()))
+    rules.update(dict.fromkeys(given.pop("drop", ())))
+    return Arrangement(rename=rules, head_tensors=given.pop("head_tensor", ()), **given)
 
 
 def rule(text: str) -> tuple[str, str]:
@@ -66,20 +62,9 @@ def _described(path: str, changes: Sequence[str], given: dict[str, Any], rest: d
     """What a recipe says of :func:`r2m.execute.open_job`'s arguments; options may not say it again."""
     from r2m.recipe import read_recipe
 
-    again = [name for name in ("base", "experts", "method") if given[name]] + list(rest)
+    again = [name for name in ("base", "expert", "method") if given[name]] + list(rest)
     if again:
-        flag = "--" + FLAGS.get(again[0], again[0]).replace("_", "-")
-        raise click.UsageError(f"{flag}: the recipe says that; --set KEY=VALUE changes it.")
+        raise click.UsageError(f"{flag(again[0])}: the recipe says that; --set KEY=VALUE changes it.")
     recipe = read_recipe(path, changes)
-    output = {name: given[name] for name in ("dtype", "file_format") if given[name]}
+    output = {key: given[name] for name, key in (("dtype", "dtype"), ("format", "file_format")) if given[name]}
     return {**recipe.arguments(), **output}
-
-
-def read_rank(text: str) -> str | int | float:
-    """``"16"`` is a rank, ``"0.1"`` and ``"1.0"`` are ratios; MergeConfig refuses other text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

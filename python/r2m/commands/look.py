@@ -8,15 +8,12 @@ from typing import Any
 import click
 
 from r2m.commands.given import arrangement_of
-from r2m.commands.options import OFFLINE, choice
-from r2m.presets import PRESETS
+from r2m.commands.options import OFFLINE, names
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
-@click.option("--rename", "renames", multiple=True, metavar="OLD=NEW", help="As of merge.")
-@click.option("--drop", "drops", multiple=True, metavar="OLD", help="As of merge.")
-@click.option("--preset", type=choice(*PRESETS), help="As of merge.")
+@names
 @OFFLINE
 @click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
 def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:

@@ -7,21 +7,10 @@ from typing import Any
 import click
 
 from r2m.commands.given import job
-from r2m.commands.options import (
-    FILES,
-    METHOD,
-    REAL,
-    RUN,
-    STRENGTH,
-    TRUNCATION,
-    SectionedCommand,
-    choice,
-    option,
-    settle_network,
-)
+from r2m.commands.options import RUN, SectionedCommand, flags, option, settle_network
 from r2m.commands.process import exit_code, settle_memory
-from r2m.methods import METHODS
 from r2m.presets import PRESETS
+from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
 
 
 @click.command(
@@ -32,7 +21,6 @@ from r2m.presets import PRESETS
 @option(
     FILES,
     "--set",
-    "changes",
     multiple=True,
     metavar="KEY=VALUE",
     help="Replace what RECIPE says, such as parameters.rank=0.2; repeat for each.",
@@ -41,7 +29,6 @@ from r2m.presets import PRESETS
 @option(
     FILES,
     "--expert",
-    "experts",
     multiple=True,
     metavar="[NAME=]PATH",
     help="A fine-tuned checkpoint; repeat for each. PATH: a safetensors file, a .pth file, a Hugging Face directory or "
@@ -60,49 +47,27 @@ from r2m.presets import PRESETS
 @option(
     FILES,
     "--dtype",
-    type=choice("float32", "bfloat16", "float16", "float64"),
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
     help="Floating-point type of the output.  [default: as in the base]",
 )
 @option(
     FILES,
     "--format",
-    "file_format",
-    type=choice("safetensors", "pth"),
+    type=click.Choice(["safetensors", "pth"]),
     help="Of the output; pth: a state dict of torch.save.  [default: safetensors]",
 )
 @option(
     FILES,
-    "--extra",
-    type=choice("error", "average", "drop"),
-    help="Tensors that all experts have and the base lacks, such as a head.  [default: error]",
-)
-@option(
-    FILES,
-    "--keep",
-    multiple=True,
-    metavar="GLOB",
-    help="Tensors that stay the base's, by name; experts may lack them.  Repeat for each.",
-)
-@option(
-    FILES,
-    "--average",
-    multiple=True,
-    metavar="GLOB",
-    help="Tensors that become the plain mean of the experts'; repeat for each.",
-)
-@option(
-    FILES,
     "--rename",
-    "renames",
     multiple=True,
     metavar="OLD=NEW",
     help="Tensors of all checkpoints whose names begin with OLD begin with NEW, or nothing, instead; repeat for each.",
 )
-@option(FILES, "--drop", "drops", multiple=True, metavar="OLD", help="Tensors whose names begin with OLD are left out.")
+@option(FILES, "--drop", multiple=True, metavar="OLD", help="Tensors whose names begin with OLD are left out.")
 @option(
     FILES,
     "--preset",
-    type=choice(*PRESETS),
+    type=click.Choice(list(PRESETS)),
     help="Names as known detectors have them: " + "; ".join(f"{name}: {one.title}" for name, one in PRESETS.items()),
 )
 @option(
@@ -118,7 +83,6 @@ from r2m.presets import PRESETS
 @option(
     FILES,
     "--head-tensor",
-    "head_tensors",
     multiple=True,
     metavar="GLOB",
     help="The classifier's names; repeat for each.  [default: names with head, fc, classifier…]",
@@ -126,114 +90,10 @@ from r2m.presets import PRESETS
 @option(
     METHOD,
     "--method",
-    type=choice(*METHODS),
+    type=click.Choice(list(METHODS)),
     help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".  [default: r2m]",
 )
-@option(
-    METHOD,
-    "--scale",
-    type=float,
-    help="Factor of the sum in task_arithmetic and dare (0.3, usual where it is not tuned), cart, tsv_m and iso_c, and "
-    "of the mean in ties (1, not tuned).",
-)
-@option(
-    METHOD, "--density", type=float, help="Share of each expert's elements that ties and dare keep.  [default: 0.2]"
-)
-@option(REAL, "--real-rank", type=int, metavar="K", help="Dimension of the Real subspace.  [default: 1]")
-@option(
-    REAL,
-    "--center/--no-center",
-    default=None,
-    help="Subtract the mean task vector before the subspace is computed.  [default: no-center]",
-)
-@option(
-    REAL,
-    "--residual",
-    type=choice("core", "own"),
-    help="What a task vector loses: the core, or its own part in the subspace.  [default: core]",
-)
-@option(REAL, "--core-scale", type=float, help="Factor of the core.  [default: 1]")
-@option(
-    REAL,
-    "--core-mode",
-    type=choice("mean", "sum", "restored"),
-    help="The core as it is, times the number of experts, or with half of the length that averaging took from it.  "
-    "[default: restored]",
-)
-@option(
-    REAL,
-    "--layer-weight",
-    type=choice("none", "frobenius"),
-    help="A tensor's weight in the Gram matrix: 1, or 1/‖its task vectors‖².  [default: none]",
-)
-@option(
-    REAL,
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Tensors to keep out of subspace and truncation, by name; repeat for each.",
-)
-@option(
-    TRUNCATION,
-    "--rank",
-    metavar="RANK",
-    help="With a point a share of the full rank (0.1; 1.0: all), without one a rank (16); in star a share of the "
-    "nuclear norm, 0.4 if left out; in cart, r2m_truncated and r2m_paper 0.1.  [default: 1.0]",
-)
-@option(
-    TRUNCATION,
-    "--rank-of",
-    "ranks",
-    multiple=True,
-    metavar="GLOB=RANK",
-    help="Another rank for these tensors, by name; the first that fits counts.  Repeat for each.",
-)
-@option(
-    TRUNCATION,
-    "--svd",
-    type=choice("randomized", "textbook", "exact"),
-    help="How to truncate.  [default: randomized]",
-)
-@option(
-    TRUNCATION, "--power-iterations", type=int, help="Of the truncation: more is closer to the optimum.  [default: 2]"
-)
-@option(TRUNCATION, "--oversampling", type=int, help="Columns of the sketch beyond the rank.  [default: 8]")
-@option(
-    TRUNCATION,
-    "--tolerance",
-    type=float,
-    help="Stop iterating where the kept energy grows by less than this share.  [default: never]",
-)
-@option(TRUNCATION, "--seed", type=int, help="Of the random test matrices.  [default: 0]")
-@option(STRENGTH, "--eta", type=float, help="How much of the residuals is added.  [default: 1]")
-@option(
-    STRENGTH,
-    "--eta-mode",
-    type=choice("relative", "constant", "core_norm", "sum"),
-    help="relative: their norm is ETA times the core's; constant: ETA times their mean; core_norm: that "
-    "times the core's norm; sum: ETA times their sum.  [default: constant]",
-)
-@option(
-    STRENGTH,
-    "--norm-match/--no-norm-match",
-    default=None,
-    help="Scale all experts' residuals to one norm first.  [default: norm-match]",
-)
-@option(
-    STRENGTH,
-    "--row-power",
-    type=float,
-    metavar="P",
-    help="In each row of a matrix, weigh an expert's residual by the P-th power of its length there; 0: all alike. "
-    "Not with --eta-mode relative.  [default: 3]",
-)
-@option(
-    STRENGTH,
-    "--scale-by",
-    type=choice("none", "layer", "column"),
-    help="Lengthen the change of each matrix towards the experts' own: as a whole, or column by column.  "
-    "[default: none]",
-)
+@flags(FLAGS.values())
 @option(RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
 @option(
     RUN,

@@ -1,20 +1,17 @@
-"""What the commands' options share: headings in ``--help``, and those that several commands have."""
+"""What the commands' options share: headings in ``--help``, flags made from tables, those that several have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
-FILES, METHOD, REAL, TRUNCATION, STRENGTH, RUN = (
-    "Files",
-    "Method",
-    "Real subspace",
-    "Residual truncation",
-    "Strength of the residuals",
-    "Running",
-)
+from r2m.presets import PRESETS
+from r2m_kernels.config import METHODS, default_of
+from r2m_kernels.options import Option
+
+RUN = "Running"
 
 
 class SectionOption(click.Option):
@@ -42,13 +39,68 @@ class SectionedCommand(click.Command):
 
 def option(section: str, *names: str, **kwargs: Any) -> Callable[[Any], Any]:
     """An option under a heading."""
-    # `default` would make an option that was left out look given; the help shows the defaults of MergeConfig.
+    # `default` would make an option that was left out look given; the help shows the configuration's defaults.
     return click.option(*names, cls=SectionOption, section=section, **kwargs)
 
 
-def choice(*choices: str) -> click.Choice[str]:
-    """The type of an option with choices."""
-    return click.Choice(choices)
+def read_rank(text: str) -> str | int | float:
+    """``"16"`` is a rank, ``"0.1"`` and ``"1.0"`` are shares; the configuration refuses other text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _read_rank_of(text: str) -> tuple[str, str | int | float]:
+    glob, _, rank = text.rpartition("=")
+    return glob, read_rank(rank)
+
+
+# How values of a type are written, where click has no type of its own for them.
+_WRITTEN: dict[Any, dict[str, Any]] = {
+    float | int: {"type": read_rank},
+    tuple[str, ...]: {"type": str, "multiple": True, "metavar": "GLOB"},
+    tuple[tuple[str, float | int], ...]: {"type": _read_rank_of, "multiple": True, "metavar": "GLOB=RANK"},
+}
+
+
+def flags(declared: Iterable[Option]) -> Callable[[Any], Any]:
+    """Options from a table, in its order; what is left out is None or empty."""
+
+    def add(command: Any) -> Any:
+        for one in reversed(list(declared)):
+            command = _flag(one)(command)
+        return command
+
+    return add
+
+
+def _flag(declared: Option) -> Callable[[Any], Any]:
+    if declared.kind is bool:
+        return option(declared.section, f"--{declared.flag}/--no-{declared.flag}", default=None, help=help_of(declared))
+    kind = click.Choice(declared.choices) if declared.choices else declared.kind
+    written = {"type": kind, "metavar": declared.metavar, **_WRITTEN.get(declared.kind, {})}
+    return option(declared.section, f"--{declared.flag}", help=help_of(declared), **written)
+
+
+def help_of(declared: Option) -> str:
+    """A flag's sentence and its defaults."""
+    repeat = "  Repeat for each." if _WRITTEN.get(declared.kind, {}).get("multiple") else ""
+    defaults = defaults_of(declared)
+    return f"{declared.sentence}{repeat}" + (f"  [default: {defaults}]" if defaults else "")
+
+
+def defaults_of(declared: Option) -> str:
+    """``"1; 0.6 in r2m_truncated"``: what it is by default, and where it is something else."""
+    shown: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        if declared.key in method.options:
+            shown.setdefault(declared.shown(default_of(declared.key, name)), []).append(name)
+    usual = next((text for text, names in shown.items() if "r2m" in names or len(shown) == 1), None)
+    others = [f"{text} in {', '.join(names)}" for text, names in shown.items() if text != usual]
+    return "; ".join(filter(None, [usual, *others]))
 
 
 def settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> None:
@@ -62,3 +114,10 @@ def settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> Non
 OFFLINE = click.option(
     "--offline", is_flag=True, expose_value=False, callback=settle_network, help="Of hf:// paths, the cache alone."
 )
+
+
+def names(command: Any) -> Any:
+    """The options of names, as merge has them."""
+    command = click.option("--preset", type=click.Choice(list(PRESETS)), help="As of merge.")(command)
+    command = click.option("--drop", multiple=True, metavar="OLD", help="As of merge.")(command)
+    return click.option("--rename", multiple=True, metavar="OLD=NEW", help="As of merge.")(command)

@@ -1,0 +1,213 @@
+"""Options and methods as tables: each is declared once, where its value lives.
+
+:func:`option` makes a field of a dataclass and says what checks, docstring, command and README have to know of it;
+:func:`method` marks a classmethod that makes a configuration. :func:`read_options` and :func:`read_methods` collect
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from . import checks
+
+T = TypeVar("T")
+Check = Callable[[str, Any], Any]
+_DECLARED = "r2m"  # of a field's metadata, and the mark of a method
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option.
+
+    Attributes:
+        name: of the field.
+        kind: its type, without None.
+        default: of the field.
+        optional: whether it may be None.
+        section: the heading it stands under; empty: it has no flag, and methods set it.
+        sentence: what it is, for everybody.
+        note: what only readers of documentation need.
+        flag: of the command, without dashes.
+        metavar: what the help calls its value; default: its type.
+        unset: what an empty value means, in a few words.
+        minimum: of a number.
+        check: gives a value, whose name comes first, as the field has it; default: what the type asks for.
+        free: what was analyzed with one value may be merged with another.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    optional: bool
+    section: str
+    sentence: str
+    note: str = ""
+    flag: str = ""
+    metavar: str | None = None
+    unset: str = ""
+    minimum: int | None = None
+    check: Check | None = None
+    free: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name among options of the command: the flag's."""
+        return self.flag.replace("-", "_")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All values it may have; none where they cannot be listed."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def text(self) -> str:
+        """Sentence and note."""
+        return f"{self.sentence} {self.note}".strip()
+
+    def checked(self, value: Any) -> Any:
+        """The value as the field has it.
+
+        Raises:
+            BadOption: a wrong type or value.
+        """
+        return value if value is None and self.optional else (self.check or self._of_its_kind)(self.name, value)
+
+    def _of_its_kind(self, name: str, value: Any) -> Any:
+        if self.choices:
+            return checks.choice(name, value, self.choices)
+        if self.kind is bool:
+            return checks.boolean(name, value)
+        if self.kind is int:
+            return checks.integer(name, value, self.minimum)
+        if self.kind is float:
+            return checks.number(name, value, self.minimum)
+        if self.kind == tuple[str, ...]:
+            return checks.globs(name, value)
+        raise TypeError(f"{name}: no check is known for {self.kind}")
+
+    def shown(self, value: Any) -> str:
+        """A value as help and tables have it; what is empty is not shown."""
+        if value is None or value == ():
+            return self.unset
+        if isinstance(value, bool):
+            return ("" if value else "no-") + self.flag
+        return f"{value:g}" if self.kind is float else str(value)
+
+
+def flag(key: str) -> str:
+    """An option as the command line has it."""
+    return "--" + key.replace("_", "-")
+
+
+def option(default: T, section: str, sentence: str, note: str = "", **more: Any) -> T:
+    """A field of a dataclass that is an option.
+
+    Args:
+        default: its value where none is given.
+        section, sentence, note, more: of :class:`Option`.
+    """
+    declared = {"section": section, "sentence": sentence, "note": note, **more}
+    return dataclasses.field(default=default, metadata={_DECLARED: declared})
+
+
+def read_options(cls: type[Any]) -> dict[str, Option]:
+    """The options of a dataclass by the names of its fields; types and choices are those of the annotations."""
+    types_of, found = get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if _DECLARED in field.metadata:
+            members = _members(types_of[field.name])
+            known = [member for member in members if member is not type(None)]
+            kind = known[0] if len(known) == 1 else types_of[field.name]
+            declared = {"flag": field.name.replace("_", "-"), **field.metadata[_DECLARED]}
+            found[field.name] = Option(field.name, kind, field.default, len(known) < len(members), **declared)
+    return found
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def documented(cls: type[Any], options: Mapping[str, Option]) -> str:
+    """The docstring of a class with its ``Attributes``."""
+    lines = ["Attributes:"]
+    for one in options.values():
+        listed = f" One of {', '.join(one.choices)}." if one.choices else ""
+        lines += textwrap.wrap(f"{one.name}: {one.text}{listed}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+    summary, _, rest = (inspect.getdoc(cls) or "").partition("\n\n")
+    return "\n\n".join([summary, "\n".join(lines), rest])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: a constructor of the configuration.
+
+    Attributes:
+        name: the constructor's.
+        make: the constructor.
+        options: keys of all the options it uses.
+        formula: what it computes, in a few words.
+        paper: its name in the field, and where it is from.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    options: frozenset[str]
+    formula: str
+    paper: str = ""
+
+    @property
+    def title(self) -> str:
+        """The method in a few words, with its source."""
+        return f"{self.formula} ({self.paper})" if self.paper else self.formula
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The constructor's own, with their defaults."""
+        return _parameters(self.make)
+
+
+def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
+    found = inspect.signature(make).parameters.values()
+    return {one.name: one.default for one in found if one.kind is not one.VAR_KEYWORD}
+
+
+def method(formula: str, paper: str = "", uses: Iterable[str] = ()) -> Callable[[T], T]:
+    """Marks a function that makes a configuration, under ``classmethod``.
+
+    Args:
+        formula, paper: of :class:`Method`.
+        uses: keys or sections of options that it uses beside its parameters.
+    """
+
+    def mark(function: T) -> T:
+        setattr(function, _DECLARED, (formula, paper, tuple(uses)))
+        return function
+
+    return mark
+
+
+def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> dict[str, Method]:
+    """The methods of a class by name.
+
+    Args:
+        cls: whose classmethods they are.
+        options: by key.
+        common: the section of options that every method uses.
+    """
+    found = {}
+    for name, value in vars(cls).items():
+        declared = getattr(getattr(value, "__func__", None), _DECLARED, None)
+        if declared is not None:
+            formula, paper, uses = declared
+            make = getattr(cls, name)
+            words = {common, *uses, *_parameters(make)}
+            used = frozenset(key for key, one in options.items() if key in words or one.section in words)
+            found[name] = Method(name, make, used, formula, paper)
+    return found
