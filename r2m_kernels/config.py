@@ -109,6 +109,7 @@ class MergeConfig:
         "One positive number per expert, or None for equal ones: an expert of weight 2 counts as two equal experts, as "
         "a merge of two should when it is merged again. Only their ratios matter.",
         check=checks.weights,
+        unset="equal",
     )
     spectrum: Literal["truncate", "rescale", "orthogonal"] = option(
         "truncate",

@@ -68,8 +68,9 @@ class Option:
 
     @property
     def text(self) -> str:
-        """Sentence and note."""
-        return f"{self.sentence} {self.note}".strip()
+        """Sentence, note and choices."""
+        listed = f"One of {', '.join(self.choices)}." if self.choices else ""
+        return " ".join(filter(None, [self.sentence, self.note, listed]))
 
     def checked(self, value: Any) -> Any:
         """The value as the field has it.
@@ -138,8 +139,7 @@ def documented(cls: type[Any], options: Mapping[str, Option]) -> str:
     """The docstring of a class with its ``Attributes``."""
     lines = ["Attributes:"]
     for one in options.values():
-        listed = f" One of {', '.join(one.choices)}." if one.choices else ""
-        lines += textwrap.wrap(f"{one.name}: {one.text}{listed}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+        lines += textwrap.wrap(f"{one.name}: {one.text}", 116, initial_indent="    ", subsequent_indent=" " * 8)
     summary, _, rest = (inspect.getdoc(cls) or "").partition("\n\n")
     return "\n\n".join([summary, "\n".join(lines), rest])
 

@@ -1,15 +1,21 @@
-"""``python -m r2m.manual``: docs/cli.md from the commands themselves."""
+"""``python -m r2m.manual``: docs/cli.md and the READMEs' tables of options and methods, from the code itself."""
 
 from __future__ import annotations
+
+import inspect
+from pathlib import Path
 
 import click
 
 from r2m.commands.main import r2m
+from r2m.commands.options import defaults_of
+from r2m_kernels.config import METHODS, OPTIONS, MergeConfig
 
 _WIDTH = 120
+BEGIN, END = "<!-- {}:begin, written by `python -m r2m.manual` -->", "<!-- {}:end -->"
 
 
-def manual() -> str:
+def commands() -> str:
     """Every command's help as Markdown."""
     parts = ["# Commands\n\nWritten by `python -m r2m.manual`, from the code.\n"]
     group = click.Context(r2m, info_name="r2m", terminal_width=_WIDTH, **r2m.context_settings)
@@ -21,5 +27,62 @@ def manual() -> str:
     return "\n".join(parts)
 
 
+def methods() -> str:
+    """What there is, for who merges."""
+    return _table(["`--method`", "result"], [[f"`{name}`", one.title] for name, one in METHODS.items()])
+
+
+def configurations() -> str:
+    """The same for who reads the maths: each by what it changes in R²M, or in the mean, whichever is less."""
+    made = {name: one.make().to_dict() for name, one in METHODS.items()}
+    rows = []
+    for name, one in METHODS.items():
+        changes = {
+            other: [f"{key}={value!r}" for key, value in made[name].items() if value != made[other][key]]
+            for other in ("r2m", "weight_average")
+            if other != name
+        }
+        other, least = min(changes.items(), key=lambda item: len(item[1]))
+        text = "the defaults" if name == "r2m" else f"`{other}` with `{', '.join(least)}`"
+        rows.append([f"`{name}`", (inspect.getdoc(one.make) or "").partition("\n")[0].replace("``", "`"), text])
+    return _table(["method", "what it is", "as a configuration"], rows)
+
+
+def options() -> str:
+    """Fields of the configuration."""
+    rows = []
+    for name, one in OPTIONS.items():
+        flag = f"`--{one.flag}`" if one.section else "–"
+        rows.append([f"`{name}`", flag, defaults_of(one) if one.section else one.shown(one.default), one.text])
+    return _table([f"field of `{MergeConfig.__name__}`", "flag", "default", "what it is"], rows)
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """File → what it should say, of all that has a part from the code.
+
+    Args:
+        root: of the repository.
+    """
+    tables = {
+        root / "README.md": {"methods": methods()},
+        root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
+    }
+    found = {root / "docs" / "cli.md": commands()}
+    for path, sections in tables.items():
+        text = path.read_text(encoding="utf-8")
+        for name, table in sections.items():
+            begin, end = BEGIN.format(name), END.format(name)
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+        found[path] = text
+    return found
+
+
 if __name__ == "__main__":
-    print(manual(), end="")
+    for _path, _text in pages(Path.cwd()).items():
+        _path.write_text(_text, encoding="utf-8")

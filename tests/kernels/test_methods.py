@@ -11,16 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
+from r2m_kernels.config import METHODS, make_config
 from r2m_kernels.elements import Magnitudes
 
-METHODS = {
-    "R2M": MergeConfig.r2m(),
-    "STAR": MergeConfig.star(),
-    "TSV-M": MergeConfig.tsv_m(0.8),
-    "Iso-C": MergeConfig.iso_c(0.8),
-    "TIES": MergeConfig.ties(0.3, 0.9),
-    "DARE": MergeConfig.dare(0.5, 0.3),
-    "R2M, truncated": TRUNCATED,
+CONFIGS = {
+    **{name: make_config(name, {}) for name in METHODS},
     "R2M, layers scaled": MergeConfig.r2m(scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(rank=0.2, scale="column"),
 }
@@ -67,7 +62,7 @@ def test_weights_are_one_per_expert():
         merge(base, experts, weights=(1, 1, 1))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_the_order_of_tensors_and_the_number_of_threads_change_no_bit(name, backend):
     base, experts = checkpoints(3)
@@ -75,18 +70,18 @@ def test_the_order_of_tensors_and_the_number_of_threads_change_no_bit(name, back
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = merge(base, experts, METHODS[name], backend=backend)
+        one = merge(base, experts, CONFIGS[name], backend=backend)
         torch.set_num_threads(2)
-        other = merge(turned[0], turned[1:], METHODS[name], backend=backend)
+        other = merge(turned[0], turned[1:], CONFIGS[name], backend=backend)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one[key], other[key]) for key in base)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_method_takes_16_bit_checkpoints_and_one_expert(name):
     base, experts = checkpoints(1, dtype=torch.bfloat16)
-    merged = merge(base, experts, METHODS[name])
+    merged = merge(base, experts, CONFIGS[name])
     assert {key: tensor.dtype for key, tensor in merged.items()} == {key: tensor.dtype for key, tensor in base.items()}
     assert all(torch.isfinite(tensor).all() for tensor in floating(merged).values())
 
@@ -165,22 +160,22 @@ def test_dare_drops_other_elements_of_every_expert_and_tensor():
     assert not torch.equal(one["a"] == base["a"], one["b"] == base["b"])
 
 
-@pytest.mark.parametrize("name", ["STAR", "TSV-M"])
+@pytest.mark.parametrize("name", ["star", "tsv_m"])
 def test_a_mapped_analysis_has_one_rank(name):
     base, experts = checkpoints(3)
-    analysis = analyze(base, experts, METHODS[name])
+    analysis = analyze(base, experts, CONFIGS[name])
     assert floating(analysis.merge(eta=0.5)).keys() == floating(base).keys()
     with pytest.raises(InvalidInput, match=r"^rank: this analysis was made with"):
         analysis.merge(rank=0.05)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_reports_of_other_methods_hold_no_warnings_about_what_they_do_not_do(name):
     base, experts = checkpoints(3)
-    report = analyze(base, experts, METHODS[name]).report()
+    report = analyze(base, experts, CONFIGS[name]).report()
     assert report["warnings"] == []
     for row in report["tensors"]:
-        if row["role"] == "matrix" and name in ("STAR", "TSV-M"):
+        if row["role"] == "matrix" and name in ("star", "tsv_m"):
             assert row["kept_energy"] is None
 
 

@@ -1,16 +1,25 @@
-"""docs/cli.md is what the commands say of themselves."""
+"""What docs/cli.md and the READMEs' tables say is what the code says of itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from r2m.commands.main import r2m
-from r2m.manual import manual
+from r2m.manual import pages
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from r2m_kernels.config import METHODS, OPTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_reference_is_current() -> None:
-    text = (DOCS / "cli.md").read_text()
-    assert text == manual(), "python -m r2m.manual > docs/cli.md"
-    assert all(f"## r2m {name}\n" in text for name in r2m.commands)
+def test_the_pages_are_current() -> None:
+    written = pages(ROOT)
+    for path, text in written.items():
+        assert path.read_text() == text, f"{path}: run python -m r2m.manual"
+    assert all(f"## r2m {name}\n" in written[ROOT / "docs" / "cli.md"] for name in r2m.commands)
+
+
+def test_every_option_and_method_has_its_row() -> None:
+    maths = (ROOT / "r2m_kernels" / "README.md").read_text()
+    assert all(f"\n| `{name}` | " in maths for name in [*METHODS, *OPTIONS])
+    assert all(f"\n| `{name}` | {one.title} |" in (ROOT / "README.md").read_text() for name, one in METHODS.items())
