@@ -169,7 +169,9 @@ def test_a_mapped_analysis_has_one_rank(name):
         analysis.merge(rank=0.05)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", sorted(CONFIGS.keys() - {"r2m_paper"})
+)  # centred, it finds little in common, and says so
 def test_reports_of_other_methods_hold_no_warnings_about_what_they_do_not_do(name):
     base, experts = checkpoints(3)
     report = analyze(base, experts, CONFIGS[name]).report()
