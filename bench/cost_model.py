@@ -24,10 +24,10 @@ from typing import Literal
 
 import torch
 
-from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
+from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
+from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
-from r2m_kernels.truncation import truncation_rank
 
 Kind = Literal["fp64", "fp32", "tf32", "tf32x3", "bf16"]
 # A product with a residual: as it is, with random signs made in registers, less the shift, or in full precision.

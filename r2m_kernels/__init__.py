@@ -11,7 +11,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import ops, reference
-    from ._stream.engine import ProgressEvent
+    from ._stream.run import ProgressEvent
     from ._stream.tensors import TensorSink, TensorSource, TensorSpec
     from .config import MergeConfig
     from .errors import BackendUnavailable, InvalidInput, R2MError
@@ -23,7 +23,7 @@ _HOMES = {
     "BackendUnavailable": ".errors",
     "InvalidInput": ".errors",
     "MergeConfig": ".config",
-    "ProgressEvent": "._stream.engine",
+    "ProgressEvent": "._stream.run",
     "R2MError": ".errors",
     "TensorSink": "._stream.tensors",
     "TensorSource": "._stream.tensors",

@@ -163,6 +163,11 @@ class Backend:
     variant: str
     operators: Operators
 
+    @property
+    def groups_tensors(self) -> bool:
+        """Whether it takes tensors of one shape together, a launch a group."""
+        return self.name == "triton"
+
 
 def usable_device(value: str | torch.device) -> torch.device:
     """The device called ``value``, tried out.

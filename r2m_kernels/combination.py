@@ -1,84 +1,99 @@
-"""Step 5, what the merged tensor is made of (README §6).
-
-Every tensor is one call of ``combine``: coefficients of the task vectors plus, where a residual was truncated,
-factors and their scales. What has no factors is linear in the task vectors and enters through the coefficients.
-"""
+"""Step 5, θ₀ + core + residuals, rounded once and written. What it adds up: :mod:`.terms` (README §6)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ._stream.blocks import BLOCK_ELEMENTS
+from ._stream.loader import Group
+from ._stream.plan import PlannedTensor, Role
+from ._stream.run import Run
+from ._stream.schedule import Pass, Step
+from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name
 from .config import MergeConfig
-from .norm_matching import NEGLIGIBLE
+from .errors import NotFinite, quoted
+from .terms import Terms, kind_of
+
+ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
 
-@dataclass(frozen=True)
-class Strength:
-    """How strong core and residual term enter.
+def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, cut: bool = True) -> Pass:
+    """Every tensor of the output; ``cut``: whether the sink takes parts."""
 
-    Attributes:
-        core_scale: λ.
-        eta: η.
-        core_norm: ‖λ τ_core‖ over matrix tensors.
-        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding.
-    """
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        if not cut:
+            return None
+        if tensor.role not in ("matrix", "vector"):
+            return BLOCK_ELEMENTS
+        return kind_of(tensor, config).block_elements(tensor)
 
-    core_scale: float
-    eta: float
-    core_norm: float
-    residual_norm: float
+    return Pass("combination", tensors, block_elements)
 
 
-def strength(
-    config: MergeConfig,
-    core_norm: float,
-    restored: float,
-    inner_products: Tensor,
-    scales: Tensor,
-    weights: Tensor,
-    longest: float,
-) -> Strength:
-    """λ and η of ``config``.
+class CombinationStep(Step):
+    """Writes every merged tensor into a sink.
 
     Args:
-        core_norm: ‖τ_core‖ over matrix tensors.
-        restored: λ of ``core_mode="restored"``, before ``core_scale``.
-        inner_products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
-        scales: (N,) s.
-        weights: (N,) w.
-        longest: max_j ‖τ_j‖ over matrix tensors, the yardstick of rounding.
+        run: for what is read, and who computes.
+        terms: what tensors are made of.
+        sink: what is written to.
+        specs: name → shape and dtype of the output.
     """
-    count = len(scales)
-    core_scale = config.core_scale * {"mean": 1, "sum": count, "restored": restored}[config.core_mode]
-    scaled_core = abs(core_scale) * core_norm
-    weighted = weights * scales
-    residual = float((weighted @ inner_products @ weighted).clamp_min(0).sqrt())
-    if residual <= NEGLIGIBLE * longest * float(weighted.sum()):
-        residual = 0.0
-    eta = config.eta
-    if config.eta_mode == "sum":
-        eta *= count
-    elif config.eta_mode == "core_norm":
-        eta *= scaled_core
-    elif config.eta_mode == "relative":
-        eta = eta * scaled_core / residual if residual > 0 else 0.0
-    return Strength(core_scale, eta, scaled_core, residual)
+
+    def __init__(self, run: Run, terms: Terms, sink: TensorSink, specs: Mapping[str, TensorSpec]) -> None:
+        tensors = [terms.findings.at(tensor, terms.config) for tensor in run.plan.of(*ROLES)]
+        super().__init__(combination_pass(tensors, terms.config, cut=isinstance(sink, PartialSink)))
+        self._terms, self._loader, self._operators = terms, run.loader, run.backend.operators
+        self._sink, self._specs = sink, specs
+
+    def work(self, group: Group) -> list[Any]:
+        """Nothing is found: written tensors are remembered by name."""
+        tied = self._terms.findings.plan.tied
+        for tensor, merged in zip(group.tensors, self._merged(group), strict=True):
+            for name in (tensor.name, *tied.get(tensor.name, ())):
+                if group.part is None:
+                    self._sink.write(name, merged)
+                else:
+                    assert isinstance(self._sink, PartialSink)
+                    self._sink.write_elements(name, group.part.start, merged.reshape(-1))
+        return [None] * len(group.tensors)
+
+    def _merged(self, group: Group) -> list[Tensor]:
+        first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
+        if first.role == "copied":
+            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors]
+        dtypes = [self._specs[name].dtype for name in group.names]
+        if first.role in ("statistic", "extra"):
+            weights = self._terms.findings.real.weights
+            means = (loader.mean_of_experts(tensor, weights, group.part) for tensor in group.tensors)
+            outs = [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)]
+        else:
+            # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
+            outs = [
+                torch.empty(theta.shape, dtype=dtype, device=theta.device)
+                for theta, dtype in zip(group.bases, dtypes, strict=True)
+            ]
+            if first.role == "matrix" and self._terms.single:
+                for index, out in enumerate(outs):
+                    single = group.single(index)
+                    self._terms.of(single.tensors).write(self._operators, single, [out])
+            else:
+                self._terms.of(group.tensors).write(self._operators, group, outs)
+        _refuse_out_of_range(group.names, outs)
+        return outs
 
 
-def matrix_coefficients(core: Tensor, core_scale: float) -> Tensor:
-    """(N,) coefficients of the task vectors beside the truncated residuals: λ c."""
-    return core_scale * core
-
-
-def full_rank_coefficients(
-    core: Tensor, mixing: Tensor, scales: Tensor, weights: Tensor, core_scale: float, eta: float
-) -> Tensor:
-    """(N,) where nothing is truncated: λ c + η M (w s)."""
-    return core_scale * core + eta * (mixing @ (weights * scales))
-
-
-def vector_coefficients(scales: Tensor, weights: Tensor, core_scale: float, eta: float) -> Tensor:
-    """(N,) of λ · mean + η Σ_i w_i s_i (τ_i − mean), the mean being Σ w_j τ_j."""
-    return core_scale * weights + eta * weights * (scales - weights @ scales)
+def _refuse_out_of_range(names: list[str], merged: list[Tensor]) -> None:
+    # Smallest and largest are NaN or Inf if any element is, and take one read. One wait for the device.
+    extremes = torch.stack([torch.stack(torch.aminmax(tensor)) for tensor in merged]).tolist()
+    for name, tensor, bounds in zip(names, merged, extremes, strict=True):
+        if not all(map(math.isfinite, bounds)):
+            raise NotFinite(
+                f"tensor {quoted(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
+                "dtype or smaller core_scale and eta"
+            )

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._stream.loader import Group
+from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import ProcessGroup
+from ._stream.run import Progress, Run
+from ._stream.schedule import Pass, Step
+from ._stream.tensors import compute_dtype, tensor_key
 from .config import MergeConfig
-from .truncation import tensor_key
 
 BLOCK = 2**18  # elements of a tensor worked on at once, and masked by one generator
 HALF = 2**16
@@ -43,15 +49,15 @@ class Magnitudes:
             for j, other in enumerate(thetas):
                 bits = (other - theta).abs().float().view(torch.int32)
                 upper = bits >> 16
-                found = upper if self._upper is None else bits[upper == self._upper[j]] & (HALF - 1)
-                counts = torch.bincount(found, minlength=HALF).cpu()
+                halves = upper if self._upper is None else bits[upper == self._upper[j]] & (HALF - 1)
+                counts = torch.bincount(halves, minlength=HALF).cpu()
                 with self._lock:
                     self._counts[j] += counts
 
-    def gather(self, team: ProcessGroup) -> None:
-        """Add up what all members counted."""
-        counts = team.gather({str(team.member): self._counts})
-        self._counts = torch.stack([counts[str(member)] for member in range(team.size)]).sum(dim=0)
+    def gather(self, processes: ProcessGroup) -> None:
+        """Add up what all processes counted."""
+        counts = processes.gather({str(processes.index): self._counts})
+        self._counts = torch.stack([counts[str(index)] for index in range(processes.size)]).sum(dim=0)
 
     def narrow(self) -> None:
         """After the first pass: only elements with the upper half of the threshold's bits matter now."""
@@ -77,49 +83,114 @@ def _nth(counts: Tensor, order: int) -> tuple[int, int]:
     return bucket, int(running[bucket] - counts[bucket])
 
 
+class CountStep(Step):
+    """Counts the elements of every tensor by their magnitude."""
+
+    journaled = False
+
+    def __init__(self, over: Pass, magnitudes: Magnitudes) -> None:
+        super().__init__(over)
+        self._magnitudes = magnitudes
+
+    def work(self, group: Group) -> list[Any]:
+        """Nothing is found for a tensor by itself."""
+        for index in range(len(group.tensors)):
+            self._magnitudes.count(*group.inputs(index))
+        return [None] * len(group.tensors)
+
+
+def count_passes(plan: Plan, config: MergeConfig) -> list[Pass]:
+    """The two that TIES needs for its thresholds."""
+    if config.elementwise != "ties":
+        return []
+    tensors = plan.of("matrix", "vector")
+    return [Pass(name, tensors, lambda tensor: BLOCK) for name in ("magnitudes", "thresholds")]
+
+
+def thresholds(run: Run, config: MergeConfig, progress: Progress | None) -> Tensor | None:
+    """The smallest magnitude that TIES keeps of each expert: (N,) float32; ``None`` for other methods."""
+    passes = count_passes(run.plan, config)
+    if not passes:
+        return None
+    processes = run.processes
+    known = run.journal.known("thresholds").get("all")
+    # All processes take the same way: one that sees an older journal would wait for others that do not count.
+    known = processes.gather({str(processes.index): known})["0"]
+    if known is not None:
+        return torch.tensor(known, dtype=torch.float32)
+    elements = sum(tensor.spec.numel for tensor in passes[0].tensors)
+    magnitudes = Magnitudes(elements, config.density, len(run.inputs.experts))
+    upper, lower = passes
+    run.each(CountStep(upper, magnitudes), progress)
+    magnitudes.gather(processes)
+    magnitudes.narrow()
+    run.each(CountStep(lower, magnitudes), progress)
+    magnitudes.gather(processes)
+    smallest = magnitudes.thresholds()
+    if processes.index == 0:
+        run.journal.record("thresholds", "all", smallest.tolist())
+    return smallest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which elements of the task vectors are left.
+
+    Attributes:
+        density: the share of them.
+        seed: of the random masks of DARE.
+        thresholds: (N,) float32, the smallest magnitude that TIES keeps of each expert; ``None``: DARE.
+    """
+
+    density: float
+    seed: int
+    thresholds: Tensor | None
+
+    @classmethod
+    def of(cls, config: MergeConfig, thresholds: Tensor | None) -> Rule:
+        """As the options say."""
+        return cls(config.density, config.seed, thresholds)
+
+
 def combine(
-    name: str,
+    tensor: PlannedTensor,
     base: Tensor,
     experts: Sequence[Tensor],
     out: Tensor,
     weights: Tensor,
     scale: float,
-    config: MergeConfig,
-    thresholds: Tensor | None,
-    shape: Sequence[int],
+    rule: Rule,
     first: int = 0,
 ) -> None:
     """θ₀ + scale · the mean of what is left of the task vectors, into ``out``.
 
     Args:
-        name: of the tensor; random masks depend on (seed, name, shape), the expert's place and the block.
+        tensor: random masks depend on (seed, name, shape), the expert's place and the block.
         base, experts: θ₀ and N θ_j of one shape, whole or a run of elements.
         out: where to write.
         weights: (N,) w, summing to 1.
         scale: λ.
-        config: the rule and its density.
-        thresholds: (N,) of TIES.
-        shape: of the whole tensor.
-        first: place of the first element in it, a multiple of ``BLOCK``.
+        rule: what is left.
+        first: place of the first element in the tensor, a multiple of ``BLOCK``.
     """
     written = out.view(-1)
     start = 0
     for theta, *thetas in _blocks(base, experts):
         rows = torch.stack([other - theta for other in thetas])
         weight = weights.to(rows).unsqueeze(1)
-        if thresholds is not None:
-            rows *= rows.abs().float() >= thresholds.to(rows.device).unsqueeze(1)
+        if rule.thresholds is not None:
+            rows *= rows.abs().float() >= rule.thresholds.to(rows.device).unsqueeze(1)
             sums = (rows * weight).sum(dim=0)
             agree = rows * sums > 0
             total = (agree * weight).sum(dim=0)
             merged = (rows * weight * agree).sum(dim=0) / torch.where(total > 0, total, 1.0)
         else:
             # A generator a block, so that a tensor can be merged in parts.
-            block = (first + start) // BLOCK
-            keys = [tensor_key(config.seed, f"{name}\0{j}\0{block}", shape or (1,)) for j in range(len(experts))]
+            block, shape = (first + start) // BLOCK, tensor.spec.shape or (1,)
+            keys = [tensor_key(rule.seed, f"{tensor.name}\0{j}\0{block}", shape) for j in range(len(experts))]
             draws = [torch.rand(len(theta), generator=torch.Generator().manual_seed(key)) for key in keys]
-            kept = torch.stack(draws) < config.density
-            merged = (rows * weight * kept.to(rows.device)).sum(dim=0) / config.density
+            kept = torch.stack(draws) < rule.density
+            merged = (rows * weight * kept.to(rows.device)).sum(dim=0) / rule.density
         written[start : start + len(theta)] = theta + scale * merged
         start += len(theta)
 
@@ -127,7 +198,7 @@ def combine(
 def _blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Base and experts flat, a block at a time, in float32 (float64 where one of them is)."""
     tensors = [base, *experts]
-    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+    dtype = compute_dtype(tensors)
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, base.numel(), BLOCK):
         yield [tensor[start : start + BLOCK].to(dtype) for tensor in flat]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._backends import Operators
+from ._stream.loader import Group
+from ._stream.plan import Plan, PlannedTensor
+from ._stream.run import Run
+from ._stream.schedule import Pass, Step
+from .config import MergeConfig
+from .errors import NotFinite, quoted
+from .real_subspace import layer_weights
 
 
 def task_grams(
@@ -39,13 +47,13 @@ def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *
         panel: the operators' ``gram_elements``.
     """
     starts = range(0, base.numel(), panel)
-    found = [
+    panels = [
         operators.task_gram(
             [base[start : start + panel]], [[expert[start : start + panel]] for expert in experts], precise=precise
         )[0]
         for start in starts
     ]
-    return torch.stack(found)
+    return torch.stack(panels)
 
 
 def from_panels(panels: Tensor) -> Tensor:
@@ -54,3 +62,64 @@ def from_panels(panels: Tensor) -> Tensor:
     for panel in panels:
         total += panel
     return (total + total.mT) / 2
+
+
+def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
+    """Everything but what is copied; statistics and extras are only looked at for NaN and Inf."""
+    tensors = plan.of("matrix", "vector", "statistic", "extra")
+    return Pass("task Gram", tensors, lambda tensor: operators.gram_elements(_precise(tensor, config)))
+
+
+def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    return config.svd == "exact" or tensor.role != "matrix" or tensor.full_rank
+
+
+class GramStep(Step):
+    """Gram matrices as rows of numbers; refuses NaN and Inf, which a Gram matrix cannot hide."""
+
+    def __init__(self, run: Run, config: MergeConfig) -> None:
+        super().__init__(gram_pass(run.plan, config, run.backend.operators))
+        self._config, self._operators, self._loader = config, run.backend.operators, run.loader
+
+    def work(self, group: Group) -> list[Any]:
+        """(N, N) each; of a part its panels'; ``None`` for what takes no part in the subspace."""
+        first, operators = group.tensors[0], self._operators
+        if not group.bases:
+            for tensor in group.tensors:
+                self._loader.refuse_non_finite(tensor, group.part)
+            return [None] * len(group.tensors)
+        precise = _precise(first, self._config)
+        if group.part is not None:
+            panel = operators.gram_elements(precise)
+            return [panel_grams(*group.inputs(0), operators, precise=precise, panel=panel).tolist()]
+        grams = task_grams(group.bases, group.experts, operators, precise=precise)
+        return [self._finite(*of_tensor).tolist() for of_tensor in zip(group.tensors, grams, strict=True)]
+
+    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
+        """The sum of all panels."""
+        if tensor.role not in ("matrix", "vector"):
+            return None
+        panels = torch.tensor([panel for part in parts for panel in part], dtype=torch.float64)
+        return self._finite(tensor, from_panels(panels)).tolist()
+
+    def _finite(self, tensor: PlannedTensor, gram: Tensor) -> Tensor:
+        """A Gram matrix as it is, or why it holds NaN or Inf."""
+        if not bool(torch.isfinite(gram).all()):
+            self._loader.refuse_non_finite(tensor)
+            raise NotFinite(
+                f"tensor {quoted(tensor.name)}: the differences from the base are too large to be squared and summed"
+            )
+        return gram
+
+
+def as_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """(N, N) float64 for each matrix and vector tensor, from what :class:`GramStep` gives."""
+    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items() if rows is not None}
+
+
+def weighted(grams: Mapping[str, Tensor], plan: Plan, config: MergeConfig, count: int) -> Tensor:
+    """G = Σ γ_l G_l over matrix tensors of ``count`` experts: (N, N) float64."""
+    # In the order of names: the order in the file must not touch a bit.
+    matrices = [grams[name] for name in sorted(tensor.name for tensor in plan.of("matrix"))]
+    gammas = layer_weights(matrices, config)
+    return ordered_sum([gamma * gram for gamma, gram in zip(gammas, matrices, strict=True)], count)

@@ -1,43 +1,43 @@
-"""The five steps in order (4 and 5 through :mod:`r2m_kernels.analysis`), over state dicts, modules or any source.
+"""R²M in its five steps, over state dicts, modules or any source of tensors.
+
+1. :mod:`gram`: how the specialists' task vectors τ_i = θ_i − θ₀ lie to one another, N × N numbers a tensor;
+2. :mod:`real_subspace`: the *Real* component they share, and the mixing that leaves each one's *Fake residual*;
+3. :mod:`truncation`: residuals truncated to low rank, layer by layer;
+4. :mod:`norm_matching`: one norm for all residuals, so that no generator dominates;
+5. :mod:`combination`: θ₀ + core + residuals, rounded once.
 
 No task vector or residual is ever held whole: steps 1 and 3 read the inputs and keep N × N numbers and low-rank
-factors, step 5 reads them again and writes. Nothing here depends on the order of tensors or the number of threads.
+factors, step 5 reads them again and writes. What carries a step over checkpoints is ``_stream/``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _backends, checks, gram, norm_matching, tensor_checks
-from . import elements as elementwise
-from ._stream import compatibility
-from ._stream.compatibility import Plan
-from ._stream.engine import Cut, Engine, Group, Progress, ProgressEvent
+from . import combination, elements, gram, norm_matching, report, tensor_checks, truncation
+from ._backends import Backend, Operators
+from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
+from ._stream.plan import Plan
 from ._stream.processes import Journal, ProcessGroup
-from ._stream.spill import FactorStore
-from ._stream.tensors import StateDictSource, TensorSource, compute_dtype
-from .analysis import Analysis, Truncated
+from ._stream.run import Progress, Run, RunOptions, StepRecord
+from ._stream.schedule import Pass
+from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
+from ._stream.tensors import TensorSink
 from .config import MergeConfig, checked
-from .errors import BadOption, quoted
-from .real_subspace import layer_weights, real_subspace
-from .spectra import map_spectra
-from .truncation import truncate_residuals
-
-__all__ = ["Analysis", "Checkpoint", "Progress", "ProgressEvent", "analyze", "merge"]
-
-StateDict = Mapping[str, Tensor]
-Checkpoint = StateDict | nn.Module | TensorSource
+from .findings import Findings, Residuals, Truncated
+from .real_subspace import RealSubspace, real_subspace
+from .terms import Terms
 
 
 def merge(
     base: Checkpoint,
-    experts: Mapping[str, Checkpoint] | Sequence[Checkpoint],
+    experts: Experts,
     config: MergeConfig | None = None,
     *,
     device: str | torch.device | None = None,
@@ -67,17 +67,17 @@ def merge(
         InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
         BackendUnavailable: the named backend cannot run here.
     """
-    settings = _settings(config, overrides)
+    config = _configured(config, overrides)
     if dtype is not None:  # before the work, not after it
         tensor_checks.floating_dtype("dtype", dtype)
-    analysis = analyze(base, experts, settings, device=device, backend=backend, memory_budget=memory_budget)
+    analysis = analyze(base, experts, config, device=device, backend=backend, memory_budget=memory_budget)
     return analysis.merge(dtype=dtype)
 
 
 @deterministic
 def analyze(
     base: Checkpoint,
-    experts: Mapping[str, Checkpoint] | Sequence[Checkpoint],
+    experts: Experts,
     config: MergeConfig | None = None,
     *,
     device: str | torch.device | None = None,
@@ -85,7 +85,7 @@ def analyze(
     memory_budget: int | str | None = None,
     spill_directory: str | Path | None = None,
     progress: Progress | None = None,
-    team: ProcessGroup | None = None,
+    processes: ProcessGroup | None = None,
     journal: Journal | None = None,
     **overrides: Any,
 ) -> Analysis:
@@ -94,125 +94,140 @@ def analyze(
     Arguments and errors are :func:`merge`'s. ``base`` and ``experts`` may also be :class:`TensorSource` objects.
     ``spill_directory`` takes the factors that exceed ``memory_budget``. With ``eta=0`` nothing is truncated.
 
-    Several processes that call this alike, each with its member of a ``team``, share the work: then each one's
+    Several processes that call this alike, each as its member of ``processes``, share the work: then each one's
     :meth:`Analysis.write` writes tensors of its own. ``journal`` is told of all that is found, and asked for what a
     former run of the same merge found.
     """
-    settings = _settings(config, overrides)
-    if not isinstance(experts, Mapping | Sequence) or isinstance(experts, str):
-        raise BadOption(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
-    source = _as_source("base", base)
-    named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
-    sources = {name: _as_source(f"expert '{name}'", item) for name, item in named.items()}
-    plan = compatibility.plan(source, sources, settings)
-    if device is None:
-        device = _device_of(source, plan)
-    budget = None if memory_budget is None else checks.byte_size("memory_budget", memory_budget)
-    where = _backends.usable_device(device)
-    chosen = _backends.choose(backend, where)
-    engine = Engine(source, list(sources.values()), plan, where, chosen, budget, settings, team, journal)
-
-    on_device = None if engine.device_budget is None else engine.device_budget // 2
-    store = FactorStore(None if engine.shares is None else engine.shares.factors, spill_directory, on_device)
-    if engine.spill > 0:
-        store.reserve(engine.spill)
-
-    # Step 1. Sums over tensors run in the order of names: the order in the file must not touch a bit.
-    grams = engine.grams(plan.of("matrix", "vector", "statistic", "extra"), progress)
-    matrices = sorted(tensor.name for tensor in plan.of("matrix"))
-    vectors = sorted(tensor.name for tensor in plan.of("vector"))
-    count = len(sources)
-    # Step 2.
-    gammas = layer_weights([grams[name] for name in matrices], settings)
-    weighted = [gamma * grams[name] for gamma, name in zip(gammas, matrices, strict=True)]
-    real = real_subspace(gram.ordered_sum(weighted, count), settings)
-    # Step 3. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
-    truncations: dict[str, Truncated] = {}
-    if settings.eta != 0 and norm_matching.any_residual(real.mixing):
-        # Largest first: the last thread to finish then has a small one in hand.
-        truncated = [tensor for tensor in plan.of("matrix") if tensor.truncated]
-        truncated.sort(key=lambda tensor: -tensor.spec.numel)
-
-        def truncate(group: Group) -> Sequence[Any]:
-            known = [grams[name] for name in group.names]
-            rank, operators = group.tensors[0].rank, chosen.operators
-            arguments = (group.names, group.bases, group.experts, real.mixing, rank, settings, operators, known)
-            factors = truncate_residuals(*arguments)
-            dtype = compute_dtype([group.bases[0], *(expert[0] for expert in group.experts)])
-            factors = map_spectra(factors, settings, dtype)
-            for name, of_tensor in zip(group.names, factors, strict=True):
-                store.put(name, of_tensor)
-            return [Truncated.of(of_tensor).plain() for of_tensor in factors]
-
-        # Factors are not written down: a tensor that is not merged yet is truncated again, the same to the bit.
-        merged, past = engine.journal.known("combination"), engine.journal.known("truncation")
-        known = {name: value for name, value in past.items() if name in merged}
-        values = engine.over("truncation", truncated, truncate, progress, known=known)
-        truncations = {name: Truncated.from_plain(value) for name, value in values.items()}
-    thresholds = _thresholds(engine, plan, settings, progress) if settings.elementwise == "ties" else None
-    matrix_gram = gram.ordered_sum([grams[name] for name in matrices], count)
-    vector_gram = gram.ordered_sum([grams[name] for name in vectors], count)
-    return Analysis(
-        settings, list(sources), plan, real, matrix_gram, vector_gram, grams, truncations, thresholds, engine, store
-    )
+    config = _configured(config, overrides)
+    options = RunOptions(device, backend, memory_budget, spill_directory, progress, processes, journal)
+    inputs = Inputs(*open_checkpoints(base, experts))
+    run = Run(inputs, config, options, passes)
+    # 1. How the task vectors lie to one another.
+    grams = gram.as_tensors(run.each(gram.GramStep(run, config), progress))
+    # 2. What they share, and the mixing that leaves the residuals.
+    real = real_subspace(gram.weighted(grams, run.plan, config, len(inputs.named)), config)
+    # 3. Residuals cut to low rank. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
+    truncated: dict[str, Truncated] = {}
+    if config.eta != 0 and norm_matching.any_residual(real.mixing):
+        values = run.each(truncation.TruncationStep(run, config, real.mixing, grams), progress)
+        truncated = {name: Truncated.from_plain(value) for name, value in values.items()}
+    thresholds = elements.thresholds(run, config, progress)  # of TIES, which has another step 3
+    return Analysis(run, Findings(config, list(inputs.named), run.plan, grams, real, truncated, thresholds))
 
 
-def _thresholds(engine: Engine, plan: Plan, settings: MergeConfig, progress: Progress | None) -> Tensor:
-    """The smallest magnitude that TIES keeps of each expert: (N,) float32."""
-    tensors = plan.of("matrix", "vector")
-    known = engine.journal.known("thresholds").get("all")
-    # All members take the same way: one that sees an older journal would wait for others that do not count.
-    known = engine.team.gather({str(engine.team.member): known})["0"]
-    if known is not None:
-        return torch.tensor(known, dtype=torch.float32)
-    elements = sum(tensor.spec.numel for tensor in tensors)
-    magnitudes = elementwise.Magnitudes(elements, settings.density, len(engine.experts))
+class Analysis:
+    """What steps 1–3 found, ready to be merged at the cost of steps 4 and 5. Made by :func:`analyze`.
 
-    def count(group: Group) -> list[None]:
-        for index in range(len(group.tensors)):
-            magnitudes.count(*group.inputs(index))
-        return [None] * len(group.tensors)
+    It reads its inputs again at every merge: they must not change in between (``model.state_dict()`` shares memory with
+    the model). A smaller rank takes the leading components, which is near-optimal but not bit for bit what an analysis
+    at that rank gives. A tensor that was analyzed at its full rank has no factors yet: the first merge at a smaller one
+    truncates it, and keeps the factors in memory.
 
-    cut = Cut(lambda _: elementwise.BLOCK, lambda tensor, values: None)
-    engine.over("magnitudes", tensors, count, progress, cut=cut)
-    magnitudes.gather(engine.team)
-    magnitudes.narrow()
-    engine.over("thresholds", tensors, count, progress, cut=cut)
-    magnitudes.gather(engine.team)
-    thresholds = magnitudes.thresholds()
-    if engine.team.member == 0:
-        engine.journal.record("thresholds", "all", thresholds.tolist())
-    return thresholds
+    Attributes:
+        config: the options it was made with; its rank is the largest that can be merged.
+        experts: their names, in order.
+        plan: every tensor and its role.
+        real_subspace: coefficients of the core, the mixing, eigenvalues and gap.
+        gram: (N, N) float64: G = Σ γ_l G_l.
+        grams: name → (N, N) float64 Gram matrix of every matrix and vector tensor.
+        matrix_gram: (N, N) float64, ⟨τ_i, τ_j⟩ over matrix tensors.
+        vector_gram: the same over vector tensors.
+        backend, device: who computed it, why and where.
+    """
+
+    def __init__(self, run: Run, findings: Findings) -> None:
+        self._run, self._findings = run, findings
+        self._factors = truncation.ResidualFactors(findings, run)
+        self.config: MergeConfig = findings.config
+        self.experts: list[str] = findings.experts
+        self.plan: Plan = findings.plan
+        self.real_subspace: RealSubspace = findings.real
+        self.gram: Tensor = findings.real.gram
+        self.grams: dict[str, Tensor] = dict(findings.grams)
+        self.matrix_gram: Tensor = findings.matrix_gram
+        self.vector_gram: Tensor = findings.vector_gram
+        self.backend: Backend = run.backend
+        self.device: torch.device = run.device
+
+    def merge(
+        self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
+    ) -> dict[str, Tensor]:
+        """The merged state dict for these options or the analysis's own; :func:`merge` has the rest.
+
+        Raises:
+            InvalidInput: an option differs that the analysis depends on, or the rank is larger than analyzed.
+        """
+        base = self._run.inputs.base
+        sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self.plan.aliases)
+        self.write(sink, self._configured(config).replace(**overrides), dtype=dtype)
+        return sink.state_dict
+
+    @deterministic
+    def write(
+        self,
+        sink: TensorSink,
+        config: MergeConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Steps 4 and 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
+        config, run = self._configured(config), self._run
+        if dtype is not None:
+            tensor_checks.floating_dtype("dtype", dtype)
+        # 4. One norm for all residuals.
+        residuals = self.residuals(config)
+        # 5. What each tensor is made of, and made.
+        terms = Terms(self._findings, residuals, config, self._factors.of)
+        specs = self.plan.output_specs(run.inputs.base.specs, dtype)
+        run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
+        run.each(combination.CombinationStep(run, terms, sink, specs), progress)
+
+    @deterministic
+    def residuals(self, config: MergeConfig | None = None) -> Residuals:
+        """Norms n, scales s, λ and η for these options."""
+        config = self._configured(config)
+        self._findings.check(config)
+        return norm_matching.match(self._findings, self._factors.products(config), config)
+
+    def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
+        """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
+        config = self._configured(config)
+        return report.report(self._findings, self.residuals(config), config, self._run)
+
+    @property
+    def per_tensor(self) -> list[dict[str, Any]]:
+        """Role, shape, rank and kept energy of every tensor; see :meth:`report`."""
+        return report.tensor_rows(self._findings, self._factors.products(self.config), self.config, self.backend)
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """Time and bytes of each step so far, the last write included."""
+        return list(self._run.records.values())
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of low-rank factors that went to disk."""
+        return self._run.factors.spilled_bytes
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Tensors that other processes write."""
+        return [tensor.name for tensor in self.plan.tensors if not self._run.owns(tensor)]
+
+    def _configured(self, config: MergeConfig | None) -> MergeConfig:
+        return self.config if config is None else checked(config)
 
 
-def _settings(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
+def passes(plan: Plan, config: MergeConfig, operators: Operators) -> list[Pass]:
+    """All passes over the tensors that a merge makes, as they are known before it."""
+    return [
+        gram.gram_pass(plan, config, operators),
+        truncation.truncation_pass(plan, config),
+        *elements.count_passes(plan, config),
+        combination.combination_pass(plan.of(*combination.ROLES), config),
+    ]
+
+
+def _configured(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
     return (MergeConfig.r2m() if config is None else checked(config)).replace(**overrides)
-
-
-def _as_source(label: str, checkpoint: Checkpoint) -> TensorSource:
-    if isinstance(checkpoint, nn.Module):
-        checkpoint = checkpoint.state_dict()
-    if isinstance(checkpoint, Mapping):
-        wrong = next((key for key, value in checkpoint.items() if not isinstance(value, Tensor)), None)
-        if wrong is not None:
-            raise BadOption(
-                f"{label}: expected a state dict of tensors, got {type(checkpoint[wrong]).__name__} for {wrong!r}"
-            )
-        for name, tensor in checkpoint.items():
-            if not isinstance(name, str):
-                raise BadOption(f"{label}: expected names of tensors, got {name!r}")
-            if tensor.is_meta or tensor.layout is not torch.strided:
-                kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-                raise BadOption(f"{label}: expected dense tensors with data, got {quoted(name)} {kind}")
-        return StateDictSource(label, checkpoint)
-    if not isinstance(checkpoint, TensorSource):
-        raise BadOption(f"{label}: expected a state dict, a module or a TensorSource, got {type(checkpoint).__name__}")
-    return checkpoint
-
-
-def _device_of(source: TensorSource, plan: Plan) -> torch.device:
-    if isinstance(source, StateDictSource):
-        for tensor in plan.tensors:
-            if tensor.name in source.devices:
-                return source.devices[tensor.name]
-    return torch.device("cpu")

@@ -1,11 +1,17 @@
-"""Step 4, one norm per specialist and the factors that make them equal (README §5)."""
+"""Step 4, one norm per specialist, factors that make them equal, and their strength in the merge (README §5, §6)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from . import gram
+from .config import MergeConfig
+from .findings import Findings, Residuals, Strength
 from .real_subspace import GRAM_ERROR
+from .update_scale import gain
 
 # A residual shorter than this fraction of the longest task vector is rounding: the Gram, and with it core and mixing,
 # is known to GRAM_ERROR only; four times that leaves room for forming the residual itself.
@@ -15,6 +21,24 @@ NEGLIGIBLE = 4 * GRAM_ERROR
 def any_residual(mixing: Tensor) -> bool:
     """Whether the mixing leaves residuals beyond rounding: with a single expert, say, it does not."""
     return float(mixing.abs().max()) > NEGLIGIBLE
+
+
+def match(findings: Findings, products: Mapping[str, Tensor], config: MergeConfig) -> Residuals:
+    """Norms n, scales s, λ and η for these options.
+
+    Args:
+        findings: of steps 1–3.
+        products: tensor name → (N, N) float64, ⟨F_il, F_jl⟩ of matrix tensors.
+        config: of the merge.
+    """
+    weights, count = findings.real.weights, len(findings.experts)
+    matrix = gram.ordered_sum([products[name] for name in sorted(products)], count)
+    center = torch.eye(count, dtype=torch.float64) - weights
+    vector = center @ findings.vector_gram @ center.T
+    longest = _longest(findings.matrix_gram + findings.vector_gram)
+    norms = residual_norms(matrix.diag() + vector.diag(), longest)
+    scales = matching_scales(norms, weights, config.norm_match)
+    return Residuals(norms, scales, products, strength(findings, matrix, scales, config))
 
 
 def residual_norms(squares: Tensor, longest: float) -> Tensor:
@@ -34,3 +58,35 @@ def matching_scales(norms: Tensor, weights: Tensor, match: bool) -> Tensor:
     if not match:
         return present.double()
     return torch.where(present, (weights @ norms) / torch.where(present, norms, 1.0), 0.0)
+
+
+def strength(findings: Findings, products: Tensor, scales: Tensor, config: MergeConfig) -> Strength:
+    """λ and η of ``config``.
+
+    Args:
+        findings: of steps 1–3.
+        products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
+        scales: (N,) s.
+        config: of the merge.
+    """
+    count, weights, core = len(scales), findings.real.weights, findings.real.core
+    factor = {"mean": 1.0, "sum": count, "restored": gain(findings.matrix_gram, weights)}[config.core_mode]
+    core_scale = config.core_scale * factor
+    core_norm = abs(core_scale) * float((core @ findings.matrix_gram @ core).clamp_min(0).sqrt())
+    weighted = weights * scales
+    residual = float((weighted @ products @ weighted).clamp_min(0).sqrt())
+    if residual <= NEGLIGIBLE * _longest(findings.matrix_gram) * float(weighted.sum()):
+        residual = 0.0
+    eta = config.eta
+    if config.eta_mode == "sum":
+        eta *= count
+    elif config.eta_mode == "core_norm":
+        eta *= core_norm
+    elif config.eta_mode == "relative":
+        eta = eta * core_norm / residual if residual > 0 else 0.0
+    return Strength(core_scale, eta, core_norm, residual)
+
+
+def _longest(squares: Tensor) -> float:
+    """max_j ‖τ_j‖ from a Gram matrix."""
+    return float(squares.diag().max().clamp_min(0).sqrt())

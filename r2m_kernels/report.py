@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from ._backends import Backend
+from ._stream.plan import PlannedTensor
+from ._stream.run import Run
 from ._stream.tensors import dtype_name
 from ._version import __version__
 from .config import MergeConfig
+from .findings import Findings, Residuals
 from .real_subspace import GRAM_ERROR
-
-if TYPE_CHECKING:
-    from ._stream.compatibility import PlannedTensor
-    from .analysis import Analysis, Residuals
 
 # Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality.md.
 CALIBRATED = {
@@ -41,10 +42,10 @@ BASIS = {
 UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
 
 
-def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner: dict[str, Tensor]) -> dict[str, Any]:
+def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: Run) -> dict[str, Any]:
     """See :meth:`r2m_kernels.Analysis.report`."""
-    names = analysis.experts
-    real, gram, strength = analysis.real_subspace, analysis.matrix_gram, residuals.strength
+    names = findings.experts
+    real, gram, strength = findings.real, findings.matrix_gram, residuals.strength
     mean_norm = float((real.weights @ gram @ real.weights).clamp_min(0).sqrt())
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
@@ -59,9 +60,9 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
             "python": platform.python_version(),
         },
         "backend": {
-            "name": analysis.backend.name,
-            "reason": analysis.backend.reason,
-            "device": str(analysis.device),
+            "name": run.backend.name,
+            "reason": run.backend.reason,
+            "device": str(run.device),
         },
         "config": config.to_dict(),
         "experts": list(names),
@@ -69,7 +70,7 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
             "gram": gram.tolist(),
             "norms": _by_name(names, gram.diag().clamp_min(0).sqrt()),
             "cosines": _cosines(gram),
-            "vector_gram": analysis.vector_gram.tolist(),
+            "vector_gram": findings.vector_gram.tolist(),
         },
         "core": {
             "coefficients": _by_name(names, real.core),
@@ -92,18 +93,20 @@ def report(analysis: Analysis, config: MergeConfig, residuals: Residuals, inner:
                 residual_term / strength.core_norm if residual_term is not None and strength.core_norm > 0 else None
             ),
         },
-        "tensors": tensor_rows(analysis, config, inner),
-        "tied": dict(analysis.plan.aliases),
-        "dropped": list(analysis.plan.dropped),
+        "tensors": tensor_rows(findings, residuals.products, config, run.backend),
+        "tied": dict(findings.plan.aliases),
+        "dropped": list(findings.plan.dropped),
         "steps": [
-            {"step": step.step, "seconds": step.seconds, "bytes_read": step.bytes_read} for step in analysis.steps
+            {"step": step.step, "seconds": step.seconds, "bytes_read": step.bytes_read} for step in run.records.values()
         ],
     }
-    numbers["warnings"] = _warnings(analysis, config, numbers)
+    numbers["warnings"] = _warnings(findings, config, numbers)
     return numbers
 
 
-def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor]) -> list[dict[str, Any]]:
+def tensor_rows(
+    findings: Findings, products: Mapping[str, Tensor], config: MergeConfig, backend: Backend
+) -> list[dict[str, Any]]:
     """One row per output tensor.
 
     ``kept_energy`` is ‖F_il‖²/‖X_il‖² per expert: the kept part from the factors, the whole from the Gram, whose
@@ -111,7 +114,7 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
     ``distance_to_optimum`` estimates ‖X_il − F_il‖ / the smallest possible − 1 per expert, on ``distance_basis``.
     """
     rows = []
-    for tensor in analysis.plan.tensors:
+    for tensor in findings.plan.tensors:
         row: dict[str, Any] = {
             "name": tensor.name,
             "role": tensor.role,
@@ -119,26 +122,26 @@ def tensor_rows(analysis: Analysis, config: MergeConfig, inner: dict[str, Tensor
             "dtype": dtype_name(tensor.spec.dtype),
         }
         if tensor.role == "matrix":
-            row["rank"] = analysis.rank_of(tensor.name, config)
+            row["rank"] = findings.at(tensor, config).rank
             row.update(dict.fromkeys(("kept_energy", "uncertain", "distance_to_optimum", "distance_basis")))
             if tensor.mapped:  # energies of other singular values than the residual's say nothing about a truncation
                 pass
-            elif tensor.name in inner and row["rank"] == min(tensor.matrix_shape):
-                row["kept_energy"] = dict.fromkeys(analysis.experts, 1.0)
+            elif tensor.name in products and row["rank"] == min(tensor.matrix_shape):
+                row["kept_energy"] = dict.fromkeys(findings.experts, 1.0)
                 row["uncertain"] = []
-            elif tensor.name in inner:
-                row.update(_kept_energy(analysis, tensor.name, inner[tensor.name].diag()))
-                row.update(_distance(analysis, tensor, config, inner[tensor.name].diag()))
+            elif tensor.name in products:
+                row.update(_kept_energy(findings, tensor.name, products[tensor.name].diag()))
+                row.update(_distance(findings, tensor, config, backend, products[tensor.name].diag()))
         rows.append(row)
     return rows
 
 
-def _kept_energy(analysis: Analysis, name: str, kept: Tensor) -> dict[str, Any]:
-    mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(name)
-    whole = analysis.residual_gram(name).diag()
+def _kept_energy(findings: Findings, name: str, kept: Tensor) -> dict[str, Any]:
+    mixing, gram = findings.real.mixing, findings.grams[name]
+    whole = findings.residual_gram(name).diag()
     energies: dict[str, float | None] = {}
     uncertain = []
-    for i, expert in enumerate(analysis.experts):
+    for i, expert in enumerate(findings.experts):
         bound = _cancellation(mixing[:, i], gram)
         energies[expert] = float(kept[i] / whole[i]) if whole[i] > bound else None
         if bound > UNCERTAIN * float(whole[i]):
@@ -146,23 +149,25 @@ def _kept_energy(analysis: Analysis, name: str, kept: Tensor) -> dict[str, Any]:
     return {"kept_energy": energies, "uncertain": uncertain}
 
 
-def _distance(analysis: Analysis, tensor: PlannedTensor, config: MergeConfig, kept: Tensor) -> dict[str, Any]:
+def _distance(
+    findings: Findings, tensor: PlannedTensor, config: MergeConfig, backend: Backend, kept: Tensor
+) -> dict[str, Any]:
     """None where the analyzed rank is another, nothing is known, or what was cut off is within rounding."""
-    found = analysis.truncation_of(tensor, config)
+    found = findings.truncation_of(tensor, config)
     if found is None:
         return {}
     method, gap = found.method, found.gap
-    mixing, gram = analysis.real_subspace.mixing, analysis.tensor_gram(tensor.name)
-    lost = analysis.residual_gram(tensor.name).diag() - kept
+    mixing, gram = findings.real.mixing, findings.grams[tensor.name]
+    lost = findings.residual_gram(tensor.name).diag() - kept
     distances: dict[str, float | None] = {}
-    for i, expert in enumerate(analysis.experts):
+    for i, expert in enumerate(findings.experts):
         best = math.nan if gap is None else float(lost[i] - gap[i])
         if method == "exact":
             distances[expert] = 0.0
         else:
             known = best > _cancellation(mixing[:, i], gram)
             distances[expert] = math.sqrt(float(lost[i]) / best) - 1 if known else None
-    on_triton = method == "shifted" and analysis.backend.name == "triton"
+    on_triton = method == "shifted" and backend.name == "triton"
     return {"distance_to_optimum": distances, "distance_basis": BASIS["shifted on triton" if on_triton else method]}
 
 
@@ -184,12 +189,12 @@ def _cosines(gram: Tensor) -> list[list[float | None]]:
     ]
 
 
-def _warnings(analysis: Analysis, config: MergeConfig, numbers: dict[str, Any]) -> list[str]:
+def _warnings(findings: Findings, config: MergeConfig, numbers: dict[str, Any]) -> list[str]:
     found = []
     core, residual = numbers["core"], numbers["residual"]
-    names, count = analysis.experts, len(analysis.experts)
+    names, count = findings.experts, len(findings.experts)
     for name, norm in numbers["task_vectors"]["norms"].items():
-        if norm == 0 and analysis.plan.of("matrix"):
+        if norm == 0 and findings.plan.of("matrix"):
             found.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
     ratio = core["norm_ratio_to_mean"]
     if config.real_rank != 0 and ratio is not None and ratio < WEAK_CORE:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._stream.factors import Factors
 from .config import MergeConfig
-from .truncation import Factors
 
 # Directions of a Gram matrix below this share of its largest eigenvalue are rounding: they have no polar factor.
 NOTHING = 1e-13

@@ -5,9 +5,11 @@ from __future__ import annotations
 from ._backends import Backend, usable_device
 from ._backends import choose as choose_backend
 from ._stream import budget
-from ._stream.compatibility import Plan, PlannedTensor
+from ._stream.budget import Inputs
 from ._stream.compatibility import plan as plan_tensors
+from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess, assign
+from ._stream.schedule import Pass, Work, work_list
 from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
@@ -18,15 +20,18 @@ from ._stream.tensors import (
     TensorSpec,
     dtype_name,
 )
+from .merging import passes as plan_passes
 
 __all__ = [
     "FACTORS_PREFIX",
     "FLOATING",
     "Backend",
+    "Inputs",
     "Journal",
     "NoJournal",
     "PartialSink",
     "PartialSource",
+    "Pass",
     "Plan",
     "PlannedTensor",
     "ProcessGroup",
@@ -34,10 +39,13 @@ __all__ = [
     "TensorSink",
     "TensorSource",
     "TensorSpec",
+    "Work",
     "assign",
     "budget",
     "choose_backend",
     "dtype_name",
+    "plan_passes",
     "plan_tensors",
     "usable_device",
+    "work_list",
 ]

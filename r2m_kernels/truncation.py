@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._backends import Operators
-from ._stream.tensors import compute_dtype
+from ._stream.factors import Factors, gram_matrix, leading_eigenvectors
+from ._stream.loader import Group
+from ._stream.plan import Plan, PlannedTensor
+from ._stream.processes import Journal
+from ._stream.run import Run
+from ._stream.schedule import Pass, Step
+from ._stream.tensors import compute_dtype, tensor_key
 from .config import MergeConfig
+from .findings import Findings, Truncated
+from .norm_matching import any_residual
+from .spectra import map_spectra
 
 # Sketches are widened to a multiple of this: matrix products of 104 or 112 columns run up to twice as fast per
 # column as those of 110 on the CPUs we measured, and more columns only lower the error.
@@ -24,72 +32,6 @@ EXACT_UP_TO = 64
 EXACT_PIECE = 2**18
 # How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
 RATE = 4
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Truncated residuals of one tensor, F_i = left_i right_i.
-
-    Attributes:
-        left: (N, m, r).
-        right: (N, r, n).
-        ordered: components come by descending singular value, so that the leading ones are a smaller truncation.
-        products: (N, N) float64, ⟨F_i, F_j⟩, where they came with the factors.
-        gap: (N,) float64, an estimate of the energy that the best truncation at this rank would keep beyond this one's;
-            0 where this is the best one, NaN where nothing is known.
-        method: who truncated: "exact", "textbook", or "shifted" for the backend's own.
-    """
-
-    left: Tensor
-    right: Tensor
-    ordered: bool = True
-    products: Tensor | None = None
-    gap: Tensor | None = None
-    method: str = "exact"
-
-    def truncated(self, rank: int) -> Factors:
-        """The leading ``rank`` components, by descending singular value."""
-        if rank >= self.left.shape[2]:
-            return self
-        whole = self if self.ordered else self._in_order()
-        return Factors(whole.left[:, :, :rank], whole.right[:, :rank])
-
-    def _in_order(self) -> Factors:
-        """The same F_i; one side is orthonormal, and the other's Gram has the squared singular values."""
-        tall = self.left.shape[1] >= self.right.shape[2]
-        weighted = self.left if tall else self.right.transpose(1, 2)
-        rotation = _leading_eigenvectors([_gram(block) for block in weighted], weighted.shape[2]).to(weighted)
-        return Factors(torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right))
-
-    def inner_products(self) -> Tensor:
-        """⟨F_i, F_j⟩ from the factors alone: (N, N) float64 on the CPU."""
-        if self.products is not None:
-            return self.products
-        count, rank = len(self.left), self.left.shape[2]
-        products = self.left.new_empty(count, count, dtype=torch.float64)
-        left, right = self.left.mT.double(), self.right.double()
-        # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
-        # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
-        # squares of their own lengths, and products of two roundings.
-        first = 1 if self.ordered else 0
-        if self.ordered:
-            products.diagonal().copy_((left.square().sum(2) * right.square().sum(2)).sum(1))
-        for i in range(count - first):
-            others = slice(i + first, count)
-            pairs = (left[i] @ left[others].flatten(0, 1).T).mul_(right[i] @ right[others].flatten(0, 1).T)
-            products[i, others] = products[others, i] = pairs.view(rank, count - i - first, rank).sum(dim=(0, 2))
-        return products.cpu()
-
-
-def truncation_rank(rank: float | int, shape: Sequence[int], most: int | None = None) -> int:
-    """r_l = max(1, ⌈rank · min(m, n)⌉) for a ratio, at most ``most`` or min(m, n)."""
-    smaller = min(shape[0], math.prod(shape[1:]))
-    if most is not None:
-        return min(max(1, most), truncation_rank(rank, shape))
-    if isinstance(rank, int):
-        return min(rank, smaller)
-    # 0.07 · 100 is 7.000000000000001 in binary: a hair above a whole number is that number.
-    return min(smaller, max(1, math.ceil(rank * smaller * (1 - 1e-12))))
 
 
 def truncate_residuals(
@@ -179,8 +121,8 @@ def _textbook(
         before, energy = energy, _energies(product)
         if config.tolerance is not None and bool((energy - before <= config.tolerance * energy).all()):
             break
-    grams = [_gram(block) for block in product]
-    rotation = _leading_eigenvectors(grams, rank).to(product)
+    grams = [gram_matrix(block) for block in product]
+    rotation = leading_eigenvectors(grams, rank).to(product)
     gap = _gap(grams, rank, None if before is None else (energy - before).clamp_min(0))
     right = torch.bmm(product, rotation).transpose(1, 2).contiguous()
     return Factors(torch.bmm(basis, rotation), right, gap=gap, method="textbook")
@@ -216,7 +158,7 @@ def _exact(
         group = [[piece] for piece in thetas]
         piece = operators.residual_matmul([theta], group, mixing, identity.unsqueeze(0), transpose=wide)
         grams += operators.residual_matmul([theta], group, mixing, piece, transpose=not wide)[0]
-    vectors = _leading_eigenvectors([gram.cpu() for gram in grams], rank).to(base.device)
+    vectors = leading_eigenvectors([gram.cpu() for gram in grams], rank).to(base.device)
     group = [[whole] for whole in matrices]
     other = operators.residual_matmul([matrix], group, mixing, vectors.unsqueeze(0), transpose=wide)[0]
     dtype = torch.float64 if keep_float64 else compute_dtype([base, *experts])
@@ -227,22 +169,6 @@ def _exact(
     return Factors(other, vectors.transpose(1, 2).contiguous(), gap=gap)
 
 
-def _gram(product: Tensor) -> Tensor:
-    """(k, k) float64 on the CPU, where small eigenvalue problems are solved for every device."""
-    double = product.double()
-    return (double.T @ double).cpu()
-
-
-def _leading_eigenvectors(grams: Sequence[Tensor], rank: int) -> Tensor:
-    """(N, k, rank), by descending eigenvalue, with signs fixed (the largest entry of a column is positive)."""
-    leading = []
-    for gram in grams:
-        vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)[:, :rank]
-        largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-        leading.append(vectors * torch.where(largest < 0, -1.0, 1.0))
-    return torch.stack(leading)
-
-
 def _test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tensor:
     """Gaussian (n, width) float32, made on the CPU for all devices."""
     generator = torch.Generator()
@@ -250,7 +176,78 @@ def _test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tens
     return torch.randn(math.prod(shape[1:]), width, generator=generator)
 
 
-def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:
-    """63 bits, a function of (seed, tensor name, shape) alone: all that is random about a tensor."""
-    key = f"{seed}\0{name}\0{shape[0]}x{math.prod(shape[1:])}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+def truncation_pass(plan: Plan, config: MergeConfig) -> Pass:
+    """Matrices that are not kept whole. All of a matrix is needed at once."""
+    return Pass("truncation", [tensor for tensor in plan.of("matrix") if tensor.truncated and config.eta != 0])
+
+
+class TruncationStep(Step):
+    """Factors of every residual, into the run's store; what is known of them beside, as plain values."""
+
+    def __init__(self, run: Run, config: MergeConfig, mixing: Tensor, grams: Mapping[str, Tensor]) -> None:
+        super().__init__(truncation_pass(run.plan, config))
+        self._config, self._run, self._mixing, self._grams = config, run, mixing, grams
+
+    def remembered(self, journal: Journal) -> Mapping[str, Any]:
+        """Factors are not written down: a tensor that is not merged yet is truncated again, the same to the bit."""
+        merged, truncated = journal.known("combination"), journal.known(self.over.name)
+        return {name: value for name, value in truncated.items() if name in merged}
+
+    def work(self, group: Group) -> list[Any]:
+        """See :class:`r2m_kernels.findings.Truncated`."""
+        known = [self._grams[name] for name in group.names]
+        rank, operators = group.tensors[0].rank, self._run.backend.operators
+        factors = truncate_residuals(
+            group.names, group.bases, group.experts, self._mixing, rank, self._config, operators, known
+        )
+        dtype = compute_dtype([group.bases[0], *(expert[0] for expert in group.experts)])
+        factors = map_spectra(factors, self._config, dtype)
+        for name, of_tensor in zip(group.names, factors, strict=True):
+            self._run.factors.put(name, of_tensor)
+        return [Truncated.of(of_tensor).plain() for of_tensor in factors]
+
+
+class ResidualFactors:
+    """The truncated residuals of every matrix, at the analyzed rank or any smaller one."""
+
+    def __init__(self, findings: Findings, run: Run) -> None:
+        self._findings, self._run = findings, run
+        analyzed = {name: truncated.products for name, truncated in findings.truncated.items()}
+        self._products = {_ranks(findings.config): analyzed}
+        self._late: dict[tuple[str, int], Factors] = {}
+
+    def of(self, tensor: PlannedTensor) -> Factors | None:
+        """Factors at the tensor's rank; ``None`` where nothing is truncated, or there are no residuals."""
+        if tensor.name in self._run.factors:
+            return self._run.factors.get(tensor.name).truncated(tensor.rank)
+        mixing = self._findings.real.mixing
+        if tensor.full_rank or not any_residual(mixing):
+            return None
+        # Analyzed at full rank, where factors were not needed, and asked for at a smaller one: truncated now.
+        key = (tensor.name, tensor.rank)
+        if key not in self._late:
+            group, operators = self._run.loader.load([tensor]), self._run.backend.operators
+            (self._late[key],) = truncate_residuals(
+                group.names, group.bases, group.experts, mixing, tensor.rank, self._findings.config, operators
+            )
+        return self._late[key]
+
+    def products(self, config: MergeConfig) -> dict[str, Tensor]:
+        """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank: (N, N) float64 by name."""
+        if config.eta == 0:
+            return {}
+        matrices, ranks = self._findings.matrices(config), _ranks(config)
+        if ranks not in self._products:
+            own = {
+                tensor.name: factors.inner_products()
+                for tensor in matrices
+                if self._run.owns(tensor) and (factors := self.of(tensor)) is not None
+            }
+            self._products[ranks] = self._run.processes.gather(own)
+        whole = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.full_rank}
+        return {**self._products[ranks], **whole}
+
+
+def _ranks(config: MergeConfig) -> str:
+    """What decides the ranks, as text: 1 (rank one) and 1.0 (full rank) are the same key otherwise."""
+    return repr((config.rank, config.ranks))

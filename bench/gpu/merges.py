@@ -25,8 +25,9 @@ from bench import cost_model
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, chip_of, table
 from r2m_kernels import MergeConfig, _triton, analyze, merge
-from r2m_kernels._stream.engine import DEVICE_GROUP_BYTES
-from r2m_kernels.truncation import truncate_residuals, truncation_rank
+from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
+from r2m_kernels._stream.plan import truncation_rank
+from r2m_kernels.truncation import truncate_residuals
 
 StateDict = dict[str, Tensor]
 TRUNCATED = MergeConfig.r2m_truncated()

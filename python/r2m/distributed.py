@@ -28,11 +28,11 @@ class LostProcess(R2MError):
 class TorchrunProcesses:
     """The processes of a job as a :class:`r2m_kernels.streaming.ProcessGroup`."""
 
-    def __init__(self, member: int, size: int) -> None:
-        self.member = member
+    def __init__(self, index: int, size: int) -> None:
+        self.index = index
         self.size = size
 
-    def gather(self, found: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
+    def gather(self, values: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
         """See the protocol.
 
         Raises:
@@ -42,17 +42,17 @@ class TorchrunProcesses:
 
         everyone: list[Any] = [None] * self.size
         try:
-            torch.distributed.all_gather_object(everyone, (dict(found), error))
+            torch.distributed.all_gather_object(everyone, (dict(values), error))
         except RuntimeError as lost:
             raise LostProcess(
-                f"process {self.member} of {self.size}: another process of this job has ended; start the job again "
+                f"process {self.index} of {self.size}: another process of this job has ended; start the job again "
                 "with --resume, with any number of processes"
             ) from lost
         for _, trouble in everyone:
             if trouble is not None:
-                # A member's own error keeps its traceback.
+                # A process's own error keeps its traceback.
                 raise error if error is not None and str(error) == str(trouble) else trouble
-        return {name: value for values, _ in everyone for name, value in values.items()}
+        return {name: value for theirs, _ in everyone for name, value in theirs.items()}
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def team() -> Iterator[ProcessGroup]:
     try:
         yield TorchrunProcesses(torch.distributed.get_rank(), size)
     finally:
-        with contextlib.suppress(RuntimeError):  # of a group that has lost a member
+        with contextlib.suppress(RuntimeError):  # of a group that has lost one
             torch.distributed.destroy_process_group()
 
 

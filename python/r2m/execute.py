@@ -24,7 +24,7 @@ from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT, parse_size
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.writer import SafetensorsSink
-from r2m.forecast import Forecast, forecast, lines, measured_rates
+from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.output import (
     CARD_FILE,
@@ -46,7 +46,7 @@ from r2m.preprocessing import found as found_preprocessing
 from r2m.recipe import DTYPES, FORMATS
 from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
 from r2m_kernels.errors import R2MError
-from r2m_kernels.streaming import ProcessGroup, SingleProcess, choose_backend, usable_device
+from r2m_kernels.streaming import Inputs, ProcessGroup, SingleProcess, choose_backend, usable_device
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
@@ -289,7 +289,7 @@ def merge_files(
                 expert_preprocessing=expert_preprocessing,
             )
             state = job.state()
-            if team.member == 0:
+            if team.index == 0:
                 # The files too, and not the directories alone: they may be links that lead into `out`.
                 inputs = [base, *experts.values(), *(file for source in job.sources for file in source.files)]
                 check_output(out, overwrite=overwrite, inputs=inputs, resume=resume)
@@ -335,20 +335,14 @@ def plan_merge(
     directory = check_output(out, overwrite=overwrite, inputs=[base, *experts.values(), *files])
     cores = machine.threads() * machines
     count = processes or 1
+    told = options.get("memory_budget") is not None
+    memory = job.budget if told else job.budget * machines // max(machines, count)
     found = forecast(
-        job.arranged.base,
-        job.arranged.experts,
+        Inputs(job.arranged.base, job.arranged.experts),
         job.arranged.config,
-        directory=directory,
-        metadata=job.metadata,
-        dtype=job.torch_dtype,
-        max_shard_size=job.shard_bytes,
-        budget=job.budget
-        if options.get("memory_budget") is not None
-        else job.budget * machines // max(machines, count),
-        processes=count,
-        threads=max(1, cores // count),
-        copies=2 if job.file_format == "pth" else 1,
+        choose_backend(job.backend, usable_device(job.device or "cpu")),
+        Output(directory, job.metadata, job.torch_dtype, job.shard_bytes, 2 if job.file_format == "pth" else 1),
+        Resources(memory, count, max(1, cores // count)),
     )
     return found, lines(found, measured_rates(files[0], directory), cores, str(out))
 
@@ -364,10 +358,10 @@ def _merge(
     """All of it but for the renaming."""
     # Another format is written from that one when all is merged: what can be resumed is in one format.
     directory = place.output if job.file_format == "safetensors" else place.tensors
-    if team.member == 0:
+    if team.index == 0:
         directory.mkdir(exist_ok=True)
-    sink = SafetensorsSink(directory, job.metadata, job.shard_bytes, create=team.member == 0)
-    with closing(FileJournal(place.directory, team.member, before=sink.sync)) as journal:
+    sink = SafetensorsSink(directory, job.metadata, job.shard_bytes, create=team.index == 0)
+    with closing(FileJournal(place.directory, team.index, before=sink.sync)) as journal:
         team.gather({})  # nobody appends before all have read what former runs wrote
         journal.recall("task Gram", known)
         analysis = analyze(
@@ -379,7 +373,7 @@ def _merge(
             memory_budget=job.budget,
             spill_directory=place.directory,  # where the output goes, since the system's may be memory
             progress=progress,
-            team=team,
+            processes=team,
             journal=journal,
         )
         sink.tie(analysis.plan.aliases)
@@ -388,7 +382,7 @@ def _merge(
         analysis.write(sink, dtype=job.torch_dtype, progress=progress)
         sink.sync()
     team.gather({})
-    if team.member != 0:
+    if team.index != 0:
         return analysis.report()
     return complete(job, place.output, place.tensors, sink, analysis, started)
 
@@ -514,4 +508,4 @@ def _fixed(path: str | Path) -> str:
 def _other_state(team: ProcessGroup, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
     """Why this process cannot share the work of the first one."""
     found = difference(first, state)
-    return InvalidInput(f"process {team.member} of {team.size} is not on the same merge: {found}") if found else None
+    return InvalidInput(f"process {team.index} of {team.size} is not on the same merge: {found}") if found else None

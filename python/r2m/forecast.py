@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,19 @@ from r2m import machine
 from r2m.checkpoints import layout
 from r2m.progress import readable_bytes
 from r2m_kernels import MergeConfig
-from r2m_kernels.errors import quoted
-from r2m_kernels.streaming import PlannedTensor, TensorSource, assign, plan_tensors
-from r2m_kernels.streaming import budget as planning
+from r2m_kernels.errors import printable, quoted
+from r2m_kernels.streaming import (
+    Backend,
+    Inputs,
+    Pass,
+    PlannedTensor,
+    Work,
+    assign,
+    budget,
+    plan_passes,
+    plan_tensors,
+    work_list,
+)
 
 _SAMPLE = 2**25  # bytes that a rate is measured on
 
@@ -42,6 +53,34 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Output:
+    """What is written where.
+
+    Attributes:
+        directory: an existing one on the file system of the output.
+        metadata: of the output's headers.
+        dtype: of the floating-point tensors; ``None``: the base's.
+        max_shard_size: bytes of tensors per file.
+        copies: of the merged tensors on the disk in the end: two where another format is written from them.
+    """
+
+    directory: Path
+    metadata: Mapping[str, str]
+    dtype: torch.dtype | None
+    max_shard_size: int
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a merge has: bytes of working memory for each process, how many there are, and threads of each."""
+
+    budget: int
+    processes: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
 class Share:
     """What falls to one process."""
 
@@ -50,6 +89,9 @@ class Share:
     flops: float
     spill: int
     memory: int
+    works: Mapping[str, Sequence[Work]]  # of every pass, in its order
+    in_parts: int  # tensors that are cut, and on no pass needed whole
+    whole: Sequence[str]  # tensors that exceed the memory in flight and are needed whole
 
 
 @dataclass(frozen=True)
@@ -59,13 +101,11 @@ class Forecast:
     Attributes:
         inputs: bytes of all checkpoints.
         output: bytes of the merged tensors' files, headers included.
-        copies: how often they are on the disk in the end: twice where another format is written from them.
         files: how many files those are.
         shares: of each process.
-        in_parts: tensors that are merged in parts.
-        whole: tensors that exceed their share of the budget and cannot be cut, as their truncation needs all of them.
         budget: bytes for each process.
         free_disk: bytes where the output goes.
+        copies: see :class:`Output`.
     """
 
     experts: int
@@ -74,8 +114,6 @@ class Forecast:
     output: int
     files: int
     shares: Sequence[Share]
-    in_parts: int
-    whole: Sequence[str]
     budget: int
     free_disk: int
     copies: int = 1
@@ -89,6 +127,16 @@ class Forecast:
     def disk(self) -> int:
         """Bytes that must be free: the output and what low-rank factors spill."""
         return self.copies * self.output + sum(share.spill for share in self.shares)
+
+    @property
+    def whole(self) -> list[str]:
+        """Tensors that exceed their share of the budget and cannot be cut."""
+        return [name for share in self.shares for name in share.whole]
+
+    @property
+    def in_parts(self) -> int:
+        """Tensors that are merged in parts."""
+        return sum(share.in_parts for share in self.shares)
 
     @property
     def enough(self) -> bool:
@@ -109,86 +157,77 @@ class Forecast:
         return rates.start + slowest + self.copies * self.output / rates.write
 
 
-def forecast(
-    base: TensorSource,
-    experts: Mapping[str, TensorSource],
-    config: MergeConfig,
-    *,
-    directory: Path,
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-    budget: int,
-    processes: int = 1,
-    threads: int = 1,
-    copies: int = 1,
-) -> Forecast:
+def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Output, resources: Resources) -> Forecast:
     """Work out what a merge takes.
 
     Args:
-        base, experts, config: what is merged and how.
-        directory: an existing one on the file system of the output.
-        metadata: of the output's headers.
-        dtype: of the output; ``None``: the base's.
-        max_shard_size: bytes of tensors per file.
-        budget: bytes of working memory for each process.
-        processes: how many.
-        threads: of each.
-        copies: of the merged tensors on the disk.
+        inputs, config: what is merged and how.
+        backend: who computes.
+        output: what is written where.
+        resources: what it may take.
 
     Raises:
         InvalidInput: checkpoints that do not fit together.
     """
-    plan = plan_tensors(base, experts, config)
-    sources = [base, *experts.values()]
+    plan = plan_tensors(inputs.base, inputs.named, config)
+    passes = plan_passes(plan, config, backend.operators)
+    uses = Counter(tensor.name for one in passes for tensor in one.tensors)
+    costs = budget.costs(plan.tensors, uses, inputs, config)
+    shares = []
+    for names in assign(costs, resources.processes):
+        tensors = [tensor for tensor in plan.tensors if tensor.name in names]
+        memory = budget.split(resources.budget, tensors, inputs, config, threads=resources.threads)
+        works = {}
+        for one in passes:
+            own = [tensor for tensor in one.tensors if tensor.name in names]
+            works[one.name] = work_list(one, own, inputs, memory, resources.threads)
+        shares.append(_share(tensors, works, passes, memory, inputs, config))
+    files = layout.plan_files(
+        plan.output_specs(inputs.base.specs, output.dtype), output.metadata, output.max_shard_size, plan.aliases
+    )
+    return Forecast(
+        experts=len(inputs.experts),
+        tensors=len(plan.tensors),
+        inputs=sum(spec.nbytes for source in inputs.sources for spec in source.specs.values()),
+        output=sum(file.size for file in files),
+        files=len(files),
+        shares=shares,
+        budget=resources.budget,
+        free_disk=machine.free_disk(output.directory),
+        copies=output.copies,
+    )
 
-    def read(tensor: PlannedTensor) -> int:
-        read_from = [base] if tensor.role == "copied" else sources
-        return sum(source.specs[tensor.name].nbytes for source in read_from if tensor.name in source.specs)
+
+def _share(
+    tensors: Sequence[PlannedTensor],
+    works: Mapping[str, Sequence[Work]],
+    passes: Sequence[Pass],
+    memory: budget.Memory,
+    inputs: Inputs,
+    config: MergeConfig,
+) -> Share:
+    uses = Counter(work.tensors[0].name for of_pass in works.values() for work in of_pass)
 
     def used(tensor: PlannedTensor) -> int:
         """Over all passes; the base's part of a mean of the experts passes once, in the search for NaN."""
-        once = base.specs[tensor.name].nbytes if tensor.role == "statistic" else 0
-        return read(tensor) * planning.passes(tensor, config) - once
+        once = inputs.base.specs[tensor.name].nbytes if tensor.role == "statistic" else 0
+        return inputs.nbytes(tensor) * uses[tensor.name] - once
 
-    costs = {tensor.name: planning.cost(tensor, config, read(tensor), len(experts)) for tensor in plan.tensors}
-    found, in_parts, whole = [], 0, []
-    for hand in assign(costs, processes):
-        mine = [tensor for tensor in plan.tensors if tensor.name in hand]
-        split = planning.shares(budget, mine, read, len(experts), threads)
-        kept = planning.kept(split.kept, mine, read)
-        factors = sum(planning.factor_bytes(tensor, len(experts)) for tensor in mine) if config.eta != 0 else 0
-        large = [tensor for tensor in mine if planning.working_bytes(tensor, read(tensor)) > split.piece]
-        uncut = [tensor for tensor in large if not planning.can_be_cut(tensor, config)]
-        in_parts += len(large) - len(uncut)
-        over = [tensor for tensor in uncut if planning.working_bytes(tensor, read(tensor)) > split.flight]
-        whole += [tensor.name for tensor in over]
-        excess = max((planning.working_bytes(tensor, read(tensor)) - split.flight for tensor in over), default=0)
-        found.append(
-            Share(
-                read=sum(read(tensor) if tensor.name in kept else used(tensor) for tensor in mine),
-                used=sum(used(tensor) for tensor in mine),
-                flops=sum(planning.truncation_flops(tensor, config, len(experts)) for tensor in mine),
-                spill=max(0, factors - split.factors),
-                memory=split.flight
-                + excess
-                + min(factors, split.factors)
-                + sum(read(tensor) for tensor in mine if tensor.name in kept),
-            )
-        )
-    files = layout.plan_files(plan.output_specs(base.specs, dtype), metadata, max_shard_size, plan.aliases)
-    return Forecast(
-        experts=len(experts),
-        tensors=len(plan.tensors),
-        inputs=sum(spec.nbytes for source in sources for spec in source.specs.values()),
-        output=sum(file.size for file in files),
-        files=len(files),
-        shares=found,
-        in_parts=in_parts,
-        whole=whole,
-        budget=budget,
-        free_disk=machine.free_disk(directory),
-        copies=copies,
+    flight, factors = memory.flight or 0, sum(map(inputs.factor_bytes, tensors)) if config.eta != 0 else 0
+    uncut = {tensor.name for one in passes for tensor in one.tensors if one.block_elements(tensor) is None}
+    cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
+    excess = {tensor.name: inputs.working_bytes(tensor) - flight for tensor in tensors if tensor.name in uncut}
+    over = {name: size for name, size in excess.items() if size > 0}
+    kept = sum(inputs.nbytes(tensor) for tensor in tensors if tensor.name in memory.kept)
+    return Share(
+        read=sum(inputs.nbytes(tensor) if tensor.name in memory.kept else used(tensor) for tensor in tensors),
+        used=sum(map(used, tensors)),
+        flops=sum(budget.truncation_flops(tensor, config, len(inputs.experts)) for tensor in tensors),
+        spill=max(0, memory.spill),
+        memory=flight + max(over.values(), default=0) + min(factors, memory.factors or 0) + kept,
+        works=works,
+        in_parts=len(cut - uncut),
+        whole=list(over),
     )
 
 
@@ -231,31 +270,48 @@ def measured_rates(sample: Path, directory: Path) -> Rates:
     return Rates(read, write, compute, flops, start=machine.age())
 
 
-def lines(found: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
+def lines(forecast: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
     """The forecast for a terminal."""
     size = readable_bytes
-    passes = found.read / max(1, found.inputs)
+    passes = forecast.read / max(1, forecast.inputs)
     once = "everything once" if passes <= 1.001 else f"{passes:.2g} times the inputs"
-    spill = sum(share.spill for share in found.shares)
-    count = len(found.shares)
+    spill = sum(share.spill for share in forecast.shares)
+    count = len(forecast.shares)
     each = " for each process" if count > 1 else ""
-    parts = f"; {found.in_parts} tensors in parts" if found.in_parts else ""
+    parts = f"; {forecast.in_parts} tensors in parts" if forecast.in_parts else ""
     text = [
-        f"inputs   {found.experts + 1} checkpoints, {found.tensors} tensors, {size(found.inputs)}",
-        f"reads    {size(found.read)}, {once}{parts}",
-        f"writes   {size(found.output)} in {found.files} file{'s' * (found.files != 1)} to {out}",
-        f"memory   {size(max(share.memory for share in found.shares))} at most, of a budget of "
-        f"{size(found.budget)}{each}; the process itself takes {size(machine.resident())} besides",
-        f"disk     {size(found.disk)} of {size(found.free_disk)} free"
+        f"inputs   {forecast.experts + 1} checkpoints, {forecast.tensors} tensors, {size(forecast.inputs)}",
+        f"reads    {size(forecast.read)}, {once}{parts}",
+        f"writes   {size(forecast.output)} in {forecast.files} file{'s' * (forecast.files != 1)} to {out}",
+        f"memory   {size(max(share.memory for share in forecast.shares))} at most, of a budget of "
+        f"{size(forecast.budget)}{each}; the process itself takes {size(machine.resident())} besides",
+        f"disk     {size(forecast.disk)} of {size(forecast.free_disk)} free"
         + (f", {size(spill)} of it for low-rank factors" if spill else ""),
-        f"time     about {found.seconds(rates, cores):.1f} s, of which {rates.start:.1f} s to start"
+        f"time     about {forecast.seconds(rates, cores):.1f} s, of which {rates.start:.1f} s to start"
         + (f"; {count} processes on {cores} core{'s' * (cores != 1)}" if count > 1 else ""),
     ]
-    if found.disk > found.free_disk:
-        text.append(f"too little disk: {size(found.disk)} needed, {size(found.free_disk)} free")
-    if found.whole:
-        more = f" and {len(found.whole) - 1} more" if found.whole[1:] else ""
+    if forecast.disk > forecast.free_disk:
+        text.append(f"too little disk: {size(forecast.disk)} needed, {size(forecast.free_disk)} free")
+    if forecast.whole:
+        more = f" and {len(forecast.whole) - 1} more" if forecast.whole[1:] else ""
         text.append(
-            f"over the budget: {quoted(found.whole[0])}{more} cannot be merged in parts; memory counts it whole"
+            f"over the budget: {quoted(forecast.whole[0])}{more} cannot be merged in parts; memory counts it whole"
         )
     return text
+
+
+def work_lines(forecast: Forecast) -> list[str]:
+    """Every piece of work of every pass in its order, as it will be run: what, how large, and how it is taken."""
+    text = []
+    for index, share in enumerate(forecast.shares):
+        whose = f" of process {index}" if len(forecast.shares) > 1 else ""
+        for name, works in share.works.items():
+            text.append(f"{name}{whose}: {len(works)} piece{'s' * (len(works) != 1)} of work")
+            text += [f"  {_described(work)}" for work in works]
+    return text
+
+
+def _described(work: Work) -> str:
+    tensor = work.tensors[0]
+    how = f"in {len(work.parts)} parts" if work.parts else "beside others" if work.shared else "on all threads"
+    return f"{printable(tensor.name)} {list(tensor.spec.shape)}, {tensor.role}, {how}"

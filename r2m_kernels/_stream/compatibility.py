@@ -1,84 +1,20 @@
-"""What part each tensor takes in the merge, and whether the checkpoints fit together at all (README §1)."""
+"""Whether checkpoints fit together at all, and the tensor plan of those that do (README §1)."""
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from .. import checks
 from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, quoted
-from ..truncation import truncation_rank
+from .plan import Plan, PlannedTensor, fits, residual_rank
 from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
-
-Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
 
 LISTED = 100  # lines of one kind of mismatch before the rest is only counted
 STATISTICS = ("running_mean", "running_var")
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output.
-
-    Attributes:
-        role: ``matrix``: takes part in subspace and truncation; ``vector``: mean plus matched deviation;
-            ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
-        rank: truncation rank of a matrix; 0 for other roles.
-        mapped: its residuals' singular values are changed, not only cut off: never linear in the task vectors.
-    """
-
-    name: str
-    spec: TensorSpec
-    role: Role
-    rank: int = 0
-    mapped: bool = False
-
-    @property
-    def full_rank(self) -> bool:
-        """A matrix that is kept whole: linear in the task vectors, no factors needed."""
-        return self.role == "matrix" and self.rank == min(self.matrix_shape) and not self.mapped
-
-    @property
-    def truncated(self) -> bool:
-        """A matrix whose residuals are kept as low-rank factors."""
-        return self.role == "matrix" and not self.full_rank
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(m, n): the first dimension and the product of the rest."""
-        return self.spec.shape[0], math.prod(self.spec.shape[1:])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic."""
-
-    tensors: tuple[PlannedTensor, ...]
-    aliases: Mapping[str, str]
-    tied: Mapping[str, Sequence[str]]
-    dropped: tuple[str, ...]
-
-    def of(self, *roles: Role) -> list[PlannedTensor]:
-        """The tensors of some roles, largest first: the order in which work is dealt to threads."""
-        chosen = [tensor for tensor in self.tensors if tensor.role in roles]
-        return sorted(chosen, key=lambda tensor: (-tensor.spec.numel, tensor.name))
-
-    def output_specs(self, base: Iterable[str], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
-        """What is written: names in the base's order, then the extras; ``dtype`` for all that is not copied."""
-        planned = {tensor.name: tensor for tensor in self.tensors}
-        specs = {}
-        for name in dict.fromkeys((*base, *planned)):
-            tensor = planned[self.aliases.get(name, name)]
-            keep = dtype is None or tensor.role == "copied"
-            specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
-        return specs
 
 
 def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeConfig) -> Plan:
@@ -120,28 +56,14 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
 
 def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str], count: int) -> PlannedTensor:
     """The role of a tensor that goes by ``names``; ``name`` is the first of them."""
-    if not spec.dtype.is_floating_point or spec.numel == 0 or _fits(names, config.keep):
+    if not spec.dtype.is_floating_point or spec.numel == 0 or fits(names, config.keep):
         return PlannedTensor(name, spec, "copied")
-    if name.rpartition(".")[2] in STATISTICS or _fits(names, config.average):
+    if name.rpartition(".")[2] in STATISTICS or fits(names, config.average):
         return PlannedTensor(name, spec, "statistic")
-    if len(spec.shape) < 2 or _fits(names, config.exclude):
+    if len(spec.shape) < 2 or fits(names, config.exclude):
         return PlannedTensor(name, spec, "vector")
     rank = residual_rank(config, name, spec.shape, count)
     return PlannedTensor(name, spec, "matrix", rank, config.eta != 0 and config.spectrum != "truncate")
-
-
-def _fits(names: Iterable[str], globs: Iterable[str]) -> bool:
-    """Whether a tensor that goes by ``names`` is meant by one of the globs."""
-    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
-
-
-def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:
-    """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
-    smaller = min(shape[0], math.prod(shape[1:]))
-    if config.spectrum == "rescale":
-        return smaller
-    wanted = next((rank for glob, rank in config.ranks if _fits([name], [glob])), config.rank)
-    return truncation_rank(wanted, shape, smaller // count if config.spectrum == "orthogonal" else None)
 
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
@@ -165,7 +87,7 @@ def _mismatches(
 ) -> str:
     """Everything that does not fit, in one text; empty when all does."""
     reports = []
-    merged = {name: spec for name, spec in base.specs.items() if not _fits([name], config.keep)}
+    merged = {name: spec for name, spec in base.specs.items() if not fits([name], config.keep)}
     unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
         lines = [f"unsupported dtype: {quoted(name)} ({_describe(base.specs[name])})" for name in unsupported]

@@ -1,4 +1,4 @@
-"""Who shares the work of a merge, and what of it is on the disk already: two protocols the engine knows.
+"""Who shares the work of a merge, and what of it is on the disk already: two protocols a run knows.
 
 One process with nothing to remember is :class:`SingleProcess` and :class:`NoJournal`; others are the application's.
 """
@@ -14,12 +14,12 @@ class ProcessGroup(Protocol):
     """Processes that run the same merge, each on tensors of its own; all call the same methods in the same order.
 
     Attributes:
-        member: this one, from 0.
+        index: this one, from 0.
         size: how many there are.
     """
 
     @property
-    def member(self) -> int:
+    def index(self) -> int:
         """See the class."""
         ...
 
@@ -28,12 +28,12 @@ class ProcessGroup(Protocol):
         """See the class."""
         ...
 
-    def gather(self, found: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
-        """What all members found together, by name.
+    def gather(self, values: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
+        """What all processes have together, by name.
 
         Args:
-            found: this member's, as plain values or tensors on the CPU.
-            error: why this member cannot go on. Then every member raises the error of the first one that has any.
+            values: this process's, as plain values or tensors on the CPU.
+            error: why this process cannot go on. Then every one raises the error of the first one that has any.
         """
         ...
 
@@ -51,16 +51,16 @@ class Journal(Protocol):
 
 
 class SingleProcess:
-    """A team of one."""
+    """A group of one."""
 
-    member = 0
+    index = 0
     size = 1
 
-    def gather(self, found: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
-        """What was found; raises ``error``."""
+    def gather(self, values: Mapping[str, Any], error: Exception | None = None) -> dict[str, Any]:
+        """The values as they are; raises ``error``."""
         if error is not None:
             raise error
-        return dict(found)
+        return dict(values)
 
 
 class NoJournal:
@@ -75,11 +75,11 @@ class NoJournal:
 
 
 def assign(costs: Mapping[str, float], size: int) -> list[set[str]]:
-    """Names for each of ``size`` members: the costliest first, always to who has least; ties by name, then member."""
-    hands: list[set[str]] = [set() for _ in range(size)]
-    loads = [(0.0, member) for member in range(size)]
+    """Names for each of ``size`` processes: the costliest first, always to who has least; ties by name, then index."""
+    shares: list[set[str]] = [set() for _ in range(size)]
+    loads = [(0.0, index) for index in range(size)]
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        load, member = heapq.heappop(loads)
-        hands[member].add(name)
-        heapq.heappush(loads, (load + costs[name], member))
-    return hands
+        load, index = heapq.heappop(loads)
+        shares[index].add(name)
+        heapq.heappush(loads, (load + costs[name], index))
+    return shares

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..truncation import Factors
+from .factors import Factors
 
 FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
 

@@ -7,8 +7,9 @@ application.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +27,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """What these are computed in: float64 where one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:
+    """63 bits, a function of (seed, tensor name, shape) alone: all that is random about a tensor."""
+    key = f"{seed}\0{name}\0{shape[0]}x{math.prod(shape[1:])}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -107,92 +114,3 @@ class PartialSink(TensorSink, Protocol):
     def write_elements(self, name: str, start: int, elements: Tensor) -> None:
         """Store a run of the flattened tensor, from element ``start`` on; its dtype is the one announced."""
         ...
-
-
-class StateDictSource:
-    """A state dict as a :class:`TensorSource`; tensors are handed out as they are, without a copy."""
-
-    def __init__(self, label: str, state_dict: Mapping[str, Tensor]) -> None:
-        self.label = label
-        self._tensors = {name: tensor.detach() for name, tensor in state_dict.items()}
-        self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
-        }
-        self.aliases: Mapping[str, str] = _shared_storage(self._tensors)
-        self.devices = {name: tensor.device for name, tensor in self._tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        """The tensor itself, detached."""
-        return self._tensors[name]
-
-    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
-        """A run of its elements; a view where they lie side by side."""
-        tensor = self._tensors[name]
-        if tensor.is_contiguous():
-            return tensor.view(-1)[start:stop]
-        rest = max(1, tensor[0].numel())  # rows that hold the run, and not the whole, are copied
-        first = start // rest
-        rows = tensor[first : -(-stop // rest)].reshape(-1)
-        return rows[start - first * rest : stop - first * rest]
-
-
-class StateDictSink:
-    """Collects the merged tensors in :attr:`state_dict`, in the announced order.
-
-    Args:
-        devices: name → device of the output; CPU where a name is absent.
-        aliases: name → the name it is tied to: both become one tensor.
-    """
-
-    def __init__(
-        self, devices: Mapping[str, torch.device] | None = None, aliases: Mapping[str, str] | None = None
-    ) -> None:
-        self._devices = devices or {}
-        self._aliases = aliases or {}
-        self._specs: Mapping[str, TensorSpec] = {}
-        self._tensors: dict[str, Tensor | None] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Lay down the keys."""
-        # Keys come first, so that their order does not depend on which thread finishes first.
-        self._specs, self._tensors = specs, dict.fromkeys(specs)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Keep the tensor, on the device its name asks for; a tied name comes after the one it is tied to."""
-        first = self._tensors.get(self._aliases.get(name, name))
-        device = self._devices.get(name, torch.device("cpu"))
-        self._tensors[name] = tensor.to(device) if first is None or first.device != device else first
-
-    def write_elements(self, name: str, start: int, elements: Tensor) -> None:
-        """Keep a run; the tensor is laid down with its first one."""
-        with self._lock:
-            whole = self._tensors[name]
-            if whole is None:
-                first = self._tensors.get(self._aliases.get(name, name))
-                device = self._devices.get(name, torch.device("cpu"))
-                if first is not None and first.device == device:
-                    whole = first
-                else:
-                    whole = torch.empty(self._specs[name].shape, dtype=self._specs[name].dtype, device=device)
-                self._tensors[name] = whole
-        whole.view(-1)[start : start + elements.numel()] = elements
-
-    @property
-    def state_dict(self) -> dict[str, Tensor]:
-        """The merged tensors; complete once the merge has returned."""
-        return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
-
-
-def _shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    first: dict[tuple[object, ...], str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            continue
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if key in first:
-            aliases[name] = first[key]
-        else:
-            first[key] = name
-    return aliases

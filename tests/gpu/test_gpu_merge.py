@@ -9,7 +9,7 @@ import torch
 from gpu_cases import all_same_bits, checkpoints, residuals
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
-from r2m_kernels.truncation import truncation_rank
+from r2m_kernels._stream.plan import truncation_rank
 
 # Under the default, "relative", merges may differ by more than their truncations: the experts' residuals nearly cancel,
 # and what is left is scaled up. Here the residual term is the mean of the truncated residuals as they are.

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from r2m_kernels import MergeConfig, TensorSpec, analyze, merge
-from r2m_kernels._stream.tensors import StateDictSink
+from r2m_kernels._stream.state_dicts import StateDictSink
 
 
 def config_of(eta_mode, row_power, **fields):

@@ -8,7 +8,7 @@ from cases import TRUNCATED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2m_kernels import analyze
-from r2m_kernels.truncation import truncation_rank
+from r2m_kernels._stream.plan import truncation_rank
 
 
 class LargestStorage(TorchDispatchMode):

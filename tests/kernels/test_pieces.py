@@ -9,7 +9,8 @@ import torch
 from cases import same_bits
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
-from r2m_kernels._stream.tensors import StateDictSink, StateDictSource, TensorSpec
+from r2m_kernels._stream.state_dicts import StateDictSink, StateDictSource
+from r2m_kernels._stream.tensors import TensorSpec
 
 METHODS = {
     "R2M": MergeConfig.r2m(),

@@ -6,8 +6,8 @@ import os
 
 import torch
 
+from r2m_kernels._stream.factors import Factors
 from r2m_kernels._stream.spill import FactorStore
-from r2m_kernels.truncation import Factors
 
 
 def factors(seed, dtype=torch.float32):

@@ -10,7 +10,8 @@ from cases import TRUNCATED, checkpoints, distance, floating, matrix_with, same_
 from interpreter import multiply_in_tf32
 
 from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, _triton, analyze, merge, reference
-from r2m_kernels.truncation import truncate_residuals, truncation_rank
+from r2m_kernels._stream.plan import truncation_rank
+from r2m_kernels.truncation import truncate_residuals
 
 # Two shapes with two tensors each make groups; tall, wide and one row length that is no multiple of a vector.
 SHAPES = {"a.weight": (72, 66), "b.weight": (72, 66), "c.weight": (66, 70), "d.weight": (66, 70), "e.weight": (40, 131)}

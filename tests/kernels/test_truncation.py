@@ -7,8 +7,9 @@ import torch
 from cases import matrix_with, spectrum
 
 from r2m_kernels import MergeConfig, _native, _torch, truncation
+from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._torch import truncate
-from r2m_kernels.truncation import truncate_residuals, truncation_rank
+from r2m_kernels.truncation import truncate_residuals
 
 BACKENDS = pytest.mark.parametrize("operators", [_torch, _native], ids=["torch", "native"])
 

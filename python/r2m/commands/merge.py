@@ -131,7 +131,7 @@ def merge(**given: Any) -> int | None:
     quiet, out = given.pop("quiet"), given["out"]
     overwrite, resume = given.pop("overwrite"), given.pop("resume")
     with distributed.team() as team:
-        first = team.member == 0
+        first = team.index == 0
         try:
             with reporting(quiet=quiet or not first) as progress:
                 report = merge_files(**job(given), overwrite=overwrite, resume=resume, team=team, progress=progress)
@@ -153,13 +153,15 @@ def merge(**given: Any) -> int | None:
 )
 @option(RUN, "--processes", type=click.IntRange(1), help="Of torchrun.  [default: 1]")
 @option(RUN, "--machines", type=click.IntRange(1), default=1, help="Like this one, for the processes.  [default: 1]")
-def plan(processes: int | None, machines: int, **given: Any) -> int:
+@option(RUN, "--list", "listed", is_flag=True, help="Also show every piece of work, in the order in which it is done.")
+def plan(processes: int | None, machines: int, listed: bool, **given: Any) -> int:
     """Show what a merge would read, write, hold and take; its exit code is 1 where disk or budget do not suffice."""
-    return _plan(given, processes=processes, machines=machines)
+    return _plan(given, processes=processes, machines=machines, listed=listed)
 
 
-def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int:
+def _plan(given: dict[str, Any], *, processes: int | None, machines: int, listed: bool = False) -> int:
     from r2m.execute import plan_merge
+    from r2m.forecast import work_lines
 
     found, lines = plan_merge(
         **job({name: value for name, value in given.items() if name not in ("overwrite", "quiet", "resume")}),
@@ -167,6 +169,7 @@ def _plan(given: dict[str, Any], *, processes: int | None, machines: int) -> int
         processes=processes,
         machines=machines,
     )
+    lines += work_lines(found) if listed else []
     for line in lines if not given["quiet"] else ():
         click.echo(line)
     return 0 if found.enough else 1

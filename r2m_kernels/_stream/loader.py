@@ -1,0 +1,190 @@
+"""Brings the inputs of tensors to where they are computed with: whole, in parts, or groups of one shape.
+
+On a GPU the next group is read and copied, through pinned memory and on a stream of its own, while kernels work on this
+one. Inputs that fit stay in memory for the steps that follow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import NotFinite, quoted
+from .budget import Inputs
+from .plan import PlannedTensor
+from .state_dicts import StateDictSource
+from .tensors import PartialSource, TensorSource
+
+# Bytes of a tensor looked at together in search of NaN.
+WINDOW = 2**24
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one role, shape and rank with their inputs on the device; no inputs for roles that are not computed.
+
+    Attributes:
+        bases: L tensors.
+        experts: N lists of L tensors.
+        part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
+    """
+
+    tensors: Sequence[PlannedTensor]
+    bases: list[Tensor] = field(default_factory=list)
+    experts: list[list[Tensor]] = field(default_factory=list)
+    part: slice | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return [tensor.name for tensor in self.tensors]
+
+    def inputs(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        """One tensor's: the base's and the experts'."""
+        return self.bases[index], [expert[index] for expert in self.experts]
+
+    def single(self, index: int) -> Group:
+        """A group of one of its tensors, with its inputs."""
+        base, experts = self.inputs(index)
+        return Group([self.tensors[index]], [base], [[expert] for expert in experts], self.part)
+
+    def in_rows(self) -> Group:
+        """Parts of a matrix, which are whole rows then, as rows; whole tensors as they are."""
+        if self.part is None:
+            return self
+        columns = self.tensors[0].matrix_shape[1]
+        base, experts = self.inputs(0)
+        rows = [[expert.view(-1, columns)] for expert in experts]
+        return Group(self.tensors, [base.view(-1, columns)], rows, self.part)
+
+
+class Loader:
+    """Reads tensors and moves them to the device.
+
+    Attributes:
+        inputs: the checkpoints.
+        device: where tensors go.
+        read_bytes: how many were read so far.
+        kept: tensors whose inputs stay in memory once they are loaded; set when the memory is split.
+    """
+
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+        self.inputs, self.device = inputs, device
+        self.read_bytes = 0
+        self.kept: frozenset[str] = frozenset()
+        self._at_hand: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._lock = threading.Lock()
+        self._pinned = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
+
+    def load(self, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
+        """A group's inputs on the device, or a part of a single tensor's; roles that are not computed come without."""
+        if tensors[0].role not in ("matrix", "vector"):
+            return Group(tensors, part=part)
+        if part is not None:
+            base, *others = self._part(tensors[0], part)
+            return Group(tensors, [base], [[other] for other in others], part)
+        loaded = [self.whole(tensor) for tensor in tensors]
+        experts = [[others[j] for _, others in loaded] for j in range(len(self.inputs.experts))]
+        return Group(tensors, [base for base, _ in loaded], experts)
+
+    def load_ahead(self, tensors: Sequence[PlannedTensor]) -> tuple[Group, torch.cuda.Event | None]:
+        """A group, and the event after which kernels may use it."""
+        if self._stream is None:
+            return self.load(tensors), None
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            group = self.load(tensors)
+            return group, self._stream.record_event()
+
+    def await_group(self, group: Group, ready: torch.cuda.Event | None) -> None:
+        """Let the kernels that follow wait for what :meth:`load_ahead` copies."""
+        if ready is None:
+            return
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_event(ready)
+        for tensor in (*group.bases, *(one for expert in group.experts for one in expert)):
+            tensor.record_stream(compute)  # its memory is not reused before these kernels are done
+
+    def whole(self, tensor: PlannedTensor) -> tuple[Tensor, list[Tensor]]:
+        """The base's tensor and the experts' on the device."""
+        if tensor.name in self._at_hand:
+            return self._at_hand[tensor.name]
+        tensors = [self.read(source, tensor) for source in self.inputs.sources]
+        if self._pinned:
+            tensors = [one.contiguous().pin_memory() if one.device.type == "cpu" else one for one in tensors]
+        base, *experts = (one.to(self.device, non_blocking=self._pinned) for one in tensors)
+        if tensor.name in self.kept:
+            self._at_hand[tensor.name] = (base, experts)
+        return base, experts
+
+    def _part(self, tensor: PlannedTensor, part: slice) -> list[Tensor]:
+        if tensor.name in self.kept:
+            base, experts = self._at_hand[tensor.name]
+            return [one.reshape(-1)[part] for one in (base, *experts)]
+        return [self.read(source, tensor, part).to(self.device) for source in self.inputs.sources]
+
+    def read(self, source: TensorSource, tensor: PlannedTensor, part: slice | None = None) -> Tensor:
+        """One input of a tensor, or a run of its elements; counted."""
+        if part is None:
+            read = source.read(tensor.name)
+        else:
+            assert isinstance(source, PartialSource)
+            read = source.read_elements(tensor.name, part.start, part.stop)
+        with self._lock:
+            self.read_bytes += read.nbytes
+        return read
+
+    def mean_of_experts(self, tensor: PlannedTensor, weights: Tensor, part: slice | None = None) -> Tensor:
+        """Weighted mean of the experts' tensors: θ₀ plus rounded differences could turn a variance negative.
+
+        Args:
+            tensor: what to read.
+            weights: (N,) w, summing to 1.
+            part: which elements; ``None``: all, in the tensor's shape.
+
+        Returns:
+            float64 on the CPU.
+        """
+        shape = tensor.spec.shape if part is None else (part.stop - part.start,)
+        total = torch.zeros(shape, dtype=torch.float64)
+        for weight, source in zip((weights * len(weights)).tolist(), self.inputs.experts, strict=True):
+            total += self.read(source, tensor, part).to("cpu", torch.float64) * weight
+        return total / len(self.inputs.experts)
+
+    def on_device(self, tensor: PlannedTensor) -> bool:
+        """Whether nothing has to be brought for this tensor."""
+        return tensor.name in self._at_hand or self.in_place(tensor)
+
+    def in_place(self, tensor: PlannedTensor) -> bool:
+        """Whether all inputs of a tensor are in the device's memory without our doing."""
+        return all(
+            isinstance(source, StateDictSource) and source.devices[tensor.name] == self.device
+            for source in self.inputs.read_for(tensor)
+        )
+
+    def refuse_non_finite(self, tensor: PlannedTensor, part: slice | None = None) -> None:
+        """Name the first input that holds NaN or Inf; looking for it only in a ``part`` if one is given.
+
+        Raises:
+            NotFinite: there is one.
+        """
+        for source in self.inputs.experts if tensor.role == "extra" else self.inputs.sources:
+            everywhere = list(_windows(tensor)) if isinstance(source, PartialSource) else [None]
+            if self._non_finite(source, tensor, everywhere if part is None else [part]):
+                count = self._non_finite(source, tensor, everywhere)
+                raise NotFinite(
+                    f"{source.label}: tensor {quoted(tensor.name)} holds NaN or Inf in {count} of "
+                    f"{tensor.spec.numel} elements"
+                )
+
+    def _non_finite(self, source: TensorSource, tensor: PlannedTensor, parts: Sequence[slice | None]) -> int:
+        return sum(int((~torch.isfinite(self.read(source, tensor, part))).sum()) for part in parts)
+
+
+def _windows(tensor: PlannedTensor) -> Iterator[slice]:
+    size, step = tensor.spec.numel, max(1, WINDOW // tensor.spec.dtype.itemsize)
+    return (slice(i, min(i + step, size)) for i in range(0, size, step))

@@ -1,0 +1,103 @@
+"""What part each tensor takes in a merge, as plain data; made by :mod:`.compatibility` (README §1)."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..config import MergeConfig
+from .tensors import TensorSpec
+
+Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        role: ``matrix``: takes part in subspace and truncation; ``vector``: mean plus matched deviation;
+            ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
+        rank: truncation rank of a matrix; 0 for other roles.
+        mapped: its residuals' singular values are changed, not only cut off: never linear in the task vectors.
+    """
+
+    name: str
+    spec: TensorSpec
+    role: Role
+    rank: int = 0
+    mapped: bool = False
+
+    @property
+    def full_rank(self) -> bool:
+        """A matrix that is kept whole: linear in the task vectors, no factors needed."""
+        return self.role == "matrix" and self.rank == min(self.matrix_shape) and not self.mapped
+
+    @property
+    def truncated(self) -> bool:
+        """A matrix whose residuals are kept as low-rank factors."""
+        return self.role == "matrix" and not self.full_rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n): the first dimension and the product of the rest."""
+        return self.spec.shape[0], math.prod(self.spec.shape[1:])
+
+    def at(self, rank: int) -> PlannedTensor:
+        """The same with another truncation rank."""
+        return self if rank == self.rank else replace(self, rank=rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic."""
+
+    tensors: tuple[PlannedTensor, ...]
+    aliases: Mapping[str, str]
+    tied: Mapping[str, Sequence[str]]
+    dropped: tuple[str, ...]
+
+    def of(self, *roles: Role) -> list[PlannedTensor]:
+        """The tensors of some roles, largest first: the order in which threads take them."""
+        chosen = [tensor for tensor in self.tensors if tensor.role in roles]
+        return sorted(chosen, key=lambda tensor: (-tensor.spec.numel, tensor.name))
+
+    def output_specs(self, base: Iterable[str], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+        """What is written: names in the base's order, then the extras; ``dtype`` for all that is not copied."""
+        planned = {tensor.name: tensor for tensor in self.tensors}
+        specs = {}
+        for name in dict.fromkeys((*base, *planned)):
+            tensor = planned[self.aliases.get(name, name)]
+            keep = dtype is None or tensor.role == "copied"
+            specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
+        return specs
+
+
+def fits(names: Iterable[str], globs: Iterable[str]) -> bool:
+    """Whether a tensor that goes by ``names`` is meant by one of the globs."""
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:
+    """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
+    smaller = min(shape[0], math.prod(shape[1:]))
+    if config.spectrum == "rescale":
+        return smaller
+    rank = next((rank for glob, rank in config.ranks if fits([name], [glob])), config.rank)
+    return truncation_rank(rank, shape, smaller // count if config.spectrum == "orthogonal" else None)
+
+
+def truncation_rank(rank: float | int, shape: Sequence[int], most: int | None = None) -> int:
+    """r_l = max(1, ⌈rank · min(m, n)⌉) for a ratio, at most ``most`` or min(m, n)."""
+    smaller = min(shape[0], math.prod(shape[1:]))
+    if most is not None:
+        return min(max(1, most), truncation_rank(rank, shape))
+    if isinstance(rank, int):
+        return min(rank, smaller)
+    # 0.07 · 100 is 7.000000000000001 in binary: a hair above a whole number is that number.
+    return min(smaller, max(1, math.ceil(rank * smaller * (1 - 1e-12))))

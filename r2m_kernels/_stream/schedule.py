@@ -1,0 +1,188 @@
+"""In what order and pieces a step passes over tensors: a list that is made first, and can be shown, and then run.
+
+On a CPU tensors are spread over threads, one each. A backend that takes groups has a launch a group instead. A tensor
+that takes more than its share of the memory is worked on in parts, where the step can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from . import budget
+from .budget import Inputs, Memory
+from .loader import Group, Loader
+from .parallel import for_each, workers
+from .plan import PlannedTensor
+from .processes import Journal
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way over the tensors, as it is known before any of them is read.
+
+    Attributes:
+        name: in events, report and journal.
+        tensors: those it is for, largest first: the last thread to finish then has a small one in hand.
+        block_elements: elements of which a part of a tensor holds a multiple, with the same bits as whole; ``None``
+            where all of it is needed at once.
+    """
+
+    name: str
+    tensors: Sequence[PlannedTensor]
+    block_elements: Callable[[PlannedTensor], int | None] = lambda tensor: None
+
+
+class Step:
+    """What is done to tensors on a pass: from a group to a plain value for each, which journals and processes read.
+
+    Attributes:
+        over: the pass.
+        journaled: values are written down, for a run that is cut off.
+    """
+
+    journaled = True
+
+    def __init__(self, over: Pass) -> None:
+        self.over = over
+
+    def work(self, group: Group) -> Sequence[Any]:
+        """The values of a group's tensors, or of a part."""
+        raise NotImplementedError
+
+    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
+        """A tensor's value from its parts' values, in their order."""
+        return None
+
+    def remembered(self, journal: Journal) -> Mapping[str, Any]:
+        """Values of a former run that need not be worked out again."""
+        return journal.known(self.over.name) if self.journaled else {}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is worked on at once.
+
+    Attributes:
+        tensors: one, or a group of one shape.
+        parts: runs of elements of a single tensor, spread over threads; empty: it is taken whole.
+        shared: several such run at once, each on a thread of its own; else it has all threads for itself.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    parts: tuple[slice, ...] = ()
+    shared: bool = False
+
+
+def work_list(
+    over: Pass,
+    tensors: Sequence[PlannedTensor],
+    inputs: Inputs,
+    memory: Memory,
+    threads: int,
+    on_device: Callable[[PlannedTensor], bool] | None = None,
+) -> list[Work]:
+    """All that is done on a pass, in its order: tensors in parts, then those that go alone, then the others.
+
+    Args:
+        over: the pass.
+        tensors: of it, those that are left to do.
+        inputs: their sizes.
+        memory: of this process.
+        threads: at work at once.
+        on_device: for a backend that takes groups: whether a tensor's inputs are where it computes.
+    """
+    parts = {tensor.name: _parts(over, tensor, inputs, memory) for tensor in tensors}
+    works = [Work((tensor,), parts[tensor.name]) for tensor in tensors if parts[tensor.name]]
+    rest = [tensor for tensor in tensors if not parts[tensor.name]]
+    if on_device is not None:
+        return works + [Work(tuple(group)) for group in _groups(rest, inputs, memory, on_device)]
+    # One that has more than a thread's share of the elements goes alone: its own blocks are spread over the threads.
+    elements = sum(tensor.spec.numel for tensor in rest)
+    alone = [tensor for tensor in rest if tensor.spec.numel * threads > elements]
+    shared = [tensor for tensor in rest if tensor.spec.numel * threads <= elements]
+    return works + [Work((tensor,)) for tensor in alone] + [Work((tensor,), shared=True) for tensor in shared]
+
+
+def _parts(over: Pass, tensor: PlannedTensor, inputs: Inputs, memory: Memory) -> tuple[slice, ...]:
+    """Runs of elements for a tensor that exceeds its share of the memory and can be cut; else none."""
+    size, elements = inputs.working_bytes(tensor), tensor.spec.numel
+    if memory.piece is None or size <= memory.piece:
+        return ()
+    block = over.block_elements(tensor)
+    if block is None or not inputs.in_parts(tensor):
+        return ()
+    length = max(1, elements * memory.piece // size // block) * block
+    return tuple(slice(i, min(i + length, elements)) for i in range(0, elements, length)) if length < elements else ()
+
+
+def _groups(
+    tensors: Sequence[PlannedTensor], inputs: Inputs, memory: Memory, on_device: Callable[[PlannedTensor], bool]
+) -> list[list[PlannedTensor]]:
+    alike: dict[object, list[list[PlannedTensor]]] = {}
+    filled: dict[object, int] = {}
+    for tensor in tensors:
+        dtypes = tuple(source.specs[tensor.name].dtype for source in inputs.read_for(tensor))
+        key = (tensor.role, tensor.spec.shape, tensor.rank, dtypes)
+        size = inputs.nbytes(tensor)
+        most = memory.group if on_device(tensor) else min(budget.GROUP_BYTES, memory.group)
+        if key not in alike or filled[key] + size > most:
+            alike.setdefault(key, []).append([])
+            filled[key] = 0
+        alike[key][-1].append(tensor)
+        filled[key] += size
+    return [group for groups in alike.values() for group in groups]
+
+
+Done = Iterator[tuple[Sequence[PlannedTensor], Sequence[Any]]]
+
+
+def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Memory) -> Done:
+    """Tensors with their values, one after the other, several at work at once."""
+    ahead = budget.AHEAD * workers() if loader.device.type == "cpu" else 1
+    for work in works:
+        if work.parts:
+            yield work.tensors, [_in_parts(work, step, loader, memory, ahead)]
+        elif not work.shared:
+            yield work.tensors, step.work(loader.load(work.tensors))
+    shared = [work for work in works if work.shared]
+    largest = max((loader.inputs.working_bytes(work.tensors[0]) for work in shared), default=1)
+    limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max(1, largest)))
+    each = for_each(lambda work: step.work(loader.load(work.tensors)), shared, limit)
+    yield from zip((work.tensors for work in shared), each, strict=True)
+
+
+def run_in_groups(works: Sequence[Work], step: Step, loader: Loader, memory: Memory) -> Done:
+    """Groups with their values; the next one is loaded while one is worked on."""
+    for work in works:
+        if work.parts:
+            yield work.tensors, [_in_parts(work, step, loader, memory, ahead=1)]
+    groups = [work.tensors for work in works if not work.parts]
+    with ThreadPoolExecutor(1, "r2m-load") as pool:
+        waiting = [pool.submit(loader.load_ahead, group) for group in groups[:1]]
+        for index in range(len(groups)):
+            group, ready = waiting.pop().result()
+            if index + 1 < len(groups):
+                waiting.append(pool.submit(loader.load_ahead, groups[index + 1]))
+            loader.await_group(group, ready)
+            yield group.tensors, step.work(group)
+
+
+def _in_parts(work: Work, step: Step, loader: Loader, memory: Memory, ahead: int) -> Any:
+    """One tensor's value from its parts, which are spread over threads."""
+    (tensor,) = work.tensors
+    if tensor.name in loader.kept:
+        loader.whole(tensor)
+
+    def value_of(part: slice) -> Any:
+        (value,) = step.work(loader.load([tensor], part))
+        return value
+
+    # A block may take more than a thread's share: then fewer parts are begun at once.
+    first = work.parts[0]
+    size = loader.inputs.working_bytes(tensor) * (first.stop - first.start) // tensor.spec.numel
+    assert memory.flight is not None
+    limit = max(1, min(ahead, memory.flight // max(1, size)))
+    return step.join(tensor, list(for_each(value_of, work.parts, limit)))

@@ -1,0 +1,306 @@
+"""What each merged tensor is made of, as data that says how it may be cut and writes itself (README §6).
+
+:func:`kind_of` is the only place that looks at roles and options; a new way to merge is a class here, or a new
+configuration of those that are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import elements, spectra
+from ._backends import Operators
+from ._stream.blocks import BLOCK_ELEMENTS, block_height
+from ._stream.factors import Factors
+from ._stream.loader import Group
+from ._stream.plan import PlannedTensor
+from ._stream.tensors import compute_dtype
+from .config import MergeConfig
+from .findings import Findings, Residuals
+from .row_weights import weighted_factors
+from .update_scale import gain
+
+
+class Term(Protocol):
+    """What tensors of one role, shape and rank become: θ₀ and something more."""
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """Elements of the blocks it is made in; ``None`` where the tensor is needed whole."""
+        ...
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """θ₀ + Σ_j c_j τ_j.
+
+    Attributes:
+        coefficients: (N,) c.
+    """
+
+    coefficients: Tensor
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`."""
+        return BLOCK_ELEMENTS
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Weights of residuals in row r: W_ri ∝ w_i ‖row r of s_i X_i‖^p, Σ_i W_ri = 1.
+
+    The matching scales s enter the weights alone: there they keep one generator from dominating, and residuals stay as
+    long as they are.
+
+    Attributes:
+        weights: (N,) w, summing to 1.
+        scales: (N,) s.
+        power: p.
+    """
+
+    weights: Tensor
+    scales: Tensor
+    power: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """θ₀ + Σ_j c_j τ_j + Σ_i scale_i · left_i right_i.
+
+    Attributes:
+        coefficients: (N,) c.
+        factors: of each of the L tensors.
+        scale: (N,).
+        rows: how rows of left factors are weighted; ``None``: all alike.
+    """
+
+    coefficients: Tensor
+    factors: Sequence[Factors]
+    scale: Tensor
+    rows: RowWeights | None
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`: whole rows."""
+        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        if not self.factors:  # no residual beyond rounding
+            Linear(self.coefficients).write(operators, group, outs)
+            return
+        lefts = [factors.left if self.rows is None else self._weighted(factors, self.rows) for factors in self.factors]
+        device = group.bases[0].device
+        if group.part is not None:
+            columns = group.tensors[0].matrix_shape[1]
+            lefts = [left[:, group.part.start // columns : group.part.stop // columns] for left in lefts]
+            group, outs = group.in_rows(), [out.view(-1, columns) for out in outs]
+        left = _stacked([one.to(device).mT for one in lefts]).mT  # rows, as kernels have them
+        right = _stacked([factors.right.to(device) for factors in self.factors])
+        operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
+
+    @staticmethod
+    def _weighted(factors: Factors, rows: RowWeights) -> Tensor:
+        return weighted_factors(factors.left, factors.right, rows.weights, rows.scales, rows.power)
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """θ₀ + λ τ_core + η Σ_i W_i ∘ X_i with whole residuals, weighted by row.
+
+    Attributes:
+        core: (N,) λ c.
+        mixing: (N, N) M, X_i = Σ_j M_ji τ_j.
+        rows: W.
+        eta: η.
+    """
+
+    core: Tensor
+    mixing: Tensor
+    rows: RowWeights
+    eta: float
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`: whole rows."""
+        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        if group.part is not None:
+            group, outs = group.in_rows(), [out.view(-1, group.tensors[0].matrix_shape[1]) for out in outs]
+        weights, scales, power = self.rows.weights, self.rows.scales, self.rows.power
+        for index, out in enumerate(outs):
+            base, experts = group.inputs(index)
+            operators.combine_rows(base, experts, self.core, self.mixing, weights, scales, self.eta, power, out)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """θ₀ + Σ_j c_j τ_j with all singular values of the sum set to their mean.
+
+    Attributes:
+        coefficients: (N,) c.
+    """
+
+    coefficients: Tensor
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`: all singular values are needed at once."""
+        return None
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        for index, out in enumerate(outs):
+            base, experts = group.inputs(index)
+            change = spectra.flattened(base, experts, self.coefficients)
+            out.copy_((base.double() + change.view(base.shape)).to(out.dtype))
+
+
+@dataclass(frozen=True)
+class ByElements:
+    """θ₀ + λ times the mean of what is left of the task vectors when some of their elements are dropped.
+
+    Attributes:
+        weights: (N,) w, summing to 1.
+        core_scale: λ.
+        rule: which are dropped.
+    """
+
+    weights: Tensor
+    core_scale: float
+    rule: elements.Rule
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`."""
+        return elements.BLOCK
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        first = 0 if group.part is None else group.part.start
+        for index, (tensor, out) in enumerate(zip(group.tensors, outs, strict=True)):
+            base, experts = group.inputs(index)
+            elements.combine(tensor, base, experts, out, self.weights, self.core_scale, self.rule, first)
+
+
+@dataclass(frozen=True)
+class MatchedColumns:
+    """A term whose change has columns as long as the specialists' own, of a single tensor.
+
+    Attributes:
+        term: what is changed.
+        counts: (N,) how much each specialist's length counts.
+    """
+
+    term: Term
+    counts: Tensor
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        """See :class:`Term`: all rows of a column are needed at once."""
+        return None
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+        """See :class:`Term`."""
+        (base, experts), (out,) = group.inputs(0), outs
+        merged = torch.empty(out.shape, dtype=compute_dtype([base, *experts]), device=out.device)
+        self.term.write(operators, group, [merged])
+        operators.match_columns(base, experts, merged, self.counts, out)
+
+
+def kind_of(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
+    """What a matrix or vector becomes, which decides whether it may be cut."""
+    if tensor.role == "matrix" and config.scale == "column":
+        return MatchedColumns
+    return _unmatched(tensor, config)
+
+
+def _unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
+    if config.elementwise != "none":
+        return ByElements
+    if tensor.role == "vector":
+        return Linear
+    if config.core_spectrum == "flat":
+        return Flat
+    if config.eta == 0:
+        return Linear
+    if not tensor.full_rank:
+        return LowRank
+    return ByRows if config.row_power > 0 else Linear
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Makes the terms of one merge.
+
+    Attributes:
+        findings: of steps 1–3.
+        residuals: of step 4.
+        config: of the merge.
+        factors: the low-rank factors of a tensor; ``None`` where it has none.
+    """
+
+    findings: Findings
+    residuals: Residuals
+    config: MergeConfig
+    factors: Callable[[PlannedTensor], Factors | None]
+
+    @property
+    def single(self) -> bool:
+        """Whether every matrix has a term of its own, since its change is scaled by numbers of its own."""
+        return self.config.scale != "none"
+
+    def of(self, tensors: Sequence[PlannedTensor]) -> Term:
+        """The term of tensors of one role, shape and rank; of a single one where :attr:`single` says so."""
+        first, strength = tensors[0], self.residuals.strength
+        core_scale, eta = strength.core_scale, strength.eta
+        if first.role == "matrix" and self.config.scale == "layer":
+            lengthened = gain(self.findings.grams[first.name], self.findings.real.weights)
+            core_scale, eta = lengthened * core_scale, lengthened * eta
+        term = self._plain(tensors, core_scale, eta)
+        if kind_of(first, self.config) is MatchedColumns:
+            return MatchedColumns(term, self.findings.real.core.abs())
+        return term
+
+    def _plain(self, tensors: Sequence[PlannedTensor], core_scale: float, eta: float) -> Term:
+        real, scales, config = self.findings.real, self.residuals.scales, self.config
+        first, weights, core = tensors[0], real.weights, core_scale * real.core
+        kind = _unmatched(first, config)
+        if kind is ByElements:
+            return ByElements(weights, core_scale, elements.Rule.of(config, self.findings.thresholds))
+        if first.role == "vector":  # λ · mean + η Σ_i w_i s_i (τ_i − mean), the mean being Σ w_j τ_j
+            return Linear(core_scale * weights + eta * weights * (scales - weights @ scales))
+        # Where η came out as 0 nothing is weighted: the residual term is rounding.
+        rows = RowWeights(weights, scales, config.row_power) if config.row_power > 0 and eta != 0 else None
+        if kind is ByRows and rows is not None:
+            return ByRows(core, real.mixing, rows, eta)
+        # Where nothing is truncated: λ c + η M (w s).
+        coefficients = core + eta * (real.mixing @ (weights * scales)) if first.full_rank else core
+        if kind is Flat:
+            return Flat(len(core) * coefficients)
+        if kind is not LowRank:
+            return Linear(coefficients)
+        factors = [one for tensor in tensors if eta != 0 and (one := self.factors(tensor)) is not None]
+        scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
+        return LowRank(coefficients, factors, scale, rows)
+
+
+def _stacked(factors: list[Tensor]) -> Tensor:
+    """Those of several tensors as one; of a single one without a copy."""
+    return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)
