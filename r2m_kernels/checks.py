@@ -98,6 +98,13 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+def text(name: str, value: Any) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise BadOption(f"{name}: expected a text, got {value!r}")
+    return value
+
+
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of ``choices``."""
     if value not in choices:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from . import checks
 from .errors import BadOption
-from .options import Method, Option, documented, flag, method, option, read_methods, read_options
+from .options import Method, Option, documented, flag, method, normalize, option, read_methods, read_options
 
 FILES, METHOD, REAL, TRUNCATION, STRENGTH = SECTIONS = (
     "Files",
@@ -190,8 +190,7 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, declared in OPTIONS.items():  # numpy scalars and lists become plain values; the dataclass is frozen
-            object.__setattr__(self, name, declared.checked(getattr(self, name)))
+        normalize(self, OPTIONS)  # numpy scalars and lists become plain values
         if self.spectrum == "rescale" and isinstance(self.rank, int):
             raise BadOption(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
         if self.ranks and self.spectrum == "rescale":

@@ -8,7 +8,9 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +40,7 @@ class Option:
         metavar: what the help calls its value; default: its type.
         unset: what an empty value means, in a few words.
         minimum: of a number.
+        choices: all values it may have, of its type if that lists them; none where they cannot be listed.
         check: gives a value, whose name comes first, as the field has it; default: what the type asks for.
         free: what was analyzed with one value may be merged with another.
     """
@@ -53,6 +56,7 @@ class Option:
     metavar: str | None = None
     unset: str = ""
     minimum: int | None = None
+    choices: tuple[str, ...] = ()
     check: Check | None = None
     free: bool = False
 
@@ -60,11 +64,6 @@ class Option:
     def key(self) -> str:
         """Its name among options of the command: the flag's."""
         return self.flag.replace("-", "_")
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """All values it may have; none where they cannot be listed."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def text(self) -> str:
@@ -89,6 +88,8 @@ class Option:
             return checks.integer(name, value, self.minimum)
         if self.kind is float:
             return checks.number(name, value, self.minimum)
+        if self.kind is str:
+            return checks.text(name, value)
         if self.kind == tuple[str, ...]:
             return checks.globs(name, value)
         raise TypeError(f"{name}: no check is known for {self.kind}")
@@ -100,6 +101,16 @@ class Option:
         if isinstance(value, bool):
             return ("" if value else "no-") + self.flag
         return f"{value:g}" if self.kind is float else str(value)
+
+
+def normalize(instance: Any, options: Mapping[str, Option]) -> None:
+    """Every field as its option has it: of a frozen dataclass, in ``__post_init__``.
+
+    Raises:
+        BadOption: a wrong type or value.
+    """
+    for name, declared in options.items():
+        object.__setattr__(instance, name, declared.checked(getattr(instance, name)))
 
 
 def flag(key: str) -> str:
@@ -125,8 +136,9 @@ def read_options(cls: type[Any]) -> dict[str, Option]:
         if _DECLARED in field.metadata:
             members = _members(types_of[field.name])
             known = [member for member in members if member is not type(None)]
-            kind = known[0] if len(known) == 1 else types_of[field.name]
-            declared = {"flag": field.name.replace("_", "-"), **field.metadata[_DECLARED]}
+            kind = functools.reduce(operator.or_, known)
+            listed = get_args(kind) if get_origin(kind) is Literal else ()
+            declared = {"flag": field.name.replace("_", "-"), "choices": listed, **field.metadata[_DECLARED]}
             found[field.name] = Option(field.name, kind, field.default, len(known) < len(members), **declared)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from r2m.presets import PRESETS
-from r2m_kernels.config import METHODS, default_of
+from r2m_kernels.config import FLAGS, METHODS, default_of
 from r2m_kernels.options import Option
 
 RUN = "Running"
@@ -79,9 +79,12 @@ def flags(declared: Iterable[Option]) -> Callable[[Any], Any]:
 
 def _flag(declared: Option) -> Callable[[Any], Any]:
     if declared.kind is bool:
-        return option(declared.section, f"--{declared.flag}/--no-{declared.flag}", default=None, help=help_of(declared))
+        words = f"--{declared.flag}/--no-{declared.flag}" if declared in FLAGS.values() else f"--{declared.flag}"
+        return option(declared.section, words, is_flag=True, default=None, help=help_of(declared))
     kind = click.Choice(declared.choices) if declared.choices else declared.kind
-    written = {"type": kind, "metavar": declared.metavar, **_WRITTEN.get(declared.kind, {})}
+    written = {"type": kind, **_WRITTEN.get(declared.kind, {})}
+    if declared.metavar:
+        written["metavar"] = declared.metavar
     return option(declared.section, f"--{declared.flag}", help=help_of(declared), **written)
 
 
@@ -94,6 +97,8 @@ def help_of(declared: Option) -> str:
 
 def defaults_of(declared: Option) -> str:
     """``"1; 0.6 in r2m_truncated"``: what it is by default, and where it is something else."""
+    if declared not in FLAGS.values():  # no method's
+        return "" if declared.default is False else declared.shown(declared.default)
     shown: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         if declared.key in method.options:

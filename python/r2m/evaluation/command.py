@@ -4,118 +4,141 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from r2m.arrangement import Arrangement
-from r2m.extras import need
+from r2m.evaluation import run
+from r2m.evaluation.data import Frame, Reading, read_dataset, read_scores
+from r2m.evaluation.detectors import load_detector
+from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
-from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.errors import BadFile, BadOption, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
 
 
-def evaluate(
-    *,
-    models: Sequence[str],
-    detector: str | None,
-    preset: str | None,
-    scores: Sequence[str],
-    size: int | None,
-    mean: str | None,
-    std: str | None,
-    data: Sequence[str],
-    root: str | None,
-    split: str,
-    compression: str,
-    labels: Sequence[str],
-    frames: int,
-    strict: bool,
-    compat: bool,
-    out: str | None,
-    overwrite: bool,
-    bootstrap: int,
-    seed: int,
-    batch: int,
-    device: str,
-    quiet: bool,
-) -> list[str]:
-    """The lines to print; see the command's help for the arguments.
+@dataclass(frozen=True)
+class Model:
+    """A detector to run.
+
+    Attributes:
+        label: how messages name it.
+        module: in evaluation mode, with the checkpoint's weights.
+        preprocessing: what its images go through.
+    """
+
+    label: str
+    module: nn.Module
+    preprocessing: Preprocessing
+
+
+def evaluate(request: Request, out: str | None = None, *, overwrite: bool = False, quiet: bool = False) -> list[str]:
+    """Judge models, write what came out, and return the lines to print.
+
+    Args:
+        request: which models, on what.
+        out: the directory for ``evaluation.json`` and scores; None: nothing is written.
+        overwrite: an evaluation in ``out`` is replaced.
+        quiet: no progress.
 
     Raises:
         InvalidInput: an option, a model or a dataset cannot be used; nothing is written then.
         OSError: of the file system.
     """
-    need("evaluate", "evaluate", "sklearn", "PIL")
-    from r2m.evaluation import run
-    from r2m.evaluation.data import Frame, Reading, read_dataset, read_scores
-    from r2m.evaluation.detectors import load_detector
-
-    if not models and not scores:
-        raise InvalidInput("evaluate: expected --model or --scores")
-    if models and not detector:
-        raise InvalidInput("evaluate: --model needs --detector, which says what the checkpoint is the weights of")
-    if models and not data:
-        raise InvalidInput("evaluate: --model needs --data")
-    target = Path(out) if out else None
-    if target is not None and (target / run.RESULT_FILE).exists() and not overwrite:
-        raise InvalidInput(f"out ({out}): holds an evaluation already; --overwrite replaces it")
-    named = name_experts([*models, *scores])
-    checkpoints = dict(list(named.items())[: len(models)])
+    _check(request, out, overwrite)
+    named = name_experts([*request.models, *request.scores])
+    checkpoints = dict(list(named.items())[: len(request.models)])
     finished = {name: read_scores(path) for name, path in named.items() if name not in checkpoints}
-    reading = Reading(Path(root) if root else None, split, frames, compression, _labels(labels), compat)
-    datasets: dict[str, list[Frame]] = {}
-    for path in data if models else ():
-        for name, held in read_dataset(path, reading).items():
-            if name in datasets:
-                raise InvalidInput(f"data ({path}): there is a dataset {quoted(name)} already")
-            datasets[name] = held
-    prepared = {name: _preprocessing(name, path, size, mean, std) for name, path in checkpoints.items()}
-    wanted = Arrangement(preset=preset)
-    loaded = {
-        name: load_detector(detector or "", path, f"model '{name}' ({path})", wanted)
-        for name, path in checkpoints.items()
-    }
-
-    evaluated: dict[str, run.Evaluated] = {}
-    with _progress(quiet) as bar:
-        for name, model in loaded.items():
-            task = bar.add_task(name, total=sum(map(len, datasets.values()))) if bar else None
-            evaluated[name] = run.run_detector(
-                model,
-                datasets,
-                prepared[name],
-                label=f"model '{name}'",
-                device=device,
-                batch=batch,
-                strict=strict,
-                progress=None if task is None else functools.partial(bar.advance, task),
-            )
-    result: dict[str, Any] = {"models": {}}
-    for name, path in named.items():
-        of = evaluated[name].scores() if name in evaluated else finished[name]
-        result["models"][name] = {
+    datasets = _datasets(request) if checkpoints else {}
+    preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
+    models = {name: _model(name, path, request, preprocessings[name]) for name, path in checkpoints.items()}
+    evaluated = _run(request, models, datasets, quiet)
+    scores = finished | {name: one.scores() for name, one in evaluated.items()}
+    judged = {
+        name: {
             "source": os.path.abspath(path),
-            "detector": detector if name in evaluated else None,
-            "preprocessing": prepared[name].plain() if name in prepared else None,
-            **run.judged(of, resamples=bootstrap, seed=seed),
+            "detector": request.detector if name in models else None,
+            "preprocessing": models[name].preprocessing.plain() if name in models else None,
+            **run.judged(scores[name], resamples=request.bootstrap, seed=request.seed),
         }
+        for name, path in named.items()
+    }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
-    settings = {"split": split, "frames": frames, "compression": compression, "deepfakebench_compat": compat}
-    result |= {
-        "settings": {**settings, "bootstrap": bootstrap, "seed": seed, "device": device},
+    settings = ("split", "frames", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
+    result = {
+        "models": judged,
+        "settings": {name: getattr(request, name) for name in settings},
         "unreadable": unreadable,
         "versions": run.versions(),
     }
-    if target is not None:
-        run.write_result(target, result, evaluated)
+    if out is not None:
+        run.write_result(Path(out), result, evaluated)
     return [*table(result), *run.told(unreadable)]
+
+
+def _check(request: Request, out: str | None, overwrite: bool) -> None:
+    if not request.models and not request.scores:
+        raise BadOption("evaluate: expected --model or --scores")
+    if request.models and not request.detector:
+        raise BadOption("evaluate: --model needs --detector, which says what the checkpoint is the weights of")
+    if request.models and not request.data:
+        raise BadOption("evaluate: --model needs --data")
+    if out is not None and (Path(out) / run.RESULT_FILE).exists() and not overwrite:
+        raise BadFile(f"out ({out}): holds an evaluation already; --overwrite replaces it")
+
+
+def _datasets(request: Request) -> dict[str, list[Frame]]:
+    reading = Reading(
+        Path(request.root) if request.root else None,
+        request.split,
+        request.frames,
+        request.compression,
+        _labels(request.labels),
+        request.deepfakebench_compat,
+    )
+    datasets: dict[str, list[Frame]] = {}
+    for path in request.data:
+        for name, frames in read_dataset(path, reading).items():
+            if name in datasets:
+                raise BadOption(f"data ({path}): there is a dataset {quoted(name)} already")
+            datasets[name] = frames
+    return datasets
+
+
+def _model(name: str, path: str, request: Request, preprocessing: Preprocessing) -> Model:
+    label = f"model '{name}'"
+    arrangement = Arrangement(preset=request.preset)
+    module = load_detector(request.detector or "", path, f"{label} ({path})", arrangement)
+    return Model(label, module, preprocessing)
+
+
+def _run(
+    request: Request, models: Mapping[str, Model], datasets: Mapping[str, Sequence[Frame]], quiet: bool
+) -> dict[str, run.Evaluated]:
+    evaluated = {}
+    with _progress(quiet) as bar:
+        for name, model in models.items():
+            task = bar.add_task(name, total=sum(map(len, datasets.values()))) if bar else None
+            evaluated[name] = run.run_detector(
+                model.module,
+                datasets,
+                model.preprocessing,
+                label=model.label,
+                device=request.device,
+                batch=request.batch,
+                strict=request.strict,
+                progress=None if task is None else functools.partial(bar.advance, task),
+            )
+    return evaluated
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -154,23 +177,23 @@ def _number(value: float | None) -> str:
 
 
 def _labels(texts: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    labels: dict[str, int] = {}
     for text in texts:
         name, _, value = text.rpartition("=")
         if not name or value not in ("0", "1"):
-            raise InvalidInput(f"--label {text}: expected NAME=0 (real) or NAME=1 (fake)")
-        found[name] = int(value)
-    return found
+            raise BadOption(f"--label {text}: expected NAME=0 (real) or NAME=1 (fake)")
+        labels[name] = int(value)
+    return labels
 
 
-def _preprocessing(name: str, path: str, size: int | None, mean: str | None, std: str | None) -> Preprocessing:
+def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:
     """What was asked for, on top of what stands beside the checkpoint."""
-    own = found(path)
-    asked = {"size": size, "mean": _triple("mean", mean), "std": _triple("std", std)}
-    known = {**(own.plain() if own else {}), **{field: one for field, one in asked.items() if one is not None}}
+    beside = found(path)
+    asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
+    known = {**(beside.plain() if beside else {}), **{field: one for field, one in asked.items() if one is not None}}
     missing = [f"--{field}" for field in ("size", "mean", "std") if field not in known]
     if missing:
-        raise InvalidInput(
+        raise BadOption(
             f"model '{name}' ({path}): its preprocessing is not known: no preprocessor_config.json beside it; expected "
             f"{', '.join(missing)}"
         )
@@ -187,7 +210,7 @@ def _triple(name: str, text: str | None) -> list[float] | None:
     if len(values) == 1:
         values *= 3
     if len(values) != 3:
-        raise InvalidInput(f"--{name} {text}: expected a number or three with commas, such as 0.5,0.5,0.5")
+        raise BadOption(f"--{name} {text}: expected a number or three with commas, such as 0.5,0.5,0.5")
     return values
 
 

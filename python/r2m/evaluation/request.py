@@ -1,0 +1,73 @@
+"""What ``r2m evaluate`` may be told, each option declared once; without torch, for the command's help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r2m.presets import PRESETS
+from r2m_kernels.options import Option, documented, normalize, option, read_options
+
+MODELS, DATA, RUN = "Models", "Data", "Running"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which models are judged on which data, and how.
+
+    Raises:
+        BadOption: a value that an option may not have.
+    """
+
+    models: tuple[str, ...] = option((), MODELS, "A checkpoint to run.", flag="model", metavar="[NAME=]PATH")
+    detector: str | None = option(
+        None,
+        MODELS,
+        "What the checkpoints are weights of: transformers; clip:DIR (DF40, DeepfakeBench; DIR: its CLIP's "
+        "config.json); timm:NAME; open_clip:NAME; MODULE:FUNCTION, which gives a torch module.",
+        metavar="KIND",
+    )
+    preset: str | None = option(None, MODELS, "Names of the checkpoints' tensors, as of merge.", choices=tuple(PRESETS))
+    scores: tuple[str, ...] = option(
+        (),
+        MODELS,
+        "Finished scores of a model: columns path, label, probability, and video, dataset if there.",
+        metavar="[NAME=]CSV",
+    )
+    size: int | None = option(None, MODELS, "Pixels of a side.", unset="as the checkpoint's directory says")
+    mean: str | None = option(
+        None, MODELS, "Of the channels.", unset="as the checkpoint's directory says", metavar="R,G,B"
+    )
+    std: str | None = option(
+        None, MODELS, "Of the channels.", unset="as the checkpoint's directory says", metavar="R,G,B"
+    )
+    data: tuple[str, ...] = option(
+        (),
+        DATA,
+        "DeepfakeBench's or DF40's JSON, or a folder with real/ and fake/, or one of such.",
+        metavar="PATH",
+    )
+    root: str | None = option(None, DATA, "Of the paths in JSON files.", unset="the file's directory", metavar="DIR")
+    split: Literal["train", "val", "test"] = option("test", DATA, "Of JSON files.")
+    compression: str = option("c23", DATA, "Of FaceForensics++ in JSON files.")
+    labels: tuple[str, ...] = option(
+        (), DATA, "Of JSON files.", flag="label", unset="0 if it has real", metavar="NAME=0|1"
+    )
+    frames: int = option(32, DATA, "Of a video, at most, spread.", minimum=1)
+    strict: bool = option(False, DATA, "An image that cannot be read ends it, where it would be left out and told.")
+    deepfakebench_compat: bool = option(
+        False,
+        DATA,
+        "The first frames of a video, and videos known by their folder's name alone, as DeepfakeBench has it.",
+    )
+    bootstrap: int = option(1000, RUN, "Resamples of videos.", minimum=0)
+    seed: int = option(0, RUN, "Of the resamples.")
+    batch: int = option(32, RUN, "Images at a time.", minimum=1)
+    device: str = option("cpu", RUN, "cpu, cuda, cuda:1.")
+
+    def __post_init__(self) -> None:
+        normalize(self, REQUEST)
+
+
+REQUEST: dict[str, Option] = read_options(Request)
+Request.__doc__ = documented(Request, REQUEST)
