@@ -1,14 +1,16 @@
-"""How a merge tells what it is doing: a bar on a terminal, a line now and then elsewhere."""
+"""How long work tells how far it is: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from r2m_kernels import ProgressEvent
@@ -16,41 +18,58 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 5.0
 
 
+class Bars:
+    """A bar for each name, with a text beside it. Made by :func:`bars`."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, name: str, done: float, total: float, text: str = "") -> None:
+        """How far one is, in any unit; the first time, it gets its bar below the others."""
+        if name not in self._tasks:
+            self._tasks[name] = self._shown.add_task(name, total=total, text="")
+        self._shown.update(self._tasks[name], completed=done, text=text)
+
+
+@contextlib.contextmanager
+def bars(console: Console | None = None) -> Iterator[Bars | None]:
+    """Bars while the block runs; ``None`` where the console, by default stderr, is no terminal."""
+    if console is None and not sys.stderr.isatty():
+        # rich is not imported for the lines, so that a log never depends on how it judges its surroundings.
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:<12}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %  {task.fields[text]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as shown:
+        yield Bars(shown)
+
+
 @contextlib.contextmanager
 def reporting(*, quiet: bool = False) -> Iterator[Callable[[ProgressEvent], None] | None]:
     """A function for the engine's events that shows them on stderr; ``None`` when ``quiet``."""
     if quiet:
         yield None
-    elif sys.stderr.isatty():
-        # Not imported for the lines, so that a log never depends on how rich judges its surroundings.
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:<11}"),
-            BarColumn(),
-            TextColumn("{task.fields[tensors]} tensors"),
-            DownloadColumn(binary_units=False),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            yield _Bars(bars)
-    else:
-        yield Lines()
+        return
+    with bars() as shown:
+        yield Lines() if shown is None else functools.partial(_show_event, shown)
 
 
-class _Bars:
-    """One bar per step."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, event: ProgressEvent) -> None:
-        tensors = f"{event.tensors_done}/{event.tensors_total}"
-        if event.step not in self._tasks:
-            self._tasks[event.step] = self._bars.add_task(event.step, total=event.bytes_total, tensors=tensors)
-        self._bars.update(self._tasks[event.step], completed=event.bytes_done, tensors=tensors)
+def _show_event(shown: Bars, event: ProgressEvent) -> None:
+    size = f"{readable_bytes(event.bytes_done)} of {readable_bytes(event.bytes_total)}"
+    text = f"{event.tensors_done}/{event.tensors_total} tensors, {size}"
+    shown.show(event.step, event.bytes_done, event.bytes_total, text)
 
 
 class Lines:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from r2m.arrangement import Arrangement
@@ -21,6 +19,7 @@ from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
+from r2m.progress import bars
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
@@ -125,9 +124,14 @@ def _run(
     request: Request, models: Mapping[str, Model], datasets: Mapping[str, Sequence[Frame]], quiet: bool
 ) -> dict[str, run.Evaluated]:
     evaluated = {}
-    with _progress(quiet) as bar:
+    total = sum(map(len, datasets.values()))
+
+    def show(name: str, done: int) -> None:
+        if shown is not None:
+            shown.show(name, done, total, f"{done}/{total}")
+
+    with nullcontext() if quiet else bars() as shown:
         for name, model in models.items():
-            task = bar.add_task(name, total=sum(map(len, datasets.values()))) if bar else None
             evaluated[name] = run.run_detector(
                 model.module,
                 datasets,
@@ -136,7 +140,7 @@ def _run(
                 device=request.device,
                 batch=request.batch,
                 strict=request.strict,
-                progress=None if task is None else functools.partial(bar.advance, task),
+                progress=functools.partial(show, name),
             )
     return evaluated
 
@@ -212,11 +216,3 @@ def _triple(name: str, text: str | None) -> list[float] | None:
     if len(values) != 3:
         raise BadOption(f"--{name} {text}: expected a number or three with commas, such as 0.5,0.5,0.5")
     return values
-
-
-def _progress(quiet: bool) -> Any:
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return nullcontext()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)

@@ -76,7 +76,7 @@ def run_detector(
         device: where it runs.
         batch: images at a time.
         strict: an image that cannot be read ends it.
-        progress: called with the number of frames done since the last call.
+        progress: called with the number of frames done so far.
 
     Raises:
         InvalidInput: outputs that are no probabilities, an unreadable image while strict, or a dataset of which none
@@ -85,6 +85,7 @@ def run_detector(
     where = usable_device(device)
     model = model.to(where)
     found = Evaluated()
+    done = 0
     for name, frames in datasets.items():
         rows: list[tuple[Frame, float]] = []
         for chunk in _loaded(frames, preprocessing, batch):
@@ -104,8 +105,9 @@ def run_detector(
                 if len(values) != len(there):
                     raise InvalidInput(f"{label}: expected {len(there)} outputs, got {len(values)}")
                 rows += zip(there, values, strict=True)
+            done += len(chunk)
             if progress is not None:
-                progress(len(chunk))
+                progress(done)
         if not rows:
             path, reason = next(iter(found.unreadable.items()))
             raise InvalidInput(
