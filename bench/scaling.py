@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from r2m import machine as this
-from r2m.checkpoints.layout import plan_files
+from r2m.checkpoints.safetensors_file import plan_files
 from r2m.execute import open_job
 from r2m.forecast import Rates, forecast, measured_rates
 

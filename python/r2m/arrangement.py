@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from r2m import refit
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.view import Part, View, constant, folded, zeros
+from r2m.checkpoints.view import LazyTensor, View, constant, folded, zeros
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Preset, Rules
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.errors import InvalidInput, quoted
@@ -135,7 +135,7 @@ def _with_buffers_of(base: View, experts: Sequence[View]) -> View:
     ]
     new = {
         name: part
-        for name, part in first.parts.items()
+        for name, part in first.tensors.items()
         if name not in base.specs
         and not part.spec.dtype.is_floating_point
         and all(expert.specs.get(name) == part.spec for expert in others)
@@ -157,10 +157,10 @@ def _unfactored(
     views = {name: _folded(view, beginnings) for name, view in experts.items()}
     ground = _folded(base, beginnings).renamed({start + PLAIN: start + MAIN for start in beginnings})
     first = next(iter(experts.values()))
-    rest: dict[str, Part] = {}
+    rest: dict[str, LazyTensor] = {}
     for start in beginnings:
         for ending in (*FACTORS, *FROZEN):
-            part = first.parts.get(start + ending)
+            part = first.tensors.get(start + ending)
             if part is not None:
                 rest[start + ending] = zeros(part.spec) if ending == "S_residual" else part
     kept = tuple(dict.fromkeys((*config.keep, *(f"*.{ending}" for ending in (*FACTORS, *FROZEN)))))
@@ -169,17 +169,17 @@ def _unfactored(
 
 def _beginnings(views: Iterable[View]) -> list[str]:
     """What stands before ``weight_main`` in the names of layers whose weight is a sum."""
-    return sorted({name[: -len(MAIN)] for view in views for name in view.parts if name.rpartition(".")[2] == MAIN})
+    return sorted({name[: -len(MAIN)] for view in views for name in view.tensors if name.rpartition(".")[2] == MAIN})
 
 
 def _folded(view: View, beginnings: Iterable[str]) -> View:
-    whole: dict[str, Part] = {}
+    whole: dict[str, LazyTensor] = {}
     gone: list[str] = []
     for start in beginnings:
         names = [start + MAIN, *(start + ending for ending in FACTORS)]
-        there = [name for name in names if name in view.parts]
+        there = [name for name in names if name in view.tensors]
         if len(there) == len(names):
-            main, left, singular, right = (view.parts[name] for name in names)
+            main, left, singular, right = (view.tensors[name] for name in names)
             shapes = [view.specs[name].shape for name in names]
             (m, n), r = (shapes[0], shapes[2][0]) if list(map(len, shapes)) == [2, 2, 1, 2] else ((0, 0), 0)
             if shapes[1:] != [(m, r), (r,), (r, n)]:
@@ -227,7 +227,7 @@ def _with_head(
         fitted = refit.head({name: whose.specs[name].shape for name in names}, found, chosen or refit.RULES[0])
         parts = {name: constant(tensor.to(whose.specs[name].dtype)) for name, tensor in fitted.items()}
         return base.having(parts), kept, names, found.digest
-    ground = base if kind == "base" else base.having({name: whose.parts[name] for name in names})
+    ground = base if kind == "base" else base.having({name: whose.tensors[name] for name in names})
     return ground, kept, names, None
 
 

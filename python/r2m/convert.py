@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from r2m.arrangement import Arrangement, plain
 from r2m.checkpoints import torch_file
-from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT
+from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.view import View
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.places import beside, sync
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def convert(
@@ -41,7 +38,7 @@ def convert(
 
     Args:
         source: whatever ``r2m merge`` reads; with ``allow_pickle`` also a pickled module or a TorchScript archive.
-        out: a path that ends in one of :data:`SUFFIXES`; all but ``.safetensors`` are files of ``torch.save``.
+        out: a path that ends in one of :data:`r2m.checkpoints.formats.SUFFIXES`.
         arrangement: names; its rules about heads are a merge's.
         dtype: of the floating-point tensors; ``None``: as they are.
         overwrite: replace a file that is there.
@@ -55,27 +52,28 @@ def convert(
         OSError: of the file system; ``filename`` is set.
     """
     target = Path(out)
-    if target.suffix not in SUFFIXES:
-        raise InvalidInput(f"out ({out}): expected a name that ends in {', '.join(SUFFIXES)}")
+    file_format = of_suffix(target)
+    if file_format is None:
+        raise BadOption(f"out ({out}): expected a name that ends in {', '.join(SUFFIXES)}")
     if target.is_dir() or (os.path.lexists(target) and not overwrite):
         kind = "is a directory" if target.is_dir() else "exists already; --overwrite replaces it"
-        raise InvalidInput(f"out ({out}): {kind}")
+        raise BadFile(f"out ({out}): {kind}")
     if not target.parent.is_dir():
-        raise InvalidInput(f"out ({out}): there is no directory {target.parent}")
+        raise BadFile(f"out ({out}): there is no directory {target.parent}")
     label = f"source ({source})"
-    wanted = arrangement or Arrangement()
-    found = _trusted(Path(source), label, wanted) if allow_pickle else plain(open_checkpoint(source, label), wanted)
-    unstorable = [name for name, spec in found.specs.items() if spec.dtype.is_complex]
+    names = arrangement or Arrangement()
+    view = _trusted(Path(source), label, names) if allow_pickle else plain(open_checkpoint(source, label), names)
+    unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
     if unstorable:
-        raise InvalidInput(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
-    with beside(target) as place:
-        written = _write(found, place, dtype)
-        if target.suffix != ".safetensors":
-            save_torch_file(open_checkpoint(written, "converted tensors"), place / TORCH_OUTPUT, list(found.specs))
-            written = place / TORCH_OUTPUT
+        raise BadCheckpoint(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
+    with beside(target) as partial:
+        written = _write(view, partial, dtype)
+        if file_format is not SAFETENSORS:
+            tensors, written = written, partial / "converted"
+            file_format.save(open_checkpoint(tensors, "converted tensors"), written, list(view.specs))
         os.replace(written, target)
     sync(target.parent)
-    return f"{len(found.specs)} tensors from {source} to {out}"
+    return f"{len(view.specs)} tensors from {source} to {out}"
 
 
 def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> Path:
@@ -92,16 +90,16 @@ def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> 
         tensor = source.read(name)
         changed = tensor.to(spec.dtype)
         if tensor.is_floating_point() and changed.isinf().any() and not tensor.isinf().any():
-            raise InvalidInput(f"{source.label}: tensor {quoted(name)} exceeds the range of {dtype_name(spec.dtype)}")
+            raise NotFinite(f"{source.label}: tensor {quoted(name)} exceeds the range of {dtype_name(spec.dtype)}")
         sink.write(name, changed)
     sink.finish()
-    return directory / SINGLE_FILE
+    return directory / SAFETENSORS.single
 
 
-def _trusted(path: Path, label: str, wanted: Arrangement) -> _InMemory:
+def _trusted(path: Path, label: str, names: Arrangement) -> _InMemory:
     """What a program in a file makes when it runs."""
     if not path.is_file():
-        raise InvalidInput(f"{label}: with --allow-pickle expected a file")
+        raise BadCheckpoint(f"{label}: with --allow-pickle expected a file")
     loaded: Any
     try:
         with warnings.catch_warnings():
@@ -110,17 +108,17 @@ def _trusted(path: Path, label: str, wanted: Arrangement) -> _InMemory:
     except OSError:
         raise
     except ModuleNotFoundError as error:
-        raise InvalidInput(f"{label}: needs the Python module {quoted(str(error.name))} it was saved with") from None
+        raise BadCheckpoint(f"{label}: needs the Python module {quoted(str(error.name))} it was saved with") from None
     except Exception as error:  # whatever a stranger's code raises
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InvalidInput(f"{label}: could not be loaded: {printable(lines[0][:200])}") from None
+        raise BadCheckpoint(f"{label}: could not be loaded: {printable(lines[0][:200])}") from None
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in torch_file.WRAPPERS if isinstance(loaded.get(key), nn.Module)), loaded)
     state = loaded.state_dict() if isinstance(loaded, nn.Module) else torch_file.state_dict(loaded, label)
     with tempfile.TemporaryDirectory() as directory:
         saved = Path(directory) / "state.pth"
         torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, saved)
-        return _InMemory(plain(open_checkpoint(saved, label), wanted))
+        return _InMemory(plain(open_checkpoint(saved, label), names))
 
 
 class _InMemory:

@@ -20,9 +20,9 @@ from r2m import distributed, hub, machine
 from r2m.arrangement import Arranged, Arrangement, arrange
 from r2m.card import card
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.layout import SINGLE_FILE, TORCH_OUTPUT, parse_size
+from r2m.checkpoints.formats import FORMATS, OUTPUTS
+from r2m.checkpoints.layout import parse_size
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.torch_file import save_torch_file
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
@@ -43,7 +43,7 @@ from r2m.preprocessing import FILE as PREPROCESSOR_FILE
 from r2m.preprocessing import Preprocessing
 from r2m.preprocessing import common as common_preprocessing
 from r2m.preprocessing import found as found_preprocessing
-from r2m.recipe import DTYPES, FORMATS
+from r2m.recipe import DTYPES
 from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
 from r2m_kernels.errors import R2MError
 from r2m_kernels.streaming import Inputs, ProcessGroup, SingleProcess, choose_backend, usable_device
@@ -167,7 +167,7 @@ def open_job(
     shard_bytes = parse_size(max_shard_size)
     if dtype is not None:
         checks.choice("dtype", dtype, tuple(OUTPUT_DTYPES))
-    checks.choice("format", file_format, FORMATS)
+    checks.choice("format", file_format, tuple(FORMATS))
     if memory_budget is None:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     else:
@@ -245,7 +245,7 @@ def merge_files(
         device: where to compute; ``None``: the engine's choice.
         backend: the engine's backend.
         dtype: a key of :data:`OUTPUT_DTYPES` for the floating-point tensors; ``None``: as in the base.
-        file_format: one of :data:`FORMATS`; ``"pth"``: ``model.pth``, a state dict of ``torch.save``, in one file.
+        file_format: a key of :data:`r2m.checkpoints.formats.FORMATS`; all but ``"safetensors"`` are one file.
         max_shard_size: bytes of tensors per file, as :func:`r2m.checkpoints.layout.parse_size` reads them. It
             alone decides the layout.
         overwrite: replace ``out`` if it is an empty directory or the output of a former merge.
@@ -341,7 +341,7 @@ def plan_merge(
         Inputs(job.arranged.base, job.arranged.experts),
         job.arranged.config,
         choose_backend(job.backend, usable_device(job.device or "cpu")),
-        Output(directory, job.metadata, job.torch_dtype, job.shard_bytes, 2 if job.file_format == "pth" else 1),
+        Output(directory, job.metadata, job.torch_dtype, job.shard_bytes, FORMATS[job.file_format].copies),
         Resources(memory, count, max(1, cores // count)),
     )
     return found, lines(found, measured_rates(files[0], directory), cores, str(out))
@@ -357,7 +357,7 @@ def _merge(
 ) -> dict[str, Any]:
     """All of it but for the renaming."""
     # Another format is written from that one when all is merged: what can be resumed is in one format.
-    directory = place.output if job.file_format == "safetensors" else place.tensors
+    directory = place.output if FORMATS[job.file_format].direct else place.tensors
     if team.index == 0:
         directory.mkdir(exist_ok=True)
     sink = SafetensorsSink(directory, job.metadata, job.shard_bytes, create=team.index == 0)
@@ -413,8 +413,9 @@ def complete(
         The report.
     """
     sink.finish()
-    if job.file_format == "pth":
-        save_torch_file(open_checkpoint(tensors, "merged tensors"), output / TORCH_OUTPUT, sink.names)
+    file_format = FORMATS[job.file_format]
+    if not file_format.direct:
+        file_format.save(open_checkpoint(tensors, "merged tensors"), output / file_format.output, sink.names)
     base = _local(job.base)
     # They speak of the base's own tensors: under other names nothing of it would load what is here.
     for name in COPIED_FILES if job.arranged.base.specs.keys() == job.sources[0].specs.keys() else ():
@@ -486,7 +487,7 @@ def _specialists(path: str | Path) -> int:
     """How many specialists a checkpoint stands for: those of the merge that wrote it, or one."""
     place = Path(path)
     report = (place if place.is_dir() else place.parent) / REPORT_FILE
-    if not report.is_file() or (place.is_file() and place.name not in (SINGLE_FILE, TORCH_OUTPUT)):
+    if not report.is_file() or (place.is_file() and place.name not in OUTPUTS):
         return 1
     try:
         content = read_mapping(report, REPORT_FILE, MOST_RECORD)

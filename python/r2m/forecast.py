@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from r2m import machine
-from r2m.checkpoints import layout
+from r2m.checkpoints.safetensors_file import plan_files
 from r2m.progress import readable_bytes
 from r2m_kernels import MergeConfig
 from r2m_kernels.errors import printable, quoted
@@ -182,7 +182,7 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
             own = [tensor for tensor in one.tensors if tensor.name in names]
             works[one.name] = work_list(one, own, inputs, memory, resources.threads)
         shares.append(_share(tensors, works, passes, memory, inputs, config))
-    files = layout.plan_files(
+    files = plan_files(
         plan.output_specs(inputs.base.specs, output.dtype), output.metadata, output.max_shard_size, plan.aliases
     )
     return Forecast(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2m.checkpoints import layout
+from r2m.checkpoints.formats import INDEXES
 from r2m.extras import need
 from r2m.places import read_small
 from r2m_kernels.errors import InvalidInput, quoted
@@ -125,7 +126,7 @@ def _fetched(reference: str, repository: str, revision: str | None, file: str | 
     names = sorted(one.rfilename for one in info.siblings or () if "/" not in one.rfilename)
     weights = layout.chosen(names, reference)
     wanted = [weights, *(name for name in SMALL_FILES if name in names)]
-    if weights in (layout.INDEX_FILE, layout.TORCH_INDEX_FILE):
+    if weights in INDEXES:
         index = hf_hub_download(repository, weights, revision=info.sha)
         wanted += set(layout.decode_index(reference, read_small(Path(index), reference, layout.MOST_INDEX)).values())
     return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))

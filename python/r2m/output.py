@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.layout import INDEX_FILE, SINGLE_FILE, TORCH_OUTPUT
+from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
 from r2m.journal import PREFIX
 from r2m.places import MOST_RECORD, PARTIAL, as_seen, new_file, read_mapping, sync
 from r2m_kernels.errors import BadFile, InvalidInput
@@ -27,7 +27,7 @@ CARD_FILE = "README.md"
 COPIED_FILES = ("config.json", "preprocessor_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT_FILE}
-_WRITTEN = {STATE_FILE, CARD_FILE, SINGLE_FILE, INDEX_FILE, TORCH_OUTPUT, *COPIED_FILES, *_MARKS}
+_WRITTEN = {STATE_FILE, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 PARTIAL_SUFFIX = ".partial"

@@ -21,6 +21,19 @@ PARTIAL = re.compile(r"\.r2m-[0-9a-f]{16}\.partial")
 MOST_RECORD = 2**28  # of one that a merge wrote: a report with a row for every tensor, a state with its Gram matrices
 
 
+@contextlib.contextmanager
+def opened(path: Path, what: str, error: type[InvalidInput] = BadFile) -> Iterator[BinaryIO]:
+    """A regular file, or what a link to one leads to, for reading. Arguments and errors are :func:`read_small`'s."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise error(f"{what}: not a regular file")
+        with naming(path), open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
 def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[InvalidInput] = BadFile) -> bytes:
     """The content of a small file.
 
@@ -34,17 +47,11 @@ def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[In
         InvalidInput: of that kind: it is no regular file (a pipe is not waited for), or larger.
         OSError: it cannot be read; ``filename`` is set.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{what}: not a regular file")
-        with naming(path), open(descriptor, "rb", closefd=False) as file:
-            content = b"" if status.st_size > most else file.read(most + 1)
-    finally:
-        os.close(descriptor)
-    if max(status.st_size, len(content)) > most:
-        raise error(f"{what}: has {max(status.st_size, len(content))} bytes, expected at most {most} bytes")
+    with opened(path, what, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)
+    if max(size, len(content)) > most:
+        raise error(f"{what}: has {max(size, len(content))} bytes, expected at most {most} bytes")
     return content
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from r2m.checkpoints.formats import FORMATS
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.execute import Job, complete, open_job
 from r2m.output import RECIPE_FILE, STATE_FILE
@@ -200,7 +201,7 @@ def _write(
         output, tensors = partial / "output", partial / "tensors"
         for directory in (output, tensors):
             directory.mkdir()
-        directory = output if job.file_format == "safetensors" else tensors
+        directory = output if FORMATS[job.file_format].direct else tensors
         sink = SafetensorsSink(directory, job.metadata_of(effective), job.shard_bytes)
         sink.tie(analysis.plan.aliases)
         analysis.write(sink, effective, dtype=job.torch_dtype, progress=progress)

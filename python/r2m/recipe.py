@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from r2m import hub
 from r2m.arrangement import Arrangement
+from r2m.checkpoints.formats import FORMATS
 from r2m.naming import name_experts
 from r2m.places import read_small
 from r2m.preprocessing import Preprocessing
@@ -42,7 +43,6 @@ from r2m_kernels.config import METHODS, OPTIONS, make_config
 from r2m_kernels.errors import BadFile, InvalidInput, printable, quoted
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
-FORMATS = ("safetensors", "pth")  # of its files
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
 
 
@@ -97,7 +97,7 @@ class Recipe:
         method: a key of :data:`r2m_kernels.config.METHODS`.
         config: the method's configuration with the recipe's parameters and weights.
         dtype: of the output; ``None``: the base's.
-        file_format: one of :data:`r2m.execute.FORMATS`.
+        file_format: a key of :data:`r2m.checkpoints.formats.FORMATS`.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have.
         expert_preprocessing: what experts are said to have.
@@ -175,7 +175,7 @@ def schema() -> dict[str, Any]:
     found = _Recipe.model_json_schema()
     properties = found["properties"]
     properties["merge_method"]["enum"] = list(METHODS)
-    choices = (("preset", (*PRESETS, None)), ("dtype", (*DTYPES, None)), ("format", FORMATS))
+    choices = (("preset", (*PRESETS, None)), ("dtype", (*DTYPES, None)), ("format", tuple(FORMATS)))
     for name, values in choices:
         properties[name]["enum"] = list(values)
     options = TypeAdapter(MergeConfig).json_schema()["properties"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from r2m.checkpoints import torch_file
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.torch_file import save_torch_file
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -92,15 +92,15 @@ def test_a_kill_while_the_file_is_written_is_gone_on_from(
     assert command("merge", *checkpoints.arguments, "--out", "whole", "--format", "pth").code == 0
     script = """
 import os, signal, sys
-import r2m.execute, r2m.checkpoints.torch_file as torch_file
-save = torch_file.save_torch_file
+import r2m.checkpoints.torch_file as torch_file
+save = torch_file.save_file
 def dies(source, path, names):
     if sys.argv[1] == "file":
         save(source, path, names)
         with open(path, "r+b") as file:
             file.truncate(100)
     os.kill(os.getpid(), signal.SIGKILL)
-r2m.execute.save_torch_file = dies
+torch_file.save_file = dies
 from r2m.commands.main import main
 main(sys.argv[2:])
 """
@@ -135,7 +135,7 @@ def test_torchs_writer_says_what_the_file_said(tmp_path: Path) -> None:
     save_file({"a": torch.randn(200_000)}, tmp_path / "a.safetensors")
     source = open_checkpoint(tmp_path / "a.safetensors", "a")
     with pytest.raises(OSError, match="No space left") as error:
-        save_torch_file(source, Path("/dev/full"), ["a"])
+        torch_file.save_file(source, Path("/dev/full"), ["a"])
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
@@ -145,11 +145,11 @@ def test_memory_does_not_hold_the_file(tmp_path: Path) -> None:
     save_file({f"t{i}": torch.zeros(2**26) for i in range(4)}, path)
     script = f"""
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.torch_file import save_torch_file
+from r2m.checkpoints.torch_file import save_file
 from pathlib import Path
 import re
 source = open_checkpoint("{path}", "a")
-save_torch_file(source, Path("{tmp_path}/large.pth"), list(source.specs))
+save_file(source, Path("{tmp_path}/large.pth"), list(source.specs))
 print(sum(int(kb) for kb in re.findall(r"^VmData:\\s+(\\d+)", open("/proc/self/status").read(), re.M)))
 print(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from r2m.checkpoints.layout import _DTYPE_NAMES
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.safetensors_file import _DTYPE_NAMES
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from r2m.checkpoints import torch_file
 from r2m.checkpoints.reader import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -66,6 +67,39 @@ def test_every_tensor_is_what_torch_load_gives(wrapper: str | None) -> None:
         for start, stop in ((0, count), (count // 3, count // 2), (count, count)):
             assert same(source.read_elements(name, start, stop), tensor.detach().reshape(-1)[start:stop]), name
     assert source.aliases == {"tied": "whole"}
+
+
+def test_torch_says_where_a_storage_lies() -> None:
+    """Under a name that is not a promise of torch's: what the reader stands on."""
+    torch.save({"a": torch.arange(3.0), "b": torch.arange(5.0)}, "clip.pth")
+    with open("clip.pth", "rb") as file:
+        loaded = torch.load(file, map_location="meta", weights_only=True)
+        for name, count in (("a", 3), ("b", 5)):
+            file.seek(loaded[name].untyped_storage()._checkpoint_offset)
+            assert file.read(4 * count) == torch.arange(float(count)).numpy().tobytes()
+
+
+def test_torch_2_10_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts the positions into fake tensors alone; later versions know them, too."""
+    state = state_dict()
+    torch.save(state, "clip.pth")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+    source = open_checkpoint("clip.pth", "base")
+    assert list(source.specs) == list(state)
+    assert all(same(source.read(name), tensor.detach()) for name, tensor in state.items())
+
+
+def test_records_are_found_by_name_wherever_they_lie() -> None:
+    """Torch's own arithmetic of positions goes by the order in which it once wrote them."""
+    state = {name: torch.full((4,), value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    torch.save(state, "clip.pth")
+    with zipfile.ZipFile("clip.pth") as old, zipfile.ZipFile("other.pth", "w") as new:
+        for entry in reversed(old.infolist()):
+            new.writestr(entry.filename, old.read(entry))
+    loaded = torch.load("other.pth", weights_only=True)
+    assert all(same(loaded[name], tensor) for name, tensor in state.items())
+    source = open_checkpoint("other.pth", "base")
+    assert all(same(source.read(name), tensor) for name, tensor in state.items())
 
 
 def test_tensors_are_not_mapped() -> None:
@@ -140,6 +174,14 @@ def rewritten(name: str, *, compression: int = zipfile.ZIP_STORED, **contents: b
             new.writestr(entry.filename, contents.get(last, old.read(entry)))
 
 
+def marked_encrypted(content: bytes) -> bytes:
+    """The flag of the first entry, which is data.pkl, in the list of entries and beside it."""
+    edited = bytearray(content)
+    edited[6] |= 1
+    edited[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(edited)
+
+
 def hostile(name: str) -> None:
     """A file of each kind that is refused."""
     torch.save({"a": torch.ones(2, 3)}, "clip.pth")
@@ -164,6 +206,9 @@ def hostile(name: str) -> None:
         "meta": lambda: torch.save({"a": torch.empty(3, device="meta")}, name),
         "conjugate": lambda: torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, name),
         "expanded": lambda: torch.save({"a": torch.ones(1).expand(2**40)}, name),
+        "quantized": lambda: torch.save({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, name),
+        "big-endian": lambda: rewritten(name, byteorder=b"big"),
+        "encrypted": lambda: Path(name).write_bytes(marked_encrypted(whole)),
         "garbage": lambda: Path(name).write_bytes(b"\x00" * 9 + b"garbage"),
     }
     makers[name.removesuffix(".pth")]()
@@ -187,6 +232,9 @@ REFUSED = {
     "meta": "tensor 'a': expected a dense tensor, got one without data",
     "conjugate": "tensor 'a': expected a tensor as it is stored, got a conjugate or negative view",
     "expanded": "tensor 'a': shape (1099511627776,) repeats the 4 bytes that are stored",
+    "quantized": "expected dense tensors, got quantized ones",
+    "big-endian": "its numbers are 'big'-endian, and this machine's are little",
+    "encrypted": "is encrypted, password required for extraction",
     "garbage": "neither safetensors nor torch's",
 }
 
@@ -222,12 +270,19 @@ def test_the_same_archive_entry_twice() -> None:
     assert refusal("clip.pth") == "base (x): holds 'clip/data.pkl' twice"
 
 
+def test_an_archive_of_two_directories() -> None:
+    torch.save({"a": torch.ones(2)}, "clip.pth")
+    with zipfile.ZipFile("clip.pth", "a") as archive:
+        archive.writestr("other/data.pkl", b"\x80\x02}.")
+    assert refusal("clip.pth") == "base (x): the entry 'other/data.pkl' lies beside 'clip', where the others do"
+
+
 def test_a_list_of_entries_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(2)}, "clip.pth")
     with monkeypatch.context() as patched:
         patched.setattr("r2m.checkpoints.torch_file._MOST_DIRECTORY", 100)
         assert "its list of entries has" in refusal("clip.pth")
-    monkeypatch.setattr("r2m.checkpoints.torch_file._MOST_PICKLE", 10)
+    monkeypatch.setitem(torch_file._DESCRIBING, "data.pkl", 10)
     assert "its data.pkl has" in refusal("clip.pth")
 
 

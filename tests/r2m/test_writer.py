@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from r2m.checkpoints.layout import _DTYPE_NAMES, parse_size, plan_files
+from r2m.checkpoints.layout import parse_size
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.safetensors_file import _DTYPE_NAMES, plan_files
 from r2m.checkpoints.writer import SafetensorsSink
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

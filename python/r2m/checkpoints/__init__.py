@@ -1,1 +1,1 @@
-"""Checkpoints on disk: the only place that opens, lays out or writes safetensors files."""
+"""Checkpoints on disk: the only place that opens, lays out or writes their files."""

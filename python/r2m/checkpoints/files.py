@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from r2m.places import naming
-from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a tensor lies: the file and the position of its first byte.
 
     Attributes:
@@ -33,19 +33,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class File:
+class TensorFile:
     """A file that was found valid.
 
     Attributes:
         specs: its tensors in file order.
-        places: where they lie.
+        locations: where they lie.
         identity: what tells whether it was changed since.
         header: SHA-256 of what describes the tensors.
         aliases: name → the earlier name that is the same stored tensor.
     """
 
     specs: dict[str, TensorSpec]
-    places: dict[str, Place]
+    locations: dict[str, Location]
     identity: tuple[int, ...]
     header: str
     aliases: dict[str, str] = field(default_factory=dict)
@@ -68,38 +68,39 @@ class Checkpoint:
         self,
         label: str,
         specs: Mapping[str, TensorSpec],
-        places: Mapping[str, Place],
-        files: Mapping[Path, File],
+        locations: Mapping[str, Location],
+        files: Mapping[Path, TensorFile],
         index: tuple[Path, str] | None = None,
     ) -> None:
         self.label = label
         self.specs = specs
         self.aliases: Mapping[str, str] = {k: v for file in files.values() for k, v in file.aliases.items()}
         self.files = tuple(files)
-        self._places = places
+        self._locations = locations
         self._files = files
         self._index = index
 
     @property
     def fingerprints(self) -> list[dict[str, str | int]]:
         """What tells each file from another or a changed one, without its gigabytes being read; files in order."""
-        found: list[dict[str, str | int]] = []
+        fingerprints: list[dict[str, str | int]] = []
         if self._index is not None:
             path, digest = self._index
-            found.append({"file": os.path.abspath(path), "header": digest})
+            fingerprints.append({"file": os.path.abspath(path), "header": digest})
         for path, file in self._files.items():
             _, _, size, mtime_ns = file.identity
-            found.append({"file": os.path.abspath(path), "size": size, "mtime_ns": mtime_ns, "header": file.header})
-        return found
+            about: dict[str, str | int] = {"size": size, "mtime_ns": mtime_ns, "header": file.header}
+            fingerprints.append({"file": os.path.abspath(path), **about})
+        return fingerprints
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own.
 
         Raises:
-            InvalidInput: the file has changed since it was opened.
+            BadCheckpoint: the file has changed since it was opened.
             OSError: it cannot be read; ``filename`` is set.
         """
-        spec, strides = self.specs[name], self._places[name].strides
+        spec, strides = self.specs[name], self._locations[name].strides
         if strides is None or spec.numel == 0:
             return self._read(name, 0, spec.nbytes).view(spec.dtype).reshape(spec.shape)
         last = sum((size - 1) * stride for size, stride in zip(spec.shape, strides, strict=True))
@@ -112,39 +113,39 @@ class Checkpoint:
         A tensor whose elements do not follow one another in the file is read whole for it.
         """
         dtype = self.specs[name].dtype
-        if self._places[name].strides is not None:
+        if self._locations[name].strides is not None:
             return self.read(name).view(-1)[start:stop]
         return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
 
     def mapped(self, name: str) -> Tensor:
         """The tensor over the file's pages, in a storage of its own: for libraries that write it elsewhere."""
-        spec, place = self.specs[name], self._places[name]
-        if spec.numel == 0 or place.strides is not None:
+        spec, location = self.specs[name], self._locations[name]
+        if spec.numel == 0 or location.strides is not None:
             return self.read(name)
         # Copy-on-write, since torch has no tensors that cannot be written to; nobody writes.
-        pages = np.memmap(place.path, np.uint8, "c", place.offset, (spec.nbytes,))
+        pages = np.memmap(location.path, np.uint8, "c", location.offset, (spec.nbytes,))
         return torch.from_numpy(pages).view(spec.dtype).reshape(spec.shape)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes of the file from where a tensor begins."""
-        place, size = self._places[name], stop - start
+        location, size = self._locations[name], stop - start
         data = torch.empty(size, dtype=torch.uint8)
         view = data.numpy().data
-        descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            with naming(place.path):
-                whole = identity(descriptor) == self._files[place.path].identity
+            with naming(location.path):
+                whole = identity(descriptor) == self._files[location.path].identity
                 done = 0
                 while whole and done < size:
                     # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
-                    count = os.preadv(descriptor, [view[done:]], place.offset + start + done)
+                    count = os.preadv(descriptor, [view[done:]], location.offset + start + done)
                     done += count
                     whole = count > 0
         finally:
             os.close(descriptor)
         if not whole:
-            file = quoted(place.path.name)
-            raise InvalidInput(f"{self.label}: tensor {quoted(name)}: file {file} was changed while it was in use")
+            file = quoted(location.path.name)
+            raise BadCheckpoint(f"{self.label}: tensor {quoted(name)}: file {file} was changed while it was in use")
         return data
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from r2m.checkpoints.files import Checkpoint
-from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
 
-class Part(Protocol):
+class LazyTensor(Protocol):
     """A tensor of a view."""
 
     @property
@@ -32,7 +32,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as a checkpoint has it."""
 
     source: Checkpoint
@@ -53,7 +53,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Made:
+class ComputedTensor:
     """A tensor that is worked out, whole, whenever it is read."""
 
     spec: TensorSpec
@@ -64,7 +64,7 @@ class Made:
         return self.read().reshape(-1)[start:stop]
 
 
-def folded(main: Part, left: Part, singular: Part, right: Part) -> Made:
+def folded(main: LazyTensor, left: LazyTensor, singular: LazyTensor, right: LazyTensor) -> ComputedTensor:
     """W + U diag(s) V, in float32 or wider, in W's dtype: (m, n), (m, r), (r,) and (r, n)."""
 
     def read() -> Tensor:
@@ -73,48 +73,48 @@ def folded(main: Part, left: Part, singular: Part, right: Part) -> Made:
         change = (left.read().to(wide) * singular.read().to(wide)) @ right.read().to(wide)
         return (whole.to(wide) + change).to(whole.dtype)
 
-    return Made(main.spec, read)
+    return ComputedTensor(main.spec, read)
 
 
-def zeros(spec: TensorSpec) -> Made:
+def zeros(spec: TensorSpec) -> ComputedTensor:
     """All zero."""
-    return Made(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
+    return ComputedTensor(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
 
 
-def constant(tensor: Tensor) -> Made:
+def constant(tensor: Tensor) -> ComputedTensor:
     """A tensor in memory."""
-    return Made(TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.clone)
+    return ComputedTensor(TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.clone)
 
 
 class View:
-    """Parts by name, as a :class:`r2m_kernels.streaming.PartialSource`. Its methods give other views.
+    """Tensors by name, as a :class:`r2m_kernels.streaming.PartialSource`. Its methods give other views.
 
     Attributes:
         label: how error messages name the checkpoint.
         source: whose files it shows.
-        parts: name → tensor, in order.
+        tensors: name → what reads it, in order.
         aliases: name → the earlier name of the same stored tensor.
     """
 
-    def __init__(self, source: Checkpoint, parts: Mapping[str, Part], aliases: Mapping[str, str]) -> None:
+    def __init__(self, source: Checkpoint, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str]) -> None:
         self.label, self.source = source.label, source
-        self.parts = dict(parts)
-        self.aliases = {name: first for name, first in aliases.items() if name in parts and first in parts}
-        self.specs = {name: part.spec for name, part in parts.items()}
+        self.tensors = dict(tensors)
+        self.aliases = {name: first for name, first in aliases.items() if name in tensors and first in tensors}
+        self.specs = {name: tensor.spec for name, tensor in tensors.items()}
         self.files, self.fingerprints = source.files, source.fingerprints
 
     @classmethod
     def of(cls, source: Checkpoint) -> View:
         """A checkpoint as it is."""
-        return cls(source, {name: Stored(source, name) for name in source.specs}, source.aliases)
+        return cls(source, {name: StoredTensor(source, name) for name in source.specs}, source.aliases)
 
     def read(self, name: str) -> Tensor:
         """See the protocol."""
-        return self.parts[name].read()
+        return self.tensors[name].read()
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """See the protocol."""
-        return self.parts[name].read_elements(start, stop)
+        return self.tensors[name].read_elements(start, stop)
 
     def renamed(self, rules: Mapping[str, str | None]) -> View:
         """The same tensors under other names.
@@ -124,33 +124,34 @@ class View:
                 rule that fits a name counts.
 
         Raises:
-            InvalidInput: two tensors get one name.
+            BadCheckpoint: two tensors get one name.
         """
         names: dict[str, str] = {}
         taken: dict[str, str] = {}
-        for name in self.parts:
+        for name in self.tensors:
             old = next((prefix for prefix in rules if name.startswith(prefix)), None)
             beginning = None if old is None else rules[old]
             if old is not None and beginning is None:
                 continue
             new = name if old is None or beginning is None else beginning + name[len(old) :]
             if new in taken:
-                raise InvalidInput(
+                raise BadCheckpoint(
                     f"{self.label}: renamed, {quoted(taken[new])} and {quoted(name)} are both {quoted(new)}"
                 )
             names[name], taken[new] = new, name
         return View(
             self.source,
-            {new: self.parts[name] for name, new in names.items()},
+            {new: self.tensors[name] for name, new in names.items()},
             {names[name]: names[first] for name, first in self.aliases.items() if name in names and first in names},
         )
 
     def without(self, names: Iterable[str]) -> View:
         """The others."""
-        gone = set(names)
-        return View(self.source, {name: part for name, part in self.parts.items() if name not in gone}, self.aliases)
+        left_out = set(names)
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in left_out}
+        return View(self.source, kept, self.aliases)
 
-    def having(self, parts: Mapping[str, Part]) -> View:
-        """With parts replaced where they are, others at the end. They are tied to nothing."""
-        aliases = {name: first for name, first in self.aliases.items() if not {name, first} & parts.keys()}
-        return View(self.source, {**self.parts, **parts}, aliases)
+    def having(self, tensors: Mapping[str, LazyTensor]) -> View:
+        """With tensors replaced where they are, others at the end. They are tied to nothing."""
+        aliases = {name: first for name, first in self.aliases.items() if not {name, first} & tensors.keys()}
+        return View(self.source, {**self.tensors, **tensors}, aliases)

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2m.checkpoints import layout
+from r2m.checkpoints.formats import SAFETENSORS
+from r2m.checkpoints.layout import encode_index
+from r2m.checkpoints.safetensors_file import PlannedFile, plan_files
 from r2m.places import naming, sync, write_file
-from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
 
@@ -43,8 +45,8 @@ class SafetensorsSink:
         self._max_shard_size = max_shard_size
         self.names: list[str] = []  # announced, in that order
         self._specs: dict[str, TensorSpec] = {}
-        self._files: list[layout.PlannedFile] = []
-        self._file_of: dict[str, layout.PlannedFile] = {}
+        self._files: list[PlannedFile] = []
+        self._file_of: dict[str, PlannedFile] = {}
         self._aliases: Mapping[str, str] = {}
         self._there: set[str] = set()
         self._others: set[str] = set()
@@ -56,12 +58,12 @@ class SafetensorsSink:
         """Lay the files out and reserve their space. Files of a run that was cut off keep what they hold.
 
         Raises:
-            InvalidInput: a dtype that safetensors cannot store, or a file that should be there is not.
+            BadCheckpoint: a dtype that safetensors cannot store, or a file that should be there is not.
             OSError: no space or no permission; ``filename`` is set.
         """
         self.names = list(specs)
         self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
-        self._files = layout.plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
+        self._files = plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         done = self._there | self._others
         self._missing = {name: 0 if name in done else spec.numel for name, spec in self._specs.items()}
@@ -76,7 +78,7 @@ class SafetensorsSink:
                         ends = {name: start + self._specs[name].nbytes for name, start in file.offsets.items()}
                         lost = next((name for name, end in ends.items() if name in self._there and end > size), None)
                         if lost is not None:
-                            raise InvalidInput(
+                            raise BadCheckpoint(
                                 f"{path}: expected tensor {quoted(lost)} in it, as the journal beside it says; the "
                                 "file is gone or was cut; start anew"
                             )
@@ -154,9 +156,9 @@ class SafetensorsSink:
             self._write_at(path, memoryview(file.header), 0)
             sync(path)
         if len(self._files) > 1:
-            index = self._directory / layout.INDEX_FILE
             total_size = sum(spec.nbytes for spec in self._specs.values())
-            write_file(index, layout.encode_index(self._files, total_size))
+            file_of = {name: file.name for name, file in self._file_of.items()}
+            write_file(self._directory / SAFETENSORS.index, encode_index(file_of, total_size))
 
     def _store(self, name: str, start: int, elements: Tensor) -> None:
         count = elements.numel()

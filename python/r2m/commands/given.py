@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from r2m.checkpoints.formats import SAFETENSORS
 from r2m_kernels.config import make_config
 from r2m_kernels.options import flag
 
@@ -31,7 +32,7 @@ def job(given: dict[str, Any]) -> dict[str, Any]:
     if changes:
         raise click.UsageError("--set: changes a recipe, and none is given.")
     arguments["method"] = arguments["method"] or "r2m"
-    arguments["file_format"] = arguments["file_format"] or "safetensors"
+    arguments["file_format"] = arguments["file_format"] or SAFETENSORS.name
     wanted = arrangement_of(rest)
     config = make_config(arguments["method"], rest)
     return {**arguments, "experts": name_experts(arguments["experts"]), "config": config, "arrangement": wanted}

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from r2m.checkpoints.formats import FORMATS, SAFETENSORS
 from r2m.commands.given import job
 from r2m.commands.options import RUN, SectionedCommand, flags, option, settle_network
 from r2m.commands.process import exit_code, settle_memory
@@ -53,8 +54,10 @@ from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
 @option(
     FILES,
     "--format",
-    type=click.Choice(["safetensors", "pth"]),
-    help="Of the output; pth: a state dict of torch.save.  [default: safetensors]",
+    type=click.Choice(list(FORMATS)),
+    help="Of the output; "
+    + "; ".join(f"{name}: {one.title}" for name, one in FORMATS.items() if not one.direct)
+    + f".  [default: {SAFETENSORS.name}]",
 )
 @option(
     FILES,

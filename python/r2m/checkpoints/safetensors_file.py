@@ -1,0 +1,251 @@
+"""safetensors files: where their tensors lie, and how they are laid out for writing.
+
+8 bytes N (little-endian), N bytes of JSON header, then the tensors without gaps.
+
+Reference: https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from r2m.checkpoints.files import Location, TensorFile, identity
+from r2m.checkpoints.formats import SAFETENSORS
+from r2m.checkpoints.layout import unique
+from r2m.places import opened
+from r2m_kernels.errors import BadCheckpoint, printable, quoted
+from r2m_kernels.streaming import TensorSpec
+
+_MOST_HEADER = 10**8  # bytes; the format's own bound
+LENGTH_BYTES = 8
+_ALIGNMENT = 8
+_FORMAT = {"format": "pt"}  # ``transformers`` refuses files without it
+
+# What the library's reasons mean to someone who only knows the file; others are shown as they are.
+_REASONS = {
+    "header too small": "it is shorter than any safetensors file",
+    "header too large": "its header would be larger than the format allows",
+    "invalid header length": "its header would end after the file, which is cut off or no safetensors file",
+    "file not fully covered": "it is cut off, or longer than its header says",
+    "overflow": "its header announces a tensor too large for any file",
+}
+
+# In the order of the safetensors library, which sorts a file's tensors by descending position in this list.
+# Wider types come later, so that order keeps every tensor aligned to its own element size.
+_DTYPE_NAMES = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_ORDER = {dtype: position for position, dtype in enumerate(_DTYPES.values())}
+
+
+def spec_of(what: str, code: str, shape: Sequence[int]) -> TensorSpec:
+    """The tensor that a header entry describes, as torch sees it.
+
+    Args:
+        what: the tensor, for the error message.
+        code: the header's ``dtype``, such as ``"BF16"``.
+        shape: the header's ``shape``, in elements.
+
+    Raises:
+        BadCheckpoint: torch has no such dtype, or cannot hold such a shape.
+    """
+    if code not in _DTYPES:
+        raise BadCheckpoint(f"{what}: torch {torch.__version__} has no type for the safetensors dtype {code}")
+    sizes = list(shape)
+    if code == "F4":
+        # torch packs two 4-bit elements of a row into one.
+        if not sizes or sizes[-1] % 2:
+            raise BadCheckpoint(f"{what}: torch cannot hold 4-bit rows of odd length, shape {tuple(shape)}")
+        sizes[-1] //= 2
+    extent = 1
+    for size in sizes:
+        extent *= max(size, 1)
+    # The library checks sizes against the file, except where a 0 among them makes their product 0.
+    if extent >= 2**63:
+        raise BadCheckpoint(f"{what}: shape {tuple(shape)} is too large")
+    return TensorSpec(tuple(sizes), _DTYPES[code])
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file to be written.
+
+    Attributes:
+        name: file name inside the checkpoint's directory.
+        header: the length field and the JSON header, padded so that the data is aligned to 8 bytes.
+        offsets: tensor name → position of its first byte in the file.
+        size: bytes of the whole file.
+    """
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def plan_files(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    max_shard_size: int,
+    aliases: Mapping[str, str] | None = None,
+) -> list[PlannedFile]:
+    """Where every tensor goes: a function of the arguments' contents, not of the order of ``specs``.
+
+    Names are sorted and fill one shard after the other, each up to ``max_shard_size`` bytes of tensors; a
+    larger tensor has a shard of its own. One shard is ``model.safetensors``, more are
+    ``model-00001-of-0000N.safetensors``.
+
+    Args:
+        specs: every tensor.
+        metadata: of every file's header.
+        max_shard_size: bytes of tensors per file.
+        aliases: name → the name it is tied to. Such a name is not stored: the header's metadata say so, as those of
+            ``safetensors.torch.save_model`` do.
+
+    Raises:
+        BadCheckpoint: a dtype that safetensors cannot store.
+    """
+    aliases = aliases or {}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(specs.keys() - aliases.keys()):
+        nbytes = specs[name].nbytes
+        if shards[-1] and filled + nbytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    count = len(shards)
+    names = (
+        [SAFETENSORS.single]
+        if count == 1
+        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
+    return [
+        _plan_file(
+            file_name,
+            {name: specs[name] for name in shard},
+            {**metadata, **{name: first for name, first in aliases.items() if first in shard}},
+        )
+        for file_name, shard in zip(names, shards, strict=True)
+    ]
+
+
+def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
+    for name, spec in specs.items():
+        if spec.dtype not in _CODES:
+            raise BadCheckpoint(f"tensor {quoted(name)}: safetensors cannot store {spec.dtype}")
+    header: dict[str, object] = {"__metadata__": dict(sorted({**metadata, **_FORMAT}.items()))}
+    starts: dict[str, int] = {}
+    position = 0
+    for name in sorted(specs, key=lambda name: (-_ORDER[specs[name].dtype], name)):
+        spec = specs[name]
+        code = _CODES[spec.dtype]
+        shape = list(spec.shape)
+        if code == "F4":
+            shape[-1] *= 2
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [position, position + spec.nbytes]}
+        starts[name] = position
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    data = LENGTH_BYTES + len(text)
+    return PlannedFile(
+        name=file_name,
+        header=struct.pack("<Q", len(text)) + text,
+        offsets={name: data + start for name, start in starts.items()},
+        size=data + position,
+    )
+
+
+def tied_names(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Name → the stored tensor it is tied to, as a header's metadata tell it."""
+    return {
+        name: first for name, first in metadata.items() if first in specs and name not in specs and name not in _FORMAT
+    }
+
+
+def data_start(length_field: bytes) -> int:
+    """Position of the first tensor byte, from a file's first 8 bytes."""
+    (length,) = struct.unpack("<Q", length_field)
+    return LENGTH_BYTES + int(length)
+
+
+def open_file(path: Path, what: str) -> TensorFile:
+    """The tensors of a safetensors file; see :meth:`r2m.checkpoints.formats.Format.open`.
+
+    The library judges the header, after a look of our own at what it lets pass.
+    """
+    with opened(path, what, BadCheckpoint) as file:
+        known = identity(file.fileno())
+        length_field = file.read(LENGTH_BYTES)
+        header = b""
+        if len(length_field) == LENGTH_BYTES:
+            length = data_start(length_field) - LENGTH_BYTES
+            if length <= min(_MOST_HEADER, os.fstat(file.fileno()).st_size):
+                header = file.read(length)
+    _refuse_doubtful_header(header, what)
+    specs: dict[str, TensorSpec] = {}
+    locations: dict[str, Location] = {}
+    try:
+        # The library maps the file for the length of this block and touches its header alone. It has checked
+        # that the tensors follow one another without gaps to the end of the file, so that sizes give
+        # positions.
+        with safe_open(path, framework="numpy") as library:
+            position = data_start(length_field)
+            for name in library.offset_keys():
+                entry = library.get_slice(name)
+                spec = spec_of(f"{what}: tensor {quoted(name)}", entry.get_dtype(), entry.get_shape())
+                specs[name], locations[name] = spec, Location(path, position)
+                position += spec.nbytes
+            aliases = tied_names(library.metadata() or {}, specs)
+    except SafetensorError as error:
+        text = str(error).removeprefix("Error while deserializing header: ")
+        reason = next((plain for known, plain in _REASONS.items() if known in text), text)
+        raise BadCheckpoint(f"{what}: not a whole safetensors file: {printable(reason)}") from None
+    for name, first in aliases.items():
+        specs[name], locations[name] = specs[first], locations[first]
+    return TensorFile(specs, locations, known, hashlib.sha256(length_field + header).hexdigest(), aliases)
+
+
+def _refuse_doubtful_header(header: bytes, what: str) -> None:
+    """Refuse a name given twice, of which the library would take one. What it refuses itself is left to it."""
+    try:
+        json.loads(header, object_pairs_hook=functools.partial(unique, f"{what}: header"))
+    except BadCheckpoint:
+        raise
+    except (ValueError, RecursionError):
+        return
