@@ -15,7 +15,7 @@ import torch
 from r2m.demo.faces import split_people
 
 from bench.quality import choosing, docs, groups, ideas, judging, methods, settings, tables
-from bench.quality.diagnosis import RULES
+from bench.quality.docs import RULES
 from bench.quality.models import Models, Pools, Run
 from bench.quality.networks import new_network
 from r2m_kernels import MergeConfig
