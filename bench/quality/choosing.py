@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from r2m.demo.evaluation import group_auc, score_group
 
-from bench.quality import settings
 from bench.quality.groups import validation_group
-from bench.quality.methods import Method, apply
+from bench.quality.methods import Method
 from bench.quality.models import Models, Run
 from bench.quality.networks import load_state
+from r2m_kernels import merge
 
 Validated = dict[str, dict[str, float]]
 """Method → candidate in words → AUC on the validation people of one run."""
@@ -23,12 +23,12 @@ Validated = dict[str, dict[str, float]]
 def validate(run: Run, methods: Sequence[Method]) -> Validated:
     """Every candidate of every method on one run; those without a choice too, since ideas are compared by it."""
     models, group = Models(run), validation_group(run)
-    base, experts = models.base(), [models.specialist(kind) for kind in settings.MAIN]
+    base, experts = models.trained()
     found: Validated = {}
     for method in methods:
         found[method.name] = {
-            words: group_auc(score_group(load_state(run.architecture, dict(apply(candidate, base, experts))), group))
-            for words, candidate in method.candidates.items()
+            words: group_auc(score_group(load_state(run.architecture, merge(base, experts, config)), group))
+            for words, config in method.candidates.items()
         }
     return found
 

@@ -19,9 +19,9 @@ import numpy as np
 from r2m.demo.evaluation import auc
 
 from bench.compare import table
-from bench.quality import settings
+from bench.quality import settings, tables
 from bench.quality.groups import GROUPS
-from bench.quality.tables import BASELINES, against, difference, main_table, reported, runs_of, short, values
+from bench.quality.tables import against, cells, difference, differences, reported, runs_of, short
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "bench" / "results" / "quality.json", ROOT / "docs" / "quality.md"
@@ -68,11 +68,7 @@ def text(content: Content) -> str:
     environment.filters["signed"] = lambda value: short(value, True)
     runs = runs_of(content, reported(content))
     parts = {name: runs_of(content, reported(content), name) for name in ("cnn", "vit")}
-    shown = [row for row in content["runs"][runs[0]] if content["methods"].get(row) != "idea"]
-
-    def differences(row: str, groups: Iterable[str], runs: Sequence[str] = runs) -> list[str]:
-        return [difference(against(content, row, "weight average", group, runs)) for group in groups]
-
+    rows = tables.rows_of(content)
     return environment.get_template("page.md.j2").render(
         content=content,
         tolerated=TOLERATED,
@@ -82,11 +78,21 @@ def text(content: Content) -> str:
         runs=runs,
         which=reported(content),
         verdict=_verdict(content, runs),
-        results=_results(content, runs, shown),
-        differences=[[_bold(r), *differences(r, GROUPS)] for r in shown if r not in ("weight average", "base")],
+        results=[
+            [_bold(row["row"]), *cells(row), short(row["worst"]), row["worst_forgery"], short(row["ece"])]
+            for row in tables.main_table(content, runs)
+        ],
+        differences=[
+            [_bold(row), *differences(content, row, GROUPS, runs)]
+            for row in rows
+            if row not in ("weight average", "base")
+        ],
         parts=parts,
-        by_part=[[r, *(d for part in parts.values() for d in differences(r, LOOKED_AT, part))] for r in FOLLOWED],
-        shown=shown,
+        by_part=[
+            [row, *(cell for part in parts.values() for cell in differences(content, row, LOOKED_AT, part))]
+            for row in FOLLOWED
+        ],
+        rows=rows,
         curves=_curves(list(content["sweeps"].values())),
         several=_several([one for found in content["many"].values() for one in found["merges"]]),
         wrong=_wrong(list(content["robustness"].values())),
@@ -113,33 +119,24 @@ def _means(rows: Iterable[str], columns: Iterable[Any], numbers: Callable[[str, 
 
 def _verdict(content: Content, runs: Sequence[str]) -> dict[str, Any]:
     """R²M against every baseline, how many bars it meets, and how far it goes to what no merge has."""
-    pairs = [(other, group) for other in BASELINES for group in LOOKED_AT]
+    pairs = [(other, group) for other in tables.BASELINES for group in LOOKED_AT]
     found = {(other, group): against(content, "R2M", other, group, runs) for other, group in pairs}
     marked = {pair: difference(found[pair]) + " **below**" * (found[pair]["low"] < TOLERATED) for pair in pairs}
     gains = {group: found["weight average", group]["mean"] for group in LOOKED_AT}
 
     def share(other: str, group: str) -> float:
         rows = ("R2M", other, "weight average")
-        ours, theirs, average = (float(np.mean(values(content, row, group, runs))) for row in rows)
+        ours, theirs, average = (float(np.mean(tables.values(content, row, group, runs))) for row in rows)
         return 100 * (ours - average) / (theirs - average)
 
     return {
-        "rows": [[other, *(marked[other, group] for group in LOOKED_AT)] for other in BASELINES],
+        "rows": [[other, *(marked[other, group] for group in LOOKED_AT)] for other in tables.BASELINES],
         "met": sum(one["low"] >= TOLERATED for one in found.values()),
         "bars": len(pairs),
         "gains": gains,
         "missing": {group: short(GOAL - gain) for group, gain in gains.items() if gain < GOAL},
         "share": share,
     }
-
-
-def _results(content: Content, runs: Sequence[str], shown: Sequence[str]) -> Rows:
-    rows = []
-    for row in main_table(content, runs):
-        if row["row"] in shown:
-            cells = [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
-            rows.append([_bold(row["row"]), *cells, short(row["worst"]), row["worst_forgery"], short(row["ece"])])
-    return rows
 
 
 def _curves(sweeps: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], Rows]]:

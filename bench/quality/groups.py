@@ -31,11 +31,16 @@ def validation_group(run: Run, kinds: Sequence[str] = TRAINED) -> Group:
     return _group(run, split_people(run.seed).validation, kinds, _draws(run, settings.VALIDATION_DRAWS), "validation")
 
 
-def test_groups(run: Run) -> dict[str, Group]:
-    """The four groups of the table, on the test people and on no people."""
+def groups_of(run: Run, names: Sequence[str] = GROUPS) -> dict[str, Group]:
+    """Groups of the table, on the test people and on no people: all four, or some."""
     people, draws = split_people(run.seed).test, _draws(run, settings.TEST_DRAWS)
-    groups = {name: make_group(_photographs(), people, name, draws, run.seed, "test") for name in GROUPS[:3]}
-    return groups | {"natural": _natural(run.seed)}
+
+    def group(name: str) -> Group:
+        if name == "natural":
+            return _natural(run.seed)
+        return make_group(_photographs(), people, name, draws, run.seed, "test")
+
+    return {name: group(name) for name in names}
 
 
 def all_families(run: Run) -> Group:

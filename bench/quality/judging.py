@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from r2m.demo.evaluation import Scores, auc, auc_by_forgery, ensemble, group_auc, score_group
+from r2m.demo.evaluation import Scores, auc_by_forgery, ensemble, group_auc, score_group
 from r2m.demo.samples import Group
 from torch import Tensor
 
@@ -54,11 +54,7 @@ def calibration_error(group: Mapping[str, Scores], bins: int = BINS) -> float:
     weights = np.where(labels == 1, 0.5 / len(forged), 0.5 / len(group["real"]))
     probability = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
     place = np.minimum((probability * bins).astype(int), bins - 1)
-    error = 0.0
-    for bin_ in range(bins):
-        inside = place == bin_
-        error += abs(float((weights[inside] * (probability[inside] - labels[inside])).sum()))
-    return error
+    return float(np.abs(np.bincount(place, weights * (probability - labels))).sum())
 
 
 def paired(differences: Sequence[float], seed: int = 0, draws: int = 10_000) -> dict[str, float]:
@@ -73,6 +69,3 @@ def paired(differences: Sequence[float], seed: int = 0, draws: int = 10_000) -> 
         "wins": int((values > 0).sum()),
         "runs": len(values),
     }
-
-
-__all__ = ["auc", "calibration_error", "mean_of", "numbers", "paired", "score"]

@@ -5,16 +5,11 @@ Whatever needs no choice is a method with one candidate. ``R2M`` is this package
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from r2m_kernels import MergeConfig
 
-from bench.quality import ideas
-from r2m_kernels import MergeConfig, merge
-
-StateDict = Mapping[str, Tensor]
-Rule = Callable[[StateDict, Sequence[StateDict]], StateDict]
 BUDGET = 8
 
 
@@ -24,25 +19,24 @@ class Method:
 
     Attributes:
         name: the row of the table.
-        candidates: words → configuration of the package, or a rule of ``ideas``.
-        kind: ``peer``, ``ours``, ``ablation`` or ``idea``.
+        candidates: words → configuration.
+        kind: ``peer``, ``ours``, ``ablation`` or ``idea``, which has no row on the page.
     """
 
     name: str
-    candidates: Mapping[str, MergeConfig | Rule]
+    candidates: Mapping[str, MergeConfig]
     kind: str = "peer"
 
     @property
     def tuned(self) -> bool:
         return len(self.candidates) > 1
 
+    def picked(self, chosen: Mapping[str, str]) -> MergeConfig:
+        """The one candidate that validation chose, for one architecture."""
+        return self.candidates[chosen[self.name]]
 
-def apply(candidate: MergeConfig | Rule, base: StateDict, experts: Sequence[StateDict]) -> StateDict:
-    """The merged state dict."""
-    return merge(base, experts, candidate) if isinstance(candidate, MergeConfig) else candidate(base, experts)
 
-
-def _fixed(name: str, config: MergeConfig | Rule, kind: str = "peer") -> Method:
+def _fixed(name: str, config: MergeConfig, kind: str = "peer") -> Method:
     return Method(name, {"": config}, kind)
 
 
@@ -83,7 +77,7 @@ def ours() -> list[Method]:
         Method(
             "R2M as the paper truncates, tuned",
             {
-                f"rank {r:g}, η {e:g}": ideas.TRUNCATED.replace(rank=r, eta=e)
+                f"rank {r:g}, η {e:g}": MergeConfig.r2m_truncated(rank=r, eta=e)
                 for r in (0.1, 0.2, 0.4, 1.0)
                 for e in (0.3, 0.6)
             },
@@ -103,9 +97,4 @@ def ours() -> list[Method]:
 
 def all_methods() -> list[Method]:
     """In the order of the table."""
-    return [*peers(), *ours(), *ideas_methods()]
-
-
-def ideas_methods() -> list[Method]:
-    """What is not on any list: data-free rules tried here, see ``ideas``."""
-    return [Method(name, candidates, "idea") for name, candidates in ideas.CANDIDATES.items()]
+    return [*peers(), *ours()]

@@ -104,6 +104,10 @@ class Models:
     def specialist(self, kind: str) -> StateDict:
         return self._fine_tuned(kind, (kind,), self.run.recipes.specialist)
 
+    def trained(self) -> tuple[StateDict, list[StateDict]]:
+        """The base and the three specialists."""
+        return self.base(), [self.specialist(kind) for kind in settings.MAIN]
+
     def joint(self, kinds: Sequence[str] = settings.MAIN) -> StateDict:
         return self._fine_tuned("joint " + "+".join(kinds), kinds, self.run.recipes.joint)
 

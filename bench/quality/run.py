@@ -13,7 +13,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,19 +21,18 @@ from typing import Any, TypeVar
 import torch
 
 from bench.quality import docs, judging, pictures, settings, studies, tables
-from bench.quality.choosing import Validated, choose, validate
-from bench.quality.groups import test_groups
-from bench.quality.methods import Method, all_methods, apply
-from bench.quality.models import CACHE, Models, Run
+from bench.quality.choosing import choose, validate
+from bench.quality.groups import groups_of
+from bench.quality.methods import all_methods
+from bench.quality.models import CACHE, Models, Run, StateDict
 from bench.quality.networks import ARCHITECTURES
 from bench.run import machine
-from r2m_kernels import MergeConfig
+from r2m_kernels import MergeConfig, merge
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Rows that the studies follow, beside the ensemble.
 FOLLOWED = ("weight average", "weight average × 1.2", "TIES", "CART", "R2M")
 Result = TypeVar("Result")
-Chosen = dict[str, dict[str, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,31 +66,29 @@ def measure(pool: ProcessPoolExecutor, quick: bool) -> dict[str, Any]:
     fresh = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.FRESH]
     if quick:
         development, fresh = [run for run in development if run.seed == 0], []
-    validated = _each(pool, "validated", _validate, [(run,) for run in development])
+    methods = all_methods()
+    validated = _each(pool, "validated", validate, [(run, methods) for run in development])
     chosen = choose(validated)
     content: dict[str, Any] = {"quick": quick, "validated": validated, "chosen": chosen}
-    content["methods"] = {method.name: method.kind for method in all_methods()}
+    content["methods"] = {method.name: method.kind for method in methods}
     content["default"] = MergeConfig.r2m().to_dict()
-    judged = _each(pool, "judged", _judge, [(run, chosen) for run in [*development, *fresh]])
-    content["runs"] = judged
+    configs = {name: {method.name: method.picked(chosen[name]) for method in methods} for name in chosen}
+    content["runs"] = _each(
+        pool, "judged", _judge, [(run, configs[run.architecture]) for run in [*development, *fresh]]
+    )
     content["development"], content["fresh"] = [run.name for run in development], [run.name for run in fresh]
     studied = [run for run in fresh if run.seed in settings.SECOND_LOOK]
     looked_at = [run for run in studied if run.seed in settings.SECOND_LOOK[:2]] or development
     content["sweeps"] = _each(pool, "swept", studies.sweeps, [(run,) for run in looked_at])
     if not quick:
-        bad = [run for run in development if run.seed in settings.MANY]
-        content["robustness"] = _each(pool, "robustness", _robustness, [(run, chosen) for run in bad])
-        content["many"] = _each(pool, "many", _many, [(run, chosen) for run in bad])
-        content["analysis"] = _each(pool, "analysis", _analysis, [(run, chosen) for run in studied])
+        followed = {name: {row: of_name[row] for row in FOLLOWED} for name, of_name in configs.items()}
+        bad = [(run, followed[run.architecture]) for run in development if run.seed in settings.MANY]
+        content["robustness"] = _each(pool, "robustness", studies.robustness, bad)
+        content["many"] = _each(pool, "many", studies.many, bad)
+        content["analysis"] = _each(pool, "analysis", studies.analysis, [(run,) for run in studied])
         strangers = [(run, _next(run, runs)) for runs in (development, studied) for run in runs]
         content["diagnosis"] = _each(pool, "diagnosis", studies.diagnosis, strangers)
     return content
-
-
-def picked(method: Method, architecture: str, chosen: Chosen) -> Method:
-    """A method with the one candidate that validation chose."""
-    words = chosen[architecture][method.name]
-    return Method(method.name, {words: method.candidates[words]}, method.kind)
 
 
 def _next(run: Run, runs: Sequence[Run]) -> Run:
@@ -100,52 +97,19 @@ def _next(run: Run, runs: Sequence[Run]) -> Run:
     return alike[(alike.index(run) + 1) % len(alike)]
 
 
-def _followed(run: Run, chosen: Chosen) -> dict[str, Method]:
-    return {m.name: picked(m, run.architecture, chosen) for m in all_methods() if m.name in FOLLOWED}
+def _judge(run: Run, configs: Mapping[str, MergeConfig]) -> dict[str, Any]:
+    models, groups = Models(run), groups_of(run)
+    base, experts = models.trained()
 
+    def scored(state: StateDict) -> judging.GroupScores:
+        return judging.score(run.architecture, state, groups)
 
-def _validate(run: Run) -> Validated:
-    return validate(run, all_methods())
-
-
-def _judge(run: Run, chosen: Chosen) -> dict[str, Any]:
-    models, groups = Models(run), test_groups(run)
-    base = models.base()
-    experts = {kind: models.specialist(kind) for kind in settings.MAIN}
-    rows = {f"{kind} specialist": state for kind, state in experts.items()}
-    scores = {row: judging.score(run.architecture, state, groups) for row, state in rows.items()}
-    found = {"base": judging.numbers(judging.score(run.architecture, base, groups))}
-    found |= {row: judging.numbers(of_row) for row, of_row in scores.items()}
-    found["joint training"] = judging.numbers(judging.score(run.architecture, models.joint(), groups))
-    found["ensemble"] = judging.numbers(judging.mean_of(list(scores.values())))
-    for method in all_methods():
-        (candidate,) = picked(method, run.architecture, chosen).candidates.values()
-        merged = dict(apply(candidate, base, list(experts.values())))
-        found[method.name] = judging.numbers(judging.score(run.architecture, merged, groups))
-    return found
-
-
-def _robustness(run: Run, chosen: Chosen) -> dict[str, Any]:
-    return studies.robustness(run, _followed(run, chosen))
-
-
-def _many(run: Run, chosen: Chosen) -> dict[str, Any]:
-    return studies.many(run, _followed(run, chosen))
-
-
-def _analysis(run: Run, chosen: Chosen) -> dict[str, Any]:
-    models = Models(run)
-    base, experts = models.base(), [models.specialist(kind) for kind in settings.MAIN]
-    merged = {}
-    for name, method in _followed(run, chosen).items():
-        if name in ("weight average", "R2M"):
-            (candidate,) = method.candidates.values()
-            merged[name] = dict(apply(candidate, base, experts))
-    return {
-        "features": studies.features(run, merged),
-        "heads": studies.heads(run, merged),
-        "identities": studies.identities(run),
-    }
+    specialists = [scored(expert) for expert in experts]
+    scores = {"base": scored(base)}
+    scores |= {f"{kind} specialist": one for kind, one in zip(settings.MAIN, specialists, strict=True)}
+    scores |= {"joint training": scored(models.joint()), "ensemble": judging.mean_of(specialists)}
+    scores |= {row: scored(merge(base, experts, config)) for row, config in configs.items()}
+    return {row: judging.numbers(of_row) for row, of_row in scores.items()}
 
 
 def _each(

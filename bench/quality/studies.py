@@ -14,8 +14,7 @@ from r2m.demo.samples import Group
 from torch import Tensor
 
 from bench.quality import settings
-from bench.quality.groups import all_families, test_groups, validation_group
-from bench.quality.methods import Method, apply
+from bench.quality.groups import all_families, groups_of, validation_group
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
 from r2m_kernels import MergeConfig, analyze, merge
@@ -25,14 +24,14 @@ STRENGTHS = (0.0, 0.15, 0.3, 0.6, 1.0, 1.5)
 SCALES = (0.6, 0.8, 1.0, 1.2, 1.4, 1.7)
 ORDERS = 2  # in which six specialists are added one at a time
 UNEQUAL = 3.0  # times the norm of one specialist's task vector
+LOOKED_AT = ("in-distribution", "unseen")
 
 Numbers = dict[str, Any]
 
 
 def sweeps(run: Run) -> Numbers:
     """AUC over rank, η and scale, in-distribution and unseen: curves to look at, not to choose from."""
-    base, experts = _trained(run)
-    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
+    (base, experts), groups = Models(run).trained(), groups_of(run, LOOKED_AT)
     curves: dict[str, list[tuple[float, MergeConfig]]] = {
         "rank": [(value, MergeConfig.r2m(rank=value)) for value in RANKS],
         "eta": [(value, MergeConfig.r2m(eta=value)) for value in STRENGTHS],
@@ -45,17 +44,17 @@ def sweeps(run: Run) -> Numbers:
     }
 
 
-def many(run: Run, chosen: Mapping[str, Method]) -> Numbers:
+def many(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     """One to six specialists, in several orders: mean AUC over all six families, and over the unseen ones.
 
     Args:
         run: whose specialists.
-        chosen: row → method with its chosen candidate.
+        configs: row → how it merges.
     """
     models = Models(run)
     base = models.base()
     experts = {kind: models.specialist(kind) for kind in settings.MAIN + settings.FURTHER}
-    groups = {"six families": all_families(run), "unseen": test_groups(run)["unseen"]}
+    groups = {"six families": all_families(run), "unseen": groups_of(run, ["unseen"])["unseen"]}
     scores = {kind: _scores(run, state, groups) for kind, state in experts.items()}
     orders = [np.random.default_rng([run.seed, index]).permutation(list(experts)) for index in range(ORDERS)]
     found: list[Numbers] = []
@@ -63,32 +62,29 @@ def many(run: Run, chosen: Mapping[str, Method]) -> Numbers:
         kinds = [str(kind) for kind in orders[index][:count]]
         members = [experts[kind] for kind in kinds]
         aucs = {"ensemble": {name: group_auc(ensemble([scores[kind][name] for kind in kinds])) for name in groups}}
-        for row, method in chosen.items():
-            aucs[row] = _aucs(run, _merge(method, base, members), groups)
+        aucs |= {row: _aucs(run, merge(base, members, config), groups) for row, config in configs.items()}
         found.append({"order": index, "experts": kinds, "auc": aucs, "report": _report(base, members)})
     return {"merges": found}
 
 
-def robustness(run: Run, chosen: Mapping[str, Method]) -> Numbers:
+def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     """What one bad specialist does, and 16-bit storage: in-distribution and unseen AUC of each method."""
-    models = Models(run)
-    base, experts = _trained(run)
-    fs, fr, efs = experts
-    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
+    models, groups = Models(run), groups_of(run, LOOKED_AT)
+    base, (fs, fr, efs) = models.trained()
     cases: dict[str, tuple[StateDict, list[StateDict]]] = {
-        "as trained": (base, experts),
+        "as trained": (base, [fs, fr, efs]),
         "FR with shuffled labels": (base, [fs, models.shuffled("FR"), efs]),
         f"FR's task vector × {UNEQUAL:g}": (base, [fs, _lengthened(base, fr), efs]),
-        "bfloat16 storage": (_bfloat16(base), [_bfloat16(expert) for expert in experts]),
+        "bfloat16 storage": (_cast(base, torch.bfloat16), [_cast(expert, torch.bfloat16) for expert in (fs, fr, efs)]),
     }
     if run.seed == settings.MANY[0]:
         cases["FR trained ten times as long"] = (base, [fs, models.overtrained("FR"), efs])
     found = {}
     for case, (start, members) in cases.items():
-        scores = [_scores(run, _float32(member), groups) for member in members]
+        scores = [_scores(run, _cast(member, torch.float32), groups) for member in members]
         aucs = {"ensemble": {name: group_auc(ensemble([one[name] for one in scores])) for name in groups}}
-        for row, method in chosen.items():
-            aucs[row] = _aucs(run, _float32(_merge(method, start, members)), groups)
+        for row, config in configs.items():
+            aucs[row] = _aucs(run, _cast(merge(start, members, config), torch.float32), groups)
         found[case] = {"auc": aucs, "report": _report(start, members)}
     return found
 
@@ -103,8 +99,7 @@ def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
         run: whose specialists.
         elsewhere: a run of the same architecture, whose specialist is the stranger.
     """
-    base, experts = _trained(run)
-    groups = {"in-distribution": test_groups(run)["in-distribution"]}
+    (base, experts), groups = Models(run).trained(), groups_of(run, ["in-distribution"])
     known = dict(zip(settings.MAIN, experts, strict=True))
     stranger = Models(elsewhere).specialist("FR")
     cases = {"+".join(kinds): [known[kind] for kind in kinds] for kinds in itertools.combinations(settings.MAIN, 2)}
@@ -119,6 +114,14 @@ def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
     return found
 
 
+def analysis(run: Run) -> Numbers:
+    """Features, heads and identities of the average and of R²M by default."""
+    base, experts = Models(run).trained()
+    configs = {"weight average": MergeConfig.weight_average(), "R2M": MergeConfig.r2m()}
+    merged = {name: merge(base, experts, config) for name, config in configs.items()}
+    return {"features": features(run, merged), "heads": heads(run, merged), "identities": identities(run, configs)}
+
+
 def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
     """The paper's analysis: how alike features are between models, and how far apart Real and Fake lie.
 
@@ -126,9 +129,9 @@ def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
     distance of the means of Fake and Real along their common direction, over the standard deviation along it;
     ``off axis``: standard deviation of what lies across that direction, a dimension, over the same distance.
     """
-    base, experts = _trained(run)
+    base, experts = Models(run).trained()
     states = {"base": base, **dict(zip(settings.MAIN, experts, strict=True)), **merged}
-    group = test_groups(run)["in-distribution"]
+    group = groups_of(run, ["in-distribution"])["in-distribution"]
     real = {name: _features(run, state, group.real) for name, state in states.items()}
     forged = np.concatenate(list(group.forged.values()))
     fake = {name: _features(run, state, forged) for name, state in states.items()}
@@ -156,9 +159,7 @@ def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
 
 def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
     """AUC of one merged trunk with several heads: mean, each expert's, refit on the validation people, or combined."""
-    _, experts = _trained(run)
-    groups = {name: group for name, group in test_groups(run).items() if name in ("in-distribution", "unseen")}
-    known = validation_group(run)
+    (_, experts), groups, known = Models(run).trained(), groups_of(run, LOOKED_AT), validation_group(run)
     found: Numbers = {}
     for trunk, state in trunks.items():
         of_heads: dict[str, dict[str, float]] = {}
@@ -184,15 +185,15 @@ def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
     return found
 
 
-def identities(run: Run) -> Numbers:
+def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     """What must hold whatever is merged: distances of weights relative to the update, and a difference of AUC."""
-    base, experts = _trained(run)
+    base, experts = Models(run).trained()
     average = merge(base, experts, MergeConfig.weight_average())
     whole = MergeConfig.r2m_truncated(rank=1.0, eta=1.0, eta_mode="constant", norm_match=False)
     whole_merged = merge(base, experts, whole)
-    groups = test_groups(run)
+    groups = groups_of(run)
     found: Numbers = {"full rank, η = 1, no matching: distance to the average": _distance(base, whole_merged, average)}
-    for name, config in (("weight average", MergeConfig.weight_average()), ("R2M", MergeConfig.r2m())):
+    for name, config in configs.items():
         three = merge(base, experts, config)
         two = merge(base, experts[:2], config)
         again = merge(base, [two, experts[2]], config.replace(weights=(2, 1)))
@@ -201,16 +202,6 @@ def identities(run: Run) -> Numbers:
             abs(alike[group] - apart[group]) for group in groups
         )
     return found
-
-
-def _trained(run: Run) -> tuple[StateDict, list[StateDict]]:
-    models = Models(run)
-    return models.base(), [models.specialist(kind) for kind in settings.MAIN]
-
-
-def _merge(method: Method, base: StateDict, experts: Sequence[StateDict]) -> StateDict:
-    (candidate,) = method.candidates.values()
-    return dict(apply(candidate, base, experts))
 
 
 def _scores(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, dict[str, Scores]]:
@@ -245,23 +236,17 @@ def _report(base: StateDict, experts: Sequence[StateDict]) -> Numbers:
 
 
 def _lengthened(base: StateDict, expert: StateDict) -> StateDict:
-    """An expert whose task vector is ``UNEQUAL`` times as long."""
+    """An expert whose task vector is ``UNEQUAL`` times as long, without the running statistics'."""
     return {
-        name: base[name] + UNEQUAL * (tensor - base[name]) if _moves(name, expert) else tensor
+        name: base[name] + UNEQUAL * (tensor - base[name])
+        if tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))
+        else tensor
         for name, tensor in expert.items()
     }
 
 
-def _moves(name: str, state: StateDict) -> bool:
-    return state[name].is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
-
-
-def _bfloat16(state: StateDict) -> StateDict:
-    return {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
-def _float32(state: StateDict) -> StateDict:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+def _cast(state: StateDict, dtype: torch.dtype) -> StateDict:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _features(run: Run, state: StateDict, pictures: Picture, batch: int = 64) -> Tensor:

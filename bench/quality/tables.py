@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
+from r2m.demo.table import new_table
 from rich.console import Console
-from rich.table import Table
 
 from bench.quality.groups import GROUPS
 from bench.quality.judging import paired
@@ -40,35 +39,39 @@ def against(content: Content, row: str, other: str, group: str, runs: Sequence[s
 
 
 def rows_of(content: Content) -> list[str]:
-    """The rows in order."""
-    first: Mapping[str, Any] = next(iter(content["runs"].values()))
-    return list(first)
+    """The rows in order, without ideas."""
+    return [row for row in next(iter(content["runs"].values())) if content["methods"].get(row) != "idea"]
 
 
 def main_table(content: Content, runs: Sequence[str]) -> list[dict[str, Any]]:
-    """A row each: mean and standard deviation per group, differences to the average, worst forgery, ECE."""
+    """A row each: mean and standard deviation per group, worst forgery, ECE."""
     found = []
     for row in rows_of(content):
-        worst = Counter(content["runs"][name][row]["worst_forgery"] for name in runs).most_common(1)[0][0]
-        groups = {group: values(content, row, group, runs) for group in GROUPS}
+        numbers = [content["runs"][name][row] for name in runs]
+        aucs = {group: [one["auc"][group] for one in numbers] for group in GROUPS}
         found.append(
             {
                 "row": row,
-                "mean": {group: float(np.mean(of_group)) for group, of_group in groups.items()},
+                "mean": {group: float(np.mean(of_group)) for group, of_group in aucs.items()},
                 "deviation": {
-                    group: float(np.std(of_group, ddof=1)) if len(of_group) > 1 else 0.0
-                    for group, of_group in groups.items()
+                    group: float(np.std(of_group, ddof=1)) if len(runs) > 1 else 0.0 for group, of_group in aucs.items()
                 },
-                "against": {
-                    other: {group: against(content, row, other, group, runs) for group in GROUPS}
-                    for other in ("weight average", "CART")
-                },
-                "worst": float(np.mean([content["runs"][name][row]["worst"] for name in runs])),
-                "worst_forgery": worst,
-                "ece": float(np.mean([content["runs"][name][row]["ece"] for name in runs])),
+                "worst": float(np.mean([one["worst"] for one in numbers])),
+                "worst_forgery": Counter(one["worst_forgery"] for one in numbers).most_common(1)[0][0],
+                "ece": float(np.mean([one["ece"] for one in numbers])),
             }
         )
     return found
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the main table in words, group by group: .823 ± .012."""
+    return [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
+
+
+def differences(content: Content, row: str, groups: Iterable[str], runs: Sequence[str]) -> list[str]:
+    """To the weight average, in words."""
+    return [difference(against(content, row, "weight average", group, runs)) for group in groups]
 
 
 def difference(value: Mapping[str, float]) -> str:
@@ -90,26 +93,16 @@ def print_tables(content: Content) -> None:
     console = Console(width=160)
     which = reported(content)
     runs = runs_of(content, which)
-    rows = main_table(content, runs)
-    table = Table(
-        title=f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", box=box.SIMPLE_HEAD, title_justify="left"
+    table = new_table(
+        f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", ("method", *GROUPS, "worst forgery", "ECE")
     )
-    table.add_column("method", no_wrap=True)
-    for group in (*GROUPS, "worst forgery", "ECE"):
-        table.add_column(group, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
-        table.add_row(row["row"], *cells, f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
+    for row in main_table(content, runs):
+        table.add_row(row["row"], *cells(row), f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
     console.print(table)
-    table = Table(
-        title="paired difference to the weight average, 95 % interval, wins", box=box.SIMPLE_HEAD, title_justify="left"
-    )
-    table.add_column("method", no_wrap=True)
-    for group in GROUPS:
-        table.add_column(group, justify="right", no_wrap=True)
-    for row in rows:
-        if row["row"] != "weight average":
-            table.add_row(row["row"], *(difference(row["against"]["weight average"][group]) for group in GROUPS))
+    table = new_table("paired difference to the weight average, 95 % interval, wins", ("method", *GROUPS))
+    for name in rows_of(content):
+        if name != "weight average":
+            table.add_row(name, *differences(content, name, GROUPS, runs))
     console.print(table)
     for architecture, chosen in content["chosen"].items():
         words = "; ".join(f"{method} {choice}" for method, choice in chosen.items() if choice)

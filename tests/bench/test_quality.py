@@ -14,7 +14,7 @@ import pytest
 import torch
 from r2m.demo.faces import split_people
 
-from bench.quality import choosing, docs, groups, ideas, judging, methods, settings, tables
+from bench.quality import choosing, docs, groups, judging, methods, settings, tables
 from bench.quality.docs import RULES
 from bench.quality.models import Models, Pools, Run
 from bench.quality.networks import new_network
@@ -38,10 +38,7 @@ def test_choices_cannot_see_a_test_group(monkeypatch):
     assert "bench.quality.studies" not in {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
     # … and by what it does: whose pictures are made while it chooses.
-    class Untrained:
-        def __init__(self, run):
-            self.run = run
-
+    class Untrained(Models):
         def base(self):
             return new_network(self.run.architecture, 0).state_dict()
 
@@ -84,16 +81,11 @@ def test_every_method_has_the_same_budget():
     tuned = {method.name: len(method.candidates) for method in methods.all_methods() if method.tuned}
     assert max(tuned.values()) == methods.BUDGET
     assert {tuned[name] for name in ("task arithmetic", "TIES", "DARE", "CART", "TSV-M", "Iso-C", "STAR")} == {8}
-    assert len(ideas.CANDIDATES) - len(ideas.REGISTERED) >= 5
 
 
 def test_the_seeds_that_judge_are_not_those_that_choose():
     assert not set(settings.DEVELOPMENT) & set(settings.FRESH)
     assert len(settings.DEVELOPMENT) == len(settings.FIRST_LOOK) == len(settings.SECOND_LOOK) == 5
-
-
-def test_the_default_is_the_rule_that_was_registered():
-    assert next(iter(ideas.REGISTERED.values())) == MergeConfig.r2m()
 
 
 def test_paired_differences_have_bootstrap_intervals():

@@ -61,12 +61,17 @@ def make_row(method: str, scores: Mapping[str, Mapping[str, Scores]]) -> Row:
     return Row(method, {kind: by_forgery["in-distribution"][kind] for kind in TRAINED} | groups, by_forgery)
 
 
+def new_table(title: str, header: Sequence[str]) -> Table:
+    """A table for the terminal, without rows yet; all columns but the first are numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in header:
+        table.add_column(column, justify="right" if table.columns else "left", no_wrap=True)
+    return table
+
+
 def print_table(rows: Sequence[Row], notes: Sequence[str], console: Console) -> None:
     """Print the table and, below it, the notes."""
-    table = Table(title="AUC on people no detector has seen", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("AUC on people no detector has seen", ("method", *COLUMNS))
     for row in rows:
         cells = [f"{row.auc[column]:.{DIGITS}f}" for column in COLUMNS]
         table.add_row(row.method, *cells, end_section=row.method in _SECTION_ENDS)
