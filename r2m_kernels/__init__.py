@@ -7,48 +7,33 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from . import ops, reference
-    from ._stream.run import ProgressEvent
-    from ._stream.tensors import TensorSink, TensorSource, TensorSpec
-    from .config import MergeConfig
-    from .errors import BackendUnavailable, InvalidInput, R2MError
-    from .merging import Analysis, analyze, merge
+    from . import ops as ops
+    from . import reference as reference
+    from ._stream.run import ProgressEvent as ProgressEvent
+    from ._stream.tensors import TensorSink as TensorSink
+    from ._stream.tensors import TensorSource as TensorSource
+    from ._stream.tensors import TensorSpec as TensorSpec
+    from .config import MergeConfig as MergeConfig
+    from .errors import BackendUnavailable as BackendUnavailable
+    from .errors import InvalidInput as InvalidInput
+    from .errors import R2MError as R2MError
+    from .merging import Analysis as Analysis
+    from .merging import analyze as analyze
+    from .merging import merge as merge
 
-# Where each name is: loaded when it is asked for, so that who only wants to know the options does without torch.
-_HOMES = {
-    "Analysis": ".merging",
-    "BackendUnavailable": ".errors",
-    "InvalidInput": ".errors",
-    "MergeConfig": ".config",
-    "ProgressEvent": "._stream.run",
-    "R2MError": ".errors",
-    "TensorSink": "._stream.tensors",
-    "TensorSource": "._stream.tensors",
-    "TensorSpec": "._stream.tensors",
-    "analyze": ".merging",
-    "merge": ".merging",
+# Loaded when they are asked for, so that who only wants to know the options does without torch.
+_NAMES = {
+    ".merging": ("Analysis", "analyze", "merge"),
+    ".config": ("MergeConfig",),
+    ".errors": ("BackendUnavailable", "InvalidInput", "R2MError"),
+    "._stream.run": ("ProgressEvent",),
+    "._stream.tensors": ("TensorSink", "TensorSource", "TensorSpec"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("ops", "reference")
-
-__all__ = [
-    "Analysis",
-    "BackendUnavailable",
-    "InvalidInput",
-    "MergeConfig",
-    "ProgressEvent",
-    "R2MError",
-    "TensorSink",
-    "TensorSource",
-    "TensorSpec",
-    "__version__",
-    "analyze",
-    "merge",
-    "ops",
-    "reference",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -58,6 +43,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name], __name__), name)
     return value
+
+
+__all__ = sorted(["__version__", *_HOMES, *_MODULES])
 
 
 def __dir__() -> list[str]:

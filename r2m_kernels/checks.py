@@ -58,11 +58,11 @@ def weights(name: str, value: Any) -> tuple[float, ...]:
     """Positive numbers, one per expert; how many there are is checked where the experts are known."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise BadOption(f"{name}: expected one positive number per expert, got {value!r}")
-    found = tuple(number(f"{name}[{index}]", item) for index, item in enumerate(value))
-    for index, item in enumerate(found):
+    values = tuple(number(f"{name}[{index}]", item) for index, item in enumerate(value))
+    for index, item in enumerate(values):
         if item <= 0:
             raise BadOption(f"{name}[{index}]: expected a positive number, got {item:g}")
-    return found
+    return values
 
 
 def rank(name: str, value: Any) -> float | int:

@@ -334,8 +334,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def checked(config: object) -> MergeConfig:
-    """``config`` itself; InvalidInput if it is something else."""
+def checked(config: object, default: MergeConfig) -> MergeConfig:
+    """``config`` itself, or ``default`` for ``None``; BadOption if it is something else."""
+    if config is None:
+        return default
     if not isinstance(config, MergeConfig):
         raise BadOption(f"config: expected a MergeConfig, got {type(config).__name__}")
     return config

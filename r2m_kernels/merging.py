@@ -12,7 +12,6 @@ factors, step 5 reads them again and writes. What carries a step over checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import combination, elements, gram, norm_matching, report, tensor_checks, truncation
-from ._backends import Backend, Operators
+from ._backends import Operators
 from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
 from ._stream.plan import Plan
@@ -31,7 +30,7 @@ from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSo
 from ._stream.tensors import TensorSink
 from .config import MergeConfig, checked
 from .findings import Findings, Residuals, Truncated
-from .real_subspace import RealSubspace, real_subspace
+from .real_subspace import real_subspace
 from .terms import Terms
 
 
@@ -54,8 +53,7 @@ def merge(
         config: options; default ``MergeConfig.r2m()``.
         device: where to compute; default: where the base's tensors are.
         backend: ``"auto"`` or a backend by name, which then never falls back.
-        memory_budget: bytes, or text such as "4GiB", for tensors in flight, low-rank factors and inputs that are kept
-            (README §10). Factors beyond it go to the system's temporary directory; what is truncated is held whole.
+        memory_budget: bytes, or text such as "4GiB", for what is held (README §10); what is truncated is held whole.
         dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
         overrides: fields of :class:`MergeConfig`.
 
@@ -67,9 +65,8 @@ def merge(
         InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
         BackendUnavailable: the named backend cannot run here.
     """
-    config = _configured(config, overrides)
-    if dtype is not None:  # before the work, not after it
-        tensor_checks.floating_dtype("dtype", dtype)
+    config = checked(config, MergeConfig.r2m()).replace(**overrides)
+    tensor_checks.output_dtype(dtype)  # before the work, not after it
     analysis = analyze(base, experts, config, device=device, backend=backend, memory_budget=memory_budget)
     return analysis.merge(dtype=dtype)
 
@@ -91,28 +88,24 @@ def analyze(
 ) -> Analysis:
     """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
 
-    Arguments and errors are :func:`merge`'s. ``base`` and ``experts`` may also be :class:`TensorSource` objects.
-    ``spill_directory`` takes the factors that exceed ``memory_budget``. With ``eta=0`` nothing is truncated.
-
-    Several processes that call this alike, each as its member of ``processes``, share the work: then each one's
-    :meth:`Analysis.write` writes tensors of its own. ``journal`` is told of all that is found, and asked for what a
-    former run of the same merge found.
+    Arguments and errors are :func:`merge`'s; ``base`` and ``experts`` may also be :class:`TensorSource` objects, and
+    :class:`RunOptions` has the rest. With ``eta=0`` nothing is truncated. Several ``processes`` that call this alike
+    share the work: then each one's :meth:`Analysis.write` writes tensors of its own.
     """
-    config = _configured(config, overrides)
+    config = checked(config, MergeConfig.r2m()).replace(**overrides)
     options = RunOptions(device, backend, memory_budget, spill_directory, progress, processes, journal)
-    inputs = Inputs(*open_checkpoints(base, experts))
-    run = Run(inputs, config, options, passes)
+    run = Run(Inputs(*open_checkpoints(base, experts)), config, options, passes)
     # 1. How the task vectors lie to one another.
     grams = gram.as_tensors(run.each(gram.GramStep(run, config), progress))
     # 2. What they share, and the mixing that leaves the residuals.
-    real = real_subspace(gram.weighted(grams, run.plan, config, len(inputs.named)), config)
+    real = real_subspace(gram.weighted(grams, run.plan, config, len(run.inputs.named)), config)
     # 3. Residuals cut to low rank. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
     truncated: dict[str, Truncated] = {}
     if config.eta != 0 and norm_matching.any_residual(real.mixing):
         values = run.each(truncation.TruncationStep(run, config, real.mixing, grams), progress)
         truncated = {name: Truncated.from_plain(value) for name, value in values.items()}
     thresholds = elements.thresholds(run, config, progress)  # of TIES, which has another step 3
-    return Analysis(run, Findings(config, list(inputs.named), run.plan, grams, real, truncated, thresholds))
+    return Analysis(run, Findings(config, list(run.inputs.named), run.plan, grams, real, truncated, thresholds))
 
 
 class Analysis:
@@ -124,30 +117,17 @@ class Analysis:
     truncates it, and keeps the factors in memory.
 
     Attributes:
-        config: the options it was made with; its rank is the largest that can be merged.
-        experts: their names, in order.
-        plan: every tensor and its role.
-        real_subspace: coefficients of the core, the mixing, eigenvalues and gap.
-        gram: (N, N) float64: G = Σ γ_l G_l.
-        grams: name → (N, N) float64 Gram matrix of every matrix and vector tensor.
-        matrix_gram: (N, N) float64, ⟨τ_i, τ_j⟩ over matrix tensors.
-        vector_gram: the same over vector tensors.
+        config, experts, plan, grams, matrix_gram, vector_gram: of :class:`Findings`.
+        real_subspace, gram: coefficients of the core, mixing, eigenvalues and gap; (N, N) float64 G = Σ γ_l G_l.
         backend, device: who computed it, why and where.
     """
 
     def __init__(self, run: Run, findings: Findings) -> None:
-        self._run, self._findings = run, findings
-        self._factors = truncation.ResidualFactors(findings, run)
-        self.config: MergeConfig = findings.config
-        self.experts: list[str] = findings.experts
-        self.plan: Plan = findings.plan
-        self.real_subspace: RealSubspace = findings.real
-        self.gram: Tensor = findings.real.gram
-        self.grams: dict[str, Tensor] = dict(findings.grams)
-        self.matrix_gram: Tensor = findings.matrix_gram
-        self.vector_gram: Tensor = findings.vector_gram
-        self.backend: Backend = run.backend
-        self.device: torch.device = run.device
+        self._run, self._findings, self._factors = run, findings, truncation.ResidualFactors(findings, run)
+        self.config, self.experts, self.plan = findings.config, findings.experts, findings.plan
+        self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, findings.grams
+        self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
+        self.backend, self.device = run.backend, run.device
 
     def merge(
         self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
@@ -159,7 +139,7 @@ class Analysis:
         """
         base = self._run.inputs.base
         sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self.plan.aliases)
-        self.write(sink, self._configured(config).replace(**overrides), dtype=dtype)
+        self.write(sink, checked(config, self.config).replace(**overrides), dtype=dtype)
         return sink.state_dict
 
     @deterministic
@@ -172,9 +152,8 @@ class Analysis:
         progress: Progress | None = None,
     ) -> None:
         """Steps 4 and 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
-        config, run = self._configured(config), self._run
-        if dtype is not None:
-            tensor_checks.floating_dtype("dtype", dtype)
+        config, run = checked(config, self.config), self._run
+        tensor_checks.output_dtype(dtype)
         # 4. One norm for all residuals.
         residuals = self.residuals(config)
         # 5. What each tensor is made of, and made.
@@ -186,19 +165,14 @@ class Analysis:
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:
         """Norms n, scales s, λ and η for these options."""
-        config = self._configured(config)
+        config = checked(config, self.config)
         self._findings.check(config)
         return norm_matching.match(self._findings, self._factors.products(config), config)
 
     def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
         """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
-        config = self._configured(config)
+        config = checked(config, self.config)
         return report.report(self._findings, self.residuals(config), config, self._run)
-
-    @property
-    def per_tensor(self) -> list[dict[str, Any]]:
-        """Role, shape, rank and kept energy of every tensor; see :meth:`report`."""
-        return report.tensor_rows(self._findings, self._factors.products(self.config), self.config, self.backend)
 
     @property
     def steps(self) -> list[StepRecord]:
@@ -215,9 +189,6 @@ class Analysis:
         """Tensors that other processes write."""
         return [tensor.name for tensor in self.plan.tensors if not self._run.owns(tensor)]
 
-    def _configured(self, config: MergeConfig | None) -> MergeConfig:
-        return self.config if config is None else checked(config)
-
 
 def passes(plan: Plan, config: MergeConfig, operators: Operators) -> list[Pass]:
     """All passes over the tensors that a merge makes, as they are known before it."""
@@ -227,7 +198,3 @@ def passes(plan: Plan, config: MergeConfig, operators: Operators) -> list[Pass]:
         *elements.count_passes(plan, config),
         combination.combination_pass(plan.of(*combination.ROLES), config),
     ]
-
-
-def _configured(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
-    return (MergeConfig.r2m() if config is None else checked(config)).replace(**overrides)

@@ -153,10 +153,10 @@ def _distance(
     findings: Findings, tensor: PlannedTensor, config: MergeConfig, backend: Backend, kept: Tensor
 ) -> dict[str, Any]:
     """None where the analyzed rank is another, nothing is known, or what was cut off is within rounding."""
-    found = findings.truncation_of(tensor, config)
-    if found is None:
+    known = findings.truncation_of(tensor, config)
+    if known is None:
         return {}
-    method, gap = found.method, found.gap
+    method, gap = known.method, known.gap
     mixing, gram = findings.real.mixing, findings.grams[tensor.name]
     lost = findings.residual_gram(tensor.name).diag() - kept
     distances: dict[str, float | None] = {}
@@ -165,8 +165,8 @@ def _distance(
         if method == "exact":
             distances[expert] = 0.0
         else:
-            known = best > _cancellation(mixing[:, i], gram)
-            distances[expert] = math.sqrt(float(lost[i]) / best) - 1 if known else None
+            certain = best > _cancellation(mixing[:, i], gram)
+            distances[expert] = math.sqrt(float(lost[i]) / best) - 1 if certain else None
     on_triton = method == "shifted" and backend.name == "triton"
     return {"distance_to_optimum": distances, "distance_basis": BASIS["shifted on triton" if on_triton else method]}
 
@@ -190,65 +190,65 @@ def _cosines(gram: Tensor) -> list[list[float | None]]:
 
 
 def _warnings(findings: Findings, config: MergeConfig, numbers: dict[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     core, residual = numbers["core"], numbers["residual"]
     names, count = findings.experts, len(findings.experts)
     for name, norm in numbers["task_vectors"]["norms"].items():
         if norm == 0 and findings.plan.of("matrix"):
-            found.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
+            warnings.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
     ratio = core["norm_ratio_to_mean"]
     if config.real_rank != 0 and ratio is not None and ratio < WEAK_CORE:
-        found.append(
+        warnings.append(
             f"the core has {ratio:.2f} of the mean task vector's length: the specialists share little of what "
             "the core keeps, and the merge may fall behind plain averaging"
         )
     if core["norm_uncertain"] and core["norm"] > 0:
-        found.append("the core's norm is a difference of nearly equal numbers and known to few digits")
+        warnings.append("the core's norm is a difference of nearly equal numbers and known to few digits")
     coefficients = {name: abs(value) for name, value in core["coefficients"].items()}
     total = sum(coefficients.values())
     leader = max(names, key=lambda name: coefficients[name])
-    found += _strangers(names, numbers["task_vectors"])
+    warnings += _strangers(names, numbers["task_vectors"])
     if count > 1 and total > 0 and coefficients[leader] / total > CALIBRATED["leading expert's share of the core"]:
         share = coefficients[leader] / total
-        found.append(f"expert '{leader}' dominates the core with {share:.0%} of its coefficients")
+        warnings.append(f"expert '{leader}' dominates the core with {share:.0%} of its coefficients")
     if core["gap"] is not None and core["gap"] < SMALL_GAP:
-        found.append(
+        warnings.append(
             f"the gap after the last eigenvalue kept is small ({core['gap']:.1e} of it): the Real subspace is not well "
             "determined, tiny changes of the inputs turn it"
         )
     if config.eta == 0 or count == 1:
-        return found
+        return warnings
     for name, scale in residual["scales"].items():
         if scale > LARGE_SCALE:
-            found.append(f"the residual of expert '{name}' is scaled up {scale:.0f} times to match the others' norm")
-    gone = [name for name, norm in residual["norms"].items() if norm == 0]
-    if len(gone) == count:
-        found.append("no expert has a residual beyond rounding: the merge is its core")
-    elif gone:
-        listed = ", ".join(f"'{name}'" for name in gone)
-        found.append(f"no residual beyond rounding for expert {listed}: it enters through the core alone")
+            warnings.append(f"the residual of expert '{name}' is scaled up {scale:.0f} times to match the others' norm")
+    without = [name for name, norm in residual["norms"].items() if norm == 0]
+    if len(without) == count:
+        warnings.append("no expert has a residual beyond rounding: the merge is its core")
+    elif without:
+        listed = ", ".join(f"'{name}'" for name in without)
+        warnings.append(f"no residual beyond rounding for expert {listed}: it enters through the core alone")
     strength = residual["norm_ratio_to_core"]
-    if strength is not None and len(gone) < count and strength < CLOSE_TO_CORE:
-        found.append(f"the residual term has {strength:.1e} of the core's norm: the merge is close to its core")
-    return found
+    if strength is not None and len(without) < count and strength < CLOSE_TO_CORE:
+        warnings.append(f"the residual term has {strength:.1e} of the core's norm: the merge is close to its core")
+    return warnings
 
 
 def _strangers(names: list[str], task_vectors: dict[str, Any]) -> list[str]:
     """Warnings of experts that do not belong: another base has the same names and shapes."""
-    found = []
+    warnings = []
     cosines: list[list[float | None]] = task_vectors["cosines"]
     pairs = [(value, i, j) for i, row in enumerate(cosines) for j, value in enumerate(row[:i]) if value is not None]
     if pairs and min(pairs)[0] < CALIBRATED["smallest cosine"]:
         value, i, j = min(pairs)
-        found.append(
+        warnings.append(
             f"the task vectors of '{names[j]}' and '{names[i]}' have cosine {value:.2f}, nearly nothing in common: "
             "was one of them fine-tuned from another base?"
         )
     norms = task_vectors["norms"]
     longest, median = max(norms, key=lambda name: float(norms[name])), statistics.median(norms.values())
     if median > 0 and norms[longest] > CALIBRATED["longest/median task vector"] * median:
-        found.append(
+        warnings.append(
             f"the task vector of '{longest}' is {norms[longest] / median:.1f} times as long as the median one: "
             "over-trained, or fine-tuned from another base?"
         )
-    return found
+    return warnings

@@ -52,3 +52,9 @@ def floating_dtype(what: str, dtype: Any) -> None:
     if dtype not in FLOATING:
         names = ", ".join(str(known) for known in FLOATING)
         raise BadOption(f"{what}: expected one of {names}, got {dtype!r}")
+
+
+def output_dtype(dtype: Any) -> None:
+    """A dtype that can be merged to; ``None``: each tensor's in the base."""
+    if dtype is not None:
+        floating_dtype("dtype", dtype)

@@ -238,12 +238,12 @@ class ResidualFactors:
             return {}
         matrices, ranks = self._findings.matrices(config), _ranks(config)
         if ranks not in self._products:
-            own = {
+            shared = {
                 tensor.name: factors.inner_products()
                 for tensor in matrices
                 if self._run.owns(tensor) and (factors := self.of(tensor)) is not None
             }
-            self._products[ranks] = self._run.processes.gather(own)
+            self._products[ranks] = self._run.processes.gather(shared)
         whole = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.full_rank}
         return {**self._products[ranks], **whole}
 

@@ -68,15 +68,15 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str],
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
     """Floating-point tensors that every expert has, in one shape, and the base lacks; in the first expert's order."""
-    found = {}
+    extras = {}
     for name, spec in next(iter(experts.values())).specs.items():
         specs = [source.specs[name] for source in experts.values() if name in source.specs]
         everywhere = name not in base.specs and len(specs) == len(experts)
         if everywhere and all(other.dtype in FLOATING and other.shape == spec.shape for other in specs):
             # The widest dtype: the order of experts must not matter.
             dtype = functools.reduce(torch.promote_types, (other.dtype for other in specs))
-            found[name] = TensorSpec(spec.shape, dtype)
-    return found
+            extras[name] = TensorSpec(spec.shape, dtype)
+    return extras
 
 
 def _mismatches(

@@ -145,8 +145,8 @@ def ordered_sum(
 ) -> tuple[Tensor, ...]:
     """Sums of what ``function`` gives for every item, one after another in their order, whoever computes them."""
     total: tuple[Tensor, ...] | None = None
-    for found in for_each(function, items, limit):
-        total = found if total is None else tuple(one.add_(other) for one, other in zip(total, found, strict=True))
+    for sums in for_each(function, items, limit):
+        total = sums if total is None else tuple(one.add_(other) for one, other in zip(total, sums, strict=True))
     assert total is not None, "nothing to sum"
     return total
 

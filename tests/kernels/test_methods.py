@@ -287,7 +287,7 @@ def test_a_rank_for_some_names_is_that_rank_for_them_alone():
     for name, rank in expected.items():
         assert torch.equal(merged[name], merge(base, experts, single.replace(rank=rank))[name]), name
     analysis = analyze(base, experts, config)
-    assert {row["name"]: row["rank"] for row in analysis.per_tensor if row["role"] == "matrix"} | {
+    assert {row["name"]: row["rank"] for row in analysis.report()["tensors"] if row["role"] == "matrix"} | {
         "class_token": 1
     } == {
         "encoder.weight": 7,
