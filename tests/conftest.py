@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from hypothesis import settings
-from interpreter import round_to_bf16_as_hardware_does
+from interpreter import lose_no_time, round_to_bf16_as_hardware_does
 
 from r2m_kernels import _backends
 
@@ -29,7 +29,8 @@ def one_torch_thread():
 
 @pytest.fixture(autouse=True)
 def kernels_round_as_on_a_gpu(monkeypatch):
-    """Interpreted kernels round to bfloat16 as hardware does."""
+    """Interpreted kernels round to bfloat16 as hardware does, and lose no time."""
+    lose_no_time(monkeypatch)
     round_to_bf16_as_hardware_does(monkeypatch)
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import multiply_in_tf32
+import triton.language as tl
+from interpreter import PATCH, multiply_in_tf32
+from triton.runtime import interpreter
 
 from r2m_kernels import _triton
 from r2m_kernels._triton import launch
@@ -131,16 +133,26 @@ def test_task_gram_for_any_number_of_experts(dtype, count, offset):
         check_task_gram(_triton.task_gram, shape, dtype, count, offset)
 
 
-@pytest.mark.parametrize(("dtype", "count", "offset"), CASES)
-@pytest.mark.parametrize("transpose", [False, True])
+def pairwise(*values):
+    """`make test` meets every pair of a dtype, a number of experts, an offset and a value; `make test-all` the rest."""
+    return [
+        pytest.param(dtype, count, offset, value, marks=() if quick else pytest.mark.slow)
+        for i, dtype in enumerate(DTYPES)
+        for j, count in enumerate(COUNTS)
+        for offset in (0, 1)
+        for k, value in enumerate(values)
+        for quick in [(dtype, offset) in FEW if count > 3 else (i + j + offset + k) % 2 == 0]
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "count", "offset", "transpose"), pairwise(False, True))
 def test_residual_matmul_for_any_number_of_experts(monkeypatch, dtype, count, offset, transpose):
     module = sys.modules["r2m_kernels._triton.residual_matmul"]
     for shape in SHAPES:
         check_residual_matmul(module, monkeypatch, shape, dtype, count, offset, transpose)
 
 
-@pytest.mark.parametrize(("dtype", "count", "offset"), CASES)
-@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize(("dtype", "count", "offset", "rank"), pairwise(0, 7))
 def test_combine_for_any_number_of_experts(dtype, count, offset, rank):
     for shape in SHAPES:
         check_combine(_triton.combine, shape, dtype, count, offset, rank)
@@ -209,22 +221,22 @@ def test_the_sketch_is_the_residual_times_random_signs():
 def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
     bases, experts, _ = inputs((68, 136), torch.float32, 3, tensors=3)
     last, others = bases[2:], [expert[2:] for expert in experts]
-    rhs = torch.randn(3, 3, 136, 20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(_triton.task_gram(bases, experts)[2:], _triton.task_gram(last, others))
-    for precision in ("tf32", "tf32x3", "ieee"):
-        together = _triton.residual_matmul(bases, experts, mixing_of(3), rhs, False, precision)
-        assert torch.equal(together[2:], _triton.residual_matmul(last, others, mixing_of(3), rhs[2:], False, precision))
-    y = torch.randn(20, 3, 70, 9, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(_triton.orthonormalize(y)[7], _triton.orthonormalize(y[7]))
     # Nor on whether another tensor of the group lies at an odd address, as a view into a flat buffer may.
     odd = [bases[0], embedded(bases[1], offset=1), bases[2]]
-    assert torch.equal(_triton.task_gram(odd, experts), _triton.task_gram(bases, experts))
-    for precision in ("tf32", "tf32x3"):
-        even, mixed = (
-            _triton.residual_matmul(group, experts, mixing_of(3), rhs, False, precision) for group in (bases, odd)
-        )
-        assert torch.equal(even, mixed)
-    assert torch.equal(_triton.orthonormalize(y)[7, 1], _triton.orthonormalize(y[7, 1]))
+    together = _triton.task_gram(bases, experts)
+    assert torch.equal(together[2:], _triton.task_gram(last, others))
+    assert torch.equal(together, _triton.task_gram(odd, experts))
+    rhs = torch.randn(3, 3, 136, 20, generator=torch.Generator().manual_seed(1))
+    for precision in ("tf32", "tf32x3", "ieee"):
+        options = (mixing_of(3), rhs, False, precision)
+        together = _triton.residual_matmul(bases, experts, *options)
+        assert torch.equal(together[2:], _triton.residual_matmul(last, others, mixing_of(3), rhs[2:], False, precision))
+        assert precision == "ieee" or torch.equal(together, _triton.residual_matmul(odd, experts, *options))
+    # 18 blocks, more than the 16 that smaller batches are filled up to; three of them; one.
+    y = torch.randn(6, 3, 70, 9, generator=torch.Generator().manual_seed(2))
+    q = _triton.orthonormalize(y)
+    assert torch.equal(q[4], _triton.orthonormalize(y[4]))
+    assert torch.equal(q[4, 1], _triton.orthonormalize(y[4, 1]))
 
 
 @pytest.mark.parametrize("kind", ["equal columns", "zero column", "condition 1e7", "one column", "tiny"])
@@ -251,6 +263,21 @@ def test_orthonormalize_of_ill_conditioned_blocks(kind):
         assert torch.equal(q[:, 3], torch.zeros(150, dtype=torch.float64))
 
 
+def test_the_language_is_patched_once_a_launch_restored_and_no_bit_changes(monkeypatch):
+    bases, experts, _ = inputs((20, 24), torch.float32, 2)
+    patched, patch = [], interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *rest: patched.append(rest[0]) or patch(*rest))
+    before = tl.load, tl.range, tl.tensor.__add__
+    quick = _triton.task_gram(bases, experts)
+    assert (tl.load, tl.range, tl.tensor.__add__) == before
+    once = len(patched)
+    # Two launches: four parts of the language each, and both its modules anew where a function of Triton's knows both.
+    assert once <= 2 * 11
+    monkeypatch.setattr(interpreter, "_patch_lang", PATCH)
+    assert torch.equal(quick, _triton.task_gram(bases, experts))
+    assert len(patched) > 10 * once
+
+
 # tf32 has 10 mantissa bits: an operand is off by 2⁻¹¹ of itself, a product by 2⁻¹⁰.
 @pytest.mark.parametrize("transpose", [False, True])
 def test_tf32_products_are_within_two_to_the_minus_ten(monkeypatch, transpose):
@@ -275,12 +302,12 @@ def test_combine_with_tf32x3_products_is_within_its_bound(monkeypatch):
 
 
 def mutant(tmp_path, name, original, changed):
-    """A kernel module with one expression replaced, loaded under its own name from a file of its own."""
+    """A kernel module with one expression replaced, loaded beside the others from a file of its own."""
     source = Path(sys.modules[f"r2m_kernels._triton.{name}"].__file__).read_text()
     assert source.count(original) >= 1
     path = tmp_path / f"mutant_{name}.py"
     path.write_text(source.replace(original, changed))
-    spec = importlib.util.spec_from_file_location(f"mutant_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"r2m_kernels._triton.mutant_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
