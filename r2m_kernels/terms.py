@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,50 +25,35 @@ from .row_weights import weighted_factors
 from .update_scale import gain
 
 
-class Term(Protocol):
+class Term:
     """What tensors of one role, shape and rank become: θ₀ and something more."""
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
         """Elements of the blocks it is made in; ``None`` where the tensor is needed whole."""
-        ...
-
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once."""
-        ...
-
-
-@dataclass(frozen=True)
-class Linear:
-    """θ₀ + Σ_j c_j τ_j.
-
-    Attributes:
-        coefficients: (N,) c.
-    """
-
-    coefficients: Tensor
-
-    @staticmethod
-    def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`."""
         return BLOCK_ELEMENTS
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
+        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(Term):
+    """θ₀ + Σ_j c_j τ_j, with (N,) coefficients c."""
+
+    coefficients: Tensor
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
         operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
 
 
 @dataclass(frozen=True)
 class RowWeights:
-    """Weights of residuals in row r: W_ri ∝ w_i ‖row r of s_i X_i‖^p, Σ_i W_ri = 1.
+    """Weights of residuals in row r: W_ri ∝ w_i ‖row r of s_i X_i‖^p, Σ_i W_ri = 1, from w (N,), s (N,) and p.
 
     The matching scales s enter the weights alone: there they keep one generator from dominating, and residuals stay as
     long as they are.
-
-    Attributes:
-        weights: (N,) w, summing to 1.
-        scales: (N,) s.
-        power: p.
     """
 
     weights: Tensor
@@ -78,12 +62,12 @@ class RowWeights:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Term):
     """θ₀ + Σ_j c_j τ_j + Σ_i scale_i · left_i right_i.
 
     Attributes:
         coefficients: (N,) c.
-        factors: of each of the L tensors.
+        factors: of each of the L tensors; none where no residual is beyond rounding.
         scale: (N,).
         rows: how rows of left factors are weighted; ``None``: all alike.
     """
@@ -95,16 +79,16 @@ class LowRank:
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`: whole rows."""
-        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]
+        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]  # whole rows
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
-        if not self.factors:  # no residual beyond rounding
+        if not self.factors:
             Linear(self.coefficients).write(operators, group, outs)
             return
-        lefts = [factors.left if self.rows is None else self._weighted(factors, self.rows) for factors in self.factors]
-        device = group.bases[0].device
+        device, lefts = group.bases[0].device, [factors.left for factors in self.factors]
+        if self.rows is not None:
+            rule = (self.rows.weights, self.rows.scales, self.rows.power)
+            lefts = [weighted_factors(factors.left, factors.right, *rule) for factors in self.factors]
         if group.part is not None:
             columns = group.tensors[0].matrix_shape[1]
             lefts = [left[:, group.part.start // columns : group.part.stop // columns] for left in lefts]
@@ -113,21 +97,10 @@ class LowRank:
         right = _stacked([factors.right.to(device) for factors in self.factors])
         operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
 
-    @staticmethod
-    def _weighted(factors: Factors, rows: RowWeights) -> Tensor:
-        return weighted_factors(factors.left, factors.right, rows.weights, rows.scales, rows.power)
-
 
 @dataclass(frozen=True)
-class ByRows:
-    """θ₀ + λ τ_core + η Σ_i W_i ∘ X_i with whole residuals, weighted by row.
-
-    Attributes:
-        core: (N,) λ c.
-        mixing: (N, N) M, X_i = Σ_j M_ji τ_j.
-        rows: W.
-        eta: η.
-    """
+class ByRows(Term):
+    """θ₀ + λ τ_core + η Σ_i W_i ∘ X_i: whole residuals X_i = Σ_j M_ji τ_j, weighted by row; (N,) core λ c, mixing M."""
 
     core: Tensor
     mixing: Tensor
@@ -136,11 +109,9 @@ class ByRows:
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`: whole rows."""
-        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]
+        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]  # whole rows
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
         if group.part is not None:
             group, outs = group.in_rows(), [out.view(-1, group.tensors[0].matrix_shape[1]) for out in outs]
         weights, scales, power = self.rows.weights, self.rows.scales, self.rows.power
@@ -150,22 +121,16 @@ class ByRows:
 
 
 @dataclass(frozen=True)
-class Flat:
-    """θ₀ + Σ_j c_j τ_j with all singular values of the sum set to their mean.
-
-    Attributes:
-        coefficients: (N,) c.
-    """
+class Flat(Term):
+    """θ₀ + Σ_j c_j τ_j with all singular values of the sum set to their mean, with (N,) coefficients c."""
 
     coefficients: Tensor
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`: all singular values are needed at once."""
         return None
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
         for index, out in enumerate(outs):
             base, experts = group.inputs(index)
             change = spectra.flattened(base, experts, self.coefficients)
@@ -173,14 +138,8 @@ class Flat:
 
 
 @dataclass(frozen=True)
-class ByElements:
-    """θ₀ + λ times the mean of what is left of the task vectors when some of their elements are dropped.
-
-    Attributes:
-        weights: (N,) w, summing to 1.
-        core_scale: λ.
-        rule: which are dropped.
-    """
+class ByElements(Term):
+    """θ₀ + λ times the mean, by (N,) weights, of what a rule leaves of the task vectors' elements."""
 
     weights: Tensor
     core_scale: float
@@ -188,11 +147,9 @@ class ByElements:
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`."""
         return elements.BLOCK
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
         first = 0 if group.part is None else group.part.start
         for index, (tensor, out) in enumerate(zip(group.tensors, outs, strict=True)):
             base, experts = group.inputs(index)
@@ -200,24 +157,17 @@ class ByElements:
 
 
 @dataclass(frozen=True)
-class MatchedColumns:
-    """A term whose change has columns as long as the specialists' own, of a single tensor.
-
-    Attributes:
-        term: what is changed.
-        counts: (N,) how much each specialist's length counts.
-    """
+class MatchedColumns(Term):
+    """A term of a single tensor whose change has columns as long as the experts', which count ``counts`` (N,)."""
 
     term: Term
     counts: Tensor
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        """See :class:`Term`: all rows of a column are needed at once."""
         return None
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """See :class:`Term`."""
         (base, experts), (out,) = group.inputs(0), outs
         merged = torch.empty(out.shape, dtype=compute_dtype([base, *experts]), device=out.device)
         self.term.write(operators, group, [merged])
