@@ -93,7 +93,7 @@ setup(
     packages=find_packages(include=["r2m_kernels", "r2m_kernels.*"])
     + find_packages("python", include=["r2m", "r2m.*"]),
     package_dir={"r2m_kernels": "r2m_kernels", "r2m": "python/r2m"},
-    package_data={"r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"], "r2m": ["py.typed"]},
+    package_data={"r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"], "r2m": ["py.typed", "templates/*"]},
     ext_modules=[] if wish == "off" else [library],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

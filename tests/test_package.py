@@ -52,6 +52,7 @@ def test_the_wheel_installs_and_merges_elsewhere(sources, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"r2m_kernels", "r2m"}
     assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py", LIBRARY} <= set(names)
+    assert {"r2m/templates/card.md", "r2m/templates/report.html"} <= set(names)
     assert wheel.stem.split("-")[2:4] == ["py3", "none"]  # of any Python and any torch, on one kind of machine
 
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

@@ -16,7 +16,8 @@ from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from r2m.places import MOST_RECORD, read_mapping, read_small
 from r2m.recipe import PlainLoader
-from r2m_kernels.errors import InvalidInput, printable
+from r2m.templating import render
+from r2m_kernels.errors import BadFile, printable
 from r2m_kernels.streaming import TensorSpec
 
 # How much a licence asks of who uses a model: the more, the later. Those that are not here are compared by name alone.
@@ -49,67 +50,30 @@ def card(
         OSError: an input cannot be read.
     """
     if not (out / RECIPE_FILE).is_file() or not (out / REPORT_FILE).is_file():
-        raise InvalidInput(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
+        raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
     recipe = yaml.safe_load(read_small(out / RECIPE_FILE, f"{out}: {RECIPE_FILE}"))
     report = read_mapping(out / REPORT_FILE, f"{out}: {REPORT_FILE}", MOST_RECORD)
-    inputs = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
-    cards = {name: _front_matter(path) for name, path in inputs.items()}
+    paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
+    cards = {name: _front_matter(path) for name, path in paths.items()}
     licences = {name: _licence_of(content) for name, content in cards.items()}
     chosen = licence or most_restrictive(list(licences.values()))
     measured = _measured(evaluation, out) if evaluation else {}
-    lines = ["---", _header(out, recipe, report, cards, chosen, measured).rstrip(), "---", ""]
-    lines += [
-        f"# R²M merge of {_names(report)}",
-        "",
-        f"{len(report['experts'])} detectors, fine-tuned from one base, merged without data by "
-        f"[R²M](https://arxiv.org/abs/2509.24367) (`{report['method']}`, r2m_kernels "
-        f"{report['versions']['r2m_kernels']}).",
-        "",
-        *_licence_lines(licences, chosen, licence is not None),
-        "## Inputs",
-        "",
-        f"| | checkpoint | licence |{' SHA-256 |' * hashes}",
-        f"| --- | --- | --- |{' --- |' * hashes}",
-    ]
-    for name, path in inputs.items():
-        digests = f" {_digests(path)} |" if hashes else ""
-        lines.append(f"| {_cell(name)} | {_cell(_shown_path(path))} | {licences[name] or UNKNOWN} |{digests}")
-    lines += ["", "## Preprocessing", ""]
-    own = report["preprocessing"]
-    lines.append(
-        f"{own['size']} × {own['size']} pixels, mean {own['mean']}, deviation {own['std']}."
-        if own
-        else "Not recorded: set it. Fed with another size, mean or deviation than in training, detectors give nonsense."
+    return render(
+        "card.md",
+        header=_yaml(_header(out, report, list(paths.values()), cards, chosen, measured)),
+        report=report,
+        names=", ".join(report["experts"]),
+        unknown=[name for name, own in licences.items() if own is None and licence is None],
+        forbids=chosen if "-nc" in chosen and licence is None else None,
+        inputs=[
+            (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path) if hashes else ())
+            for name, path in paths.items()
+        ],
+        hashes=hashes,
+        measured=measured,
+        metrics=_METRICS,
+        recipe=_yaml(_public(recipe)),
     )
-    if measured:
-        lines += [
-            "",
-            "## Measured",
-            "",
-            f"| dataset | {' | '.join(_METRICS.values())} |",
-            "| --- |" + " ---: |" * len(_METRICS),
-        ]
-        for dataset, found in measured.items():
-            numbers = " | ".join("–" if found[key] is None else f"{found[key]:.3f}" for key in _METRICS)
-            lines.append(f"| {_cell(dataset)} | {numbers} |")
-    lines += ["", "## Before you rely on it", ""]
-    lines += [f"* {warning}" for warning in report["warnings"]]
-    lines += [
-        "* Detectors fail on forgeries, cameras and compressions they were not trained on; measure it on yours.",
-        "* Its weights are a function of its inputs: their biases are in it.",
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True).rstrip(),
-        "```",
-        "",
-        "## Citation",
-        "",
-        "R²M: Real-aware Residual Model Merging for Deepfake Detection, arXiv 2509.24367, 2025.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def most_restrictive(licences: Sequence[str | None]) -> str:
@@ -140,19 +104,31 @@ def warnings(text: str) -> list[str]:
 
 def _header(
     out: Path,
-    recipe: Mapping[str, Any],
     report: Mapping[str, Any],
+    paths: Sequence[str],
     cards: Mapping[str, Mapping[str, Any]],
     licence: str,
     measured: Mapping[str, Mapping[str, Any]],
-) -> str:
-    paths = [recipe["base_model"], *(one["model"] for one in recipe["models"])]
+) -> dict[str, Any]:
+    """What the Hub reads."""
     ids = list(dict.fromkeys(_hub_id(path) for path in paths if hub.is_reference(path)))
     names = (name for content in cards.values() for name in _listed(content.get("datasets")))
     datasets = sorted({name for name in names if isinstance(name, str)})
     library = _library(out, report)
-    title = f"R2M merge of {_names(report)}"
-    found: dict[str, Any] = {
+    results = [
+        {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": dataset, "type": dataset},
+            "metrics": [
+                {"name": title, "type": key, "value": numbers[key]}
+                for key, title in _METRICS.items()
+                if numbers[key] is not None
+            ],
+        }
+        for dataset, numbers in measured.items()
+    ]
+    title = f"R2M merge of {', '.join(map(printable, report['experts']))}"
+    return {
         **({"base_model": ids} if ids else {}),
         "base_model_relation": "merge",
         "license": licence,
@@ -160,49 +136,16 @@ def _header(
         "pipeline_tag": "image-classification",
         "tags": ["merge", "r2m", "deepfake-detection"],
         **({"datasets": datasets} if datasets else {}),
+        **({"model-index": [{"name": title, "results": results}]} if results else {}),
     }
-    if measured:
-        results = [
-            {
-                "task": {"type": "image-classification"},
-                "dataset": {"name": dataset, "type": dataset},
-                "metrics": [
-                    {"name": title_of, "type": key, "value": numbers[key]}
-                    for key, title_of in _METRICS.items()
-                    if numbers[key] is not None
-                ],
-            }
-            for dataset, numbers in measured.items()
-        ]
-        found["model-index"] = [{"name": title, "results": results}]
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
-
-
-def _licence_lines(licences: Mapping[str, str | None], chosen: str, given: bool) -> list[str]:
-    if given:
-        return []
-    unknown = [name for name, licence in licences.items() if licence is None]
-    lines = []
-    if unknown:
-        lines.append(
-            "**Licence: set it.** A merge is under the licences of its inputs, and that of "
-            f"{', '.join(printable(name) for name in unknown)} is not known here."
-        )
-    if "-nc" in chosen:
-        lines.append(f"**Not for commercial use**: an input is under {chosen}.")
-    return [*lines, ""] if lines else []
-
-
-def _names(report: Mapping[str, Any]) -> str:
-    return ", ".join(printable(name) for name in report["experts"])
 
 
 def _front_matter(path: str) -> dict[str, Any]:
     """The YAML at the head of the card beside a checkpoint; empty where there is none."""
-    place = hub.fetch(path).path if hub.is_reference(path) else Path(path)
-    found = (place if place.is_dir() else place.parent) / CARD_FILE
+    checkpoint = hub.fetch(path).path if hub.is_reference(path) else Path(path)
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
-        text = read_small(found, path).decode(errors="replace")
+        text = read_small(directory / CARD_FILE, path).decode(errors="replace")
         if not text.startswith("---"):
             return {}
         content = yaml.load(text.split("\n---", 1)[0].removeprefix("---"), PlainLoader)
@@ -212,9 +155,9 @@ def _front_matter(path: str) -> dict[str, Any]:
 
 
 def _licence_of(content: Mapping[str, Any]) -> str | None:
-    found = content.get("license")
-    known = isinstance(found, str) and found not in ("", UNKNOWN, "other")
-    return str(found).lower() if known else None
+    licence = content.get("license")
+    known = isinstance(licence, str) and licence not in ("", UNKNOWN, "other")
+    return str(licence).lower() if known else None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -240,17 +183,17 @@ def _measured(evaluation: Mapping[str, Any], out: Path) -> dict[str, Mapping[str
         source = os.path.realpath(one["source"])
         if source == target or os.path.dirname(source) == target:
             return dict(one["datasets"])
-    raise InvalidInput(f"evaluation: none of its models lies in {out}")
+    raise BadFile(f"evaluation: none of its models lies in {out}")
 
 
-def _digests(path: str) -> str:
+def _digests(path: str) -> list[str]:
     from r2m.checkpoints.reader import open_checkpoint
 
-    found = []
+    digests = []
     for file in open_checkpoint(path, path).files:
         with open(file, "rb") as content:
-            found.append(hashlib.file_digest(content, "sha256").hexdigest())
-    return " ".join(f"`{digest}`" for digest in found)
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return digests
 
 
 def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,5 +206,5 @@ def _shown_path(path: str) -> str:
     return path if hub.is_reference(path) else "/".join(Path(path).parts[-2:])
 
 
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip()

@@ -116,6 +116,14 @@ def test_names_cannot_break_the_page(checkpoints: Checkpoints, command: Command)
     assert "a\\n# injected \\| x" in text
 
 
+def test_a_strangers_licence_cannot_break_the_page(checkpoints: Checkpoints, command: Command) -> None:
+    odd = '---\nlicense: "mit | x\\n# injected"\n---\n'
+    assert command("merge", *folders(checkpoints, {"fs": odd}), "--out", "out").code == 0
+    text = Path("out/README.md").read_text()
+    assert "\n# injected" not in text
+    assert "| mit \\| x\\n# injected |" in text
+
+
 def test_the_command_adds_hashes_and_metrics(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
     with open("scores.csv", "w", newline="") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -19,26 +18,12 @@ from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, wri
 from r2m.project import SWEEP_FILE
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
 from r2m.reporting.spectra import of_residuals
-from r2m_kernels.errors import BadFile, printable
+from r2m.templating import render
+from r2m_kernels.errors import BadFile
 
 PAGE_FILE = "report.html"
 _MOSTLY_NOISE = 0.25  # of a residual's energy kept, below which what is left hardly stands for it
 _LISTED = 400  # rows of a table on the page; the CSV beside it has all
-
-_CSS = """
-:root { color-scheme: light dark; --line: #8885; --note: #e69f0033; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
-h1 { line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-figure { margin: 1rem 0; }
-svg { max-width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.number { text-align: right; }
-.warning { background: var(--note); padding: 0.5rem 0.8rem; border-left: 4px solid #e69f00; margin: 0.5rem 0; }
-summary { cursor: pointer; }
-"""
 
 
 def write_page(
@@ -236,17 +221,17 @@ def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Ite
     """AUC over the options of a sweep, of those points that the evaluation has; else how strong the points are."""
     options = [key for key in ("rank", "eta", "core_scale", "row_power") if key in rows[0]]
     points = [str(row["point"]) for row in rows]
-    found = {} if measured is None else _point_aucs(points, swept, measured)
-    if not found:
+    aucs = {} if measured is None else _point_aucs(points, swept, measured)
+    if not aucs:
         return
     axis = options[-1]
 
     def draw(axes: Axes) -> None:
         groups: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            if row["point"] in found:
+            if row["point"] in aucs:
                 title = ", ".join(f"{option} {row[option]}" for option in options[:-1]) or "all"
-                groups.setdefault(title, []).append((float(row[axis]), found[row["point"]]))
+                groups.setdefault(title, []).append((float(row[axis]), aucs[row["point"]]))
         for index, (title, values) in enumerate(groups.items()):
             axes.plot(*zip(*sorted(values), strict=True), "o-", label=title, color=colour(index))
         axes.set_xlabel(axis)
@@ -257,26 +242,25 @@ def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Ite
         "sweep",
         f"AUC over {' and '.join(options)}",
         "Chosen on these sets, a point is fitted to them: report another set's numbers for it.",
-        [{**row, "auc": found[row["point"]]} for row in rows if row["point"] in found],
+        [{**row, "auc": aucs[row["point"]]} for row in rows if row["point"] in aucs],
         draw,
     )
 
 
 def _point_aucs(points: Sequence[str], swept: Path, measured: Mapping[str, Any]) -> dict[str, float]:
-    places = {str((swept / point).resolve()): point for point in points}
-    found = {}
+    point_of = {str((swept / point).resolve()): point for point in points}
+    aucs = {}
     for one in measured["models"].values():
-        source = Path(one["source"])
-        point = places.get(str(source.resolve())) or places.get(str(source.resolve().parent))
+        source = Path(one["source"]).resolve()
+        point = point_of.get(str(source)) or point_of.get(str(source.parent))
         if point is not None and one["average"]["auc"] is not None:
-            found[point] = float(one["average"]["auc"])
-    return found
+            aucs[point] = float(one["average"]["auc"])
+    return aucs
 
 
 def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """The HTML."""
     names = ", ".join(report["experts"])
-    warnings = [*report["warnings"], *_of_noise(report)]
     core, residual = report["core"], report["residual"]
     facts = [
         ("method", report["method"]),
@@ -288,27 +272,18 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         ("computed by", f"{report['backend']['name']} on {report['backend']['device']}"),
         ("r2m_kernels, torch", f"{report['versions']['r2m_kernels']}, {report['versions']['torch']}"),
     ]
-    text = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_safe(f'R²M merge of {names}')}</title><style>{_CSS}</style></head><body>",
-        f"<h1>R²M merge of {_safe(names)}</h1>",
-        *(f'<p class="warning">{_safe(warning)}</p>' for warning in warnings),
-        _table([{"about the merge": title, "": value} for title, value in facts]),
-    ]
-    for one in pictures:
-        text += [
-            f"<h2>{_safe(one.title)}</h2><p>{_safe(one.text)}</p>",
-            f'<figure role="img" aria-label="{_safe(one.title)}">{one.svg}</figure>',
-            f"<details><summary>The numbers ({_safe(one.name)}.csv)</summary>{_table(one.rows)}</details>",
-        ]
-    text.append("<h2>Every tensor</h2><details><summary>Roles, shapes and ranks</summary>")
     tensors = [
         {key: row.get(key, "") for key in ("name", "role", "shape", "dtype", "rank")} for row in report["tensors"]
     ]
-    text += [_table(tensors), "</details></body></html>", ""]
-    return "\n".join(text)
+    return render(
+        "report.html",
+        names=names,
+        warnings=[*report["warnings"], *_of_noise(report)],
+        facts=[{"about the merge": title, "": value} for title, value in facts],
+        pictures=pictures,
+        tensors=tensors,
+        listed=_LISTED,
+    )
 
 
 def _of_noise(report: Mapping[str, Any]) -> list[str]:
@@ -323,29 +298,6 @@ def _of_noise(report: Mapping[str, Any]) -> list[str]:
         f"truncation kept {middle:.0%} of the residuals' energy, by the median matrix: they are spread over all "
         "directions, as noise is, or the rank is too small"
     ]
-
-
-def _table(rows: Rows) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{_safe(key)}</th>" for key in rows[0])
-    lines = []
-    for row in rows[:_LISTED]:
-        cells = []
-        for value in row.values():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            cells.append(f'<td class="number">{_number(value)}</td>' if number else f"<td>{_safe(value)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    more = f"<p>… and {len(rows) - _LISTED} more rows</p>" if len(rows) > _LISTED else ""
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{more}'
-    )
-
-
-def _safe(value: Any) -> str:
-    if value is None:
-        return "–"
-    return html.escape(printable(value) if isinstance(value, str) else str(value))
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,51 @@
+"""Texts from the files of ``templates/``, where names come from strangers: each kind of text has its own escapes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from r2m_kernels.errors import printable
+
+
+def render(name: str, **values: Any) -> str:
+    """The text of a template.
+
+    In HTML everything is escaped; ``None`` is a dash. In Markdown what the template puts through ``line`` cannot begin
+    another line, and what it puts through ``cell`` not another cell of a table.
+
+    Args:
+        name: a file of ``templates/``.
+        values: what it needs, and no less.
+    """
+    return _environment().get_template(name).render(values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("r2m"),
+        autoescape=jinja2.select_autoescape(("html",)),
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "line": printable,
+        "short": lambda number: f"{number:.4g}",
+        "cell": lambda text: printable(text).replace("|", "\\|"),
+    }
+    return environment
+
+
+@jinja2.pass_eval_context
+def _shown(context: jinja2.nodes.EvalContext, value: Any) -> Any:
+    """A value in HTML before it is escaped."""
+    if not context.autoescape or isinstance(value, Markup):
+        return value
+    return "–" if value is None else printable(value) if isinstance(value, str) else value
