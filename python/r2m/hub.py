@@ -17,7 +17,7 @@ from r2m.checkpoints import layout
 from r2m.checkpoints.formats import INDEXES
 from r2m.extras import need
 from r2m.places import read_small
-from r2m_kernels.errors import InvalidInput, quoted
+from r2m_kernels.errors import BadCheckpoint, BadOption, quoted
 
 SCHEME = "hf://"
 _REFERENCE = re.compile(
@@ -61,33 +61,33 @@ def fetch(reference: str) -> Fetched:
             offline; the library is missing.
         OSError: the network or the disk.
     """
-    found = _REFERENCE.fullmatch(reference)
-    if found is None:
-        raise InvalidInput(f"{quoted(reference)}: expected hf://owner/name, hf://owner/name@revision or …/file")
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise BadOption(f"{quoted(reference)}: expected hf://owner/name, hf://owner/name@revision or …/file")
     need(reference, "hub", "huggingface_hub")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before its import
     from huggingface_hub import errors
 
-    repository, revision, file = found["repository"], found["revision"], found["file"]
+    repository, revision, file = match["repository"], match["revision"], match["file"]
     try:
         path = _fetched(reference, repository, revision, file)
     except errors.GatedRepoError:
-        raise InvalidInput(
+        raise BadCheckpoint(
             f"{reference}: its owner has to grant access, and you have to log in (hf auth login)"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise InvalidInput(f"{reference}: no such repository, or a private one (hf auth login)") from None
+        raise BadCheckpoint(f"{reference}: no such repository, or a private one (hf auth login)") from None
     except errors.RevisionNotFoundError:
-        raise InvalidInput(f"{reference}: no revision {quoted(revision or 'main')}") from None
+        raise BadCheckpoint(f"{reference}: no revision {quoted(revision or 'main')}") from None
     except errors.LocalEntryNotFoundError:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise InvalidInput(f"{reference}: not in the cache, and --offline forbids to fetch it") from None
+            raise BadCheckpoint(f"{reference}: not in the cache, and --offline forbids to fetch it") from None
         raise _unreachable(reference) from None
     except errors.EntryNotFoundError:
-        raise InvalidInput(f"{reference}: no file {quoted(file or '')} in the repository") from None
+        raise BadCheckpoint(f"{reference}: no file {quoted(file or '')} in the repository") from None
     except errors.HFValidationError as error:
-        raise InvalidInput(f"{reference}: {error}") from None
+        raise BadCheckpoint(f"{reference}: {error}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] in _NETWORK:
             raise _unreachable(reference) from error
@@ -110,7 +110,7 @@ def _cached(reference: str, repository: str, revision: str) -> Path:
     commit = read_small(pointer, reference).decode(errors="replace").strip() if pointer.is_file() else revision
     snapshot = directory / "snapshots" / commit
     if not snapshot.is_dir():
-        raise InvalidInput(f"{reference}: not in the cache, and --offline forbids to fetch it")
+        raise BadCheckpoint(f"{reference}: not in the cache, and --offline forbids to fetch it")
     return snapshot
 
 
@@ -125,8 +125,8 @@ def _fetched(reference: str, repository: str, revision: str | None, file: str | 
     info = api.model_info(repository, revision=revision)
     names = sorted(one.rfilename for one in info.siblings or () if "/" not in one.rfilename)
     weights = layout.chosen(names, reference)
-    wanted = [weights, *(name for name in SMALL_FILES if name in names)]
+    files = [weights, *(name for name in SMALL_FILES if name in names)]
     if weights in INDEXES:
         index = hf_hub_download(repository, weights, revision=info.sha)
-        wanted += set(layout.decode_index(reference, read_small(Path(index), reference, layout.MOST_INDEX)).values())
-    return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))
+        files += set(layout.decode_index(reference, read_small(Path(index), reference, layout.MOST_INDEX)).values())
+    return Path(snapshot_download(repository, revision=info.sha, allow_patterns=files))

@@ -61,8 +61,8 @@ class Format:
             BadCheckpoint: damaged, hostile, or of a kind that is not supported.
             OSError: it cannot be read; ``filename`` is set.
         """
-        found: TensorFile = self._code.open_file(path, what)
-        return found
+        tensors: TensorFile = self._code.open_file(path, what)
+        return tensors
 
     def save(self, source: Checkpoint, path: Path, names: Sequence[str]) -> None:
         """Write a checkpoint as one file and bring it to the disk; memory does not hold it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,57 +14,26 @@ from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
 
-class LazyTensor(Protocol):
-    """A tensor of a view."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Its shape and dtype."""
-        ...
-
-    def read(self) -> Tensor:
-        """The whole."""
-        ...
-
-    def read_elements(self, start: int, stop: int) -> Tensor:
-        """A run of the flattened tensor."""
-        ...
-
-
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as a checkpoint has it."""
-
-    source: Checkpoint
-    name: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        """See the protocol."""
-        return self.source.specs[self.name]
-
-    def read(self) -> Tensor:
-        """See the protocol."""
-        return self.source.read(self.name)
-
-    def read_elements(self, start: int, stop: int) -> Tensor:
-        """See the protocol."""
-        return self.source.read_elements(self.name, start, stop)
-
-
-@dataclass(frozen=True)
-class ComputedTensor:
-    """A tensor that is worked out, whole, whenever it is read."""
+class LazyTensor:
+    """A tensor of a view, read when it is asked for: the whole, or a run of its flattened elements."""
 
     spec: TensorSpec
     read: Callable[[], Tensor]
+    read_elements: Callable[[int, int], Tensor]
 
-    def read_elements(self, start: int, stop: int) -> Tensor:
-        """See the protocol."""
-        return self.read().reshape(-1)[start:stop]
+    @classmethod
+    def stored(cls, source: Checkpoint, name: str) -> LazyTensor:
+        """As a checkpoint has it."""
+        return cls(source.specs[name], partial(source.read, name), partial(source.read_elements, name))
+
+    @classmethod
+    def computed(cls, spec: TensorSpec, read: Callable[[], Tensor]) -> LazyTensor:
+        """Worked out, whole, whenever it is read."""
+        return cls(spec, read, lambda start, stop: read().reshape(-1)[start:stop])
 
 
-def folded(main: LazyTensor, left: LazyTensor, singular: LazyTensor, right: LazyTensor) -> ComputedTensor:
+def folded(main: LazyTensor, left: LazyTensor, singular: LazyTensor, right: LazyTensor) -> LazyTensor:
     """W + U diag(s) V, in float32 or wider, in W's dtype: (m, n), (m, r), (r,) and (r, n)."""
 
     def read() -> Tensor:
@@ -73,17 +42,17 @@ def folded(main: LazyTensor, left: LazyTensor, singular: LazyTensor, right: Lazy
         change = (left.read().to(wide) * singular.read().to(wide)) @ right.read().to(wide)
         return (whole.to(wide) + change).to(whole.dtype)
 
-    return ComputedTensor(main.spec, read)
+    return LazyTensor.computed(main.spec, read)
 
 
-def zeros(spec: TensorSpec) -> ComputedTensor:
+def zeros(spec: TensorSpec) -> LazyTensor:
     """All zero."""
-    return ComputedTensor(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
+    return LazyTensor.computed(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
 
 
-def constant(tensor: Tensor) -> ComputedTensor:
+def constant(tensor: Tensor) -> LazyTensor:
     """A tensor in memory."""
-    return ComputedTensor(TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.clone)
+    return LazyTensor.computed(TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.clone)
 
 
 class View:
@@ -106,7 +75,7 @@ class View:
     @classmethod
     def of(cls, source: Checkpoint) -> View:
         """A checkpoint as it is."""
-        return cls(source, {name: StoredTensor(source, name) for name in source.specs}, source.aliases)
+        return cls(source, {name: LazyTensor.stored(source, name) for name in source.specs}, source.aliases)
 
     def read(self, name: str) -> Tensor:
         """See the protocol."""

@@ -93,31 +93,11 @@ class SafetensorsSink:
             ValueError: not announced, written before, or of another shape or dtype than announced.
             OSError: it cannot be written; ``filename`` is set.
         """
-        if name in self._aliases:
-            return
-        spec = self._specs.get(name)
-        if spec is None:
-            raise ValueError(f"tensor '{name}' was not announced to begin()")
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(
-                f"tensor '{name}': announced as {spec.shape} {spec.dtype}, "
-                f"written as {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        self._store(name, 0, tensor)
+        self._store(name, tensor, None)
 
     def write_elements(self, name: str, start: int, elements: Tensor) -> None:
         """Store a run of a tensor's elements at its position; from any thread. Errors are :meth:`write`'s."""
-        if name in self._aliases:
-            return
-        spec = self._specs.get(name)
-        if spec is None:
-            raise ValueError(f"tensor '{name}' was not announced to begin()")
-        if elements.dtype != spec.dtype or elements.ndim != 1 or not 0 <= start <= spec.numel - len(elements):
-            raise ValueError(
-                f"tensor '{name}': announced as {spec.shape} {spec.dtype}, written as {tuple(elements.shape)} "
-                f"{elements.dtype} at {start}"
-            )
-        self._store(name, start, elements)
+        self._store(name, elements, start)
 
     def tie(self, aliases: Mapping[str, str]) -> None:
         """Names that are stored as the tensor they are tied to; before :meth:`begin`."""
@@ -160,15 +140,26 @@ class SafetensorsSink:
             file_of = {name: file.name for name, file in self._file_of.items()}
             write_file(self._directory / SAFETENSORS.index, encode_index(file_of, total_size))
 
-    def _store(self, name: str, start: int, elements: Tensor) -> None:
-        count = elements.numel()
+    def _store(self, name: str, tensor: Tensor, start: int | None) -> None:
+        """A run of elements, or all of them in their shape where no start is given."""
+        if name in self._aliases:
+            return
+        spec, count = self._specs.get(name), tensor.numel()
+        if spec is None:
+            raise ValueError(f"tensor '{name}' was not announced to begin()")
+        whole = start is None and tuple(tensor.shape) == spec.shape
+        run = start is not None and tensor.ndim == 1 and 0 <= start <= spec.numel - count
+        if not (whole or run) or tensor.dtype != spec.dtype:
+            where = "" if start is None else f" at {start}"
+            written = f"{tuple(tensor.shape)} {tensor.dtype}{where}"
+            raise ValueError(f"tensor '{name}': announced as {spec.shape} {spec.dtype}, written as {written}")
         with self._lock:
             if self._missing[name] < count:
                 raise ValueError(f"tensor '{name}' was written twice")
             self._missing[name] -= count
         file = self._file_of[name]
-        data = elements.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        position = file.offsets[name] + start * elements.dtype.itemsize
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        position = file.offsets[name] + (start or 0) * spec.dtype.itemsize
         self._write_at(self._directory / file.name, data.data, position)
         with self._lock:
             self._dirty.add(file.name)

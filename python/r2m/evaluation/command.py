@@ -81,7 +81,7 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
     }
     if out is not None:
         run.write_result(Path(out), result, evaluated)
-    return [*table(result), *run.told(unreadable)]
+    return [*table(result), *run.left_out(unreadable)]
 
 
 def _check(request: Request, out: str | None, overwrite: bool) -> None:

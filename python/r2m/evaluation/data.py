@@ -15,7 +15,7 @@ import numpy as np
 from r2m.evaluation.metrics import Scores
 from r2m.places import read_small
 from r2m_kernels import checks
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "probability")  # of CSV files; video and dataset may be there
@@ -71,14 +71,13 @@ def read_dataset(path: str | Path, reading: Reading) -> dict[str, list[Frame]]:
     Raises:
         InvalidInput: no such file, not of these forms, or nothing in it.
     """
-    place = Path(path)
     checks.choice("split", reading.split, SPLITS)
-    found = _folders(place, reading) if place.is_dir() else _json(place, reading)
-    empty = [name for name, frames in found.items() if not frames]
-    if empty or not found:
+    datasets = (_folders if Path(path).is_dir() else _json)(Path(path), reading)
+    empty = [name for name, frames in datasets.items() if not frames]
+    if empty or not datasets:
         what = f"dataset {quoted(empty[0])} " if empty else ""
-        raise InvalidInput(f"data ({path}): {what}holds no frames of the split '{reading.split}'")
-    return found
+        raise BadFile(f"data ({path}): {what}holds no frames of the split '{reading.split}'")
+    return datasets
 
 
 def read_scores(path: str | Path) -> dict[str, Scores]:
@@ -92,14 +91,14 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
     """
     what = f"scores ({path})"
     if not Path(path).is_file():
-        raise InvalidInput(f"{what}: no such file")
+        raise BadFile(f"{what}: no such file")
     rows: dict[str, list[tuple[int, float, str]]] = {}
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
             got = ", ".join(map(quoted, reader.fieldnames or ())) or "nothing"
-            raise InvalidInput(f"{what}: expected the columns {', '.join(COLUMNS)} in its first line, got {got}")
+            raise BadFile(f"{what}: expected the columns {', '.join(COLUMNS)} in its first line, got {got}")
         try:
             for row in reader:
                 where = f"{what}: line {reader.line_num}"
@@ -108,9 +107,9 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
                 video = row.get("video") or row["path"].replace("\\", "/").rpartition("/")[0] or row["path"]
                 rows.setdefault(row.get("dataset") or "data", []).append((label, probability, video))
         except csv.Error as error:
-            raise InvalidInput(f"{what}: line {reader.line_num}: {error}") from None
+            raise BadFile(f"{what}: line {reader.line_num}: {error}") from None
     if not rows:
-        raise InvalidInput(f"{what}: holds no rows")
+        raise BadFile(f"{what}: holds no rows")
     return {name: scores_of(held) for name, held in rows.items()}
 
 
@@ -122,7 +121,7 @@ def scores_of(rows: Sequence[tuple[int, float, str]]) -> Scores:
 
 def _label(what: str, text: str | None) -> int:
     if text not in ("0", "1"):
-        raise InvalidInput(f"{what}: expected 0 (real) or 1 (fake), got {quoted(str(text))}")
+        raise BadFile(f"{what}: expected 0 (real) or 1 (fake), got {quoted(str(text))}")
     return int(text)
 
 
@@ -132,26 +131,23 @@ def _probability(what: str, text: str | None) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise InvalidInput(f"{what}: expected a number from 0 to 1, got {quoted(str(text))}")
+        raise BadFile(f"{what}: expected a number from 0 to 1, got {quoted(str(text))}")
     return value
 
 
 def _folders(directory: Path, reading: Reading) -> dict[str, list[Frame]]:
-    def labelled(place: Path) -> dict[Path, int]:
-        return {entry: FOLDERS[entry.name.lower()] for entry in sorted(place.iterdir()) if _says(entry)}
+    def labelled(dataset: Path) -> dict[Path, int]:
+        names = {entry: entry.name.lower() for entry in sorted(dataset.iterdir()) if entry.is_dir()}
+        return {entry: FOLDERS[name] for entry, name in names.items() if name in FOLDERS}
 
     if labelled(directory):
         return {directory.resolve().name: _images(directory, labelled(directory), reading)}
     inside = {entry: labelled(entry) for entry in sorted(directory.iterdir()) if entry.is_dir()}
     if not any(inside.values()):
-        raise InvalidInput(
+        raise BadFile(
             f"data ({directory}): expected folders named {', '.join(FOLDERS)}, or datasets with such; there are none"
         )
-    return {place.name: _images(place, folders, reading) for place, folders in inside.items() if folders}
-
-
-def _says(entry: Path) -> bool:
-    return entry.is_dir() and entry.name.lower() in FOLDERS
+    return {dataset.name: _images(dataset, folders, reading) for dataset, folders in inside.items() if folders}
 
 
 def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> list[Frame]:
@@ -160,8 +156,8 @@ def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> lis
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in IMAGES:
                 # An image that lies in no folder of its own is no frame of a video: it stands for itself.
-                own = path if path.parent == folder else path.parent
-                videos.setdefault((label, str(own.relative_to(dataset))), []).append(path)
+                video = path if path.parent == folder else path.parent
+                videos.setdefault((label, str(video.relative_to(dataset))), []).append(path)
     return [
         Frame(path, label, _video(video, reading))
         for (label, video), paths in videos.items()
@@ -172,28 +168,28 @@ def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> lis
 def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
     what = f"data ({path})"
     if not path.is_file():
-        raise InvalidInput(f"{what}: no such file or directory")
+        raise BadFile(f"{what}: no such file or directory")
     text = read_small(path, what, _MOST_JSON)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{what}: not valid JSON ({printable(str(error))})") from None
+        raise BadFile(f"{what}: not valid JSON ({printable(str(error))})") from None
     root = reading.root or path.parent
-    found: dict[str, list[Frame]] = {}
+    datasets: dict[str, list[Frame]] = {}
     for dataset, labels in _mapping(what, content).items():
-        frames = found.setdefault(dataset, [])
+        frames = datasets.setdefault(dataset, [])
         for name, splits in _mapping(f"{what}: {quoted(dataset)}", labels).items():
             where = f"{what}: {quoted(dataset)}: {quoted(name)}"
             videos = _mapping(where, splits).get(reading.split, {})
             for video, entry in _of_compression(where, videos, reading).items():
                 frames += _frames(f"{where}: video {quoted(video)}", name, video, entry, root, reading)
-    return found
+    return datasets
 
 
 def _mapping(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         layout = "{dataset: {label: {split: {video: {label, frames}}}}}"
-        raise InvalidInput(f"{what}: expected {layout}, got {type(value).__name__} in the place of a mapping")
+        raise BadFile(f"{what}: expected {layout}, got {type(value).__name__} in the place of a mapping")
     return value
 
 
@@ -204,27 +200,27 @@ def _of_compression(what: str, videos: Any, reading: Reading) -> dict[str, Any]:
         return held
     if reading.compression in held:
         return _mapping(what, held[reading.compression])
-    raise InvalidInput(f"{what}: has the compressions {', '.join(map(quoted, held))}, not {reading.compression}")
+    raise BadFile(f"{what}: has the compressions {', '.join(map(quoted, held))}, not {reading.compression}")
 
 
 def _frames(what: str, name: str, video: str, entry: Any, root: Path, reading: Reading) -> list[Frame]:
     entry = _mapping(what, entry)
     paths = entry.get("frames")
     if not isinstance(paths, list) or not all(isinstance(one, str) and one for one in paths):
-        raise InvalidInput(f"{what}: expected frames: a list of paths")
+        raise BadFile(f"{what}: expected frames: a list of paths")
     said = entry.get("label", name)
-    label = _of_label(what, said if isinstance(said, str) else name, reading)
+    label = _of_label(said if isinstance(said, str) else name, reading)
     # Written on Windows, some of them.
-    places = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
-    key = str(places[0].parent) if places else video
-    return [Frame(place, label, _video(key, reading)) for place in _chosen(places, reading)]
+    images = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
+    key = str(images[0].parent) if images else video
+    return [Frame(image, label, _video(key, reading)) for image in _chosen(images, reading)]
 
 
-def _of_label(what: str, name: str, reading: Reading) -> int:
+def _of_label(name: str, reading: Reading) -> int:
     if reading.labels and name in reading.labels:
         value = reading.labels[name]
         if value not in (0, 1):
-            raise InvalidInput(f"label {quoted(name)}: expected 0 or 1, got {value}")
+            raise BadOption(f"label {quoted(name)}: expected 0 or 1, got {value}")
         return value
     return 0 if "real" in name.lower() else 1
 
@@ -234,10 +230,8 @@ def _video(key: str, reading: Reading) -> str:
 
 
 def _chosen(paths: Sequence[Path], reading: Reading) -> Sequence[Path]:
-    """At most the wanted number of a video's frames."""
-    wanted = reading.frames
-    if wanted is None or len(paths) <= wanted:
+    """At most so many of a video's frames as are read."""
+    count = reading.frames
+    if count is None or len(paths) <= count:
         return paths
-    if reading.compat:
-        return paths[:wanted]
-    return [paths[index * len(paths) // wanted] for index in range(wanted)]
+    return paths[:count] if reading.compat else [paths[index * len(paths) // count] for index in range(count)]

@@ -16,7 +16,7 @@ from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
 from r2m.extras import need
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, NotFinite, printable, quoted
 
 KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
 CLASSES = 2
@@ -50,7 +50,7 @@ def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Ar
     elif name and argument:
         model = _built(name, argument, label)
     else:
-        raise InvalidInput(f"{label}: detector {quoted(kind)}: expected {KINDS}")
+        raise BadOption(f"{label}: detector {quoted(kind)}: expected {KINDS}")
     _load(model, plain(open_checkpoint(checkpoint, label), arrangement or Arrangement()), kind)
     return model.eval()
 
@@ -71,7 +71,7 @@ def probabilities(output: Any, label: str) -> Tensor:
         output = held.get("logits", held.get("cls"))
     if not isinstance(output, Tensor) or output.ndim not in (1, 2) or output.shape[1:] not in ((), (1,), (CLASSES,)):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InvalidInput(f"{label}: expected logits of shape (n, 2), (n, 1) or (n,), got {got}")
+        raise BadOption(f"{label}: expected logits of shape (n, 2), (n, 1) or (n,), got {got}")
     logits = output.double()
     if logits.shape[1:] == (CLASSES,):
         return _finite(logits.softmax(1)[:, 1], label)
@@ -80,7 +80,7 @@ def probabilities(output: Any, label: str) -> Tensor:
 
 def _finite(values: Tensor, label: str) -> Tensor:
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise InvalidInput(f"{label}: gave probabilities that are NaN or not from 0 to 1")
+        raise NotFinite(f"{label}: gave probabilities that are NaN or not from 0 to 1")
     return values
 
 
@@ -123,7 +123,7 @@ def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> n
         raise
     except Exception as error:  # each library has its own
         line = (str(error).strip().splitlines() or [""])[0]
-        raise InvalidInput(f"{label}: detector {quoted(kind)}: {type(error).__name__}: {printable(line)}") from error
+        raise BadOption(f"{label}: detector {quoted(kind)}: {type(error).__name__}: {printable(line)}") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -134,7 +134,7 @@ def _from_transformers(library: Any, checkpoint: str | Path, label: str) -> Any:
     for what, names in (("lacks", info["missing_keys"]), ("has other shapes of", info["mismatched_keys"])):
         if names:
             listed = some([name if isinstance(name, str) else name[0] for name in sorted(names, key=str)])
-            raise InvalidInput(f"{label}: does not fit the detector 'transformers': it {what} {listed}")
+            raise DoesNotFit(f"{label}: does not fit the detector 'transformers': it {what} {listed}")
     return model
 
 
@@ -142,35 +142,32 @@ def _built(module: str, function: str, label: str) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise InvalidInput(f"{label}: detector {module}:{function}: no module {quoted(str(error.name))}") from None
-    build = getattr(found, function, None)
+        raise BadOption(f"{label}: detector {module}:{function}: no module {quoted(str(error.name))}") from None
+    build = getattr(imported, function, None)
     if not callable(build):
-        raise InvalidInput(f"{label}: detector {module}:{function}: {module} has no function {quoted(function)}")
+        raise BadOption(f"{label}: detector {module}:{function}: {module} has no function {quoted(function)}")
     model = build()
     if not isinstance(model, nn.Module):
-        raise InvalidInput(
-            f"{label}: detector {module}:{function}: expected a torch module, got {type(model).__name__}"
-        )
+        raise BadOption(f"{label}: detector {module}:{function}: expected a torch module, got {type(model).__name__}")
     return model
 
 
 def _load(model: nn.Module, view: View, kind: str) -> None:
     """Weights, every one of them; integer buffers may be missing, as they come and go with versions."""
-    own = model.state_dict()
-    missing = [name for name, one in own.items() if name not in view.specs and one.is_floating_point()]
-    strange = [name for name, one in view.specs.items() if name not in own and one.dtype.is_floating_point]
-    shapes = [name for name, one in view.specs.items() if name in own and one.shape != tuple(own[name].shape)]
+    before = model.state_dict()
+    missing = [name for name, one in before.items() if name not in view.specs and one.is_floating_point()]
+    strange = [name for name, one in view.specs.items() if name not in before and one.dtype.is_floating_point]
+    shapes = [name for name, one in view.specs.items() if name in before and one.shape != tuple(before[name].shape)]
     for what, names in (
         ("lacks", missing),
         ("has, and the detector does not,", strange),
         ("has other shapes of", shapes),
     ):
         if names:
-            raise InvalidInput(f"{view.label}: does not fit the detector {quoted(kind)}: it {what} {some(names)}")
-    state = {name: view.read(name) for name in view.specs if name in own}
-    model.load_state_dict({**own, **state}, strict=True)
+            raise DoesNotFit(f"{view.label}: does not fit the detector {quoted(kind)}: it {what} {some(names)}")
+    model.load_state_dict({**before, **{name: view.read(name) for name in view.specs if name in before}}, strict=True)
 
 
 def as_batch(images: list[Tensor], device: torch.device) -> Tensor:

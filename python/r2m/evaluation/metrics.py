@@ -58,10 +58,10 @@ def metrics(scores: Scores, weights: Numbers | None = None) -> dict[str, float |
     right = (probabilities > THRESHOLD) == (labels == 1)
 
     def accuracy(chosen: NDArray[np.bool_]) -> float | None:
-        own = None if weights is None else weights[chosen]
-        return float(np.average(right[chosen], weights=own)) if chosen.any() else None
+        counts = None if weights is None else weights[chosen]
+        return float(np.average(right[chosen], weights=counts)) if chosen.any() else None
 
-    found: dict[str, float | None] = {
+    values: dict[str, float | None] = {
         "acc": accuracy(np.ones(len(labels), dtype=bool)),
         "acc_real": accuracy(labels == 0),
         "acc_fake": accuracy(labels == 1),
@@ -71,10 +71,10 @@ def metrics(scores: Scores, weights: Numbers | None = None) -> dict[str, float |
     }
     if len(np.unique(labels)) == 2:
         fpr, tpr, _ = roc_curve(labels, probabilities, sample_weight=weights)
-        found["auc"] = float(roc_auc_score(labels, probabilities, sample_weight=weights))
-        found["eer"] = float(fpr[np.argmin(np.abs(1 - tpr - fpr))])
-        found["ap"] = float(average_precision_score(labels, probabilities, sample_weight=weights))
-    return found
+        values["auc"] = float(roc_auc_score(labels, probabilities, sample_weight=weights))
+        values["eer"] = float(fpr[np.argmin(np.abs(1 - tpr - fpr))])
+        values["ap"] = float(average_precision_score(labels, probabilities, sample_weight=weights))
+    return values
 
 
 class _Ranked:
@@ -102,15 +102,15 @@ def auc_interval(scores: Scores, resamples: int, seed: int) -> dict[str, list[fl
     names, index = np.unique(scores.videos, return_inverse=True)
     dice = np.random.default_rng(seed)
     frames, videos = _Ranked(scores), _Ranked(scores.by_video())
-    found: dict[str, list[float]] = {"auc": [], "video_auc": []}
+    resampled: dict[str, list[float]] = {"auc": [], "video_auc": []}
     for _ in range(resamples):
         counts = np.bincount(dice.integers(0, len(names), len(names)), minlength=len(names)).astype(np.float64)
         for key, of, weights in (("auc", frames, counts[index]), ("video_auc", videos, counts)):
             value = of.auc(weights)
             if value is not None:
-                found[key].append(value)
+                resampled[key].append(value)
     tails = [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2]
-    return {key: np.percentile(values, tails).tolist() if values else None for key, values in found.items()}
+    return {key: np.percentile(values, tails).tolist() if values else None for key, values in resampled.items()}
 
 
 def judge(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -128,8 +128,5 @@ def judge(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
 
 def average(judged: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
     """The mean of each metric over the datasets that define it."""
-    found: dict[str, float | None] = {}
-    for name in names:
-        values = [one[name] for one in judged.values() if one[name] is not None]
-        found[name] = float(np.mean(values)) if values else None
-    return found
+    defined = {name: [one[name] for one in judged.values() if one[name] is not None] for name in names}
+    return {name: float(np.mean(values)) if values else None for name, values in defined.items()}

@@ -26,7 +26,7 @@ from r2m.evaluation.metrics import Scores, average, judge
 from r2m.places import new_file
 from r2m.preprocessing import Preprocessing
 from r2m_kernels import __version__
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 from r2m_kernels.streaming import usable_device
 
 RESULT_FILE = "evaluation.json"
@@ -84,7 +84,7 @@ def run_detector(
     """
     where = usable_device(device)
     model = model.to(where)
-    found = Evaluated()
+    evaluated = Evaluated()
     done = 0
     for name, frames in datasets.items():
         rows: list[tuple[Frame, float]] = []
@@ -94,8 +94,8 @@ def run_detector(
             for frame, image in chunk:
                 if isinstance(image, str):
                     if strict:
-                        raise InvalidInput(f"dataset {quoted(name)}: {frame.path}: {image}")
-                    found.unreadable[str(frame.path)] = image
+                        raise BadFile(f"dataset {quoted(name)}: {frame.path}: {image}")
+                    evaluated.unreadable[str(frame.path)] = image
                 else:
                     images.append(image)
                     there.append(frame)
@@ -103,18 +103,16 @@ def run_detector(
                 with torch.inference_mode():
                     values = probabilities(model(as_batch(images, where)), label).tolist()
                 if len(values) != len(there):
-                    raise InvalidInput(f"{label}: expected {len(there)} outputs, got {len(values)}")
+                    raise BadOption(f"{label}: expected {len(there)} outputs, got {len(values)}")
                 rows += zip(there, values, strict=True)
             done += len(chunk)
             if progress is not None:
                 progress(done)
         if not rows:
-            path, reason = next(iter(found.unreadable.items()))
-            raise InvalidInput(
-                f"dataset {quoted(name)}: none of its {len(frames)} images can be read: {path}: {reason}"
-            )
-        found.rows[name] = rows
-    return found
+            path, reason = next(iter(evaluated.unreadable.items()))
+            raise BadFile(f"dataset {quoted(name)}: none of its {len(frames)} images can be read: {path}: {reason}")
+        evaluated.rows[name] = rows
+    return evaluated
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor | str:
@@ -152,8 +150,8 @@ def _loaded(
 
 def judged(scores: Mapping[str, Scores], *, resamples: int, seed: int) -> dict[str, Any]:
     """Metrics by dataset, and their means over datasets."""
-    found = {name: judge(of, resamples=resamples, seed=seed) for name, of in scores.items()}
-    return {"datasets": found, "average": average(found, AVERAGED)}
+    datasets = {name: judge(of, resamples=resamples, seed=seed) for name, of in scores.items()}
+    return {"datasets": datasets, "average": average(datasets, AVERAGED)}
 
 
 def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, Evaluated]) -> None:
@@ -182,7 +180,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def told(unreadable: Mapping[str, str]) -> list[str]:
+def left_out(unreadable: Mapping[str, str]) -> list[str]:
     """What could not be read, in lines."""
     if not unreadable:
         return []

@@ -94,8 +94,8 @@ def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]]
     """Groups of bars: a group for each name, a bar in it for each series."""
     width = 0.8 / len(series)
     for number, (title, values) in enumerate(series.items()):
-        places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(names))]
-        axes.bar(places, values, width, label=title, color=colour(number))
+        middles = [index + (number - (len(series) - 1) / 2) * width for index in range(len(names))]
+        axes.bar(middles, values, width, label=title, color=colour(number))
     axes.set_xticks(range(len(names)), [short(name) for name in names])
     axes.axhline(0, color=_GREY, linewidth=0.8)
     axes.set_ylabel(label)

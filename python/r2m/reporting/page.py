@@ -169,8 +169,8 @@ def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str,
         both = {name: of for name, of in held.items() if len(set(of.labels.tolist())) == 2}
         if both:
             yield _roc(number, dataset, both)
-        for place, (name, of) in enumerate(held.items()):
-            yield _histogram(f"scores-{number}-{place}", dataset, name, of)
+        for index, (name, of) in enumerate(held.items()):
+            yield _histogram(f"scores-{number}-{index}", dataset, name, of)
 
 
 def _roc(number: int, dataset: str, scores: Mapping[str, Scores]) -> Picture:

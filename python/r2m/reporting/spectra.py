@@ -13,7 +13,7 @@ from r2m.execute import open_job
 from r2m.project import read_project
 from r2m.reporting.figures import Picture, colour, legend, picture, short
 from r2m_kernels import analyze
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 
 def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
@@ -28,7 +28,7 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
     """
     recipe = read_project(out)
     if recipe.config.eta == 0:
-        raise InvalidInput(f"spectra: {recipe.method} has no residuals")
+        raise BadOption(f"spectra: {recipe.method} has no residuals")
     # The mixing is found without truncating anything.
     without = replace(recipe, config=recipe.config.replace(eta=0.0))
     job = open_job(out=out, **without.arguments())
