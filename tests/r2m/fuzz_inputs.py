@@ -1,14 +1,14 @@
 """Attacks on whoever opens a stranger's checkpoint, made by hypothesis: ``python fuzz_inputs.py KIND COUNT SEED``.
 
-A program of its own, so that a crash is a result, too, and so that memory can be limited. Ends with 0 where each of COUNT
-inputs was read, or refused by one sentence that nothing in the file can tear up. Works in the current directory.
+A program of its own, so that a crash is a result, too, and so that memory can be limited. Ends with 0 where each of
+COUNT inputs was read, or refused by one sentence that nothing in the file can tear up. Works in the current directory.
 
-* ``safetensors``: a whole file with bytes replaced, cut out or put in; headers that announce other lengths, types, shapes
-  and offsets than there are, beyond 64 bits, twice, or that are no headers.
-* ``index``: the same of a sharded checkpoint's index; shards that lead out of the directory, by path or by link; brackets
-  nested 20,000 deep.
-* ``torch``: archives patched or cut, entries compressed; pickles patched, nested 5,000 deep, that call a program, write a
-  file, or make a terabyte out of a number.
+* ``safetensors``: a whole file with bytes replaced, cut out or put in; headers that announce other lengths, types,
+  shapes and offsets than there are, beyond 64 bits, twice, or that are no headers.
+* ``index``: the same of a sharded checkpoint's index; shards that lead out of the directory, by path or by link;
+  brackets nested 20,000 deep.
+* ``torch``: archives patched or cut, entries compressed; pickles patched, nested 5,000 deep, that call a program, write
+  a file, or make a terabyte out of a number.
 
 Each may take SECONDS and, beyond what the process has, BYTES of memory, and none may leave MARK behind: the file that a
 pickle creates when its code is run. Hostile files of one kind each, by name, are in ``test_torch_files.py`` and
