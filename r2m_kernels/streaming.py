@@ -21,6 +21,7 @@ from ._stream.tensors import (
     dtype_name,
 )
 from .merging import passes as plan_passes
+from .sources import sources_digest
 
 __all__ = [
     "FACTORS_PREFIX",
@@ -46,6 +47,7 @@ __all__ = [
     "dtype_name",
     "plan_passes",
     "plan_tensors",
+    "sources_digest",
     "usable_device",
     "work_list",
 ]

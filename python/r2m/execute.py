@@ -32,6 +32,7 @@ from r2m.output import (
     INPUTS,
     RECIPE_FILE,
     REPORT_FILE,
+    SOURCES,
     STATE_FILE,
     Workplace,
     check_output,
@@ -46,7 +47,7 @@ from r2m.preprocessing import found as found_preprocessing
 from r2m.recipe import DTYPES
 from r2m_kernels import Analysis, InvalidInput, MergeConfig, ProgressEvent, analyze, checks
 from r2m_kernels.errors import R2MError
-from r2m_kernels.streaming import Inputs, ProcessGroup, SingleProcess, choose_backend, usable_device
+from r2m_kernels.streaming import Inputs, ProcessGroup, SingleProcess, choose_backend, sources_digest, usable_device
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
@@ -135,6 +136,7 @@ class Job:
             "r2m_kernels": r2m_kernels.__version__,
             "torch": torch.__version__,
             "backend": f"{chosen.name} ({chosen.variant})",
+            SOURCES: sources_digest(chosen.name, Path(__file__).parent),
             "device": device.type,
             **recipe,
             "order of experts": list(experts),

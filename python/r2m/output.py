@@ -31,6 +31,7 @@ _WRITTEN = {STATE_FILE, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 PARTIAL_SUFFIX = ".partial"
+SOURCES = "sources"  # of a state: a digest of the code that makes the bits
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
 _LOCK, _STATE = "lock", "state.json"
 _OUTPUT, _FORMER, _TENSORS = "output", "former", "tensors"
@@ -234,6 +235,8 @@ def difference(before: Any, now: Any, what: str = "") -> str:
         return ""
     if what.startswith(INPUTS):
         return f"the input {what.removeprefix(INPUTS).strip().rpartition(' ')[0]} is another one or was changed"
+    if what == SOURCES:
+        return f"the code that makes its bits has changed: the digest of its sources was '{before}' and is '{now}'"
     return f"{what} was {json.dumps(before)} and is {json.dumps(now)}"
 
 

@@ -49,11 +49,13 @@ class Library:
     """The loaded library and the variant in use.
 
     Attributes:
+        path: its file.
         variant: index into :data:`VARIANTS`.
         multiplies_bfloat16: whether the CPU has instructions for it.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             functions = ctypes.CDLL(str(path))
         except OSError as error:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import r2m
 import torch
 import yaml
 from r2m.execute import merge_files
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import MergeConfig, analyze
+from r2m_kernels.streaming import sources_digest
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -98,6 +100,19 @@ def test_what_is_known_of_other_inputs_or_options_is_not_taken(checkpoints: Chec
     Path("out/r2m_state.json").write_text('{"state": {"order of experts": 3}}')
     assert command("remove", "out", "--expert", "efs").code == 0
     assert Path("out", OUTPUT).read_bytes() == scratch({"fr": "fr.safetensors"}, MergeConfig.r2m())
+
+
+def test_what_other_code_found_is_not_taken(checkpoints: Checkpoints, command: Command) -> None:
+    for other in (False, True):
+        assert command("merge", *checkpoints.arguments, "--out", "out", "--backend", "native", "--overwrite").code == 0
+        path = Path("out/r2m_state.json")
+        content = json.loads(path.read_text())
+        assert content["state"]["sources"] == sources_digest("native", Path(str(r2m.__file__)).parent)
+        if other:
+            content["state"]["sources"] = "0123456789abcdef"
+            path.write_text(json.dumps(content))
+        assert command("remove", "out", "--expert", "fs", "--backend", "native").code == 0
+        assert (gram_bytes("out") > 0) is other
 
 
 def test_weights_layout_and_format_stay(checkpoints: Checkpoints, command: Command) -> None:

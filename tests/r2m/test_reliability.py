@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -11,14 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import r2m
 import torch
 from r2m.execute import merge_files
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
+from r2m_kernels.streaming import sources_digest
 
+if TYPE_CHECKING:
+    from conftest import Result
+
+Command = Callable[..., "Result"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 METHODS = {
@@ -210,6 +218,24 @@ def test_another_merge_is_not_resumed(here: Path, options: dict, sentence: str) 
         merged(resume=True, **options)
     assert f"--resume goes on with the same merge only, and {sentence}" in str(caught.value)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_other_code_began_is_not_resumed(here: Path, command: Command) -> None:
+    interrupted(method="r2m_truncated")
+    path = Path("out.partial/state.json")
+    state = json.loads(path.read_text())
+    now = state["sources"]
+    assert now == sources_digest(state["backend"].partition(" ")[0], Path(str(r2m.__file__)).parent)
+    path.write_text(json.dumps({**state, "sources": "0123456789abcdef"}))
+    words = ["merge", *BASE_ARGUMENTS, *METHODS["r2m_truncated"], "--out", "out", "--resume"]
+    result = command(*words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        "Error: out (out): --resume goes on with the same merge only, and the code that makes its bits has changed: "
+        f"the digest of its sources was '0123456789abcdef' and is '{now}'; start anew without out.partial\n"
+    )
+    path.write_text(json.dumps(state))
+    assert command(*words).code == 0
 
 
 def test_a_changed_input_is_not_resumed(here: Path) -> None:
