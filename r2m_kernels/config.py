@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from . import checks
 from .errors import BadOption
-from .options import Method, Option, documented, flag, method, normalize, option, read_methods, read_options
+from .options import Method, Option, documented, method, normalize, option, read_methods, read_options
 
 FILES, METHOD, REAL, TRUNCATION, STRENGTH = SECTIONS = (
     "Files",
@@ -361,19 +361,7 @@ def make_config(name: str, options: Mapping[str, Any]) -> MergeConfig:
         options: by keys of :data:`FLAGS`; those absent have their defaults.
 
     Raises:
-        InvalidInput: an unknown method, an option that the method does not use, or a bad value.
+        BadOption: an unknown method, an option that the method does not use, or a bad value.
     """
-    found = METHODS[checks.choice("method", name, tuple(METHODS))]
-    for key in options:
-        if key not in found.options:
-            used = ", ".join(map(flag, sorted(found.options)))
-            raise BadOption(f"{flag(key)}: not used by the method '{name}', which uses {used}")
-    own = {key: value for key, value in options.items() if key in found.parameters}
-    config: MergeConfig = found.make(**own)
-    return config.replace(**{FLAGS[key].name: value for key, value in options.items() if key not in own})
-
-
-def default_of(key: str, name: str) -> Any:
-    """What an option is in a method that uses it, where it is not given."""
-    found = METHODS[name]
-    return found.parameters[key] if key in found.parameters else getattr(found.make(), FLAGS[key].name)
+    config: MergeConfig = METHODS[checks.choice("method", name, tuple(METHODS))].configure(options)
+    return config

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from . import checks
+from .errors import BadOption
 
 T = TypeVar("T")
 Check = Callable[[str, Any], Any]
@@ -163,14 +164,14 @@ class Method:
     Attributes:
         name: the constructor's.
         make: the constructor.
-        options: keys of all the options it uses.
+        options: all that it uses, by key.
         formula: what it computes, in a few words.
         paper: its name in the field, and where it is from.
     """
 
     name: str
     make: Callable[..., Any]
-    options: frozenset[str]
+    options: Mapping[str, Option]
     formula: str
     paper: str = ""
 
@@ -179,13 +180,28 @@ class Method:
         """The method in a few words, with its source."""
         return f"{self.formula} ({self.paper})" if self.paper else self.formula
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The constructor's own, with their defaults."""
-        return _parameters(self.make)
+    def default(self, key: str) -> Any:
+        """What an option is that is not given."""
+        own = _parameters(self.make)
+        return own[key] if key in own else getattr(self.make(), self.options[key].name)
+
+    def configure(self, given: Mapping[str, Any]) -> Any:
+        """The configuration with options by key.
+
+        Raises:
+            BadOption: an option that the method does not use, or a bad value.
+        """
+        for key in given:
+            if key not in self.options:
+                used = ", ".join(map(flag, sorted(self.options)))
+                raise BadOption(f"{flag(key)}: not used by the method '{self.name}', which uses {used}")
+        own = {key: value for key, value in given.items() if key in _parameters(self.make)}
+        rest = {self.options[key].name: value for key, value in given.items() if key not in own}
+        return self.make(**own).replace(**rest)
 
 
 def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
+    """A constructor's own, with their defaults."""
     found = inspect.signature(make).parameters.values()
     return {one.name: one.default for one in found if one.kind is not one.VAR_KEYWORD}
 
@@ -220,6 +236,6 @@ def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> 
             formula, paper, uses = declared
             make = getattr(cls, name)
             words = {common, *uses, *_parameters(make)}
-            used = frozenset(key for key, one in options.items() if key in words or one.section in words)
+            used = {key: one for key, one in options.items() if key in words or one.section in words}
             found[name] = Method(name, make, used, formula, paper)
     return found

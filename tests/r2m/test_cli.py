@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig
-from r2m_kernels.config import FLAGS, METHODS, OPTIONS, default_of, make_config
+from r2m_kernels.config import FLAGS, METHODS, OPTIONS, make_config
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def test_the_help_states_choices_and_the_defaults_of_every_method() -> None:
             assert isinstance(shown.type, click.Choice)
             assert tuple(shown.type.choices) == declared.choices
         for name, method in METHODS.items():
-            default = default_of(key, name) if key in method.options else None
+            default = method.default(key) if key in method.options else None
             if default is not None and default != ():
                 assert declared.shown(default) in shown.help.partition("[default: ")[2], (key, name)
     assert all(declared.section == "" for name, declared in OPTIONS.items() if declared.key not in FLAGS), "no flag"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from r2m.presets import PRESETS
-from r2m_kernels.config import FLAGS, METHODS, default_of
+from r2m_kernels.config import FLAGS, METHODS
 from r2m_kernels.options import Option
 
 RUN = "Running"
@@ -102,7 +102,7 @@ def defaults_of(declared: Option) -> str:
     shown: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         if declared.key in method.options:
-            shown.setdefault(declared.shown(default_of(declared.key, name)), []).append(name)
+            shown.setdefault(declared.shown(method.default(declared.key)), []).append(name)
     usual = next((text for text, names in shown.items() if "r2m" in names or len(shown) == 1), None)
     others = [f"{text} in {', '.join(names)}" for text, names in shown.items() if text != usual]
     return "; ".join(filter(None, [usual, *others]))
