@@ -19,14 +19,14 @@ PREFIX = "journal-"
 
 
 class FileJournal:
-    """A :class:`r2m_kernels.streaming.Journal` of JSON lines, each behind its CRC-32: ``journal-MEMBER``.
+    """A :class:`r2m_kernels.streaming.Journal` of JSON lines, each behind its CRC-32: ``journal-INDEX``.
 
     Every process appends to a file of its own and reads those of all processes of former runs, however many there were.
     A line that was cut off, and whatever follows it, does not count.
 
     Args:
         directory: an existing one.
-        member: this process.
+        index: of this process.
         before: brings to the disk what records speak of; called before they are written.
         seconds: records are written together, at most so often. What is lost with a batch is done again.
 
@@ -35,14 +35,14 @@ class FileJournal:
     """
 
     def __init__(
-        self, directory: Path, member: int = 0, before: Callable[[], None] | None = None, seconds: float = 2.0
+        self, directory: Path, index: int = 0, before: Callable[[], None] | None = None, seconds: float = 2.0
     ) -> None:
         self._before, self._seconds = before, seconds
         self._known: dict[str, dict[str, Any]] = {}
         for path in sorted(directory.glob(f"{PREFIX}*")):
             for step, name, value in _records(path.read_bytes())[0]:
                 self._known.setdefault(step, {})[name] = value
-        self._path = directory / f"{PREFIX}{member}"
+        self._path = directory / f"{PREFIX}{index}"
         self._batch: list[bytes] = []
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         # Disks take their time, and who records has other work to do.

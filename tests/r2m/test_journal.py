@@ -18,8 +18,8 @@ values = st.recursive(
 )
 
 
-def written(directory: Path, records: list[tuple[str, str, object]], member: int = 0) -> None:
-    journal = FileJournal(directory, member)
+def written(directory: Path, records: list[tuple[str, str, object]], index: int = 0) -> None:
+    journal = FileJournal(directory, index)
     for step, name, value in records:
         journal.record(step, name, value)
     journal.close()
@@ -79,10 +79,10 @@ def test_a_line_with_a_wrong_sum_ends_it(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_all_members_journals_are_read_and_one_s_own_is_written(tmp_path: Path) -> None:
-    for member in range(3):
-        written(tmp_path, [("s", f"of {member}", member)], member)
-    journal = FileJournal(tmp_path, member=7)
+def test_all_processes_journals_are_read_and_one_s_own_is_written(tmp_path: Path) -> None:
+    for index in range(3):
+        written(tmp_path, [("s", f"of {index}", index)], index)
+    journal = FileJournal(tmp_path, index=7)
     assert journal.known("s") == {"of 0": 0, "of 1": 1, "of 2": 2}
     journal.record("s", "of 7", 7)
     journal.close()
@@ -102,7 +102,7 @@ def test_records_are_written_after_what_they_speak_of(tmp_path: Path) -> None:
     assert events == []
     journal.flush()
     assert events == ["data on disk, journal has 0 bytes"]
-    other = FileJournal(tmp_path, member=1)
+    other = FileJournal(tmp_path, index=1)
     assert other.known("s") == {"first": 1}
     other.close()
     journal.flush()
