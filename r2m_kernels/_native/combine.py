@@ -11,7 +11,7 @@ from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, row_panels
 from .._stream.tensors import compute_dtype
 from .._torch.combine import side_by_side
-from .library import flat, load, matrices, rows_of
+from .library import flat, loaded, matrices, rows_of
 
 
 def combine(
@@ -39,7 +39,7 @@ def _combine(
 ) -> None:
     if base.numel() == 0:
         return
-    library, dtype = load(), compute_dtype([base, *experts])
+    library, dtype = loaded(), compute_dtype([base, *experts])
     read = [j for j, weight in enumerate(core.tolist()) if weight != 0.0]
     weights = core.cpu()[read].to(dtype)
     low_rank = None

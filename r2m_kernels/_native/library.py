@@ -101,8 +101,11 @@ def policy() -> str:
     return value
 
 
+_in_use: list[Library] = []  # at most one
+
+
 def load() -> Library:
-    """The library, loaded once.
+    """The library that the environment names now, which operators use from here on; a file is loaded once.
 
     Raises:
         BackendUnavailable: it is switched off, missing, of another ABI or foreign.
@@ -115,7 +118,13 @@ def load() -> Library:
     if not path.is_file():
         why = "there is no such file" if given else "this installation was built without a C++ compiler"
         raise BackendUnavailable(f"the native library '{path}' is missing: {why}")
-    return _library(path)
+    _in_use[:] = [_library(path)]
+    return _in_use[0]
+
+
+def loaded() -> Library:
+    """The library in use: what the environment says is read when a backend is chosen, not in every call."""
+    return _in_use[0] if _in_use else load()
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def matrices(tensors: Sequence[Tensor]) -> ctypes.Array[Matrix]:
     """``r2m_matrix`` of 2-D tensors from :func:`rows_of`; the caller keeps the tensors alive."""
-    found = (Matrix * len(tensors))()
-    for entry, tensor in zip(found, tensors, strict=True):
+    entries = (Matrix * len(tensors))()
+    for entry, tensor in zip(entries, tensors, strict=True):
         entry.data, entry.row_stride, entry.dtype = tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype]
-    return found
+    return entries

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._stream import parallel
 from .._stream.blocks import long_panels
 from .._torch.residuals import Residuals, SignMatrix
-from .library import load, matrices, rows_of
+from .library import loaded, matrices, rows_of
 
 
 @functools.cache
@@ -25,7 +25,7 @@ class NativeResiduals(Residuals):
 
     def __init__(self, base: Tensor, experts: Sequence[Tensor], mixing: Tensor) -> None:
         super().__init__(base, experts, mixing)
-        self._library = load()
+        self._library = loaded()
         self.base, self.experts = rows_of(self.base), [rows_of(expert) for expert in self.experts]
         self._inputs = matrices([self.base, *self.experts])
         self._weights = self.mixing.T.contiguous()

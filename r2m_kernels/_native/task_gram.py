@@ -31,7 +31,7 @@ def _gram(base: Tensor, experts: Sequence[Tensor], precise: bool) -> Tensor:
     total = torch.zeros(count, count, dtype=torch.float64)
     if elements == 0:
         return total
-    library = load()
+    library = loaded()
     rows = [flat(tensor) for tensor in (base, *experts)]
     dtype = torch.float64 if precise else compute_dtype(rows)
     inputs = matrices(rows)
