@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _backends, checks, tensor_checks
 from ._stream.parallel import deterministic
+from ._stream.tensors import compute_dtype
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
@@ -138,14 +139,113 @@ def combine(
         tensor_checks.same_shape("left", left, (count, rows, rank))
         tensor_checks.same_shape("right", right, (count, rank, math.prod(base.shape[1:])))
         tensor_checks.same_shape("scale", scale, (count,))
-    if out is None:
-        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    tensor_checks.floating("out", out)
-    tensor_checks.same_shape("out", out, base.shape)
-    tensor_checks.same_device("out", out, base.device)
+    out = _output(base, out)
     operators = _backends.choose(backend, base.device).operators
     left, right = (None if factor is None else factor.unsqueeze(0) for factor in (left, right))
     operators.combine([base], [[expert] for expert in experts], core, left, right, scale, [out])
+    return out
+
+
+@deterministic
+def combine_rows(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    mixing: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    eta: float,
+    power: float,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """θ₀ + Σ_j core_j τ_j + eta Σ_i W_i ∘ X_i, residuals weighted row by row; rounded once to the dtype of ``out``.
+
+    W_ri ∝ weights_i (scales_i ‖row r of X_i‖)^power, Σ_i W_ri = 1; W_ri = weights_i where nobody has a residual.
+    ``out`` may be ``base`` or one of the experts.
+
+    Args:
+        base: θ₀, ndim ≥ 1; a row is a slice of the first dimension.
+        experts: N tensors θ_j shaped as the base.
+        core: (N,) coefficients.
+        mixing: (N, N); column i holds the weights of residual i.
+        weights: (N,), summing to 1.
+        scales: (N,), none negative.
+        eta: factor of the residual term.
+        power: p ≥ 0.
+        out: where to write, shaped as the base; by default a new tensor of the base's dtype.
+
+    Returns:
+        ``out``. With a_rj = core_j + eta Σ_i mixing_ji W_ri: |error| ≤ ½ ulp + (N + 4)·2⁻²⁴ · (|θ₀| + Σ|a_j||τ_j|)
+        + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (N + 3)·2⁻²⁴ · max_i ‖row of
+        Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖ is how well the length of a row is known.
+    """
+    checks.not_empty("experts", experts)
+    _check_inputs(base, experts, "")
+    tensor_checks.matrix_like("base", base)
+    count = len(experts)
+    tensor_checks.same_shape("core", core, (count,))
+    tensor_checks.same_shape("mixing", mixing, (count, count))
+    tensor_checks.same_shape("weights", weights, (count,))
+    tensor_checks.same_shape("scales", scales, (count,))
+    power = checks.number("power", power, minimum=0.0)
+    out = _output(base, out)
+    if base.numel():
+        numbers = (core.double(), mixing.double(), weights.double(), scales.double(), checks.number("eta", eta), power)
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        _backends.choose(backend, base.device).operators.combine_rows(base, experts, *numbers, target)
+        if target is not out:
+            out.copy_(target)
+    return out
+
+
+@deterministic
+def match_columns(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    merged: Tensor,
+    counts: Tensor,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """θ₀ + (θ* − θ₀) with every column scaled to Σ_j counts_j ‖column of τ_j‖ / Σ_j counts_j, by at most 4.
+
+    A column that did not change stays. ``out`` may be any of the inputs.
+
+    Args:
+        base: θ₀, ndim ≥ 1; a column has one index of every dimension but the first.
+        experts: N tensors θ_j shaped as the base.
+        merged: θ*, shaped as the base.
+        counts: (N,), none negative.
+        out: where to write, shaped as the base; by default a new tensor of the base's dtype.
+
+    Returns:
+        ``out``. |error| ≤ ½ ulp + 2⁻²⁴ · |θ| + 8·2⁻²⁴ · |f (θ* − θ₀)|, f the factor of the column; θ* is rounded to
+        what θ₀ and θ_j are computed in first.
+    """
+    checks.not_empty("experts", experts)
+    _check_inputs(base, experts, "")
+    tensor_checks.matrix_like("base", base)
+    tensor_checks.floating("merged", merged)
+    tensor_checks.same_shape("merged", merged, base.shape)
+    tensor_checks.same_device("merged", merged, base.device)
+    tensor_checks.same_shape("counts", counts, (len(experts),))
+    out = _output(base, out)
+    if base.numel():
+        change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        _backends.choose(backend, base.device).operators.match_columns(base, experts, change, counts.double(), target)
+        if target is not out:
+            out.copy_(target)
+    return out
+
+
+def _output(base: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    tensor_checks.floating("out", out)
+    tensor_checks.same_shape("out", out, base.shape)
+    tensor_checks.same_device("out", out, base.device)
     return out
 
 

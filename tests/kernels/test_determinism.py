@@ -93,6 +93,7 @@ def test_operators_on_any_number_of_threads(inputs, backend):
     mixing = torch.eye(3, dtype=torch.float64) - 0.3
     tall, wide = torch.randn(3, 3000, 24), torch.randn(3, 1500, 24)
     left, right = torch.randn(3, 3000, 9), torch.randn(3, 9, 1500)
+    third = torch.ones(3) / 3
 
     def run():
         return [
@@ -101,6 +102,8 @@ def test_operators_on_any_number_of_threads(inputs, backend):
             ops.residual_matmul(tensor, others, mixing, tall, transpose=True, backend=backend),
             ops.orthonormalize(tall, backend=backend),
             ops.combine(tensor, others, torch.ones(3) / 3, left, right, torch.ones(3), backend=backend),
+            ops.combine_rows(tensor, others, third, mixing, third, third, 1.0, 3.0, backend=backend),
+            ops.match_columns(tensor, others, others[0], third, backend=backend),
         ]
 
     torch.set_num_threads(1)

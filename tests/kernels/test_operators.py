@@ -15,6 +15,7 @@ SHAPES = [(), (1,), (13,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3), 
 BACKENDS = ["torch", "native", "triton"]
 # Triton runs in its interpreter here, which is slow: no large shapes; test_triton_kernels.py has more of the small.
 PAIRS = [(backend, shape) for backend in BACKENDS for shape in SHAPES if backend != "triton" or shape != (700, 900)]
+UNIT_DTYPE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}  # what is computed in
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 
 
@@ -27,6 +28,19 @@ def inputs(shape, dtype, count=3, seed=0):
 
 def task_matrix(base, experts):
     return torch.stack([(expert.double() - base.double()).reshape(-1) for expert in experts])
+
+
+def strided_output(shape, dtype):
+    """A view in the middle of a buffer of sentinels, and how many of those must stay."""
+    sentinels = torch.full([size + 4 for size in shape] or [3], -77.0, dtype=dtype)
+    out = sentinels[tuple(slice(2, 2 + size) for size in shape)] if shape else sentinels[1]
+    return out, lambda: int((sentinels == -77.0).sum()) == sentinels.numel() - out.numel()
+
+
+def rounding(exact, dtype):
+    """Half an ulp of a binary format with p bits is at most 2^-p of the value; float16 also has subnormals."""
+    half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+    return half_ulp[dtype] * exact.abs() * (1 + 1e-6) + (2.0**-25 if dtype == torch.float16 else 0.0)
 
 
 @pytest.mark.parametrize(("backend", "shape"), PAIRS, ids=str)
@@ -153,26 +167,102 @@ def test_combine_is_within_its_bound_and_rounded_once(backend, shape, dtype, ran
         weights = scale.view(3, 1, 1)
         low_rank = (weights * (left.double() @ right.double())).sum(0).reshape(shape)
         magnitude = (weights * (left.double().abs() @ right.double().abs())).sum(0).reshape(shape)
-    sentinel = torch.full([size + 4 for size in shape] or [3], -77.0, dtype=dtype)
-    out = sentinel[tuple(slice(2, 2 + size) for size in shape)] if shape else sentinel[1]
+    out, rest_is_untouched = strided_output(shape, dtype)
     assert ops.combine(base, experts, core, out=out, backend=backend, **factors) is out
 
     tau = task_matrix(base, experts)
     exact = base.double() + (core @ tau).reshape(shape) + low_rank
     magnitude = base.double().abs() + (core.abs() @ tau.abs()).reshape(shape) + magnitude
-    # Half an ulp of a binary format with p bits is at most 2^-p of the value; float16 also has subnormals.
-    half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
-    bound = half_ulp[dtype] * exact.abs() * (1 + 1e-6) + (8 + 2 * math.sqrt(rank)) * UNIT[dtype] * magnitude
-    if dtype == torch.float16:
-        bound = bound + 2.0**-25
+    bound = rounding(exact, dtype) + (8 + 2 * math.sqrt(rank)) * UNIT[dtype] * magnitude
     assert ((out.double() - exact).abs() <= bound).all()
-    outside = int((sentinel == -77.0).sum())
-    assert outside == sentinel.numel() - out.numel()
+    assert rest_is_untouched()
+
+
+@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine_rows_weights_residuals_by_their_lengths(backend, shape, dtype):
+    base, experts = inputs(shape, dtype)
+    for expert in experts:
+        expert[0] = base[0]  # a row that nobody changed
+    core = torch.tensor([0.5, 0.2, -0.1], dtype=torch.float64)
+    mixing = torch.eye(3, dtype=torch.float64) - torch.tensor([[0.4], [0.3], [0.1]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    scales = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
+    eta, power = 0.8, 3.0
+    out, rest_is_untouched = strided_output(shape, dtype)
+    assert ops.combine_rows(base, experts, core, mixing, weights, scales, eta, power, out, backend) is out
+    assert rest_is_untouched()
+
+    tau = task_matrix(base, experts).reshape(3, shape[0], -1)
+    merged, bound, unit = base.double().reshape(shape[0], -1).clone(), [], UNIT[dtype]
+    for r, row in enumerate(merged):
+        residuals, magnitudes = mixing.T @ tau[:, r], mixing.abs().T @ tau[:, r].abs()
+        lengths = (scales * residuals.norm(dim=1)) ** power
+        shares = weights * lengths / (weights @ lengths) if lengths.sum() else weights
+        coefficients = core + eta * mixing @ shares
+        # How well lengths are known, and what that makes of the shares; the rest is N + 4 roundings.
+        known = (6 * unit * magnitudes.norm(dim=1) / residuals.norm(dim=1)).nan_to_num(0.0).max()
+        unsure = eta * mixing.abs() @ shares * ((1 + 1.001 * known) ** (2 * power) - 1)
+        size = row.abs() + coefficients.abs() @ tau[:, r].abs()
+        bound.append(7 * unit * size + unsure @ tau[:, r].abs())
+        row += coefficients @ tau[:, r]
+    exact = merged.reshape(shape)
+    assert ((out.double() - exact).abs() <= rounding(exact, dtype) + torch.stack(bound).reshape(shape)).all()
+    assert torch.equal(out[0], base[0])
+
+
+@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_match_columns_has_the_specialists_lengths(backend, shape, dtype):
+    base, experts = inputs(shape, dtype)
+    merged = (base.double() + 0.03 * torch.sin(torch.arange(base.numel()).double()).reshape(shape)).to(
+        UNIT_DTYPE[dtype]
+    )
+    columns = math.prod(shape[1:])
+    merged.reshape(shape[0], -1)[:, columns // 2] = base.reshape(shape[0], -1)[:, columns // 2]  # did not change
+    tiny = columns // 3
+    if tiny != columns // 2:  # would have to grow by more than 4
+        step = (merged.double() - base.double()).reshape(shape[0], -1)[:, tiny] / 64
+        merged.view(shape[0], -1)[:, tiny] = (base.double().reshape(shape[0], -1)[:, tiny] + step).to(merged.dtype)
+    counts = torch.tensor([0.5, 0.0, 1.5], dtype=torch.float64)
+    out, rest_is_untouched = strided_output(shape, dtype)
+    assert ops.match_columns(base, experts, padded(merged), counts, out, backend) is out
+    assert rest_is_untouched()
+
+    tau = task_matrix(base, experts).reshape(3, shape[0], -1)
+    change = (merged.double() - base.double()).reshape(shape[0], -1)
+    factors = []
+    for column in range(columns):
+        length = sum(float(c) * float(t[:, column].norm()) for c, t in zip(counts, tau, strict=True)) / 2.0
+        reached = float(change[:, column].norm())
+        factors.append(min(length / reached, 4.0) if reached else 1.0)
+    scaled = change * torch.tensor(factors, dtype=torch.float64)
+    exact = (base.double().reshape(shape[0], -1) + scaled).reshape(shape)
+    bound = UNIT[dtype] * exact.abs() + 8 * UNIT[dtype] * scaled.abs().reshape(shape)
+    assert ((out.double() - exact).abs() <= rounding(exact, dtype) + bound).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_output_may_be_an_input(backend):
+    base, experts = inputs((40, 30), torch.float32)
+    core, mixing, ones, untouched = torch.full((3,), 0.3), torch.eye(3) - 0.3, torch.ones(3), experts[1].clone()
+    for index in range(4):
+        copies = [tensor.clone() for tensor in (base, *experts)]
+        expected = ops.combine_rows(base, experts, core, mixing, ones / 3, ones, 1.0, 2.0, backend=backend)
+        arguments = (copies[0], copies[1:], core, mixing, ones / 3, ones, 1.0, 2.0)
+        assert torch.equal(ops.combine_rows(*arguments, out=copies[index], backend=backend), expected)
+        copies = [tensor.clone() for tensor in (base, *experts)]
+        matched = ops.match_columns(base, experts, experts[1], ones, backend=backend)
+        found = ops.match_columns(copies[0], copies[1:], copies[2], ones, out=copies[index], backend=backend)
+        assert torch.equal(found, matched)
+        assert index == 2 or torch.equal(copies[2], untouched)  # a change is worked on in a copy
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_matrices_keep_their_shapes(backend):
-    base, mixing = torch.empty(0, 4), torch.eye(1)
+    base, mixing, one = torch.empty(0, 4), torch.eye(1), torch.ones(1)
+    assert ops.combine_rows(base, [base], one, mixing, one, one, 1.0, 2.0, backend=backend).shape == (0, 4)
+    assert ops.match_columns(base, [base], base, one, backend=backend).shape == (0, 4)
     assert ops.residual_matmul(base, [base], mixing, torch.ones(1, 4, 2), backend=backend).shape == (1, 0, 2)
     nothing = ops.residual_matmul(base, [base], mixing, torch.ones(1, 0, 2), transpose=True, backend=backend)
     assert torch.equal(nothing, torch.zeros(1, 4, 2))
@@ -224,6 +314,16 @@ def test_combine_without_out_has_the_bases_dtype_and_shape(backend):
             lambda b, e: ops.combine(b, e, torch.ones(1), out=b.to("meta")),
             "out: expected device cpu as the base, got meta",
         ),
+        (
+            lambda b, e: ops.combine_rows(b, e, torch.ones(1), torch.eye(1), torch.ones(2), torch.ones(1), 1.0, 3.0),
+            r"weights: expected shape \(1,\), got \(2,\)",
+        ),
+        (
+            lambda b, e: ops.combine_rows(b, e, torch.ones(1), torch.eye(1), torch.ones(1), torch.ones(1), 1.0, -1),
+            "power: expected a finite number of at least 0, got -1",
+        ),
+        (lambda b, e: ops.match_columns(b, e, b.T, torch.ones(1)), r"merged: expected shape \(4, 3\), got \(3, 4\)"),
+        (lambda b, e: ops.match_columns(b, e, b, torch.ones(2)), r"counts: expected shape \(1,\), got \(2,\)"),
         (lambda b, e: ops.task_gram([b], [e], backend="tritn"), "backend: .* got 'tritn'; did you mean 'triton'?"),
     ],
 )
