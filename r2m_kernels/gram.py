@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import Operators
+from ._interface import Operators
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.run import Run
@@ -44,7 +44,7 @@ def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *
 
     Args:
         base, experts: (elements,) runs that start at a multiple of ``panel`` in the tensor.
-        panel: the operators' ``gram_elements``.
+        panel: the operators' ``gram_panel_elements``.
     """
     starts = range(0, base.numel(), panel)
     panels = [
@@ -67,7 +67,7 @@ def from_panels(panels: Tensor) -> Tensor:
 def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     """Everything but what is copied; statistics and extras are only looked at for NaN and Inf."""
     tensors = plan.of("matrix", "vector", "statistic", "extra")
-    return Pass("task Gram", tensors, lambda tensor: operators.gram_elements(_precise(tensor, config)))
+    return Pass("task Gram", tensors, lambda tensor: operators.gram_panel_elements(_precise(tensor, config)))
 
 
 def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
@@ -90,7 +90,7 @@ class GramStep(Step):
             return [None] * len(group.tensors)
         precise = _precise(first, self._config)
         if group.part is not None:
-            panel = operators.gram_elements(precise)
+            panel = operators.gram_panel_elements(precise)
             return [panel_grams(*group.inputs(0), operators, precise=precise, panel=panel).tolist()]
         grams = task_grams(group.bases, group.experts, operators, precise=precise)
         return [self._finite(*of_tensor).tolist() for of_tensor in zip(group.tensors, grams, strict=True)]

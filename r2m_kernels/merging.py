@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import combination, elements, gram, norm_matching, report, tensor_checks, truncation
-from ._backends import Operators
+from ._interface import Operators
 from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
 from ._stream.plan import Plan

@@ -32,12 +32,10 @@ WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share littl
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
 CLOSE_TO_CORE = 0.01  # ‖residual term‖/‖core‖ below this: the merge is its core
-# What the estimate of a truncation's distance to the optimum rests on, by the method that truncated.
+# What the estimate of a truncation's distance to the optimum rests on; of a backend's own method the backend says it.
 BASIS = {
     "exact": "an exact truncation",
     "textbook": "growth of the kept energy in the last iteration, continued at the rate of the Ritz values",
-    "shifted": "growth of the kept energy in the last step, continued at the rate of the Ritz values",
-    "shifted on triton": "the last three kept energies, continued as a geometric series",
 }
 UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
 
@@ -167,8 +165,8 @@ def _distance(
         else:
             certain = best > _cancellation(mixing[:, i], gram)
             distances[expert] = math.sqrt(float(lost[i]) / best) - 1 if certain else None
-    on_triton = method == "shifted" and backend.name == "triton"
-    return {"distance_to_optimum": distances, "distance_basis": BASIS["shifted on triton" if on_triton else method]}
+    basis = backend.operators.traits.gap_basis if method == "shifted" else BASIS[method]
+    return {"distance_to_optimum": distances, "distance_basis": basis}
 
 
 def _cancellation(weights: Tensor, gram: Tensor) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import elements, spectra
-from ._backends import Operators
+from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, block_height
 from ._stream.factors import Factors
 from ._stream.loader import Group

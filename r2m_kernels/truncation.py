@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import Operators
+from ._interface import Operators
 from ._stream.factors import Factors, gram_matrix, leading_eigenvectors
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
@@ -62,7 +62,7 @@ def truncate_residuals(
     """
     of_tensor = list(zip(names, bases, zip(*experts, strict=True), strict=True))
     smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
-    textbook = config.svd == "textbook" or (config.tolerance is not None and not operators.takes_tolerance)
+    textbook = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
     width = _sketch_width(rank, config) if textbook else operators.truncation_width(rank, config.oversampling)
     if config.svd == "exact" or config.spectrum == "rescale" or smaller <= max(width, EXACT_UP_TO):
         # What maps spectra further works in float64: the conditions of its problems are its own.
@@ -75,13 +75,13 @@ def truncate_residuals(
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
     energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
     options = (rank, config.power_iterations, config.oversampling, config.tolerance)
-    left, right, products, trusted, gap = operators.shifted_truncation(bases, experts, mixing, keys, energies, *options)
+    found = operators.shifted_truncation(bases, experts, mixing, keys, energies, *options)
     factors = []
     for index, (name, base, others) in enumerate(of_tensor):
-        if bool(trusted[index].all()):
-            known = None if products is None else products[index]
-            ordered = operators.orders_components
-            factors.append(Factors(left[index], right[index], ordered, known, gap[index], "shifted"))
+        if bool(found.trusted[index].all()):
+            known = None if found.products is None else found.products[index]
+            ordered = operators.traits.orders_components
+            factors.append(Factors(found.left[index], found.right[index], ordered, known, found.gap[index], "shifted"))
         else:
             factors.append(_textbook(name, base, others, mixing, rank, config, operators))
     return factors

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .._stream import parallel
 from .._stream.tensors import compute_dtype
-from .library import flat, load, matrices
+from .library import flat, loaded, matrices
 
 # Elements of one call; panels are summed in order.
 PANEL = 2**20
 
 
-def gram_elements(precise: bool) -> int:
-    """See :class:`r2m_kernels._backends.Operators`."""
+def gram_panel_elements(precise: bool) -> int:
+    """Elements of the panels that a Gram is summed from."""
     return PANEL
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import checks
-from .._backends import Operators, choose, usable_device
+from .._backends import choose, usable_device
+from .._interface import Operators
 from ..config import MergeConfig
 from ..errors import R2MError
 from . import budget

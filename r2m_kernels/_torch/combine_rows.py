@@ -26,7 +26,7 @@ def combine_rows(
     power: float,
     out: Tensor,
 ) -> None:
-    """See :class:`r2m_kernels._backends.Operators`."""
+    """See :class:`r2m_kernels._interface.Operators`."""
     dtype = compute_dtype([base, *experts])
     theta, thetas, merged = as_matrix(base), [as_matrix(expert) for expert in experts], as_matrix(out)
     core, mixing = core.to(base.device), mixing.to(base.device)

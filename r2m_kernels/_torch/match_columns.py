@@ -13,7 +13,7 @@ from ..update_scale import MOST
 
 
 def match_columns(base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, out: Tensor) -> None:
-    """See :class:`r2m_kernels._backends.Operators`."""
+    """See :class:`r2m_kernels._interface.Operators`."""
     dtype = compute_dtype([base, *experts])
     theta, thetas, change = as_matrix(base), [as_matrix(expert) for expert in experts], as_matrix(merged)
     blocks = [rows for panel in row_panels(*theta.shape) for rows in panel]

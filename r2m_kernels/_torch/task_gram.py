@@ -26,8 +26,8 @@ TILE = 256
 STRIP = 2**18
 
 
-def gram_elements(precise: bool) -> int:
-    """See :class:`r2m_kernels._backends.Operators`."""
+def gram_panel_elements(precise: bool) -> int:
+    """Elements of the panels that a Gram is summed from."""
     return STRIP if precise else BLOCK_ELEMENTS * BLOCKS_PER_PANEL
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._interface import ShiftedFactors
 from .._stream import parallel
 from .._stream.blocks import long_panels, panel_limit
 from .residuals import Residuals, SignMatrix
@@ -49,15 +50,18 @@ def shifted_truncation(
     oversampling: int,
     tolerance: float | None,
     residuals: Callable[..., Residuals] = Residuals.of,
-) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
-    """See :class:`r2m_kernels._backends.ShiftedTruncation`; ``energies`` are measured here, more precisely."""
-    found = []
+) -> ShiftedFactors:
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; ``energies`` are measured here, more precisely.
+
+    ``residuals`` makes a tensor's: another backend's may form blocks and sketches faster.
+    """
+    of_tensors = []
     for index, key in enumerate(keys.tolist()):
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
         steps, width = -(-iterations // 2), truncation_width(rank, oversampling)
-        found.append(_truncate(of_tensor, key, rank, steps, width, tolerance))
-    left, right, trusted, gap = (_stack(of_all) for of_all in zip(*found, strict=True))
-    return left, right, None, trusted, gap
+        of_tensors.append(_truncate(of_tensor, key, rank, steps, width, tolerance))
+    left, right, trusted, gap = (_stack(each) for each in zip(*of_tensors, strict=True))
+    return ShiftedFactors(left, right, None, trusted, gap)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

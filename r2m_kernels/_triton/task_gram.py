@@ -92,8 +92,8 @@ def task_gram_kernel(
                 tl.store(out + (4 * b + a) * chunks, total)
 
 
-def gram_elements(precise: bool) -> int:
-    """See :class:`r2m_kernels._backends.Operators`."""
+def gram_panel_elements(precise: bool) -> int:
+    """Elements of the panels that a Gram is summed from."""
     return PANEL
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._interface import ShiftedFactors
 from . import launch
 from .orthonormalize import inner_products, orthonormal_rows
 from .residual_matmul import matrix_group, multiply, sketch
@@ -46,8 +47,8 @@ def shifted_truncation(
     iterations: int,
     oversampling: int = 0,
     tolerance: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`r2m_kernels._backends.ShiftedTruncation`; components come in no order.
+) -> ShiftedFactors:
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
     ``oversampling`` and ``tolerance`` are accepted for all backends' sake.
     """
@@ -75,7 +76,7 @@ def shifted_truncation(
     final = products.diagonal(dim1=1, dim2=2)
     trusted = ~((energies > 0) & ~(energies - final >= STEEP * energies))  # NaN is not
     gap = _left_to_gain([*(energies * one.cpu() for one in kept[-2:]), final])
-    return left.transpose(-1, -2), right, products, trusted, gap
+    return ShiftedFactors(left.transpose(-1, -2), right, products, trusted, gap)
 
 
 def _left_to_gain(kept: list[Tensor]) -> Tensor:
@@ -90,5 +91,5 @@ def _left_to_gain(kept: list[Tensor]) -> Tensor:
 def _orthonormal(rows: Tensor) -> Tensor:
     """Each (k, length) block of (L, N, k, length)."""
     size, count = rows.shape[:2]
-    found = orthonormal_rows(rows.flatten(0, 1))
-    return found.view(size, count, *found.shape[1:])
+    basis = orthonormal_rows(rows.flatten(0, 1))
+    return basis.view(size, count, *basis.shape[1:])
