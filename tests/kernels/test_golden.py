@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import pytest
 import torch
 from cases import TRUNCATED, checkpoints, distance, floating
@@ -31,15 +34,19 @@ CONFIGS = {
     "layers scaled": {**PAPER, "scale": "layer"},
     "columns scaled": {**PAPER, "scale": "column"},
     "rows, columns scaled": {"row_power": 1.0, "scale": "column"},
-    "weight average": MergeConfig.weight_average().to_dict(),
-    "task arithmetic": MergeConfig.task_arithmetic(0.4).to_dict(),
-    "CART": MergeConfig.cart(rank=0.2, scale=0.7).to_dict(),
-    "STAR": MergeConfig.star(0.4).to_dict(),
-    "TSV-M": MergeConfig.tsv_m(0.7).to_dict(),
-    "Iso-C": MergeConfig.iso_c(0.7).to_dict(),
-    "TIES": MergeConfig.ties(0.3, 0.7).to_dict(),
-    "TIES, everything kept": MergeConfig.ties(1.0, 1.2).to_dict(),
 }
+# Other methods: their configuration, and who defines it.
+METHODS = {
+    "weight average": (MergeConfig.weight_average(), reference.weight_average),
+    "task arithmetic": (MergeConfig.task_arithmetic(0.4), partial(reference.task_arithmetic, scale=0.4)),
+    "CART": (MergeConfig.cart(rank=0.2, scale=0.7), partial(reference.cart, rank=0.2, scale=0.7)),
+    "STAR": (MergeConfig.star(0.4), partial(reference.star, share=0.4)),
+    "TSV-M": (MergeConfig.tsv_m(0.7), partial(reference.tsv_m, scale=0.7)),
+    "Iso-C": (MergeConfig.iso_c(0.7), partial(reference.iso_c, scale=0.7)),
+    "TIES": (MergeConfig.ties(0.3, 0.7), partial(reference.ties, density=0.3, scale=0.7)),
+    "TIES, everything kept": (MergeConfig.ties(1.0, 1.2), partial(reference.ties, density=1.0, scale=1.2)),
+}
+CONFIGS |= {name: config.to_dict() for name, (config, _) in METHODS.items()}
 WEIGHTED = (
     "default",
     "centred",
@@ -57,12 +64,33 @@ WEIGHTED = (
     "layers scaled",
     "columns scaled",
 )
-ENGINE_ONLY = ("svd", "power_iterations", "oversampling", "tolerance", "seed", "extra")
+ENGINE_ONLY = ("svd", "power_iterations", "oversampling", "tolerance", "seed", "extra", "scale")
+DEFAULTS = MergeConfig().to_dict()
 
 
-def definition(base, experts, options):
-    options = {key: value for key, value in options.items() if key not in ENGINE_ONLY}
-    return reference.merge(base, experts, **options)
+def definition(base, experts, options, name=""):
+    """What is right: the method of that name, else R²M; and what ``scale`` makes of it."""
+    weights = options.get("weights")
+    if name in METHODS:
+        return METHODS[name][1](base, experts, weights=weights)
+    known = inspect.signature(reference.merge).parameters
+    others = [key for key in options if key not in known and key not in ENGINE_ONLY]
+    assert all(options[key] == DEFAULTS[key] for key in others)  # R²M has no other options
+    merged = reference.merge(base, experts, **{key: value for key, value in options.items() if key in known})
+    scale = options.get("scale", "none")
+    if scale == "layer":
+        return reference.layers_scaled(base, experts, merged, weights)
+    return (
+        reference.columns_scaled(base, experts, merged, core(base, experts, weights)) if scale == "column" else merged
+    )
+
+
+def core(base, experts, weights):
+    """(N,) coefficients of the core with the Real subspace's default."""
+    matrices = [name for name, tensor in floating(base).items() if tensor.ndim > 1]
+    rows = [torch.cat([(e[name].double() - base[name].double()).flatten() for name in matrices]) for e in experts]
+    share = torch.tensor(weights or [1.0] * len(experts), dtype=torch.float64)
+    return reference.real_subspace(torch.stack(rows), share / share.sum(), 1, False)[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -71,7 +99,7 @@ def definition(base, experts, options):
 def test_exact_svd_is_within_2e_5_of_the_definition(name, dtype, count):
     base, experts = checkpoints(count, dtype=dtype, seed=count, scales=[1.0, 1.5, 0.7, 1.2, 0.9][:count])
     options = {**CONFIGS[name], "svd": "exact"}
-    expected = definition(base, experts, options)
+    expected = definition(base, experts, options, name)
     merged = merge(base, experts, **options)
     assert distance(merged, expected) <= 2e-5 * distance(base, expected)
 
@@ -81,27 +109,25 @@ def test_exact_svd_is_within_2e_5_of_the_definition(name, dtype, count):
 def test_weighted_experts_are_within_2e_5_of_the_definition_too(name, count):
     base, experts = checkpoints(count, seed=count)
     options = {**CONFIGS[name], "svd": "exact", "weights": (2.0, 1.0, 0.5, 3.0, 1.5)[:count]}
-    expected = definition(base, experts, options)
+    expected = definition(base, experts, options, name)
     assert distance(merge(base, experts, **options), expected) <= 2e-5 * distance(base, expected)
 
 
 @pytest.mark.parametrize("options", [{"center": True}, {}, {"center": True, "residual": "own"}], ids=str)
 def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
-    options = {**{key: value for key, value in PAPER.items() if key not in ENGINE_ONLY}, **options}
+    options = {**PAPER, **options, "svd": "exact"}
     # Three unrelated specialists: eigenvalues of the Gram nearly agree, and its rounding would turn the projector.
     generator = torch.Generator().manual_seed(0)
     base = {"w": 1e-3 * torch.randn(300, 400, generator=generator)}
     experts = [{"w": base["w"] + 0.01 * torch.randn(300, 400, generator=generator)} for _ in range(3)]
-    analysis = analyze(base, experts, svd="exact", **options)
+    analysis = analyze(base, experts, **options)
     assert analysis.real_subspace.gap < 0.02
     rows = torch.stack([expert["w"].double() - base["w"].double() for expert in experts]).flatten(1)
     assert torch.allclose(analysis.gram, rows @ rows.T, rtol=1e-12, atol=1e-12)
-    expected = reference.merge(base, experts, **{**options, "rank": 1.0})
-    merged = merge(base, experts, svd="exact", **{**options, "rank": 1.0})
-    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
-    expected = reference.merge(base, experts, **options)
-    merged = merge(base, experts, svd="exact", **options)
-    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
+    for rank in (1.0, options["rank"]):
+        options["rank"] = rank
+        expected = definition(base, experts, options)
+        assert distance(merge(base, experts, **options), expected) <= 2e-5 * distance(base, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -110,7 +136,7 @@ def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
 def test_16_bit_outputs_are_rounded_once(name, dtype, count):
     base, experts = checkpoints(count, dtype=dtype, seed=count)
     options = {**CONFIGS[name], "svd": "exact"}
-    expected = definition(base, experts, options)
+    expected = definition(base, experts, options, name)
     rounded = {key: tensor.to(dtype) for key, tensor in floating(expected).items()}
     merged = merge(base, experts, **options)
     bound = 1.05 * distance(rounded, floating(expected)) + 2e-5 * distance(base, expected)
