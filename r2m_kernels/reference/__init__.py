@@ -4,29 +4,7 @@ Task vectors, the Real subspace's basis and residuals are formed explicitly, and
 is tested against it. It imports nothing of this package and is not fast.
 """
 
-from .others import (
-    cart,
-    columns_scaled,
-    iso_c,
-    layers_scaled,
-    star,
-    task_arithmetic,
-    ties,
-    tsv_m,
-    weight_average,
-)
+from . import others
 from .r2m import merge, real_subspace
 
-__all__ = [
-    "cart",
-    "columns_scaled",
-    "iso_c",
-    "layers_scaled",
-    "merge",
-    "real_subspace",
-    "star",
-    "task_arithmetic",
-    "ties",
-    "tsv_m",
-    "weight_average",
-]
+__all__ = ["merge", "others", "real_subspace"]

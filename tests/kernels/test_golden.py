@@ -10,6 +10,7 @@ import torch
 from cases import TRUNCATED, checkpoints, distance, floating
 
 from r2m_kernels import MergeConfig, analyze, merge, reference
+from r2m_kernels.reference import others
 
 PAPER = TRUNCATED.to_dict()
 CONFIGS = {
@@ -37,14 +38,14 @@ CONFIGS = {
 }
 # Other methods: their configuration, and who defines it.
 METHODS = {
-    "weight average": (MergeConfig.weight_average(), reference.weight_average),
-    "task arithmetic": (MergeConfig.task_arithmetic(0.4), partial(reference.task_arithmetic, scale=0.4)),
-    "CART": (MergeConfig.cart(rank=0.2, scale=0.7), partial(reference.cart, rank=0.2, scale=0.7)),
-    "STAR": (MergeConfig.star(0.4), partial(reference.star, share=0.4)),
-    "TSV-M": (MergeConfig.tsv_m(0.7), partial(reference.tsv_m, scale=0.7)),
-    "Iso-C": (MergeConfig.iso_c(0.7), partial(reference.iso_c, scale=0.7)),
-    "TIES": (MergeConfig.ties(0.3, 0.7), partial(reference.ties, density=0.3, scale=0.7)),
-    "TIES, everything kept": (MergeConfig.ties(1.0, 1.2), partial(reference.ties, density=1.0, scale=1.2)),
+    "weight average": (MergeConfig.weight_average(), others.weight_average),
+    "task arithmetic": (MergeConfig.task_arithmetic(0.4), partial(others.task_arithmetic, scale=0.4)),
+    "CART": (MergeConfig.cart(rank=0.2, scale=0.7), partial(others.cart, rank=0.2, scale=0.7)),
+    "STAR": (MergeConfig.star(0.4), partial(others.star, share=0.4)),
+    "TSV-M": (MergeConfig.tsv_m(0.7), partial(others.tsv_m, scale=0.7)),
+    "Iso-C": (MergeConfig.iso_c(0.7), partial(others.iso_c, scale=0.7)),
+    "TIES": (MergeConfig.ties(0.3, 0.7), partial(others.ties, density=0.3, scale=0.7)),
+    "TIES, everything kept": (MergeConfig.ties(1.0, 1.2), partial(others.ties, density=1.0, scale=1.2)),
 }
 CONFIGS |= {name: config.to_dict() for name, (config, _) in METHODS.items()}
 WEIGHTED = (
@@ -74,15 +75,13 @@ def definition(base, experts, options, name=""):
     if name in METHODS:
         return METHODS[name][1](base, experts, weights=weights)
     known = inspect.signature(reference.merge).parameters
-    others = [key for key in options if key not in known and key not in ENGINE_ONLY]
-    assert all(options[key] == DEFAULTS[key] for key in others)  # R²M has no other options
+    unknown = [key for key in options if key not in known and key not in ENGINE_ONLY]
+    assert all(options[key] == DEFAULTS[key] for key in unknown)  # R²M has no other options
     merged = reference.merge(base, experts, **{key: value for key, value in options.items() if key in known})
     scale = options.get("scale", "none")
     if scale == "layer":
-        return reference.layers_scaled(base, experts, merged, weights)
-    return (
-        reference.columns_scaled(base, experts, merged, core(base, experts, weights)) if scale == "column" else merged
-    )
+        return others.layers_scaled(base, experts, merged, weights)
+    return others.columns_scaled(base, experts, merged, core(base, experts, weights)) if scale == "column" else merged
 
 
 def core(base, experts, weights):
