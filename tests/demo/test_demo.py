@@ -12,14 +12,13 @@ import r2m.demo
 import safetensors.torch
 import torch
 from r2m.demo import run_demo
-from r2m.demo.files import load_detector, replace_file, save_detector
-from r2m.demo.networks import new_detector
+from r2m.demo.networks import load_detector, new_detector, save_detector
 from r2m.demo.table import COLUMNS, METHODS
 from r2m.execute import merge_files
 from rich.console import Console
 
 from r2m_kernels import MergeConfig
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput
 
 CHECKPOINTS = [
     "base.safetensors",
@@ -89,14 +88,14 @@ def no_training(monkeypatch):
 
 @pytest.mark.usefixtures("no_training")
 def test_what_cannot_end_well_is_refused_before_training(tmp_path, monkeypatch):
-    with pytest.raises(InvalidInput, match="threads must be at least 1, got 0"):
+    with pytest.raises(BadOption, match="threads must be at least 1, got 0"):
         run_demo(tmp_path, threads=0)
-    with pytest.raises(InvalidInput, match="seed must be in 0"):
+    with pytest.raises(BadOption, match="seed must be in 0"):
         run_demo(tmp_path, seed=-1)
-    for module in ("matplotlib", "scipy", "sklearn"):
+    for module, package in (("matplotlib", "matplotlib"), ("scipy", "scipy"), ("sklearn", "scikit-learn")):
         with monkeypatch.context() as patched:
             patched.setattr(importlib.util, "find_spec", lambda name, missing=module: name != missing or None)
-            with pytest.raises(InvalidInput, match=rf'needs {module}.*pip install "r2m_kernels\[demo\]"'):
+            with pytest.raises(BadOption, match=rf"needs the package {package}: pip install 'r2m_kernels\[demo\]'"):
                 run_demo(tmp_path)
     foreign = tmp_path / "merged" / "cart" / "thesis.txt"
     foreign.parent.mkdir(parents=True)
@@ -115,14 +114,5 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert torch.equal(state["head.bias"], new_detector(0).head.bias)
     state.pop("head.bias")
     safetensors.torch.save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(InvalidInput, match=r"other\.safetensors: does not hold the demo's detector.*head\.bias"):
+    with pytest.raises(BadCheckpoint, match=r"other\.safetensors: does not hold the demo's detector.*head\.bias"):
         load_detector(tmp_path / "other.safetensors")
-
-
-def test_a_failed_write_leaves_the_former_file(tmp_path):
-    replace_file(tmp_path / "a" / "table.csv", b"one")
-    with pytest.raises(TypeError):
-        replace_file(tmp_path / "a" / "table.csv", "not bytes")
-    assert (tmp_path / "a" / "table.csv").read_bytes() == b"one"
-    replace_file(tmp_path / "a" / "table.csv", b"two")
-    assert [path.read_bytes() for path in (tmp_path / "a").iterdir()] == [b"two"]

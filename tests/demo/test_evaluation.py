@@ -13,7 +13,7 @@ from r2m.demo.networks import new_detector
 from r2m.demo.table import COLUMNS, make_row, pooled_scores, print_table, table_csv, table_json
 from rich.console import Console
 
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 
 def test_auc_is_the_share_of_pairs_ranked_rightly():
@@ -29,7 +29,7 @@ def test_auc_below_one_half_is_not_turned():
 
 
 def test_auc_of_one_class_is_refused():
-    with pytest.raises(InvalidInput, match="AUC needs real and forged scores, got 0 and 2"):
+    with pytest.raises(BadOption, match="AUC needs real and forged scores, got 0 and 2"):
         auc(np.array([]), np.array([1.0, 2.0]))
 
 

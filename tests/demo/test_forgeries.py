@@ -8,7 +8,7 @@ from r2m.demo.camera import capture, capture_elsewhere, compress
 from r2m.demo.forgeries import TRAINED, UNSEEN, forge
 from r2m.demo.resampling import bilinear, ellipse, grid, halve, smooth
 
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 FORMS = [
     *((kind, False) for kind in TRAINED),
@@ -97,9 +97,9 @@ def test_phase_noise_keeps_the_spectrum_and_wavelets_flatten_cells():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(InvalidInput, match=r"no forgery named 'XX'; there are FS, FR, EFS, compression splice"):
+    with pytest.raises(BadOption, match=r"no forgery named 'XX'; there are FS, FR, EFS, compression splice"):
         forge("XX", face(1), face(2), np.random.default_rng(0))
-    with pytest.raises(InvalidInput, match=r"no shifted forgery named 'morph'; there are FS, FR, EFS$"):
+    with pytest.raises(BadOption, match=r"no shifted forgery named 'morph'; there are FS, FR, EFS$"):
         forge("morph", face(1), face(2), np.random.default_rng(0), shifted=True)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import threading
-import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
 import torch
 from r2m.demo.networks import new_detector
-from r2m.demo.parallel import Stopped, StopSignal, run_together
+from r2m.demo.parallel import run_together
 from r2m.demo.progress import Work, training_progress
 from r2m.demo.samples import PretrainingSet
 from r2m.demo.training import Recipe, train_base, train_detector
@@ -96,20 +96,15 @@ def test_results_do_not_depend_on_how_many_train_at_once():
 
 
 def test_a_failure_stops_the_other_jobs():
-    stop = StopSignal()
-    stopped = threading.Event()
+    stop, stopped = threading.Event(), threading.Event()
 
     def fail():
         raise OSError("disk full")
 
     def work():
-        try:
-            for _ in range(600):
-                stop.check()
-                time.sleep(0.05)
-        except Stopped:
+        if stop.wait(30):
             stopped.set()
-            raise
+            raise CancelledError
 
     with pytest.raises(OSError, match="disk full"):
         run_together({"long": work, "bad": fail, "never started": work}, 2, stop)
@@ -118,11 +113,11 @@ def test_a_failure_stops_the_other_jobs():
 
 def test_progress_off_a_terminal_is_a_few_plain_lines():
     console = Console(file=io.StringIO(), width=40)
-    with training_progress({"base": Work(10), "other": Work(8)}, console) as progress:
+    with training_progress({"base": Work(10), "other": Work(8)}, console) as report:
         for _ in range(10):
-            progress.reporter("base")(0.25)
+            report("base", 0.25)
         for _ in range(8):
-            progress.reporter("other")(0.5)
+            report("other", 0.5)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 8
     assert lines[3].startswith("base: step 10 of 10, loss 0.250; all training: about")
@@ -132,10 +127,9 @@ def test_progress_off_a_terminal_is_a_few_plain_lines():
 
 def test_progress_on_a_terminal_is_bars():
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with training_progress({"base": Work(2, weight=2)}, console) as progress:
-        report = progress.reporter("base")
-        report(0.25)
-        report(0.125)
+    with training_progress({"base": Work(2, weight=2)}, console) as report:
+        report("base", 0.25)
+        report("base", 0.125)
     shown = console.file.getvalue()
     assert "100 %" in shown
     assert "loss 0.125" in shown

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Mapping
@@ -18,29 +17,21 @@ from rich.console import Console
 from r2m.demo.detectors import train_detectors
 from r2m.demo.evaluation import Scores, ensemble, score_group
 from r2m.demo.faces import CREDIT, read_photographs, split_people
-from r2m.demo.files import load_detector, replace_file, save_detector
 from r2m.demo.forgeries import TRAINED
-from r2m.demo.merges import Choice, cart_candidates, merge_and_load, pick, task_arithmetic_candidates
-from r2m.demo.networks import Detector
-from r2m.demo.notes import make_notes
-from r2m.demo.parallel import one_torch_thread, run_together
+from r2m.demo.merges import MERGES, merge_specialists
+from r2m.demo.networks import Detector, load_detector, save_detector
+from r2m.demo.parallel import run_together, torch_threads
 from r2m.demo.pictures import draw_bars, draw_forgeries, draw_roc
 from r2m.demo.samples import GROUPS, Group, make_group
 from r2m.demo.settings import FULL, QUICK
-from r2m.demo.table import METHODS, Row, make_row, print_table, table_csv, table_json
+from r2m.demo.table import METHODS, Row, make_notes, make_row, print_table, table_csv, table_json
+from r2m.extras import need
 from r2m.output import check_output
-from r2m_kernels import MergeConfig
-from r2m_kernels.errors import InvalidInput
+from r2m.places import new_file
+from r2m_kernels.errors import BadOption
 
 __all__ = ["DemoResult", "run_demo"]
 
-# Row of the table → method of `r2m merge` and directory under out/merged.
-_MERGES = {
-    "R2M": "r2m",
-    "weight average": "weight_average",
-    "task arithmetic": "task_arithmetic",
-    "CART": "cart",
-}
 _CHECKPOINTS = {
     "base": "base.safetensors",
     "FS": "specialists/fs.safetensors",
@@ -91,26 +82,26 @@ def run_demo(
         console: where progress and table go; by default stdout.
 
     Raises:
-        InvalidInput: what the demo needs is not installed, an argument is out of range, or ``out`` holds other things
-            where merged checkpoints should go.
+        BadOption: what the demo needs is not installed, or an argument is out of range.
+        BadFile: ``out`` holds other things where merged checkpoints should go.
         OSError: a file cannot be written.
     """
     started = time.perf_counter()
     threads = min(2, os.cpu_count() or 1) if threads is None else threads
     if threads < 1:
-        raise InvalidInput(f"threads must be at least 1, got {threads}")
+        raise BadOption(f"threads must be at least 1, got {threads}")
     if not 0 <= seed < 2**31:
-        raise InvalidInput(f"seed must be in 0 … 2³¹ − 1, got {seed}")
-    _check_installed()
+        raise BadOption(f"seed must be in 0 … 2³¹ − 1, got {seed}")
+    need("the demo", "demo", "matplotlib", "scipy", "sklearn")  # imported where they are used: better missed now
     # Before minutes of work: can the merges be written at their end?
-    for name in _MERGES.values():
+    for name in MERGES.values():
         check_output(out / "merged" / name, overwrite=True, inputs=[])
     console = console or Console()
     setting = QUICK if quick else FULL
 
     photographs = read_photographs()
     split = split_people(seed)
-    with one_torch_thread():
+    with torch_threads(1):
         _say(console, f"training a base, three specialists and a joint model; photographs: {CREDIT}")
         trained = train_detectors(photographs, split, setting, seed, threads, console)
         paths = {name: out / file for name, file in _CHECKPOINTS.items()}
@@ -121,7 +112,8 @@ def run_demo(
         validation = make_group(
             photographs, split.validation, "in-distribution", setting.validation_draws, seed, "validation"
         )
-        merged, choices = _merge(out / "merged", paths, validation, seed)
+        specialists = {kind: paths[kind] for kind in TRAINED}
+        merged, choices = merge_specialists(out / "merged", paths["base"], specialists, validation, seed)
 
         _say(console, f"testing on {len(split.test)} people")
         groups = {name: make_group(photographs, split.test, name, setting.test_draws, seed, "test") for name in GROUPS}
@@ -131,41 +123,16 @@ def run_demo(
 
     rows = tuple(make_row(method, scores[method]) for method in METHODS)
     notes = make_notes(split, setting, choices, seed, quick)
-    replace_file(out / "table.json", table_json(rows, notes, seed))
-    replace_file(out / "table.csv", table_csv(rows))
-    replace_file(out / "pictures" / "auc.png", draw_bars(rows))
-    replace_file(out / "pictures" / "roc.png", draw_roc(scores))
-    replace_file(out / "pictures" / "forgeries.png", draw_forgeries(photographs, split.test, seed))
+    (out / "pictures").mkdir(exist_ok=True)
+    new_file(out / "table.json", table_json(rows, notes, seed))
+    new_file(out / "table.csv", table_csv(rows))
+    new_file(out / "pictures" / "auc.png", draw_bars(rows))
+    new_file(out / "pictures" / "roc.png", draw_roc(scores))
+    new_file(out / "pictures" / "forgeries.png", draw_forgeries(photographs, split.test, seed))
     print_table(rows, notes, console)
     result = DemoResult(out, rows, notes, out / "merged" / "r2m" / "model.safetensors", time.perf_counter() - started)
     _say(console, f"merged detector: {result.merged}; table and pictures: {out}; {result.seconds:.0f} s")
     return result
-
-
-def _check_installed() -> None:
-    """The extra ``demo``, which is imported only where it is used: better missed now than in minutes."""
-    for module in ("matplotlib", "scipy", "sklearn"):
-        if importlib.util.find_spec(module) is None:
-            raise InvalidInput(f'the demo needs {module}, and it is not installed: pip install "r2m_kernels[demo]"')
-
-
-def _merge(
-    out: Path, paths: Mapping[str, Path], validation: Group, seed: int
-) -> tuple[dict[str, Detector], dict[str, Choice]]:
-    """Merge the specialists by each method: row → merged detector, and row → what was picked for it."""
-    base, experts = paths["base"], {kind: paths[kind] for kind in TRAINED}
-    choices = {
-        "task arithmetic": pick(base, experts, "task_arithmetic", task_arithmetic_candidates(), validation),
-        "CART": pick(base, experts, "cart", cart_candidates(), validation),
-    }
-    configs = {
-        "R2M": MergeConfig.r2m(seed=seed),
-        "weight average": MergeConfig.weight_average(),
-    } | {row: choice.config for row, choice in choices.items()}
-    merged = {
-        row: merge_and_load(base, experts, out / _MERGES[row], _MERGES[row], config) for row, config in configs.items()
-    }
-    return merged, choices
 
 
 def _score(

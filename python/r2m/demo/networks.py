@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from r2m.places import new_file
+from r2m_kernels.errors import BadCheckpoint
 
 FEATURES = 128
 # (channels out, stride) of each block: 48 → 24 → 12 → 6 pixels, 213 thousand parameters in all.
@@ -79,3 +84,24 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.uniform_(part.bias, -bound, bound, generator=generator)
         elif isinstance(part, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm):
             part.reset_parameters()
+
+
+def save_detector(detector: Detector, path: Path) -> None:
+    """Write parameters and buffers, running statistics and counters included, as a safetensors checkpoint."""
+    state = {name: tensor.detach().contiguous() for name, tensor in detector.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new_file(path, safetensors.torch.save(state, metadata={"format": "pt"}))
+
+
+def load_detector(path: Path) -> Detector:
+    """Read a detector back, in evaluation mode.
+
+    Raises:
+        BadCheckpoint: it does not hold exactly a detector's tensors.
+    """
+    detector = new_detector(0)
+    try:
+        detector.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    except RuntimeError as error:
+        raise BadCheckpoint(f"{path}: does not hold the demo's detector: {' '.join(str(error).split())}") from error
+    return detector.eval()

@@ -25,34 +25,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GREY, _SKY, _YELLOW, _ORANGE, _BLUE = "#8c8c8c", "#56b4e9", "#e69f00", "#d55e00", "#0072b2"
-_BAR_COLOURS = {
-    "base": _GREY,
-    "FS specialist": _SKY,
-    "FR specialist": _SKY,
-    "EFS specialist": _SKY,
-    "joint training": _YELLOW,
-    "ensemble": _YELLOW,
-    "weight average": _BLUE,
-    "task arithmetic": _BLUE,
-    "CART": _BLUE,
-    "R2M": _ORANGE,
-}
-_KINDS = {
-    "where all start": _GREY,
-    "one specialist": _SKY,
-    "not a merge: all data, or all models at once": _YELLOW,
-    "merged": _BLUE,
-    "merged by R2M": _ORANGE,
-}
-# Method → colour, line style, width: told apart without colour too.
+# What kind of detector, its colour, and which methods are of it.
+_KINDS = (
+    ("where all start", _GREY, ("base",)),
+    ("one specialist", _SKY, ("FS specialist", "FR specialist", "EFS specialist")),
+    ("not a merge: all data, or all models at once", _YELLOW, ("joint training", "ensemble")),
+    ("merged", _BLUE, ("weight average", "task arithmetic", "CART")),
+    ("merged by R2M", _ORANGE, ("R2M",)),
+)
+_COLOURS = {method: colour for _, colour, methods in _KINDS for method in methods}
+# Method → line style, width: told apart without colour too.
 _CURVES = {
-    "FS specialist": (_SKY, "-", 1.2),
-    "FR specialist": (_SKY, "--", 1.2),
-    "EFS specialist": (_SKY, ":", 1.6),
-    "joint training": (_YELLOW, "-", 1.8),
-    "ensemble": (_YELLOW, "--", 1.8),
-    "weight average": (_BLUE, "-", 1.8),
-    "R2M": (_ORANGE, "-", 2.4),
+    "FS specialist": ("-", 1.2),
+    "FR specialist": ("--", 1.2),
+    "EFS specialist": (":", 1.6),
+    "joint training": ("-", 1.8),
+    "ensemble": ("--", 1.8),
+    "weight average": ("-", 1.8),
+    "R2M": ("-", 2.4),
 }
 _EXPLAINED = {
     "FS": "FS: face swap",
@@ -66,6 +56,8 @@ _EXPLAINED = {
 
 def draw_bars(rows: Sequence[Row]) -> bytes:
     """The table as bars that start at chance; a PNG file's content."""
+    from matplotlib.patches import Patch
+
     figure = _new_figure(13.0, 8.4)
     panels = figure.subplots(2, 3, sharey=True)
     values = [value for row in rows for value in row.auc.values()]
@@ -73,23 +65,11 @@ def draw_bars(rows: Sequence[Row]) -> bytes:
     names = [row.method for row in rows]
     for panel, column in zip(panels.flat, COLUMNS, strict=True):
         auc = [row.auc[column] for row in rows]
-        panel.barh(
-            names,
-            [value - 0.5 for value in auc],
-            left=0.5,
-            color=[_BAR_COLOURS[name] for name in names],
-            height=0.72,
-        )
+        colours = [_COLOURS[name] for name in names]
+        panel.barh(names, [value - 0.5 for value in auc], left=0.5, color=colours, height=0.72)
         for place, value in enumerate(auc):
-            end = "left" if value >= 0.5 else "right"
-            panel.text(
-                value + (0.008 if value >= 0.5 else -0.008),
-                place,
-                f"{value:.3f}",
-                va="center",
-                ha=end,
-                fontsize=9,
-            )
+            end, gap = ("left", 0.008) if value >= 0.5 else ("right", -0.008)
+            panel.text(value + gap, place, f"{value:.3f}", va="center", ha=end, fontsize=9)
         panel.axvline(0.5, color="black", linewidth=0.8)
         panel.set_xlim(left, 1.08)
         panel.set_xticks([tick for tick in np.arange(0, 1.01, 0.1).round(1) if tick >= left])
@@ -99,7 +79,7 @@ def draw_bars(rows: Sequence[Row]) -> bytes:
     panels[0, 0].invert_yaxis()  # shared: the first row of the table on top
     for panel in panels[1]:
         panel.set_xlabel("AUC (bars start at chance)")
-    handles = [_patch(colour, label) for label, colour in _KINDS.items()]
+    handles = [Patch(color=colour, label=label) for label, colour, _ in _KINDS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle("How well each detector ranks forged faces above real ones, on people none has seen")
     return _png(figure)
@@ -120,12 +100,12 @@ def draw_roc(scores: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> bytes:
     panels = figure.subplots(1, len(GROUPS), sharey=True)
     for panel, group in zip(panels, GROUPS, strict=True):
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-        for method, (colour, style, width) in _CURVES.items():
+        for method, (style, width) in _CURVES.items():
             real, forged = pooled_scores(scores[method][group])
             labels = np.concatenate([np.zeros(len(real)), np.ones(len(forged))])
-            false_alarms, found, _ = roc_curve(labels, np.concatenate([real, forged]))
+            false_alarms, detected, _ = roc_curve(labels, np.concatenate([real, forged]))
             label = f"{method}  {group_auc(scores[method][group]):.3f}"
-            panel.plot(false_alarms, found, color=colour, linestyle=style, linewidth=width, label=label)
+            panel.plot(false_alarms, detected, color=_COLOURS[method], linestyle=style, linewidth=width, label=label)
         panel.set_title(group)
         panel.set_xlabel("real photographs taken for forged")
         panel.set_aspect("equal")
@@ -186,12 +166,6 @@ def _new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _patch(colour: str, label: str):  # type: ignore[no-untyped-def]
-    from matplotlib.patches import Patch
-
-    return Patch(color=colour, label=label)
 
 
 def _tidy(panel: Axes) -> None:

@@ -1,4 +1,4 @@
-"""The table at the end, on the console, as JSON and as CSV: the same numbers in all three."""
+"""The table at the end and the lines below it, on the console, as JSON and as CSV: the same numbers in all three."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from r2m.demo.evaluation import Scores, auc_by_forgery, group_auc
-from r2m.demo.forgeries import TRAINED
+from r2m.demo.faces import CREDIT, PHOTOGRAPHS_EACH, Split
+from r2m.demo.forgeries import TRAINED, UNSEEN
+from r2m.demo.merges import Choice
 from r2m.demo.samples import GROUPS
+from r2m.demo.settings import Setting
 
 METHODS = (
     "base",
@@ -59,6 +62,26 @@ def make_row(method: str, scores: Mapping[str, Mapping[str, Scores]]) -> Row:
     }
     groups = {name: round(group_auc(scores[name]), DIGITS) for name in GROUPS}
     return Row(method, {kind: by_forgery["in-distribution"][kind] for kind in TRAINED} | groups, by_forgery)
+
+
+def make_notes(
+    split: Split, setting: Setting, choices: Mapping[str, Choice], seed: int, quick: bool
+) -> tuple[str, ...]:
+    """The lines below the table: what it shows, what was picked, and how far to trust it."""
+    photographs = PHOTOGRAPHS_EACH * len(split.test)
+    pictures = photographs * setting.test_draws
+    picked = "; ".join(f"{method} {choice.label}" for method, choice in choices.items())
+    notes = (
+        f"Tested on {photographs} photographs of {len(split.test)} people ({len(split.train)} others to "
+        f"train, {len(split.validation)} to validate): {pictures} real pictures, {pictures} of each forgery.",
+        "FS, FR, EFS: face swap, reenactment, entire face synthesis, as in training; in-distribution: their "
+        "mean; cross: all three with shifted parameters and another camera; unseen: mean of "
+        f"{len(UNSEEN)} other forgeries.",
+        f"Picked on the validation people: {picked}. R2M and weight average: defaults, nothing picked.",
+        "Chance is 0.5; the base's head is untrained. Joint training needs all the data, the ensemble all the models.",
+        f"One seed ({seed}) and few people: differences below 0.01 are noise. Photographs: {CREDIT}.",
+    )
+    return ("Quick run: far too little training, so these numbers mean nothing.", *notes) if quick else notes
 
 
 def new_table(title: str, header: Sequence[str]) -> Table:
