@@ -5,7 +5,7 @@ Nothing here runs by itself; ``python -m bench.run`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 StateDict = dict[str, Tensor]
 
 WIDTH = 1024
-BLOCK = {
-    "attention.q": (WIDTH, WIDTH),
-    "attention.k": (WIDTH, WIDTH),
-    "attention.v": (WIDTH, WIDTH),
-    "attention.out": (WIDTH, WIDTH),
-    "mlp.up": (4 * WIDTH, WIDTH),
-    "mlp.down": (WIDTH, 4 * WIDTH),
-}
+
+
+def block_shapes(width: int) -> dict[str, tuple[int, int]]:
+    """Of the matrices of one Transformer block, whose MLP is four times as wide."""
+    squares = {f"attention.{name}": (width, width) for name in ("q", "k", "v", "out")}
+    return {**squares, "mlp.up": (4 * width, width), "mlp.down": (width, 4 * width)}
+
+
+BLOCK = block_shapes(WIDTH)
 
 
 def _spikes(count: int, bulk: float) -> Callable[[Tensor], Tensor]:
@@ -55,25 +56,41 @@ def matrix(spectrum: str, m: int, n: int, seed: int = 0) -> Tensor:
     return ((left * values) @ right.T).float()
 
 
-def checkpoints(blocks: int, experts: int, seed: int = 0) -> tuple[StateDict, list[StateDict]]:
-    """A base and experts whose task vectors have a common part and singular values falling like k^-1/2."""
-    generator = torch.Generator().manual_seed(seed)
+def decaying(m: int, n: int, source: torch.Generator) -> Tensor:
+    """(m, n) float32 on the generator's device, with singular values falling about like k^-1/2."""
+    size = min(m, n)
+    weights = torch.arange(1, size + 1, device=source.device).rsqrt()
+    left = torch.randn(m, size, generator=source, device=source.device)
+    right = torch.randn(size, n, generator=source, device=source.device)
+    return (left * weights) @ right / size
 
-    def decaying(m: int, n: int) -> Tensor:
-        size = min(m, n)
-        weights = torch.arange(1, size + 1).rsqrt()
-        left, right = torch.randn(m, size, generator=generator), torch.randn(size, n, generator=generator)
-        return (left * weights) @ right / size
 
+def checkpoints(
+    blocks: int,
+    experts: int,
+    source: torch.Generator | None = None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[StateDict, list[StateDict]]:
+    """A base and experts whose task vectors have a common part and singular values falling like k^-1/2.
+
+    Args:
+        blocks, experts: how many.
+        source: of random numbers, on the device of the tensors; by default the CPU's of seed 0.
+        shapes: of one block's matrices; by default ViT-L/14's.
+        dtype: of all tensors.
+    """
+    source = source or torch.Generator().manual_seed(0)
     base: StateDict = {}
     states: list[StateDict] = [{} for _ in range(experts)]
     for block in range(blocks):
-        for name, (m, n) in BLOCK.items():
+        for name, shape in (shapes or BLOCK).items():
             key = f"blocks.{block}.{name}.weight"
-            base[key] = 0.02 * torch.randn(m, n, generator=generator)
-            common = decaying(m, n)
+            theta = 0.02 * torch.randn(*shape, generator=source, device=source.device)
+            common = decaying(*shape, source)
+            base[key] = theta.to(dtype)
             for state in states:
-                state[key] = base[key] + 0.02 * (0.6 * common + decaying(m, n))
+                state[key] = (theta + 0.02 * (0.6 * common + decaying(*shape, source))).to(dtype)
     return base, states
 
 

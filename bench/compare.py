@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+from bench.machine import RESULTS, ROOT
+
 BEGIN, END = "<!-- bench:begin, written by `python -m bench.compare --readme` -->", "<!-- bench:end -->"
 
 

@@ -128,6 +128,9 @@ class Job:
     aligned: bool = True  # rows that are whole 16-byte vectors
     unread: int = 0  # experts with core coefficient 0, of which the combination reads nothing but factors
 
+    def __str__(self) -> str:
+        return f"N={self.experts} {str(self.dtype).removeprefix('torch.')}"
+
     def product(self, full: bool) -> launch.MatmulConfig:
         """Of products with residuals, as the truncation asks for them."""
         full_precision, fast = launch.full_precision(self.target), launch.fast_precision(self.target, self.dtype)

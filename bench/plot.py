@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench.machine import RESULTS
+
 FAMILIES = {"r2m_kernels": ("o", "tab:blue"), "textbook": ("s", "tab:gray"), "svd_lowrank": ("^", "tab:orange")}
 
 

@@ -11,34 +11,31 @@ times, and the exit code is 1. The goals that the project has set itself are lis
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from r2m.demo.parallel import torch_threads
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import cases, rivals
-from r2m_kernels import MergeConfig, __version__, merge, ops
+from bench.machine import RESULTS, ROOT, machine, write_json
+from r2m_kernels import MergeConfig, merge, ops
 from r2m_kernels.streaming import choose_backend
 from r2m_kernels.truncation import truncate_residuals
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ERROR_BAR = 1.02  # of the optimum, the contract of the default settings
 TRUNCATED = MergeConfig.r2m_truncated()
@@ -81,17 +78,6 @@ def interleaved(methods: Mapping[str, Callable[[], object]], repeats: int) -> di
     for row in found.values():
         row["median"] = statistics.median(row["seconds"])
     return found
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within the block torch, and with it every backend of ours, uses ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def optimum(x: Tensor, rank: int) -> float:
@@ -189,7 +175,7 @@ def truncation(repeats: int) -> Result:
         **{f"svd_lowrank niter={q}": lambda x, q=q: rivals.svd_lowrank(x, rank, q) for q in (0, 1, 2, 4)},
         "full SVD": lambda x: rivals.full_svd(x, rank),
     }
-    with threads(1):
+    with torch_threads(1):
         for spectrum in cases.SPECTRA:
             matrices = [cases.matrix(spectrum, cases.WIDTH, cases.WIDTH, seed) for seed in (0, 1)]
             best = [optimum(x, rank) for x in matrices]
@@ -277,7 +263,7 @@ def scaling(repeats: int) -> Result:
         for name, work in (("ours", jobs["blocks 2 ours"]), ("svd_lowrank", jobs["blocks 2 svd_lowrank"])):
 
             def on(count: int = count, work: Callable[[], object] = work) -> None:
-                with threads(count):
+                with torch_threads(count):
                     work()
 
             jobs[f"threads {count} {name}"] = on
@@ -354,29 +340,6 @@ def furthest(one: StateDict, other: StateDict) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def machine() -> dict[str, object]:
-    """Where this ran, with which versions of what."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
-
-    chosen = choose_backend("auto", CPU)
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "r2m_kernels": __version__,
-        "backend": f"{chosen.name}: {chosen.reason}",
-        "commit": git("rev-parse", "HEAD")
-        + ("+changes" if git("status", "--porcelain", "r2m_kernels", "csrc") else ""),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections: dict[str, Callable[[int], Result]] = {
@@ -389,7 +352,7 @@ def main() -> int:
     parser.add_argument("--only", choices=sections)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "cpu.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "cpu.json")
     options = parser.parse_args()
     content: dict[str, Any] = {"machine": machine(), "bars": []}
     wrong: list[str] = []
@@ -411,8 +374,7 @@ def main() -> int:
     if options.only:
         print(json.dumps(content, indent=1))
         return 0
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.json, content)
     print(f"written to {options.json}")
     return 0
 

@@ -27,7 +27,7 @@ from r2m.execute import open_job
 from r2m.forecast import Rates, forecast, measured_rates
 
 from bench.cases import write_checkpoints
-from bench.run import machine
+from bench.machine import RESULTS, machine, write_json
 from r2m_kernels import MergeConfig
 from r2m_kernels.streaming import TensorSpec
 
@@ -154,14 +154,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/scaling.json"))
+    parser.add_argument("--json", type=Path, default=RESULTS / "scaling.json")
     parser.add_argument("--forecast", action="store_true", help="from the rates in the JSON alone, nothing is run")
     options = parser.parse_args()
     if options.forecast:
         result = json.loads(options.json.read_text())
         with tempfile.TemporaryDirectory() as folder:
             result["forecast_7b"] = forecasts(Path(folder), Rates(**result["rates"]))
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
         return 0
     result: dict[str, Any] = {"machine": machine(), "blocks": options.blocks, "experts": EXPERTS, "budget": BUDGET}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
@@ -195,7 +195,7 @@ def main() -> int:
         large = directory / "large"
         large.mkdir()
         result |= {"runs": rows, "forecast_7b": forecasts(large, rates), "rates": rates.__dict__}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     return 0
 
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -25,8 +24,10 @@ from typing import Any
 
 import torch
 
+from bench.cost_model import Job
 from bench.gpu.operators import Case, GroupOf, cases
-from bench.gpu.record import ROOT, Record, Session, Stopwatch, caught_launches, table
+from bench.gpu.record import Record, Session, Stopwatch, caught_launches, table
+from bench.machine import RESULTS, ROOT, write_text
 from r2m_kernels._triton import launch
 
 TABLE = ROOT / "r2m_kernels" / "_triton" / "launch.json"
@@ -43,13 +44,6 @@ LIMITS = {
 SMALL = {"stages": (1, 4), "experts": (1, 4)}
 # Registers that a program's sums may take, of 65,536: the rest is for operands and addresses.
 ACCUMULATORS = 4 * 64 * 128
-KERNELS = {
-    "task_gram": "task_gram_kernel",
-    "residual_matmul": "residual_matmul_kernel",
-    "combine_matrix": "combine_matrix_kernel",
-    "vectors_gram": "vectors_gram_kernel",
-    "triangular_product": "triangular_product_kernel",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,31 +52,32 @@ class Knob:
 
     operator: str
     variant: str
-    dtype: torch.dtype
-    experts: int
+    job: Job
     timed: tuple[str, ...]
 
 
 def knobs(target: str) -> list[Knob]:
     """What costs most comes first."""
     full = launch.full_precision(target)
-    single, half = torch.float32, torch.bfloat16
+    single, half, many, many_half = (
+        Job(count, dtype, target) for count in (3, 8) for dtype in (torch.float32, torch.bfloat16)
+    )
     products = ("product", "shifted product")
-    fast = launch.fast_precision(target, single), launch.fast_precision(target, half)
-    found = [
-        Knob("residual_matmul", fast[0], single, 3, products),
-        Knob("residual_matmul", full, single, 3, ("full product",)),
-        Knob("combine_matrix", full, single, 3, ("combine",)),
-        Knob("task_gram", "32-bit", single, 3, ("task_gram",)),
-        Knob("vectors_gram", "float64", single, 3, ("orthonormalize",)),
-        Knob("triangular_product", full, single, 3, ("orthonormalize",)),
-        Knob("residual_matmul", fast[1], half, 3, products),
-        Knob("task_gram", "16-bit", half, 3, ("task_gram",)),
-        Knob("residual_matmul", fast[0] + "/many", single, 8, products),
-        Knob("residual_matmul", full + "/many", single, 8, ("full product",)),
-        Knob("residual_matmul", fast[1] + "/many", half, 8, products),
+    fast = single.product(False).precision, half.product(False).precision
+    candidates = [
+        Knob("residual_matmul", fast[0], single, products),
+        Knob("residual_matmul", full, single, ("full product",)),
+        Knob("combine_matrix", full, single, ("combine",)),
+        Knob("task_gram", "32-bit", single, ("task_gram",)),
+        Knob("vectors_gram", "float64", single, ("orthonormalize",)),
+        Knob("triangular_product", full, single, ("orthonormalize",)),
+        Knob("residual_matmul", fast[1], half, products),
+        Knob("task_gram", "16-bit", half, ("task_gram",)),
+        Knob("residual_matmul", fast[0] + "/many", many, products),
+        Knob("residual_matmul", full + "/many", many, ("full product",)),
+        Knob("residual_matmul", fast[1] + "/many", many_half, products),
     ]
-    return list({(knob.operator, knob.variant): knob for knob in reversed(found)}.values())[::-1]
+    return list({(knob.operator, knob.variant): knob for knob in reversed(candidates)}.values())[::-1]
 
 
 def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
@@ -104,11 +99,11 @@ def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
 
 
 def judged(knob: Knob, chosen: list[Case], stopwatch: Stopwatch, session: Session) -> tuple[float | None, str | None]:
-    """Milliseconds of the operator's own kernels over its cases, or why this configuration is out of the question."""
+    """Milliseconds of the operator's kernels over its cases, or why this configuration is out of the question."""
     total = 0.0
     for case in chosen:
         try:
-            with caught_launches() as found:
+            with caught_launches() as caught:
                 worst = case.judge(case.call())
             session.synchronize()
         except Exception as failure:  # the compiler may refuse in any way
@@ -117,18 +112,17 @@ def judged(knob: Knob, chosen: list[Case], stopwatch: Stopwatch, session: Sessio
             return None, f"{type(failure).__name__}: {str(failure).strip()[:200]}"
         if worst > 1:
             return None, f"error is {worst:.3g} x its bound"
-        own = [one for one in found if one.kernel.__name__ == KERNELS[knob.operator]]
-        if any(one.spills for one in own):
+        tuned = [one for one in caught if one.kernel.__name__ == f"{knob.operator}_kernel"]
+        if any(one.spills for one in tuned):
             return None, "spills"
-        times = stopwatch.milliseconds(lambda own=own: [one.again() for one in own], repeats=9, warmups=1)
-        total += statistics.median(times) if times else 0.0
+        total += stopwatch.median(lambda tuned=tuned: [one.again() for one in tuned], repeats=9, warmups=1) or 0.0
     return (None if session.rehearsal else total), None
 
 
 def tuned(knob: Knob, stopwatch: Stopwatch, session: Session, group: GroupOf) -> Iterator[dict[str, Any]]:
     """A row a configuration, the current one first; the launch table is left with the fastest."""
     variants = launch.table()[knob.operator][session.target]
-    chosen = [case for case in cases(group, session.target) if case.operator in knob.timed]
+    chosen = [case for case in cases(group) if case.operator in knob.timed]
     best = dict(variants[knob.variant])
     fastest, problem = judged(knob, chosen, stopwatch, session)
     yield {"tiles": best, "milliseconds": fastest, "problem": problem, "kept": problem is None}
@@ -150,7 +144,7 @@ def tuned(knob: Knob, stopwatch: Stopwatch, session: Session, group: GroupOf) ->
                 variants[knob.variant] = best
             yield {"tiles": candidate, "milliseconds": milliseconds, "problem": problem, "kept": better}
             if better:
-                break  # its own neighbours next
+                break  # its neighbours next
             if session.rehearsal and len(tried) > 1:
                 return
 
@@ -168,11 +162,11 @@ def run(session: Session, record: Record) -> bool:
         if session.left() < 8:
             break
         left.pop(0)
-        group = GroupOf.made(session, shape, knob.dtype, knob.experts, size)
+        group = GroupOf.made(session, shape, knob.job, size)
         first: float | None = None
         fastest: float | None = None
         for index, row in enumerate(tuned(knob, stopwatch, session, group)):
-            record.add(operator=knob.operator, variant=knob.variant, experts=knob.experts, **row)
+            record.add(operator=knob.operator, variant=knob.variant, experts=knob.job.experts, **row)
             if index == 0:
                 # Only the configuration that is in use must work; a candidate may fail in any way.
                 first, passed = row["milliseconds"], passed and row["problem"] is None
@@ -187,8 +181,7 @@ def run(session: Session, record: Record) -> bool:
             [knob.operator, knob.variant, first, fastest, gain, " ".join(f"{k}={v}" for k, v in tiles.items())]
         )
         del group
-        if not session.rehearsal:
-            torch.cuda.empty_cache()
+        session.free_cache()
     record.content["untouched"] = left
     table(["operator", "variant", "ms now", "ms best", "gain", "tiles"], gains)
     return record.close(passed)  # it ends when its time does: what is untouched keeps its tiles
@@ -203,10 +196,7 @@ def write_table(path: Path, content: dict[str, Any]) -> None:
             rows = ",\n".join(f'   "{variant}": {json.dumps(tiles)}' for variant, tiles in variants.items())
             blocks.append(f'  "{target}": {{\n{rows}\n  }}')
         lines.append(f' "{operator}": {{\n' + ",\n".join(blocks) + "\n }")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> int:
@@ -218,7 +208,7 @@ def main() -> int:
     if launch.INTERPRETED or not torch.cuda.is_available():
         print("bench.tune: tile sizes are measured on a GPU, and torch can use none here", file=sys.stderr)
         return 3
-    out = (options.out or Path(os.environ.get("OUT") or ROOT / "bench" / "results")).resolve()
+    out = (options.out or Path(os.environ.get("OUT") or RESULTS)).resolve()
     session = Session(out, time.monotonic() + options.seconds, rehearsal=False)
     passed = run(session, Record(session, "tuner"))
     if options.write and passed:

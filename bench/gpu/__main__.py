@@ -29,7 +29,8 @@ except ImportError:
     print("bench.gpu: this Python has no torch; choose one that has, as in make gpu PYTHON=…", file=sys.stderr)
     raise SystemExit(3) from None
 
-from bench.gpu.record import ROOT, Record, Session, write_json
+from bench.gpu.record import Record, Session
+from bench.machine import RESULTS, ROOT, write_json
 from r2m_kernels._triton import launch
 
 # Part → module with `run(session, record) -> bool`, and the share of the time after which it ends, counted from the
@@ -114,7 +115,7 @@ def main() -> int:
         print("bench.gpu: no GPU here that torch can use, so nothing was run and nothing was written.", file=sys.stderr)
         return NO_GPU
     with tempfile.TemporaryDirectory(prefix="r2m-rehearsal-") as temporary:
-        default = Path(temporary) if options.rehearsal else Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+        default = Path(temporary) if options.rehearsal else Path(os.environ.get("OUT") or RESULTS)
         out = (options.out or default).resolve()
         if options.only:
             session = Session(out, options.until or time.monotonic() + seconds, options.rehearsal)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.cases import decaying
 from r2m_kernels._triton import launch
 
 U = 2.0**-24
@@ -41,15 +42,6 @@ def framed(tensor: Tensor, offset: int = 64) -> Tensor:
     view = buffer[offset : offset + tensor.numel()].view(tensor.shape)
     view.copy_(tensor)
     return view
-
-
-def decaying(m: int, n: int, source: torch.Generator) -> Tensor:
-    """(m, n) float32 with singular values falling about like k^-1/2."""
-    size = min(m, n)
-    weights = torch.arange(1, size + 1, device=source.device).rsqrt()
-    left = torch.randn(m, size, generator=source, device=source.device)
-    right = torch.randn(size, n, generator=source, device=source.device)
-    return (left * weights) @ right / size
 
 
 def inputs(
@@ -111,6 +103,19 @@ def judge_product(
     forming = (count + 5 + 2 * math.sqrt(rhs.shape[1])) * U * magnitude @ double.abs()
     rounding = (1 + 2.0**-8) * OPERANDS[precision] * (x.abs() + forming.new_tensor(count * U) * magnitude)
     return worst((result.double() - x @ double).abs(), forming + rounding @ double.abs())
+
+
+def judge_sketch(rows: Tensor, base: Tensor, experts: Sequence[Tensor], mixing: Tensor, transpose: bool) -> float:
+    """Random signs s (tests/gpu looks at them): ‖Xs‖² is ‖X‖² on average, and its variance 2(‖G‖² − Σ G_ii²), G = XᵀX.
+
+    The mean over the k rows of a result stays within six of its standard deviations.
+    """
+    x = residuals(base, experts, mixing)
+    gram = x @ x.mT if transpose else x.mT @ x
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    variance = 2 * (gram.square().sum((1, 2)) - diagonal.square().sum(1))
+    mean = rows.double().square().mean(1).sum(1)
+    return worst((mean - diagonal.sum(1)).abs(), 6 * (variance / rows.shape[1]).sqrt())
 
 
 def judge_basis(q: Tensor, y: Tensor) -> float:

@@ -10,85 +10,51 @@ one block of one expert and scaled (``extrapolated_from_blocks``); that grows wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import math
 import statistics
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import cost_model
+from bench import cost_model, rivals
+from bench.cases import StateDict, block_shapes, checkpoints, first_blocks
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, chip_of, table
 from r2m_kernels import MergeConfig, _triton, analyze, merge
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
-from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels.truncation import truncate_residuals
 
-StateDict = dict[str, Tensor]
 TRUNCATED = MergeConfig.r2m_truncated()
+SVDS = {"full_svd": (rivals.full_svd, 1), "svd_lowrank": (rivals.svd_lowrank, 5)}  # and how often it is timed
 # Of the time left, what a rival may take to be measured whole instead of on one block.
 SHARE_OF_TIME = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Transformer:
+    """A model whose blocks are alike."""
+
     name: str
     blocks: int
-    width: int
-    wide: int
-    squares: tuple[str, ...] = ("q", "k", "v", "out")
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of one block's matrices."""
-        square = {f"attention.{name}": (self.width, self.width) for name in self.squares}
-        return {**square, "mlp.up": (self.wide, self.width), "mlp.down": (self.width, self.wide)}
+    shapes: Mapping[str, tuple[int, int]]  # of one block's matrices
 
 
-B16, L14 = Model("ViT-B/16", 12, 768, 3072), Model("ViT-L/14", 24, 1024, 4096)
-TINY = Model("tiny", 1, 72, 80, ("q",))  # 72: sides up to 64 are truncated exactly, by other code
+B16, L14 = Transformer("ViT-B/16", 12, block_shapes(768)), Transformer("ViT-L/14", 24, block_shapes(1024))
+# Sides beyond 64: up to that they are truncated exactly, by other code.
+TINY = Transformer("tiny", 1, {"attention.q": (72, 72), "mlp.up": (80, 72), "mlp.down": (72, 80)})
 
 
-def jobs(session: Session) -> list[tuple[Model, int, torch.dtype]]:
+def jobs(session: Session) -> list[tuple[Transformer, int, torch.dtype]]:
     """Most telling first."""
     if session.rehearsal:
         return [(TINY, 2, torch.float32)]
-    return [
-        (L14, 3, torch.float32),
-        (B16, 3, torch.float32),
-        (L14, 3, torch.bfloat16),
-        (L14, 8, torch.float32),
-        (L14, 8, torch.bfloat16),
-        (B16, 8, torch.float32),
-        (B16, 3, torch.bfloat16),
-        (B16, 8, torch.bfloat16),
-    ]
-
-
-def checkpoints(
-    model: Model, blocks: int, experts: int, dtype: torch.dtype, device: torch.device
-) -> tuple[StateDict, list[StateDict]]:
-    """A base and experts whose task vectors have a common part and singular values falling like k^-1/2."""
-    source = checks.generator(device, seed=0)
-    base: StateDict = {}
-    states: list[StateDict] = [{} for _ in range(experts)]
-    for block in range(blocks):
-        for name, shape in model.shapes().items():
-            key = f"blocks.{block}.{name}.weight"
-            theta = 0.02 * torch.randn(*shape, generator=source, device=device)
-            common = checks.decaying(*shape, source)
-            base[key] = theta.to(dtype)
-            for state in states:
-                state[key] = (theta + 0.02 * (0.6 * common + checks.decaying(*shape, source))).to(dtype)
-    return base, states
-
-
-def first_blocks(state: StateDict, blocks: int) -> StateDict:
-    return {name: tensor for name, tensor in state.items() if int(name.split(".")[1]) < blocks}
+    single, half = torch.float32, torch.bfloat16
+    first = [(L14, 3, single), (B16, 3, single), (L14, 3, half), (L14, 8, single), (L14, 8, half)]
+    return [*first, (B16, 8, single), (B16, 3, half), (B16, 8, half)]
 
 
 def same_bits(first: StateDict, second: StateDict) -> bool:
@@ -96,16 +62,6 @@ def same_bits(first: StateDict, second: StateDict) -> bool:
     return all(
         torch.equal(*(one[name].view(integers[one[name].element_size()]) for one in (first, second))) for name in first
     )
-
-
-def full_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    return u[:, :rank] * s[:rank], vh[:rank]
-
-
-def svd_lowrank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    u, s, v = torch.svd_lowrank(x, q=rank + 8, niter=2)
-    return u[:, :rank] * s[:rank], v[:, :rank].mT
 
 
 def seconds(session: Session, work: Callable[[], object], repeats: int, warmups: int = 1) -> float | None:
@@ -122,7 +78,12 @@ def seconds(session: Session, work: Callable[[], object], repeats: int, warmups:
     return None if session.rehearsal else statistics.median(times)
 
 
-def checked(session: Session, model: Model, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
+def _one_of_each(shapes: list[tuple[int, int]], base: StateDict) -> dict[tuple[int, int], str]:
+    """Shape → the first tensor that has it."""
+    return {shape: next(name for name, tensor in base.items() if tensor.shape == shape) for shape in shapes}
+
+
+def checked(session: Session, model: Transformer, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
     """Two runs to the bit; truncation errors of the first block's shapes against the optimum; peak memory."""
     if not session.rehearsal:
         torch.cuda.synchronize()
@@ -131,57 +92,50 @@ def checked(session: Session, model: Model, base: StateDict, experts: list[State
     start = time.monotonic()
     first = merge(base, experts, TRUNCATED, backend="triton")
     session.synchronize()
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     if not session.rehearsal:
-        found["first_run_seconds"] = round(time.monotonic() - start, 2)  # it compiles
-        found["peak_bytes_beside_inputs"] = torch.cuda.max_memory_allocated() - before
-    found["bit_identical"] = same_bits(first, merge(base, experts, TRUNCATED, backend="triton"))
-    found["finite"] = all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
+        row["first_run_seconds"] = round(time.monotonic() - start, 2)  # it compiles
+        row["peak_bytes_beside_inputs"] = torch.cuda.max_memory_allocated() - before
+    row["bit_identical"] = same_bits(first, merge(base, experts, TRUNCATED, backend="triton"))
+    row["finite"] = all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
     mixing = analyze(base, experts, backend="triton", eta=0).real_subspace.mixing
-    found["truncation_over_optimum"] = {}
-    for shape in dict.fromkeys(model.shapes().values()):
-        name = next(name for name, tensor in base.items() if tensor.shape == shape)
+    excess: dict[str, float] = {}
+    for shape, name in _one_of_each(list(model.shapes.values()), base).items():
         thetas = [expert[name] for expert in experts]
-        rank = truncation_rank(TRUNCATED.rank, shape)
+        rank = cost_model.truncation_rank(TRUNCATED.rank, shape)
         group = ([name], [base[name]], [[theta] for theta in thetas])
         (factors,) = truncate_residuals(*group, mixing, rank, TRUNCATED, _triton)
         x = checks.residuals(base[name], thetas, mixing)
-        excess = checks.truncation_excess(factors.left, factors.right, x)
-        found["truncation_over_optimum"]["x".join(map(str, shape))] = excess
-    worst = max(found["truncation_over_optimum"].values())
-    found["passed"] = found["bit_identical"] and found["finite"] and worst <= checks.TRUNCATION
-    return found
+        excess["x".join(map(str, shape))] = checks.truncation_excess(factors.left, factors.right, x)
+    row["truncation_over_optimum"] = excess
+    row["passed"] = row["bit_identical"] and row["finite"] and max(excess.values()) <= checks.TRUNCATION
+    return row
 
 
-def svd_block(session: Session, model: Model, base: StateDict, expert: StateDict) -> dict[str, dict[str, Any]]:
-    """Seconds of one expert's truncations in one block, and the error of ``svd_lowrank``."""
-    methods = {"full_svd": full_svd, "svd_lowrank": svd_lowrank}
-    found: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "truncation_over_optimum": 0.0} for name in methods}
-    shapes = list(model.shapes().values())
-    for shape in dict.fromkeys(shapes):
-        name = next(name for name, tensor in base.items() if tensor.shape == shape)
-        x, rank = expert[name].float() - base[name].float(), truncation_rank(TRUNCATED.rank, shape)
-        for method, truncate in methods.items():
+def svd_block(session: Session, model: Transformer, base: StateDict, expert: StateDict) -> dict[str, dict[str, Any]]:
+    """Seconds of one expert's truncations in one block by rivals, and their errors."""
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "truncation_over_optimum": 0.0} for name in SVDS}
+    shapes = list(model.shapes.values())
+    for shape, name in _one_of_each(shapes, base).items():
+        x, rank = expert[name].float() - base[name].float(), cost_model.truncation_rank(TRUNCATED.rank, shape)
+        for method, (truncate, repeats) in SVDS.items():
             left, right = truncate(x, rank)  # also what loads the library
             excess = checks.truncation_excess(left.unsqueeze(0), right.unsqueeze(0), x.double().unsqueeze(0))
-            row = found[method]
+            row = rows[method]
             row["truncation_over_optimum"] = max(row["truncation_over_optimum"], excess)
-            repeats = 1 if method == "full_svd" else 5
-            once = seconds(session, lambda t=truncate, x=x, r=rank: t(x, r), repeats, warmups=0)
+            once = seconds(session, functools.partial(truncate, x, rank), repeats, warmups=0)
             row["seconds"] = None if once is None else row["seconds"] + shapes.count(shape) * once
-    return found
+    return rows
 
 
-def torch_backend(
-    session: Session, model: Model, base: StateDict, experts: list[StateDict]
-) -> tuple[float | None, int]:
-    """Seconds of ``backend="torch"`` for the whole model, and how many blocks were measured for it."""
+def torch_backend(session: Session, model: Transformer, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
+    """Seconds of ``backend="torch"`` for the whole model, measured on one block where all of them take too long."""
     part = first_blocks(base, 1), [first_blocks(expert, 1) for expert in experts]
     one = seconds(session, lambda: merge(*part, TRUNCATED, backend="torch"), repeats=1)
     if one is None or one * model.blocks > SHARE_OF_TIME * session.left():
-        return None if one is None else one * model.blocks, 1
+        return {"seconds": None if one is None else one * model.blocks, "extrapolated_from_blocks": 1}
     whole = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="torch"), repeats=1, warmups=0)
-    return whole, model.blocks
+    return {"seconds": whole}
 
 
 def from_host(session: Session, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
@@ -196,88 +150,75 @@ def from_host(session: Session, base: StateDict, experts: list[StateDict]) -> di
     return {"seconds": took, "link_bytes_per_second": block.nbytes / copy, "copy_seconds": size / block.nbytes * copy}
 
 
+def beside_rivals(
+    session: Session,
+    model: Transformer,
+    states: tuple[StateDict, list[StateDict]],
+    blocks: dict[str, dict[str, dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+    """What others take for the same merge; ``blocks`` keeps each model's SVDs. A rival that fails is told with why."""
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        if model.name not in blocks:
+            blocks[model.name] = svd_block(session, model, states[0], states[1][0])
+        for method, block in blocks[model.name].items():
+            whole = None if block["seconds"] is None else block["seconds"] * model.blocks * len(states[1])
+            scaled = {"extrapolated_from_blocks": 1, "extrapolated_from_experts": 1}
+            rows[method] = {**block, "seconds": whole, **scaled}
+    except Exception as failure:  # a library's SVD that does not converge, say: our own times stand
+        rows |= {method: {"seconds": None, "error": str(failure)[-500:]} for method in SVDS}
+    try:
+        rows["torch backend"] = torch_backend(session, model, *states)
+    except Exception as failure:  # out of memory, say
+        rows["torch backend"] = {"seconds": None, "error": str(failure)[-500:]}
+    return rows
+
+
 def one_job(
-    session: Session, model: Model, count: int, dtype: torch.dtype, blocks_of: dict[str, dict[str, dict[str, Any]]]
+    session: Session,
+    model: Transformer,
+    count: int,
+    dtype: torch.dtype,
+    blocks: dict[str, dict[str, dict[str, Any]]],
 ) -> dict[str, Any]:
-    base, experts = checkpoints(model, model.blocks, count, dtype, session.device)
+    source = checks.generator(session.device, seed=0)
+    base, experts = checkpoints(model.blocks, count, source, model.shapes, dtype)
     row = checked(session, model, base, experts)
     row["input_bytes"] = sum(tensor.nbytes for state in (base, *experts) for tensor in state.values())
     if not row["passed"]:
         return row  # no time for a wrong result
-    ours = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="triton"), repeats=5)
-    row["seconds"] = ours
-    if model.name not in blocks_of:
-        try:
-            blocks_of[model.name] = svd_block(session, model, base, experts[0])
-        except Exception as failure:  # a library's SVD that does not converge, say: our own times stand
-            row["svd_error"] = str(failure)[-500:]
-            blocks_of[model.name] = {}
-    row["rivals"] = {}
-    for method, block in blocks_of[model.name].items():
-        whole = None if block["seconds"] is None else block["seconds"] * model.blocks * count
-        error = block["truncation_over_optimum"]
-        row["rivals"][method] = {
-            "seconds": whole,
-            "extrapolated_from_blocks": 1,
-            "extrapolated_from_experts": 1,
-            "truncation_over_optimum": error,
-        }
-    try:
-        took, measured = torch_backend(session, model, base, experts)
-        row["rivals"]["torch backend"] = {"seconds": took}
-        if measured < model.blocks:
-            row["rivals"]["torch backend"]["extrapolated_from_blocks"] = measured
-    except Exception as failure:  # out of memory, say: our own times stand
-        row["rivals"]["torch backend"] = {"seconds": None, "error": str(failure)[-500:]}
-    if ours is not None:
-        for rival in row["rivals"].values():
-            rival["over_ours"] = None if rival["seconds"] is None else rival["seconds"] / ours
-        chip = chip_of(session)
-        if chip is not None:
-            shapes = cost_model.Shapes.of(model.name, [tuple(tensor.shape) for tensor in base.values()])
-            job = cost_model.Job(count, dtype, session.target)
-            costs = cost_model.merge_costs(shapes, job, TRUNCATED.rank, group_bytes=DEVICE_GROUP_BYTES)
-            row["floor_seconds"] = cost_model.floor_seconds(costs, chip)
-            row["over_floor"] = ours / row["floor_seconds"]
-        if (model, count, dtype) == jobs(session)[0] and session.left() > 30:
-            row["from_host"] = from_host(session, base, experts)
+    ours = row["seconds"] = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="triton"), repeats=5)
+    row["rivals"] = beside_rivals(session, model, (base, experts), blocks)
+    if ours is None:
+        return row
+    for rival in row["rivals"].values():
+        rival["over_ours"] = None if rival["seconds"] is None else rival["seconds"] / ours
+    chip = chip_of(session)
+    if chip is not None:
+        shapes = cost_model.Shapes.of(model.name, [tuple(tensor.shape) for tensor in base.values()])
+        job = cost_model.Job(count, dtype, session.target)
+        costs = cost_model.merge_costs(shapes, job, TRUNCATED.rank, group_bytes=DEVICE_GROUP_BYTES)
+        row["floor_seconds"] = cost_model.floor_seconds(costs, chip)
+        row["over_floor"] = ours / row["floor_seconds"]
+    if (model, count, dtype) == jobs(session)[0] and session.left() > 30:
+        row["from_host"] = from_host(session, base, experts)
     return row
 
 
-def _lines(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
-    for row in rows:
-        rivals = row.get("rivals", {})
-        ours = row.get("seconds")
-        errors = row.get("truncation_over_optimum", {}).values()
-        yield [
-            row["job"],
-            max(errors, default=math.nan),
-            None if ours is None else ours * 1e3,
-            row.get("over_floor"),
-            *[rivals.get(name, {}).get("over_ours") for name in ("full_svd", "svd_lowrank", "torch backend")],
-        ]
-
-
 def run(session: Session, record: Record) -> bool:
-    passed, left_out = True, []
-    blocks_of: dict[str, dict[str, dict[str, Any]]] = {}
+    blocks: dict[str, dict[str, dict[str, Any]]] = {}
     for model, count, dtype in jobs(session):
         what = f"{model.name} N={count} {str(dtype).removeprefix('torch.')}"
-        if session.left() < 12:
-            left_out.append(what)
-            continue
-        try:
-            row = one_job(session, model, count, dtype, blocks_of)
-        except Exception as failure:  # the other jobs are wanted all the same
-            row = {"passed": False, "error": "".join(traceback.format_exception(failure)).strip()[-1500:]}
-            print(f"FAILED: {what}: {row['error']}", flush=True)
-        passed = passed and row["passed"]
-        record.add(job=what, **row)
-        gc.collect()
-        if not session.rehearsal:
-            torch.cuda.empty_cache()
+        if record.time_for(what, 12):
+            record.attempt(functools.partial(one_job, session, model, count, dtype, blocks), job=what)
+            gc.collect()
+            session.free_cache()
     head = ["merge", "error/optimum", "ms", "x floor", "full SVD / ours", "svd_lowrank / ours", "torch backend / ours"]
-    table(head, list(_lines(record.content["rows"])))
-    if left_out:
-        record.content["left_out"] = left_out
-    return record.close(passed, finished=not left_out)
+    lines = []
+    for row in record.rows:
+        errors, ours, others = row.get("truncation_over_optimum", {}), row.get("seconds"), row.get("rivals", {})
+        over = [others.get(name, {}).get("over_ours") for name in (*SVDS, "torch backend")]
+        worst = max(errors.values(), default=math.nan)
+        lines.append([row["job"], worst, None if ours is None else ours * 1e3, row.get("over_floor"), *over])
+    table(head, lines)
+    return record.close()

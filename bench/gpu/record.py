@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,9 @@ import torch
 import triton
 
 from bench.cost_model import CHIPS, Chip
-from r2m_kernels import __version__
+from bench.machine import machine, output, write_json
 from r2m_kernels._triton import launch
 
-ROOT = Path(__file__).resolve().parents[2]
 # Written over between repeats: beyond the L2 cache of every GPU of today (and MI300's 256 MiB behind it).
 FLUSH_BYTES = 2**29
 # Clock cycles the GPU idles before a timed region, about 3 ms: so that the host has queued all of it by then.
@@ -68,77 +63,86 @@ class Session:
         if not self.rehearsal:
             torch.cuda.synchronize()
 
+    def free_cache(self) -> None:
+        """Give memory of tensors that are no more back to the GPU."""
+        if not self.rehearsal:
+            torch.cuda.empty_cache()
+
 
 class Record:
     """The JSON file of one part, replaced whole at every change: cut off anywhere, it holds what was done."""
 
     def __init__(self, session: Session, part: str) -> None:
         self.path = session.out / f"gpu_{part}.json"
-        self._start = time.monotonic()
+        self._session, self._start = session, time.monotonic()
+        self._passed, self._left_out = True, list[str]()
         self.content: dict[str, Any] = {
             "part": part,
             "finished": False,
             "passed": False,
             "seconds": 0.0,
             "rehearsal": session.rehearsal,
-            "machine": machine(session),
+            "machine": _machine(session),
             "rows": [],
         }
         self.save()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.content["rows"]
 
     def save(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self._start, 2)
         write_json(self.path, self.content)
 
-    def add(self, **row: Any) -> dict[str, Any]:
-        self.content["rows"].append(row)
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
         self.save()
+
+    def time_for(self, what: str, seconds: float) -> bool:
+        """Whether so much time is left; if not, noted as left out."""
+        if self._session.left() < seconds:
+            self._left_out.append(what)
+        return self._session.left() >= seconds
+
+    def attempt(self, call: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
+        """A row of what is measured; where that raises, of the error: the other rows are wanted all the same."""
+        try:
+            row = {**what, **call()}
+        except Exception as failure:
+            row = {**what, "passed": False, "error": "".join(traceback.format_exception(failure)).strip()[-1500:]}
+        if not row["passed"]:
+            self._passed = False
+            print(
+                f"FAILED: {' '.join(map(str, what.values()))}: {row.get('error') or row.get('error_over_bound')}",
+                flush=True,
+            )
+        self.add(**row)
         return row
 
-    def close(self, passed: bool, finished: bool = True) -> bool:
-        self.content.update(finished=finished, passed=passed and finished)
+    def close(self, passed: bool = True, finished: bool = True) -> bool:
+        """Whether everything was done and is right."""
+        if self._left_out:
+            self.content["left_out"], finished = self._left_out, False
+        passed = passed and self._passed and finished
+        self.content.update(finished=finished, passed=passed)
         self.save()
-        return passed and finished
+        return passed
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no Inf and NaN: they become text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def machine(session: Session) -> dict[str, Any]:
-    """Everything a reader needs to tell whether two files may be compared."""
-    found: dict[str, Any] = {
+def _machine(session: Session) -> dict[str, Any]:
+    versions = {
         "gpu": None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "triton": triton.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cores": os.cpu_count(),
-        "r2m_kernels": __version__,
-        # Both null where there is no git, or no repository.
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "changed_files": _output("git", "status", "--porcelain", "r2m_kernels", "bench", "tests/gpu"),
+        "changed_files": output("git", "status", "--porcelain", "r2m_kernels", "bench", "tests/gpu"),
     }
     if not session.rehearsal:
         properties = torch.cuda.get_device_properties(session.device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        versions |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "target": session.target,
@@ -147,15 +151,7 @@ def machine(session: Session) -> dict[str, Any]:
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "driver": driver.splitlines()[0] if driver else None,
         }
-    return found
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=ROOT)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    return machine() | versions
 
 
 def chip_of(session: Session) -> Chip | None:
@@ -163,8 +159,7 @@ def chip_of(session: Session) -> Chip | None:
     if session.rehearsal:
         return None
     name = torch.cuda.get_device_properties(session.device).name
-    found = (CHIPS[chip] for chip, pattern in CHIP_NAMES.items() if chip in CHIPS and re.search(pattern, name))
-    return next(found, None)
+    return next((CHIPS[chip] for chip, pattern in CHIP_NAMES.items() if re.search(pattern, name)), None)
 
 
 @dataclasses.dataclass
@@ -186,22 +181,23 @@ class Caught:
         """32-bit words of local memory a thread; known once a kernel has run, 0 in the interpreter."""
         return int(getattr(self.compiled, "n_spills", 0) or 0)
 
-    @property
-    def registers(self) -> int | None:
-        return getattr(self.compiled, "n_regs", None)
+    def described(self) -> dict[str, Any]:
+        registers = getattr(self.compiled, "n_regs", None)
+        name, config = self.kernel.__name__, dataclasses.asdict(self.config)
+        return {"kernel": name, **config, "registers": registers, "n_spills": self.spills}
 
 
 @contextlib.contextmanager
 def caught_launches() -> Iterator[list[Caught]]:
     """Kernels launched inside run as always, and are listed."""
-    found: list[Caught] = []
+    caught: list[Caught] = []
 
     def start(kernel: Any, grid: tuple[int, ...], config: launch.Config, *arguments: Any, **constants: Any) -> None:
         compiled = kernel[grid](*arguments, **constants, **launch.options(config))
-        found.append(Caught(kernel, grid, config, arguments, constants, compiled))
+        caught.append(Caught(kernel, grid, config, arguments, constants, compiled))
 
     with mock.patch.object(launch, "start", start):
-        yield found
+        yield caught
 
 
 class Stopwatch:
@@ -214,7 +210,7 @@ class Stopwatch:
             self._flush = torch.empty(min(FLUSH_BYTES, whole // 32), dtype=torch.uint8, device=session.device)
 
     def milliseconds(self, work: Callable[[], object], repeats: int = 15, warmups: int = 2) -> list[float] | None:
-        """Of every repeat; None in a rehearsal, which calls the work once."""
+        """Of every repeat, ascending; None in a rehearsal, which calls the work once."""
         if not self._on:
             work()
             return None
@@ -231,7 +227,7 @@ class Stopwatch:
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))
-        return times
+        return sorted(times)
 
     def median(self, work: Callable[[], object], repeats: int = 15, warmups: int = 2) -> float | None:
         times = self.milliseconds(work, repeats, warmups)
@@ -256,6 +252,6 @@ def table(head: list[str], rows: list[list[Any]]) -> None:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = [head, *[[text(value) for value in row] for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip(), flush=True)

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.gpu.record import ROOT, Record, Session, table
+from bench.gpu.record import Record, Session, table
+from bench.machine import ROOT
 
 
 def run(session: Session, record: Record) -> bool:

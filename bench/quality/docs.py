@@ -19,12 +19,12 @@ import numpy as np
 from r2m.demo.evaluation import auc
 
 from bench.compare import table
+from bench.machine import RESULTS, ROOT
 from bench.quality import settings, tables
 from bench.quality.groups import GROUPS
 from bench.quality.tables import against, cells, difference, differences, reported, runs_of, short
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULT, PAGE = ROOT / "bench" / "results" / "quality.json", ROOT / "docs" / "quality.md"
+RESULT, PAGE = RESULTS / "quality.json", ROOT / "docs" / "quality.md"
 Content = Mapping[str, Any]
 Rows = list[list[str]]
 TOLERATED, GOAL = -0.005, 0.022

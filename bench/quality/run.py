@@ -20,16 +20,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.machine import RESULTS, machine, write_json
 from bench.quality import docs, judging, pictures, settings, studies, tables
 from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
 from bench.quality.methods import all_methods
 from bench.quality.models import CACHE, Models, Run, StateDict
 from bench.quality.networks import ARCHITECTURES
-from bench.run import machine
 from r2m_kernels import MergeConfig, merge
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Rows that the studies follow, beside the ensemble.
 FOLLOWED = ("weight average", "weight average × 1.2", "TIES", "CART", "R2M")
 Result = TypeVar("Result")
@@ -49,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = measure(pool, options.quick)
     content["machine"] = {**machine(), "processes": options.processes}
     content["took_seconds"] = round(time.monotonic() - start)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "quality.json").write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "quality.json", _rounded(content))
     content = json.loads((out / "quality.json").read_text())
     pictures.draw_all(content, out)
     tables.print_tables(content)
