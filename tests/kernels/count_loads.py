@@ -1,8 +1,7 @@
-"""Run operators of the Triton backend in Triton's interpreter and count what their loops really move.
+"""Runs operators of the Triton backend in Triton's interpreter and counts what their loops really move.
 
-A program, since TRITON_INTERPRET must be set before the kernels are imported: JSON lists, cases on standard input and
-counts on standard output. Loads and stores are counted by the true lanes of the mask, and told apart by address:
-those of checkpoints ("inputs"), else by the name of the kernel's argument that they fall into.
+Loads and stores are counted by the true lanes of the mask, and told apart by address: those of checkpoints ("inputs"),
+else by the name of the kernel's argument that they fall into.
 """
 
 from __future__ import annotations
@@ -10,13 +9,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import inspect
-import json
-import sys
 from unittest import mock
 
 import numpy as np
 import torch
-import triton
 from triton.runtime.interpreter import InterpreterBuilder
 
 from r2m_kernels import _triton
@@ -112,6 +108,7 @@ def extent(tensor):
 
 
 def counted(case):
+    """An operator, the sizes of its arguments and options → what it moved and multiplied, and its launches."""
     m, n, count, k = case["m"], case["n"], case["experts"], case.get("k", 0)
     generator = torch.Generator().manual_seed(0)
 
@@ -148,9 +145,3 @@ def counted(case):
             inner_products(random(size, count, k, m), random(size, count, k, n))
     names = ("loads", "stores", "dot_flops", "distinct_input_bytes", "launches")
     return {name: getattr(counter, name) for name in names}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
-    json.dump([counted(case) for case in json.load(sys.stdin)], sys.stdout)

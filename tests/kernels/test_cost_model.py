@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
+from count_loads import counted
 
 from bench.cost_model import (
     CHIPS,
@@ -206,30 +202,6 @@ PRODUCTS = [{**MATRIX, "experts": 3, "k": 12, "dtype_bytes": 4, "tensors": 2}]
 NOT_COUNTED = ("table", "outputs", "mixing", "shift", "core", "scale")
 
 
-@pytest.fixture(scope="module")
-def counts():
-    """Counts of all cases, from one process that has the interpreter on."""
-    cases = [{"operator": "task_gram", **case} for case in GRAMS] + PASSES
-    cases += [{"operator": "combine", **case} for case in COMBINES]
-    cases += [{"operator": "orthonormalize", **case} for case in BASES]
-    cases += [{"operator": "inner_products", **case} for case in PRODUCTS]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("count_loads.py")],
-        input=json.dumps(cases),
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(map(json.dumps, cases), json.loads(done.stdout), strict=True))
-
-
-def count_of(counts, case, operator=None):
-    return counts[json.dumps(case if operator is None else {"operator": operator, **case})]
-
-
 def loads(count, *without):
     return sum(size for name, size in count["loads"].items() if name not in (*NOT_COUNTED, *without))
 
@@ -254,8 +226,8 @@ def tile_flops(config):
 
 
 @pytest.mark.parametrize("case", GRAMS, ids=str)
-def test_the_task_gram_moves_what_is_predicted(counts, case):
-    count = count_of(counts, case, "task_gram")
+def test_the_task_gram_moves_what_is_predicted(case):
+    count = counted({"operator": "task_gram", **case})
     config = count["launches"][0]["config"]
     cost = task_gram_cost(case["m"] * case["n"], case["tensors"], job_of(case, config["aligned"]))
     assert count["distinct_input_bytes"] == cost.fetched_bytes
@@ -268,8 +240,8 @@ def test_the_task_gram_moves_what_is_predicted(counts, case):
 
 
 @pytest.mark.parametrize("case", PASSES, ids=str)
-def test_a_pass_moves_and_multiplies_what_is_predicted(counts, case):
-    count = count_of(counts, case)
+def test_a_pass_moves_and_multiplies_what_is_predicted(case):
+    count = counted(case)
     config = count["launches"][0]["config"]
     job, final = job_of(case, case["m"] != ODD["m"]), case.get("precision") == "tf32x3"
     assert asdict(job.product(final)) == config
@@ -290,8 +262,8 @@ def test_a_pass_moves_and_multiplies_what_is_predicted(counts, case):
 
 
 @pytest.mark.parametrize("case", COMBINES, ids=str)
-def test_the_combination_moves_and_multiplies_what_is_predicted(counts, case):
-    count, job, m, n, k = count_of(counts, case, "combine"), job_of(case), case["m"], case["n"], case["k"]
+def test_the_combination_moves_and_multiplies_what_is_predicted(case):
+    count, job, m, n, k = counted({"operator": "combine", **case}), job_of(case), case["m"], case["n"], case["k"]
     config, again = count["launches"][0]["config"], 0
     if k:
         cost = combine_matrix_cost(m, n, case["tensors"], k, job)
@@ -308,8 +280,8 @@ def test_the_combination_moves_and_multiplies_what_is_predicted(counts, case):
 
 
 @pytest.mark.parametrize("case", BASES, ids=str)
-def test_orthonormalization_moves_and_multiplies_what_is_predicted(counts, case):
-    count, job, k, length = count_of(counts, case, "orthonormalize"), job_of(case), case["k"], case["m"]
+def test_orthonormalization_moves_and_multiplies_what_is_predicted(case):
+    count, job, k, length = counted({"operator": "orthonormalize", **case}), job_of(case), case["k"], case["m"]
     grams, products = (count["launches"][i]["config"] for i in (0, 1))
     gram, _, product = orthonormalize_costs(k, length, case["experts"], job)
     across, depths = tiles((k, grams["rows"])), [16, 32, 48, 64, 70]  # of the triangle: one for each tile of 16 rows
@@ -328,8 +300,8 @@ def test_orthonormalization_moves_and_multiplies_what_is_predicted(counts, case)
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_inner_products_move_and_multiply_what_is_predicted(counts, case):
-    count, job = count_of(counts, case, "inner_products"), job_of(case)
+def test_inner_products_move_and_multiply_what_is_predicted(case):
+    count, job = counted({"operator": "inner_products", **case}), job_of(case)
     cost = inner_products_cost(case["m"], case["n"], case["tensors"], case["k"], job)
     config, rows = count["launches"][0]["config"], case["experts"] * case["k"]
     square, across = case["tensors"] * rows**2 * 8, tiles((rows, config["rows"]))
