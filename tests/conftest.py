@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from heavy import NUMBERS
 from hypothesis import settings
 from interpreter import lose_no_time, round_to_bf16_as_hardware_does
 
@@ -17,6 +18,29 @@ from r2m_kernels import _backends
 # No deadline: the machines that run this are shared, and a time is not what these tests are about.
 settings.register_profile("r2m", deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("r2m")
+
+
+def pytest_addoption(parser):
+    """``--heavy``: how often."""
+    parser.addoption(
+        "--heavy",
+        choices=NUMBERS,
+        default="change",
+        help="how often kills and mutated inputs are repeated: as a change lands, or for closing notes",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """What is heavy is slow."""
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def numbers(request):
+    """How often a heavy test repeats what it does."""
+    return NUMBERS[request.config.getoption("--heavy")]
 
 
 @pytest.fixture(autouse=True)

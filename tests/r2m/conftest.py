@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 import r2m
 import torch
@@ -91,23 +92,31 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """A real process: ``python OPTIONS… -m r2m`` with these arguments, in the current directory."""
+def start() -> Callable[..., forked.Child | subprocess.Popen[str]]:
+    """A process with ``r2m`` and these arguments in the current directory: forked, or new with ``python OPTIONS…``.
+
+    Instead of ``r2m`` a ``script`` may be run; ``environment`` is added to this process's; ``limits`` are of
+    :mod:`resource`.
+    """
 
     def run(
         *arguments: str,
-        python: tuple[str, ...] = (),
+        python: tuple[str, ...] | None = None,
+        script: str | None = None,
         environment: dict[str, str] | None = None,
-        before: Callable[[], None] | None = None,
-    ) -> subprocess.Popen[str]:
+        limits: dict[int, int] | None = None,
+    ) -> forked.Child | subprocess.Popen[str]:
         sources = {str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(sources)), **(environment or {})}
+        if python is None:
+            return forked.start(arguments, script, environment, limits)
+        assert not limits
         return subprocess.Popen(
-            [sys.executable, *python, "-m", "r2m", *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sorted(sources)), **(environment or {})},
+            [sys.executable, *python, *(["-m", "r2m"] if script is None else ["-c", script]), *arguments],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=before,
         )
 
     return run

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import forked
 import pytest
 import r2m.execute
 import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from conftest import Checkpoints, Result
 
     Command = Callable[..., Result]
-    Start = Callable[..., subprocess.Popen[str]]
+    Start = Callable[..., forked.Child]
 
 HELP = {option.name: option for option in merge.params if isinstance(option, click.Option)}
 
@@ -452,6 +452,7 @@ def test_a_process_on_a_terminal_without_such_letters_merges(checkpoints: Checkp
         *checkpoints.arguments,
         "--out",
         "out",
+        python=(),
         environment={"PYTHONIOENCODING": "latin-1"},
     ) as process:
         out, err = process.communicate(timeout=120)
@@ -472,12 +473,10 @@ def test_a_process_with_bad_input_ends_with_2(checkpoints: Checkpoints, start: S
 
 
 def test_a_process_without_space_ends_with_1(checkpoints: Checkpoints, start: Start) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
+    limits = {resource.RLIMIT_FSIZE: 20_000}
     for path in (checkpoints.base_path, *checkpoints.paths.values()):
         save_file({**load_file(path), "large": torch.randn(6000)}, path)
-    with start("merge", *checkpoints.arguments, "--out", "a/out", "--quiet", before=limit) as process:
+    with start("merge", *checkpoints.arguments, "--out", "a/out", "--quiet", limits=limits) as process:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, "")
     assert err == (

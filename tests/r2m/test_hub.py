@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import yaml
+from forked import Child
 from r2m import hub
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conftest import Checkpoints
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Child]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -140,7 +140,7 @@ REFERENCES = (
 )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(process: Child) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 

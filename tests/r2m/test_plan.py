@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,11 +146,5 @@ def test_the_default_budget_is_shared_by_the_processes_of_a_machine(start: Calla
     code += "from r2m_kernels import MergeConfig\n"
     code += "print(execute.open_job('base.safetensors', {'a': 'a.safetensors'}, 'out', MergeConfig()).budget)"
     for processes in (1, 4):
-        found = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "LOCAL_WORLD_SIZE": str(processes)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert int(found.stdout) == 600 * 2**20 // processes
+        out, _ = start(script=code, environment={"LOCAL_WORLD_SIZE": str(processes)}).communicate(timeout=60)
+        assert int(out) == 600 * 2**20 // processes

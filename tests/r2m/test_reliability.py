@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 import r2m
 import torch
+from forked import Child
+from heavy import Numbers
 from r2m.execute import merge_files
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from conftest import Result
 
 Command = Callable[..., "Result"]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Child]
 
 METHODS = {
     "r2m": [],
@@ -85,7 +87,7 @@ def same_merge(start: Start, out: str, *arguments: str) -> None:
 
 # In the child: slow steps, so that a signal finds the merge at work.
 SLOW = """
-import os, sys, time
+import os, sys, threading, time
 import r2m.execute, r2m.journal
 from r2m.checkpoints.writer import SafetensorsSink
 store = SafetensorsSink._store
@@ -102,30 +104,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def killed(seconds: float, *arguments: str) -> int:
+def killed(start: Start, seconds: float, *arguments: str) -> int:
     """A merge that is killed after so long, or has ended before; its exit code."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "merge", *BASE_ARGUMENTS, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-    return child.wait()
+    with start("merge", *BASE_ARGUMENTS, *arguments, script=SLOW) as child:
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        return child.wait()
 
 
 def kill_and_resume(start: Start, kills: int, seed: int) -> None:
     generator = random.Random(seed)
-    started = time.perf_counter()
-    assert killed(600, "--out", "warm") == 0
-    whole = time.perf_counter() - started
     assert run(start, "--out", "undisturbed") == (0, "")
+    started = time.perf_counter()
+    assert killed(start, 600, "--out", "warm") == 0
+    whole = time.perf_counter() - started
     wanted = {name: content for name, content in files("undisturbed").items() if name != "r2m_config.yaml"}
     done = 0
     while done < kills:
-        code = killed(generator.uniform(0.3, 1.05) * whole, "--out", "out", "--resume")
+        code = killed(start, generator.uniform(0.3, 1.05) * whole, "--out", "out", "--resume")
         done += code != 0
         assert code in (0, -signal.SIGKILL)
         if Path("out").exists():
@@ -146,9 +144,9 @@ def test_five_kills(here: Path, start: Start) -> None:
     kill_and_resume(start, 5, seed=0)
 
 
-@pytest.mark.slow
-def test_twenty_five_kills(here: Path, start: Start) -> None:
-    kill_and_resume(start, int(os.environ.get("R2M_KILLS", "25")), seed=1)
+@pytest.mark.heavy
+def test_many_kills(here: Path, start: Start, numbers: Numbers) -> None:
+    kill_and_resume(start, numbers.kills, seed=1)
 
 
 def stopped_in(step: str, done: int = 1) -> Callable[[ProgressEvent], None]:
@@ -289,17 +287,12 @@ def test_a_file_that_is_gone_from_the_workplace_is_noticed(here: Path) -> None:
 
 
 def test_a_second_process_is_refused(here: Path, start: Start) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", SLOW.replace("0.02", "0.5"), "merge", *BASE_ARGUMENTS, "--out", "out"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not Path("out.partial/state.json").exists():
-        assert child.poll() is None
-        time.sleep(0.01)
-    code, err = run(start, "--out", "out", "--resume")
-    child.kill()
-    child.communicate()
+    # It says when it comes to its first tensor, and waits there for the end.
+    script = SLOW.replace("time.sleep(0.02)", "print('at work', flush=True), threading.Event().wait()")
+    with start("merge", *BASE_ARGUMENTS, "--out", "out", script=script) as child:
+        assert child.stdout.readline() == "at work\n"
+        code, err = run(start, "--out", "out", "--resume")
+        child.kill()
     assert (code, err) == (2, f"Error: out (out): another merge is writing it, process {child.pid}\n")
     assert run(start, "--out", "out", "--resume") == (0, "")
     same_merge(start, "out")
@@ -327,8 +320,8 @@ from r2m.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
     arguments = [*BASE_ARGUMENTS, "--out", "out", "--overwrite"]
-    child = subprocess.run([sys.executable, "-c", script, "merge", *arguments], check=False)
-    assert child.returncode == -signal.SIGKILL
+    with start("merge", *arguments, script=script) as child:
+        assert child.wait() == -signal.SIGKILL
     if moment == "before":
         assert files("out") == former
     assert Path("out").exists() == (moment != "between")
@@ -337,30 +330,25 @@ sys.exit(main(sys.argv[1:]))
     assert files("out")["model.safetensors"] != former["model.safetensors"]
 
 
-def limited(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+UNRESERVED = """
+import r2m.checkpoints.writer as w
+del os.posix_fallocate
+w._reserve = lambda descriptor, size: None
+"""
 
 
 def disk_full(start: Start, points: int) -> None:
     """A limit on a file's size stands for a full disk: reserved space fails at once, so it is not reserved here."""
     inputs = {name: Path(name).read_bytes() for name in ("base.safetensors", "a.safetensors", "b.safetensors")}
-    script = SLOW.replace("0.02", "0").replace("import os, sys, time", "import os, sys, time\ndel os.posix_fallocate")
-    script = script.replace(
-        "\nstore = ", "\nimport r2m.checkpoints.writer as w\nw._reserve = lambda descriptor, size: None\nstore = "
-    )
+    script = SLOW.replace("0.02", "0").replace("\nstore = ", f"{UNRESERVED}store = ")
     size = Path("base.safetensors").stat().st_size
     for point in range(points):
-        limit = 4096 + size * point // points
-        child = subprocess.run(
-            [sys.executable, "-c", script, "merge", *BASE_ARGUMENTS, "--out", "out", "--resume"],
-            preexec_fn=limited(limit),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        first = child.stderr.splitlines()[0] if child.stderr else ""
+        limits = {resource.RLIMIT_FSIZE: 4096 + size * point // points}
+        with start("merge", *BASE_ARGUMENTS, "--out", "out", "--resume", script=script, limits=limits) as child:
+            _, err = child.communicate(timeout=200)
+        first = err.splitlines()[0] if err else ""
         assert (child.returncode, first.startswith("Error: "), "file too large" in first) == (1, True, True), first
-        assert "Traceback" not in child.stderr
+        assert "Traceback" not in err
         assert not Path("out").exists()
         assert {name: Path(name).read_bytes() for name in inputs} == inputs
     assert run(start, "--out", "out", "--resume") == (0, "")
@@ -486,24 +474,29 @@ def huge_checkpoints(mebibytes: int) -> None:
         save_file({"large": base + 0.05 * noise, "small": small + 0.01}, f"{name}.safetensors")
 
 
-def bounded(mebibytes: int, budget: int, method: str, threads: int) -> None:
+def bounded(start: Start, mebibytes: int, budget: int, method: str, threads: int) -> None:
     huge_checkpoints(mebibytes)
     taken = peak("bounded", budget, method, threads)
     assert taken <= 1.2 * budget, f"{taken / 2**20:.0f} MiB"
-    peak("unbounded", 2**40, method, threads=2)
+    script = "import torch; torch.set_num_threads(2)\n" + MEASURE
+    with start("unbounded", str(2**40), method, script=script) as child:
+        _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
     assert files("bounded")["model.safetensors"] == files("unbounded")["model.safetensors"]
 
 
 @pytest.mark.parametrize("method", ["r2m", pytest.param("ties", marks=pytest.mark.slow), "weight_average"])
-def test_memory_stays_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_memory_stays_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start, method: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    bounded(128, 64 * 2**20, method, threads=1)
+    bounded(start, 128, 64 * 2**20, method, threads=1)
 
 
 @pytest.mark.slow
-def test_four_times_512_mib_under_256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_times_512_mib_under_256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
     monkeypatch.chdir(tmp_path)
-    bounded(512, 256 * 2**20, "r2m", threads=2)
+    bounded(start, 512, 256 * 2**20, "r2m", threads=2)
 
 
 @pytest.fixture(autouse=True)
