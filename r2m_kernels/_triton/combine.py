@@ -129,13 +129,30 @@ def combine(
     """Write the merged tensors of a group into ``outs``; see :func:`r2m_kernels.ops.combine`."""
     if bases[0].numel() == 0:
         return
-    count = len(experts)
     row = bases[0].numel() if left is None else bases[0].numel() // bases[0].shape[0]
     group = Group(bases, experts, row)
+    targets, fits = _targets(group, outs, row)
     dtype = group.compute_dtype
-    # A kernel writes the type it reads or the one it computes in; any other output is rounded from the latter.
+    largest = torch.finfo(dtype).max  # a coefficient beyond the type becomes its largest number, not Inf · 0
+    weights = core.double().clamp(-largest, largest).to(group.device, dtype)
+    if left is None or right is None or scale is None:
+        _without_factors(group, weights, targets, fits)
+    else:
+        lefts = padded_rows(left.to(group.device, dtype).transpose(-1, -2))
+        rights = padded_rows(right.to(group.device, dtype))
+        _with_factors(group, weights, lefts, rights, scale.to(group.device, dtype).contiguous(), targets, fits)
+    for out, tensor in zip(outs, targets, strict=True):
+        if tensor is not out:
+            out.copy_(tensor)
+
+
+def _targets(group: Group, outs: Sequence[Tensor], row: int) -> tuple[list[Tensor], bool]:
+    """What kernels write to, ``outs`` themselves where they can; and whether rows of all are whole vectors.
+
+    A kernel writes the type it reads or the one it computes in; any other output is rounded from the latter.
+    """
     kinds = {out.dtype for out in outs}
-    written = kinds.pop() if len(kinds) == 1 and kinds <= {group.dtype, dtype} else dtype
+    written = kinds.pop() if len(kinds) == 1 and kinds <= {group.dtype, group.compute_dtype} else group.compute_dtype
     fits = group.aligned and row * written.itemsize % VECTOR_BYTES == 0
     targets = [
         out
@@ -143,61 +160,61 @@ def combine(
         else torch.empty(out.shape, dtype=written, device=out.device)
         for out in outs
     ]
-    outputs = address_table([targets], group.device)
-    largest = torch.finfo(dtype).max  # a coefficient beyond the type becomes its largest number, not Inf · 0
-    weights = core.double().clamp(-largest, largest).to(group.device, dtype)
-    types = {
-        "TYPE": ELEMENT_TYPES[group.dtype],
-        "OUTPUT": ELEMENT_TYPES[targets[0].dtype],
-        "COMPUTE": ELEMENT_TYPES[dtype],
-    }
-    target = launch.target_of(group.device)
-    if left is None or right is None or scale is None:
-        elements = bases[0].numel()
-        flat = launch.combine_vector(target, fits)
-        launch.start(
-            combine_vector_kernel,
-            (-(-elements // flat.block), len(bases)),
-            flat,
-            group.table,
-            outputs,
-            weights,
-            elements,
-            count,
-            **types,
-            ALIGNED=flat.aligned,
-            BLOCK=flat.block,
-        )
-    else:
-        lefts = padded_rows(left.to(group.device, dtype).transpose(-1, -2))
-        rights = padded_rows(right.to(group.device, dtype))
-        rank, m, n = lefts.shape[-2], lefts.shape[-1], rights.shape[-1]
-        config = launch.combine_matrix(target, dtype, fits and vectors_fit(m))
-        column_tiles = -(-n // config.columns)
-        launch.start(
-            combine_matrix_kernel,
-            (-(-m // config.rows) * column_tiles, len(bases)),
-            config,
-            group.table,
-            outputs,
-            weights,
-            scale.to(group.device, dtype).contiguous(),
-            lefts,
-            rights,
-            m,
-            n,
-            rank,
-            count,
-            lefts.stride(-2),
-            rights.stride(-2),
-            column_tiles,
-            **types,
-            PRECISION=config.input_precision,
-            ALIGNED=config.aligned,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            INNER=config.inner,
-        )
-    for out, tensor in zip(outs, targets, strict=True):
-        if tensor is not out:
-            out.copy_(tensor)
+    return targets, fits
+
+
+def _types(group: Group, targets: Sequence[Tensor]) -> dict[str, tl.dtype]:
+    """Element types of inputs, outputs and sums."""
+    types = {"TYPE": group.dtype, "OUTPUT": targets[0].dtype, "COMPUTE": group.compute_dtype}
+    return {name: ELEMENT_TYPES[dtype] for name, dtype in types.items()}
+
+
+def _without_factors(group: Group, weights: Tensor, targets: Sequence[Tensor], fits: bool) -> None:
+    elements = group.bases[0].numel()
+    config = launch.combine_vector(launch.target_of(group.device), fits)
+    launch.start(
+        combine_vector_kernel,
+        (-(-elements // config.block), len(targets)),
+        config,
+        group.table,
+        address_table([targets], group.device),
+        weights,
+        elements,
+        len(group.experts),
+        **_types(group, targets),
+        ALIGNED=config.aligned,
+        BLOCK=config.block,
+    )
+
+
+def _with_factors(
+    group: Group, weights: Tensor, lefts: Tensor, rights: Tensor, scale: Tensor, targets: Sequence[Tensor], fits: bool
+) -> None:
+    """Factors lie in memory as rows, (L, N, r, m) and (L, N, r, n)."""
+    rank, m, n = lefts.shape[-2], lefts.shape[-1], rights.shape[-1]
+    config = launch.combine_matrix(launch.target_of(group.device), group.compute_dtype, fits and vectors_fit(m))
+    column_tiles = -(-n // config.columns)
+    launch.start(
+        combine_matrix_kernel,
+        (-(-m // config.rows) * column_tiles, len(targets)),
+        config,
+        group.table,
+        address_table([targets], group.device),
+        weights,
+        scale,
+        lefts,
+        rights,
+        m,
+        n,
+        rank,
+        len(group.experts),
+        lefts.stride(-2),
+        rights.stride(-2),
+        column_tiles,
+        **_types(group, targets),
+        PRECISION=config.input_precision,
+        ALIGNED=config.aligned,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        INNER=config.inner,
+    )
