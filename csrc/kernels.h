@@ -236,9 +236,9 @@ static int32_t sketch_columns(int64_t count, const r2m_matrix *inputs, const T *
 }
 
 template <typename T>
-static int32_t sketch_of(int64_t count, const r2m_matrix *inputs, const void *weights, int64_t columns,
-                         int64_t first_row, int64_t last_row, int32_t along_rows, int64_t width, int64_t long_side,
-                         const int32_t *offsets, const void *signs, const r2m_matrix *sketch, double *energy) {
+static int32_t sketch(int64_t count, const r2m_matrix *inputs, const void *weights, int64_t columns, int64_t first_row,
+                      int64_t last_row, int32_t along_rows, int64_t width, int64_t long_side, const int32_t *offsets,
+                      const void *signs, const r2m_matrix *sketch, double *energy) {
   const auto kernel = along_rows ? sketch_rows<T> : sketch_columns<T>;
   return kernel(count, inputs, (const T *)weights, columns, first_row, last_row, width, long_side, offsets,
                 (const T *)signs, sketch, energy);
@@ -269,12 +269,9 @@ static int32_t combine(int64_t count, const r2m_matrix *inputs, const void *core
   return R2M_OK;
 }
 
-const Kernels KERNELS = {
-    {task_gram<float>, task_gram<double>},
-    {residual<float>, residual<double>},
-    {sketch_of<float>, sketch_of<double>},
-    {combine<float>, combine<double>},
-};
+#define R2M_ENTRY(NAME) {NAME<float>, NAME<double>},
+const Kernels KERNELS = {R2M_OPERATORS(R2M_ENTRY)};
+#undef R2M_ENTRY
 
 }  // namespace R2M_NAMESPACE
 }  // namespace r2m

@@ -69,6 +69,9 @@ R2M_API int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t cou
                             const void *core, int64_t rows, int64_t columns, const r2m_matrix *low_rank,
                             const r2m_matrix *out);
 
+/* Every function above that a variant has its own code for. */
+#define R2M_OPERATORS(EACH) EACH(task_gram) EACH(residual) EACH(sketch) EACH(combine)
+
 #ifdef __cplusplus
 }
 #endif

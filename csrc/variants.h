@@ -6,15 +6,19 @@
 
 namespace r2m {
 
-// For float and double each; arguments are those of the ABI less the variant and the compute type.
+// A function of the ABI without its first two arguments, the variant and the compute type.
+template <typename Function>
+struct Inner;
+template <typename... Arguments>
+struct Inner<int32_t(int32_t, int32_t, Arguments...)> {
+  using type = int32_t (*)(Arguments...);
+};
+
+// For float and double each.
 struct Kernels {
-  int32_t (*task_gram[2])(int64_t, const r2m_matrix *, int64_t, int64_t, double *);
-  int32_t (*residual[2])(int64_t, const r2m_matrix *, const void *, int64_t, int64_t, int64_t, int64_t,
-                         const r2m_matrix *);
-  int32_t (*sketch[2])(int64_t, const r2m_matrix *, const void *, int64_t, int64_t, int64_t, int32_t, int64_t, int64_t,
-                       const int32_t *, const void *, const r2m_matrix *, double *);
-  int32_t (*combine[2])(int64_t, const r2m_matrix *, const void *, int64_t, int64_t, const r2m_matrix *,
-                        const r2m_matrix *);
+#define R2M_MEMBER(NAME) Inner<decltype(r2m_##NAME)>::type NAME[2];
+  R2M_OPERATORS(R2M_MEMBER)
+#undef R2M_MEMBER
 };
 
 namespace portable {

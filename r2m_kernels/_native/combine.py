@@ -11,7 +11,9 @@ from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, row_panels
 from .._stream.tensors import compute_dtype
 from .._torch.combine import side_by_side
-from .library import flat, loaded, matrices, rows_of
+from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
+
+COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, POINTER, POINTER)
 
 
 def combine(
@@ -57,7 +59,7 @@ def _combine(
         added = None if term is None else matrices([term])
         view = merged[rows, columns]
         library.call(
-            *("r2m_combine", dtype, len(thetas), inputs, weights.data_ptr()),
+            *(COMBINE, dtype, len(thetas), inputs, weights.data_ptr()),
             *(*view.shape, added, matrices([view])),
         )
 

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +26,21 @@ BFLOAT16_PRODUCTS = 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FAILURES = {1: "out of memory", 2: "bad argument", 3: "this CPU lacks the variant's instructions"}
 
-_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+# Types of every function's arguments after variant and compute type: operators declare theirs.
+DECLARED: dict[str, tuple[Any, ...]] = {}
+
+
+def declare(name: str, *arguments: Any) -> str:
+    """A function of ``csrc/r2m_native.h`` that is going to be called, by its name."""
+    DECLARED[name] = arguments
+    return name
 
 
 class Matrix(ctypes.Structure):
     """``r2m_matrix``."""
 
-    _fields_ = (("data", _POINTER), ("row_stride", _LONG), ("dtype", _LONG))
-
-
-_ARGUMENTS = {
-    "r2m_task_gram": (_LONG, _POINTER, _LONG, _LONG, _POINTER),
-    "r2m_residual": (_LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER),
-    "r2m_sketch": (
-        *(_LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _LONG, _LONG),
-        *(_POINTER, _POINTER, _POINTER, _POINTER),
-    ),
-    "r2m_combine": (_LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
-}
+    _fields_ = (("data", POINTER), ("row_stride", LONG), ("dtype", LONG))
 
 
 class Library:
@@ -74,9 +72,11 @@ class Library:
         self.variant = self.variants[-1]
         self.multiplies_bfloat16 = bool(capabilities >> BFLOAT16_PRODUCTS & 1)
         self._functions = {}
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(functions, name)
-            function.argtypes, function.restype = (_INT, _INT, *arguments), _INT
+        for name, arguments in DECLARED.items():
+            function = getattr(functions, name, None)
+            if function is None:
+                raise BackendUnavailable(f"the native library '{path}' lacks {name}; install the package again")
+            function.argtypes, function.restype = (INT, INT, *arguments), INT
             self._functions[name] = function
 
     def call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 from .._stream import parallel
 from .._stream.blocks import long_panels
 from .._torch.residuals import Residuals, SignMatrix
-from .library import loaded, matrices, rows_of
+from .library import INT, LONG, POINTER, declare, loaded, matrices, rows_of
+
+RESIDUAL = declare("r2m_residual", LONG, POINTER, POINTER, LONG, LONG, LONG, LONG, POINTER)
+SKETCH = declare(
+    *("r2m_sketch", LONG, POINTER, POINTER, LONG, LONG, LONG, INT, LONG, LONG),
+    *(POINTER, POINTER, POINTER, POINTER),
+)
 
 
 @functools.cache
@@ -41,9 +47,7 @@ class NativeResiduals(Residuals):
         if block.numel():
             where = (first_row, size[1], first_column, size[2])
             weights = self._weights.data_ptr()
-            self._library.call(
-                "r2m_residual", self.dtype, self.count, self._inputs, weights, *where, matrices(list(block))
-            )
+            self._library.call(RESIDUAL, self.dtype, self.count, self._inputs, weights, *where, matrices(list(block)))
         return block
 
     def sketch(self, signs: SignMatrix) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,7 @@ class NativeResiduals(Residuals):
         def of_rows(rows: slice, sketch: Tensor) -> Tensor:
             energy = torch.zeros(self.count, dtype=torch.float64)
             self._library.call(
-                *("r2m_sketch", self.dtype, self.count, self._inputs, self._weights.data_ptr()),
+                *(SKETCH, self.dtype, self.count, self._inputs, self._weights.data_ptr()),
                 *(n, rows.start, rows.stop, int(tall), width, max(m, n)),
                 *(signs.offsets.data_ptr(), signs.signs.data_ptr(), matrices(list(sketch)), energy.data_ptr()),
             )

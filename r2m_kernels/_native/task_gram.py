@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._stream import parallel
 from .._stream.tensors import compute_dtype
-from .library import flat, loaded, matrices
+from .library import LONG, POINTER, declare, flat, loaded, matrices
 
+TASK_GRAM = declare("r2m_task_gram", LONG, POINTER, LONG, LONG, POINTER)
 # Elements of one call; panels are summed in order.
 PANEL = 2**20
 
@@ -39,7 +40,7 @@ def _gram(base: Tensor, experts: Sequence[Tensor], precise: bool) -> Tensor:
     def of_panel(first: int) -> Tensor:
         gram = torch.empty(count, count, dtype=torch.float64)
         last = min(first + PANEL, elements)
-        library.call("r2m_task_gram", dtype, count, inputs, first, last, gram.data_ptr())
+        library.call(TASK_GRAM, dtype, count, inputs, first, last, gram.data_ptr())
         return gram
 
     for gram in parallel.for_each(of_panel, range(0, elements, PANEL)):
