@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from r2m import machine as this
 from r2m.checkpoints.safetensors_file import plan_files
-from r2m.execute import open_job
-from r2m.forecast import Rates, forecast, measured_rates
+from r2m.forecast import Rates, Resources, measured_rates
+from r2m.merge import Job, open_job
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 
 from bench.cases import write_checkpoints
 from bench.machine import RESULTS, machine, write_json
@@ -71,27 +73,16 @@ def same(directory: Path, method: str) -> bool:
     return all(path.read_bytes() == whole for path in outputs)
 
 
+def opened(directory: Path, method: str, budget: str) -> Job:
+    experts = Expert.each({f"e{i}": directory / f"expert{i}.safetensors" for i in range(EXPERTS)})
+    recipe = Recipe(str(directory / "base.safetensors"), experts, METHODS[method])
+    return open_job(recipe, Options(memory_budget=budget))
+
+
 def predicted(directory: Path, method: str, rates: Rates, processes: int) -> float:
-    job = open_job(
-        directory / "base.safetensors",
-        {f"e{i}": directory / f"expert{i}.safetensors" for i in range(EXPERTS)},
-        directory / "none",
-        METHODS[method],
-        memory_budget=BUDGET,
-    )
+    job = opened(directory, method, BUDGET)
     cores = this.cores()
-    found = forecast(
-        job.arranged.base,
-        job.arranged.experts,
-        METHODS[method],
-        directory=directory,
-        metadata=job.metadata,
-        dtype=None,
-        max_shard_size=job.shard_bytes,
-        budget=job.budget,
-        processes=processes,
-        threads=max(1, cores // processes),
-    )
+    found = job.forecast(directory, Resources(job.budget, processes, max(1, cores // processes)))
     return found.seconds(rates, cores)
 
 
@@ -115,26 +106,9 @@ def forecasts(directory: Path, rates: Rates) -> list[dict[str, Any]]:
     large_model(directory)
     rows = []
     for method in METHODS:
-        job = open_job(
-            directory / "base.safetensors",
-            {f"e{i}": directory / f"expert{i}.safetensors" for i in range(EXPERTS)},
-            directory / "none",
-            METHODS[method],
-            memory_budget="4GiB",
-        )
+        job = opened(directory, method, "4GiB")
         for processes in FORECAST:
-            found = forecast(
-                job.arranged.base,
-                job.arranged.experts,
-                METHODS[method],
-                directory=directory,
-                metadata=job.metadata,
-                dtype=None,
-                max_shard_size=job.shard_bytes,
-                budget=job.budget,
-                processes=processes,
-                threads=1,
-            )
+            found = job.forecast(directory, Resources(job.budget, processes))
             work = [share.used / rates.compute + share.flops / rates.flops for share in found.shares]
             rows.append(
                 {

@@ -15,7 +15,7 @@ from r2m import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from r2m.places import MOST_RECORD, read_mapping, read_small
-from r2m.recipe import PlainLoader
+from r2m.recipe_file import PlainLoader
 from r2m.templating import render
 from r2m_kernels.errors import BadFile, printable
 from r2m_kernels.streaming import TensorSpec

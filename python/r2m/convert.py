@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2m.arrangement import Arrangement, plain
+from r2m.arrangement import plain
 from r2m.checkpoints import torch_file
 from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.places import beside, sync
+from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r2m.arrangement import Arranged, Arrangement, arrange, head_names
+from r2m.arrangement import Arranged, arrange, head_names
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.naming import name_experts
 from r2m.progress import readable_bytes
+from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, analyze
 from r2m_kernels.errors import InvalidInput, printable
 from r2m_kernels.streaming import TensorSpec, dtype_name, plan_tensors
@@ -72,7 +73,7 @@ def inspect(
 
     Args:
         paths: as ``r2m merge`` takes them.
-        arrangement: of :func:`r2m.execute.merge_files`, of several.
+        arrangement: of names, of several.
         norms: read them all, for how far each expert moved, and how alike their ways are.
 
     Returns:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption
 
 
 def name_experts(arguments: Sequence[str]) -> dict[str, str]:
@@ -22,13 +22,21 @@ def name_experts(arguments: Sequence[str]) -> dict[str, str]:
         name → path as it was given, in the given order.
 
     Raises:
-        InvalidInput: an empty NAME or PATH, or a NAME given twice.
+        BadOption: an empty NAME or PATH, or a NAME given twice.
     """
-    given = [_split(argument) for argument in arguments]
+    return named([_split(argument) for argument in arguments])
+
+
+def named(given: Sequence[tuple[str | None, str]]) -> dict[str, str]:
+    """The same of names and paths; where there is no name, one is found.
+
+    Raises:
+        BadOption: a name is given twice.
+    """
     explicit = [name for name, _ in given if name is not None]
     for name in explicit:
         if explicit.count(name) > 1:
-            raise InvalidInput(f"expert name '{name}' is given {explicit.count(name)} times; names must differ")
+            raise BadOption(f"expert name '{name}' is given {explicit.count(name)} times; names must differ")
     parts = {path: Path(os.path.abspath(path)).parts for _, path in given}
     taken = set(explicit)
     experts: dict[str, str] = {}
@@ -45,7 +53,7 @@ def _split(argument: str) -> tuple[str | None, str]:
     if os.path.lexists(argument) or (argument and not separator):
         return None, argument
     if not name or not path:
-        raise InvalidInput(f"expert '{argument}': expected [NAME=]PATH, got an empty {'PATH' if name else 'NAME'}")
+        raise BadOption(f"expert '{argument}': expected [NAME=]PATH, got an empty {'PATH' if name else 'NAME'}")
     return name, path
 
 

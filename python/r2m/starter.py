@@ -10,13 +10,14 @@ from pathlib import Path
 import yaml
 
 from r2m import hub
-from r2m.arrangement import Arranged, Arrangement, arrange, head_names
+from r2m.arrangement import Arranged, arrange, head_names
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.inspection import family
 from r2m.naming import name_experts
 from r2m.preprocessing import common, found
 from r2m.presets import PRESETS
+from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig
 from r2m_kernels.config import METHODS
 from r2m_kernels.errors import InvalidInput, printable

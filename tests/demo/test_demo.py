@@ -14,10 +14,10 @@ import torch
 from r2m.demo import run_demo
 from r2m.demo.networks import load_detector, new_detector, save_detector
 from r2m.demo.table import COLUMNS, METHODS
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.recipe import Expert, Recipe
 from rich.console import Console
 
-from r2m_kernels import MergeConfig
 from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput
 
 CHECKPOINTS = [
@@ -58,7 +58,7 @@ def test_the_whole_demo(tmp_path):
         out / "base.safetensors",
         dict(zip(("FS", "FR", "EFS"), (out / name for name in CHECKPOINTS[1:4]), strict=True)),
     )
-    merge_files(base, experts, tmp_path / "again", MergeConfig.r2m())
+    merge_files(Recipe(str(base), Expert.each(experts)), tmp_path / "again")
     assert result.merged == out / "merged" / "r2m" / "model.safetensors"
     assert result.merged.read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
     average = load_detector(out / "merged" / "weight_average" / "model.safetensors").state_dict()

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -22,13 +24,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def merged(base: dict[str, Tensor], *experts: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+def merged(base: dict[str, Tensor], *experts: dict[str, Tensor], **recipe: Any) -> dict[str, Tensor]:
     """Merged from safetensors files to a safetensors file."""
     for name, tensors in (("base", base), *((f"e{index}", expert) for index, expert in enumerate(experts))):
         save_file(tensors, f"{name}.safetensors")
     paths = {f"e{index}": f"e{index}.safetensors" for index in range(len(experts))}
-    config = options.pop("config", MergeConfig.r2m())
-    merge_files("base.safetensors", paths, "out", config, overwrite=True, **options)
+    merge_files(Recipe("base.safetensors", Expert.each(paths), **recipe), "out", Options(overwrite=True))
     return load_file("out/model.safetensors")
 
 
@@ -123,7 +124,7 @@ def test_tied_tensors_of_torch_files_are_stored_once_and_recorded() -> None:
     for name, model in zip(("base", "a", "b"), models, strict=True):
         torch.save(model.state_dict(), f"{name}.pth")
     paths = {"a": "a.pth", "b": "b.pth"}
-    report = merge_files("base.pth", paths, "out", MergeConfig.weight_average())
+    report = merge_files(Recipe("base.pth", Expert.each(paths), MergeConfig.weight_average()), "out")
     assert report["tied"] == {"head.weight": "embed.weight"}
     assert [row["name"] for row in report["tensors"]] == ["embed.weight"]
     with safe_open("out/model.safetensors", framework="pt") as file:
@@ -138,7 +139,8 @@ def test_tied_tensors_of_torch_files_are_stored_once_and_recorded() -> None:
     # And it is a checkpoint with both names for the next merge.
     source = open_checkpoint("out", "merged")
     assert source.aliases == {"head.weight": "embed.weight"}
-    report = merge_files("base.pth", {"merged": "out", "b": "b.pth"}, "again", MergeConfig.weight_average())
+    experts = Expert.each({"merged": "out", "b": "b.pth"})
+    report = merge_files(Recipe("base.pth", experts, MergeConfig.weight_average()), "again")
     assert report["tied"] == {"head.weight": "embed.weight"}
 
 
@@ -146,7 +148,7 @@ def test_tied_tensors_that_the_library_saved() -> None:
     for seed, name in enumerate(("base", "a", "b")):
         save_model(Tied(seed), f"{name}.safetensors")
     paths = {"a": "a.safetensors", "b": "b.safetensors"}
-    report = merge_files("base.safetensors", paths, "out", MergeConfig.r2m())
+    report = merge_files(Recipe("base.safetensors", Expert.each(paths)), "out")
     assert len(report["tied"]) == 1
     load_model(Tied(7), "out/model.safetensors")
 
@@ -156,7 +158,7 @@ def test_shards_keep_tied_names_that_no_index_lists() -> None:
     for name in ("base", "fs"):
         state = {"embed.weight": rows + len(name), "other": torch.randn(6, 4)}
         torch.save({**state, "head.weight": state["embed.weight"]}, f"{name}.pth")
-    merge_files("base.pth", {"fs": "fs.pth"}, "out", MergeConfig.r2m(), max_shard_size=100)
+    merge_files(Recipe("base.pth", {"fs": Expert("fs.pth")}), "out", Options(max_shard_size=100))
     again = open_checkpoint("out", "out")
     assert again.aliases == {"head.weight": "embed.weight"}
     assert torch.equal(again.read("head.weight"), again.read("embed.weight"))
@@ -167,6 +169,7 @@ def test_tensors_tied_in_one_checkpoint_only_are_two() -> None:
     models[1].head.weight = nn.Parameter(models[1].head.weight + 1)
     for name, model in zip(("base", "a", "b"), models, strict=True):
         torch.save(model.state_dict(), f"{name}.pth")
-    report = merge_files("base.pth", {"a": "a.pth", "b": "b.pth"}, "out", MergeConfig.weight_average())
+    experts = Expert.each({"a": "a.pth", "b": "b.pth"})
+    report = merge_files(Recipe("base.pth", experts, MergeConfig.weight_average()), "out")
     assert report["tied"] == {}
     assert sorted(load_file("out/model.safetensors")) == ["embed.weight", "head.weight"]

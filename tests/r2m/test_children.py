@@ -17,7 +17,7 @@ Start = Callable[..., Child]
 REPORT = """
 import json, os, resource, signal, sys
 found = {
-    "imported": sorted({"torch", "triton", "huggingface_hub", "r2m.execute"} & set(sys.modules)),
+    "imported": sorted({"torch", "triton", "huggingface_hub", "r2m.merge"} & set(sys.modules)),
     "arguments": sys.argv[1:],
     "directory": os.getcwd(),
     "variable": os.environ.get("R2M_OF_A_TEST"),
@@ -39,7 +39,7 @@ def test_a_child_has_imports_and_all_that_it_was_given(start: Start, tmp_path: P
         out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (3, "to stderr\n")
     assert json.loads(out) == {
-        "imported": ["r2m.execute", "torch"],
+        "imported": ["r2m.merge", "torch"],
         "arguments": ["a", "--b"],
         "directory": str(tmp_path),
         "variable": "x",

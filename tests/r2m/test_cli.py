@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import forked
 import pytest
-import r2m.execute
+import r2m.merge
 import torch
-from r2m.arrangement import Arrangement
 from r2m.commands.main import main
 from r2m.commands.merge import merge
-from r2m.execute import OUTPUT_DTYPES
+from r2m.options import Options
+from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
 from safetensors.torch import load_file, save_file
 
 import r2m_kernels
@@ -98,11 +98,11 @@ def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, An
     def of(*arguments: str) -> dict[str, Any]:
         calls: list[dict[str, Any]] = []
 
-        def record(**keywords: Any) -> dict[str, Any]:
-            calls.append(keywords)
+        def record(recipe: Recipe, out: str, options: Options, **keywords: Any) -> dict[str, Any]:
+            calls.append({"recipe": recipe, "out": out, "options": options, **keywords})
             return report
 
-        monkeypatch.setattr(r2m.execute, "merge_files", record)
+        monkeypatch.setattr(r2m.merge, "merge_files", record)
         assert main(["merge", "--base", "b", "--expert", "x=e", "--out", "o", *arguments]) == 0
         return calls[0]
 
@@ -112,36 +112,23 @@ def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, An
 def test_options_left_out_leave_the_defaults(configuration: Callable[..., dict[str, Any]]) -> None:
     call = configuration()
     assert call.pop("progress") is not None
-    assert call.pop("team").size == 1
-    assert call == {
-        "base": "b",
-        "experts": {"x": "e"},
-        "out": "o",
-        "config": MergeConfig.r2m(),
-        "method": "r2m",
-        "device": None,
-        "backend": "auto",
-        "dtype": None,
-        "file_format": "safetensors",
-        "max_shard_size": "5GB",
-        "overwrite": False,
-        "resume": False,
-        "memory_budget": None,
-        "arrangement": Arrangement(),
-    }
+    assert call.pop("processes").size == 1
+    recipe = Recipe("b", {"x": Expert("e")}, MergeConfig.r2m(), "r2m", None, "safetensors", Arrangement())
+    assert call == {"recipe": recipe, "out": "o", "options": Options()}
+    assert (Options().shard_bytes, Options().budget_bytes) == (5 * 10**9, None)
 
 
 def test_options_reach_the_merge(configuration: Callable[..., dict[str, Any]]) -> None:
-    words = "--dtype float16 --max-shard-size 1MB --overwrite --device cpu --backend torch --quiet"
+    words = "--dtype float16 --format pth --rename a=b --drop c --preset df40 --head base --head-features f --quiet "
+    words += "--head-tensor x* --head-tensor y* --max-shard-size 1MB --memory-budget 2KiB --overwrite --resume "
+    words += "--device cpu --backend torch"
     call = configuration(*words.split())
-    assert {key: call[key] for key in ("dtype", "max_shard_size", "overwrite", "device", "backend", "progress")} == {
-        "dtype": "float16",
-        "max_shard_size": "1MB",
-        "overwrite": True,
-        "device": "cpu",
-        "backend": "torch",
-        "progress": None,
-    }
+    arrangement = Arrangement({"a": "b", "c": None}, "df40", "base", ("x*", "y*"), "f")
+    assert call["recipe"] == Recipe("b", {"x": Expert("e")}, dtype="float16", format="pth", arrangement=arrangement)
+    assert call["options"] == Options(
+        overwrite=True, max_shard_size=10**6, device="cpu", backend="torch", memory_budget=2048, resume=True
+    )
+    assert call["progress"] is None
 
 
 # Another value than the default of each, as it is written and as the configuration has it.
@@ -167,7 +154,7 @@ def test_every_option_reaches_the_configuration(configuration: Callable[..., dic
         words = [flag(key), text]
     more = {"row_power": 0.0} if value == "relative" else {}  # which needs it
     words += [word for field, other in more.items() for word in (flag(field), str(other))]
-    assert configuration(*words)["config"] == MergeConfig(**{declared.name: value, **more})
+    assert configuration(*words)["recipe"].config == MergeConfig(**{declared.name: value, **more})
 
 
 @pytest.mark.parametrize(
@@ -196,7 +183,7 @@ def test_every_option_reaches_the_configuration(configuration: Callable[..., dic
     ],
 )
 def test_methods(configuration: Callable[..., dict[str, Any]], words: str, config: MergeConfig) -> None:
-    assert configuration(*words.split())["config"] == config
+    assert configuration(*words.split())["recipe"].config == config
 
 
 @pytest.mark.parametrize(
@@ -204,7 +191,7 @@ def test_methods(configuration: Callable[..., dict[str, Any]], words: str, confi
     [("16", 16), ("1", 1), ("1.0", 1.0), ("0.1", 0.1), ("1e-1", 0.1), (".5", 0.5), (" 3 ", 3)],
 )
 def test_a_point_makes_a_rank_a_ratio(configuration: Callable[..., dict[str, Any]], text: str, rank: float) -> None:
-    found = configuration("--rank", text)["config"].rank
+    found = configuration("--rank", text)["recipe"].config.rank
     assert found == rank
     assert type(found) is type(rank)
 
@@ -222,8 +209,9 @@ def test_the_help_states_choices_and_the_defaults_of_every_method() -> None:
             if default is not None and default != ():
                 assert declared.shown(default) in shown.help.partition("[default: ")[2], (key, name)
     assert all(declared.section == "" for name, declared in OPTIONS.items() if declared.key not in FLAGS), "no flag"
-    assert isinstance(HELP["dtype"].type, click.Choice)
-    assert tuple(HELP["dtype"].type.choices) == tuple(OUTPUT_DTYPES)
+    for key, declared in {**OUTPUT, **ARRANGEMENT}.items():
+        kind = HELP[declared.key].type
+        assert (tuple(kind.choices) if isinstance(kind, click.Choice) else ()) == declared.choices, key
 
 
 @pytest.mark.parametrize(
@@ -414,7 +402,7 @@ def test_a_failure_of_the_machine_names_the_file(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "fs.safetensors")
 
-    monkeypatch.setattr(r2m.execute, "open_checkpoint", refuse)
+    monkeypatch.setattr(r2m.merge, "open_checkpoint", refuse)
     result = command("merge", *checkpoints.arguments, "--out", "out")
     assert (result.code, result.err) == (1, "Error: fs.safetensors: permission denied\n")
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from r2m.execute import merge_files, plan_merge
 from r2m.forecast import Forecast
+from r2m.merge import merge_files, plan_merge
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from safetensors.torch import save_file
 
 from r2m_kernels import MergeConfig
@@ -49,8 +51,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(config: MergeConfig, **options: Any) -> Forecast:
-    return plan_merge("base.safetensors", EXPERTS, "out", config, **options)[0]
+def recipe(config: MergeConfig) -> Recipe:
+    return Recipe("base.safetensors", Expert.each(EXPERTS), config)
+
+
+def planned(config: MergeConfig, *, processes: int | None = None, machines: int = 1, **options: Any) -> Forecast:
+    return plan_merge(recipe(config), "out", Options(**options), processes=processes, machines=machines)[0]
 
 
 def bytes_read(report: dict[str, Any]) -> int:
@@ -61,9 +67,7 @@ def bytes_read(report: dict[str, Any]) -> int:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_read_written_and_spilled_is_what_was_said(method: str, budget: str) -> None:
     found = planned(METHODS[method], memory_budget=budget, max_shard_size="6MB")
-    report = merge_files(
-        "base.safetensors", EXPERTS, "out", METHODS[method], memory_budget=budget, max_shard_size="6MB"
-    )
+    report = merge_files(recipe(METHODS[method]), "out", Options(memory_budget=budget, max_shard_size="6MB"))
     assert found.read == bytes_read(report)
     tensors = [path for path in Path("out").iterdir() if path.suffix == ".safetensors"]
     assert (found.output, found.files) == (sum(path.stat().st_size for path in tensors), len(tensors))
@@ -142,9 +146,9 @@ def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_default_budget_is_shared_by_the_processes_of_a_machine(start: Callable[..., Any]) -> None:
-    code = "from r2m import machine, execute; machine.free_memory = lambda: 1000 * 2**20\n"
-    code += "from r2m_kernels import MergeConfig\n"
-    code += "print(execute.open_job('base.safetensors', {'a': 'a.safetensors'}, 'out', MergeConfig()).budget)"
+    code = "from r2m import machine, merge; machine.free_memory = lambda: 1000 * 2**20\n"
+    code += "from r2m.recipe import Expert, Recipe\n"
+    code += "print(merge.open_job(Recipe('base.safetensors', {'a': Expert('a.safetensors')})).budget)"
     for processes in (1, 4):
         out, _ = start(script=code, environment={"LOCAL_WORLD_SIZE": str(processes)}).communicate(timeout=60)
         assert int(out) == 600 * 2**20 // processes

@@ -14,7 +14,9 @@ import pytest
 import r2m
 import torch
 import yaml
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import MergeConfig, analyze
@@ -46,7 +48,7 @@ def more_experts(checkpoints: Checkpoints, count: int) -> dict[str, str]:
 
 
 def scratch(experts: dict[str, str], config: MergeConfig, out: str = "scratch", **options: Any) -> bytes:
-    merge_files("base.safetensors", experts, out, config, overwrite=True, **options)
+    merge_files(Recipe("base.safetensors", Expert.each(experts), config), out, Options(overwrite=True, **options))
     return Path(out, OUTPUT).read_bytes()
 
 
@@ -129,9 +131,8 @@ def test_weights_layout_and_format_stay(checkpoints: Checkpoints, command: Comma
     assert command("remove", "out", "--expert", "fr").code == 0
     assert yaml.safe_load(Path("out/r2m_config.yaml").read_text())["parameters"]["weights"] == [2.0, 3.0]
     experts = {"fs": checkpoints.paths["fs"], **new}
-    merge_files(
-        "base.safetensors", experts, "again", MergeConfig.r2m(weights=(2, 3)), dtype="bfloat16", file_format="pth"
-    )
+    config = MergeConfig.r2m(weights=(2, 3))
+    merge_files(Recipe("base.safetensors", Expert.each(experts), config, dtype="bfloat16", format="pth"), "again")
     assert Path("out/model.pth").read_bytes() == Path("again/model.pth").read_bytes()
     assert json.loads(Path("out/r2m_state.json").read_text())["state"]["max_shard_size"] == 1000
 
@@ -224,18 +225,18 @@ def test_a_full_disk_ends_a_sweep_with_whole_points_alone(
 ) -> None:
     import errno
 
-    from r2m import project
+    from r2m import sweep
 
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
-    complete, calls = project.complete, []
+    complete, calls = sweep.complete, []
 
     def full(*arguments: Any) -> dict[str, Any]:
         calls.append(arguments)
         if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(arguments[1]))
+            raise OSError(errno.ENOSPC, "No space left on device", str(arguments[1].output))
         return complete(*arguments)
 
-    monkeypatch.setattr(project, "complete", full)
+    monkeypatch.setattr(sweep, "complete", full)
     result = command("sweep", "out", "--to", "swept", "--eta", "0.5,1,2")
     assert result.code == 1
     assert os.listdir("swept") == ["eta=0.5"]

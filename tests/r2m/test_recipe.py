@@ -12,7 +12,8 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from r2m.recipe import read_recipe
+from r2m.recipe import Expert
+from r2m.recipe_file import read_recipe
 
 from r2m_kernels import InvalidInput, MergeConfig
 from r2m_kernels.config import METHODS
@@ -50,19 +51,21 @@ def written(text: str, name: str = "recipe.yaml") -> str:
 def test_everything_a_recipe_can_say() -> None:
     recipe = read_recipe(written(WHOLE, "project/recipe.yaml"))
     assert recipe.base == "project/base.safetensors"
-    assert recipe.experts == {"fs.safetensors": "project/fs.safetensors", "reenactment": "project/sub/fr.safetensors"}
+    assert recipe.experts == Expert.each(
+        {"fs.safetensors": "project/fs.safetensors", "reenactment": "project/sub/fr.safetensors"}
+    )
     assert recipe.config == MergeConfig.r2m_truncated(rank=0.2, exclude=("head.*",), weights=(1.0, 2.0))
     assert (recipe.method, recipe.dtype) == ("r2m_truncated", "bfloat16")
 
 
 def test_what_is_left_out_has_its_default() -> None:
     recipe = read_recipe(written("base_model: /b\nmodels: [{model: /e}]"))
-    assert (recipe.base, recipe.experts) == ("/b", {"e": "/e"})
+    assert (recipe.base, recipe.experts) == ("/b", {"e": Expert("/e")})
     assert (recipe.method, recipe.config, recipe.dtype) == ("r2m", MergeConfig.r2m(), None)
 
 
 def test_json_is_a_recipe() -> None:
-    assert read_recipe(written('{"base_model": "b", "models": [{"model": "e"}]}')).experts == {"e": "e"}
+    assert read_recipe(written('{"base_model": "b", "models": [{"model": "e"}]}')).experts == {"e": Expert("e")}
 
 
 def test_changes_replace_what_it_says() -> None:

@@ -12,14 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import r2m
 import torch
 from forked import Child
 from heavy import Numbers
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
@@ -88,7 +90,7 @@ def same_merge(start: Start, out: str, *arguments: str) -> None:
 # In the child: slow steps, so that a signal finds the merge at work.
 SLOW = """
 import os, sys, threading, time
-import r2m.execute, r2m.journal
+import r2m.journal, r2m.merge
 from r2m.checkpoints.writer import SafetensorsSink
 store = SafetensorsSink._store
 def slowly(self, *arguments):
@@ -157,10 +159,12 @@ def stopped_in(step: str, done: int = 1) -> Callable[[ProgressEvent], None]:
     return progress
 
 
-def merged(out: str = "out", **options: object) -> dict:
-    experts = {"a": "a.safetensors", "b": "b.safetensors"}
-    config = options.pop("config", MergeConfig.r2m_truncated())
-    return merge_files("base.safetensors", experts, out, config, **options)  # type: ignore[arg-type]
+def merged(out: str = "out", **options: Any) -> dict[str, Any]:
+    experts = Expert.each({"a": "a.safetensors", "b": "b.safetensors"})
+    described = {"config": MergeConfig.r2m_truncated()}
+    described |= {name: options.pop(name) for name in ("config", "dtype", "method") if name in options}
+    progress = options.pop("progress", None)
+    return merge_files(Recipe("base.safetensors", experts, **described), out, Options(**options), progress=progress)
 
 
 def interrupted(step: str = "combination", done: int = 5, **options: object) -> None:
@@ -430,7 +434,9 @@ import sys, threading, time
 import psutil, torch
 from r2m.commands.process import settle_memory
 settle_memory()
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from r2m_kernels import MergeConfig
 process, most, done = psutil.Process(), 0, False
 def watch():
@@ -442,8 +448,8 @@ before = process.memory_info().rss
 watcher = threading.Thread(target=watch)
 watcher.start()
 config = getattr(MergeConfig, sys.argv[3])()
-experts = {name: f"{name}.safetensors" for name in ("a", "b", "c")}
-merge_files("base.safetensors", experts, sys.argv[1], config, memory_budget=int(sys.argv[2]))
+experts = Expert.each({name: f"{name}.safetensors" for name in ("a", "b", "c")})
+merge_files(Recipe("base.safetensors", experts, config), sys.argv[1], Options(memory_budget=int(sys.argv[2])))
 done = True
 watcher.join()
 print(most - before)

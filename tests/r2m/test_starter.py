@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from r2m.preprocessing import Preprocessing, found
-from r2m.recipe import read_recipe, schema
+from r2m.recipe import Expert
+from r2m.recipe_file import read_recipe, schema
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput, MergeConfig
@@ -51,7 +52,7 @@ def test_every_line_that_is_commented_out_can_be_used(checkpoints: Checkpoints, 
     Path("recipe.yaml").write_text("\n".join(used).replace("parameters: {}", "parameters:") + "\n")
     recipe = read_recipe("recipe.yaml")
     assert recipe.config.weights == (2.0, 2.0, 2.0)
-    assert (recipe.dtype, recipe.file_format) == ("bfloat16", "pth")
+    assert (recipe.dtype, recipe.format) == ("bfloat16", "pth")
     assert recipe.config.exclude == ("*.embeddings.*",)
     assert recipe.preprocessing == HALF
 
@@ -73,7 +74,7 @@ def test_names_that_yaml_would_take_for_something_else(checkpoints: Checkpoints,
     odd = "yes: [no] # \u2028 é.safetensors"
     save_file(checkpoints.experts["fs"], odd)
     assert command("init", "base.safetensors", odd).code == 0
-    assert list(read_recipe("recipe.yaml").experts.values()) == [odd]
+    assert list(read_recipe("recipe.yaml").experts.values()) == [Expert(odd)]
 
 
 def test_the_schema_knows_what_recipes_know(command: Command) -> None:

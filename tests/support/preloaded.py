@@ -6,7 +6,7 @@ huggingface_hub is not among it: it settles where it looks when it is imported, 
 import jinja2
 import r2m.commands.main
 import r2m.distributed
-import r2m.execute
+import r2m.merge
 import r2m.refit
 import torch
 import yaml

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from r2m.commands.options import RUN, SectionedCommand, flags, option
+from r2m.commands.options import SectionedCommand, flags, option
 from r2m.evaluation.request import REQUEST, Request
+from r2m.options import RUN
 
 
 @click.command(

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from r2m.commands.given import arrangement_of
+from r2m.commands.given import only_given
 from r2m.commands.options import OFFLINE, names
+from r2m.recipe import DTYPES, Arrangement
 
 
 @click.command()
@@ -33,7 +34,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors that check them."""
     import json
 
-    from r2m.recipe import schema as of_recipes
+    from r2m.recipe_file import schema as of_recipes
 
     click.echo(json.dumps(of_recipes(), indent=2, ensure_ascii=False))
 
@@ -42,9 +43,7 @@ def schema() -> None:
 @click.argument("source")
 @click.argument("out")
 @names
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), help="Of floating-point tensors."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of floating-point tensors.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @OFFLINE
 @click.option(
@@ -55,9 +54,9 @@ def schema() -> None:
 def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pickle: bool, **given: Any) -> None:
     """Write the checkpoint SOURCE to the file OUT, whose ending says how: .safetensors, or .pth for torch.save."""
     from r2m.convert import convert as write
-    from r2m.execute import OUTPUT_DTYPES
+    from r2m.merge import OUTPUT_DTYPES
 
-    wanted = arrangement_of({name: value for name, value in given.items() if value not in (None, ())})
+    wanted = Arrangement.from_options(only_given(given))
     chosen = OUTPUT_DTYPES[dtype] if dtype else None
     click.echo(write(source, out, arrangement=wanted, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle))
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from r2m.commands.given import arrangement_of
+from r2m.commands.given import only_given
 from r2m.commands.options import OFFLINE, names
+from r2m.recipe import Arrangement
 
 
 @click.command()
@@ -23,7 +24,7 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     """
     from r2m.inspection import inspect as look
 
-    wanted = arrangement_of({name: value for name, value in given.items() if value not in (None, ())})
+    wanted = Arrangement.from_options(only_given(given))
     lines, fit = look(paths, arrangement=wanted, norms=norms)
     for line in lines:
         click.echo(line)

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from r2m.checkpoints.formats import FORMATS, SAFETENSORS
-from r2m.commands.given import job
-from r2m.commands.options import RUN, SectionedCommand, flags, option, settle_network
+from r2m.commands.given import recipe_of, take_options
+from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import exit_code, settle_memory
-from r2m.presets import PRESETS
+from r2m.options import OPTIONS, RUN
+from r2m.recipe import ARRANGEMENT, OUTPUT
 from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
 
 
@@ -36,29 +36,8 @@ from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
     "hf://owner/name[@revision][/file].",
 )
 @option(FILES, "--out", required=True, metavar="DIR", help="The directory to create.")
-@option(FILES, "--overwrite", is_flag=True, help="Replace DIR if a former merge wrote it, or it is empty.")
-@option(
-    FILES,
-    "--max-shard-size",
-    default="5GB",
-    show_default=True,
-    metavar="SIZE",
-    help="Start another file where one would hold more than this.",
-)
-@option(
-    FILES,
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-    help="Floating-point type of the output.  [default: as in the base]",
-)
-@option(
-    FILES,
-    "--format",
-    type=click.Choice(list(FORMATS)),
-    help="Of the output; "
-    + "; ".join(f"{name}: {one.title}" for name, one in FORMATS.items() if not one.direct)
-    + f".  [default: {SAFETENSORS.name}]",
-)
+@flags(one for one in OPTIONS.values() if one.section == FILES)
+@flags(OUTPUT.values())
 @option(
     FILES,
     "--rename",
@@ -67,29 +46,7 @@ from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
     help="Tensors of all checkpoints whose names begin with OLD begin with NEW, or nothing, instead; repeat for each.",
 )
 @option(FILES, "--drop", multiple=True, metavar="OLD", help="Tensors whose names begin with OLD are left out.")
-@option(
-    FILES,
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    help="Names as known detectors have them: " + "; ".join(f"{name}: {one.title}" for name, one in PRESETS.items()),
-)
-@option(
-    FILES,
-    "--head",
-    metavar="RULE",
-    help="What becomes of the classifier: mean of the experts', base, expert:NAME, or refit (refit:logistic) on "
-    "features of the merged model.  [default: merged like the rest]",
-)
-@option(
-    FILES, "--head-features", metavar="PATH", help="For refit: a file with tensors features (n, d) and labels (n,)."
-)
-@option(
-    FILES,
-    "--head-tensor",
-    multiple=True,
-    metavar="GLOB",
-    help="The classifier's names; repeat for each.  [default: names with head, fc, classifier…]",
-)
+@flags(ARRANGEMENT.values())
 @option(
     METHOD,
     "--method",
@@ -97,47 +54,25 @@ from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
     help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".  [default: r2m]",
 )
 @flags(FLAGS.values())
-@option(RUN, "--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: cpu]")
-@option(
-    RUN,
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="Who computes: auto, native (CPUs), triton (GPUs) or torch.",
-)
-@option(
-    RUN,
-    "--memory-budget",
-    metavar="SIZE",
-    help="Working memory of each process, such as 4GiB.  [default: 60 % of what is free]",
-)
-@option(RUN, "--resume", is_flag=True, help="Go on from where the same merge was cut off.")
+@flags(one for one in OPTIONS.values() if one.section == RUN)
 @option(RUN, "--dry-run", is_flag=True, help="Show what it would read, write, hold and take, and stop.")
-@option(
-    RUN,
-    "--offline",
-    is_flag=True,
-    expose_value=False,
-    callback=settle_network,
-    help="Of hf://owner/name[@revision][/file] checkpoints, only what is in the cache.",
-)
-@option(RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
-def merge(**given: Any) -> int | None:
+@OFFLINE
+@QUIET
+def merge(out: str, quiet: bool, dry_run: bool, **given: Any) -> int | None:
     """Merge checkpoints from files into a new directory: as RECIPE describes it, or --base and --expert."""
-    if given.pop("dry_run"):
-        return _plan(given, processes=None, machines=1)
+    if dry_run:
+        return _plan(out, given, quiet=quiet)
     settle_memory()
     from r2m import distributed
-    from r2m.execute import merge_files
+    from r2m.merge import merge_files
     from r2m.progress import reporting
 
-    quiet, out = given.pop("quiet"), given["out"]
-    overwrite, resume = given.pop("overwrite"), given.pop("resume")
-    with distributed.team() as team:
-        first = team.index == 0
+    with distributed.team() as processes:
+        first = processes.index == 0
         try:
+            options = take_options(given)
             with reporting(quiet=quiet or not first) as progress:
-                report = merge_files(**job(given), overwrite=overwrite, resume=resume, team=team, progress=progress)
+                report = merge_files(recipe_of(given), out, options, processes=processes, progress=progress)
         except Exception as error:
             # All processes have the same error, but for the loss of one of them: told once.
             code = exit_code(error)
@@ -157,25 +92,20 @@ def merge(**given: Any) -> int | None:
 @option(RUN, "--processes", type=click.IntRange(1), help="Of torchrun.  [default: 1]")
 @option(RUN, "--machines", type=click.IntRange(1), default=1, help="Like this one, for the processes.  [default: 1]")
 @option(RUN, "--list", "listed", is_flag=True, help="Also show every piece of work, in the order in which it is done.")
-def plan(processes: int | None, machines: int, listed: bool, **given: Any) -> int:
+def plan(out: str, quiet: bool, processes: int | None, machines: int, listed: bool, **given: Any) -> int:
     """Show what a merge would read, write, hold and take; its exit code is 1 where disk or budget do not suffice."""
-    return _plan(given, processes=processes, machines=machines, listed=listed)
+    return _plan(out, given, quiet=quiet, processes=processes, machines=machines, listed=listed)
 
 
-def _plan(given: dict[str, Any], *, processes: int | None, machines: int, listed: bool = False) -> int:
-    from r2m.execute import plan_merge
+def _plan(out: str, given: dict[str, Any], *, quiet: bool, listed: bool = False, **shared: Any) -> int:
     from r2m.forecast import work_lines
+    from r2m.merge import plan_merge
 
-    found, lines = plan_merge(
-        **job({name: value for name, value in given.items() if name not in ("overwrite", "quiet", "resume")}),
-        overwrite=given["overwrite"],
-        processes=processes,
-        machines=machines,
-    )
-    lines += work_lines(found) if listed else []
-    for line in lines if not given["quiet"] else ():
+    options = take_options(given)
+    planned, lines = plan_merge(recipe_of(given), out, options, **shared)
+    for line in [*lines, *(work_lines(planned) if listed else ())] if not quiet else ():
         click.echo(line)
-    return 0 if found.enough else 1
+    return 0 if planned.enough else 1
 
 
 def tell(report: dict[str, Any], out: str, quiet: bool) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from r2m.presets import PRESETS
+from r2m.options import RUN
+from r2m.recipe import ARRANGEMENT
 from r2m_kernels.config import FLAGS, METHODS
 from r2m_kernels.options import Option
-
-RUN = "Running"
 
 
 class SectionOption(click.Option):
@@ -61,6 +60,7 @@ def _read_rank_of(text: str) -> tuple[str, str | int | float]:
 # How values of a type are written, where click has no type of its own for them.
 _WRITTEN: dict[Any, dict[str, Any]] = {
     float | int: {"type": read_rank},
+    int | str: {"type": str},
     tuple[str, ...]: {"type": str, "multiple": True, "metavar": "GLOB"},
     tuple[tuple[str, float | int], ...]: {"type": _read_rank_of, "multiple": True, "metavar": "GLOB=RANK"},
 }
@@ -108,7 +108,7 @@ def defaults_of(declared: Option) -> str:
     return "; ".join(filter(None, [usual, *others]))
 
 
-def settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> None:
+def _settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> None:
     """Keep ``hf://`` paths to the cache."""
     if offline:
         from r2m import hub
@@ -116,13 +116,19 @@ def settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> Non
         hub.work_offline()
 
 
-OFFLINE = click.option(
-    "--offline", is_flag=True, expose_value=False, callback=settle_network, help="Of hf:// paths, the cache alone."
+OFFLINE = option(
+    RUN,
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_settle_network,
+    help="Of hf://owner/name[@revision][/file] checkpoints, only what is in the cache.",
 )
+QUIET = option(RUN, "--quiet", is_flag=True, help="Say nothing unless it fails.")
 
 
 def names(command: Any) -> Any:
     """The options of names, as merge has them."""
-    command = click.option("--preset", type=click.Choice(list(PRESETS)), help="As of merge.")(command)
+    command = click.option("--preset", type=click.Choice(ARRANGEMENT["preset"].choices), help="As of merge.")(command)
     command = click.option("--drop", multiple=True, metavar="OLD", help="As of merge.")(command)
     return click.option("--rename", multiple=True, metavar="OLD=NEW", help="As of merge.")(command)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 from r2m.demo.evaluation import group_auc, score_group
 from r2m.demo.networks import Detector, load_detector
 from r2m.demo.samples import Group
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from r2m_kernels import MergeConfig
 
 # Row of the table → method of `r2m merge` and directory of the merged checkpoint.
@@ -39,7 +41,7 @@ def merge_and_load(base: Path, experts: Mapping[str, Path], out: Path, method: s
         method: name of the method, for recipe and report.
         config: how to merge.
     """
-    merge_files(base, experts, out, config, method=method, overwrite=True)
+    merge_files(Recipe(str(base), Expert.each(experts), config, method), out, Options(overwrite=True))
     return load_detector(out / "model.safetensors")
 
 

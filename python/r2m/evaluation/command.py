@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from r2m.arrangement import Arrangement
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, Reading, read_dataset, read_scores
 from r2m.evaluation.detectors import load_detector
@@ -20,6 +19,7 @@ from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, found
 from r2m.progress import bars
+from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2m.arrangement import Arrangement, plain
+from r2m.arrangement import plain
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
 from r2m.extras import need
+from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, NotFinite, printable, quoted
 
 KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"

@@ -15,9 +15,9 @@ from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.output import REPORT_FILE
 from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
-from r2m.project import SWEEP_FILE
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
 from r2m.reporting.spectra import of_residuals
+from r2m.sweep import SWEEP_FILE
 from r2m.templating import render
 from r2m_kernels.errors import BadFile
 

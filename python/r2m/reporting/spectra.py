@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 
-from r2m.execute import open_job
-from r2m.project import read_project
+from r2m import former
+from r2m.merge import open_job
 from r2m.reporting.figures import Picture, colour, legend, picture, short
-from r2m_kernels import analyze
 from r2m_kernels.errors import BadOption
 
 
@@ -26,13 +25,12 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
     Raises:
         InvalidInput: the checkpoints are gone or no longer fit each other, or there are no residuals.
     """
-    recipe = read_project(out)
+    recipe = former.recipe_of(out)
     if recipe.config.eta == 0:
         raise BadOption(f"spectra: {recipe.method} has no residuals")
     # The mixing is found without truncating anything.
-    without = replace(recipe, config=recipe.config.replace(eta=0.0))
-    job = open_job(out=out, **without.arguments())
-    analysis = analyze(job.arranged.base, job.arranged.experts, job.arranged.config)
+    job = open_job(replace(recipe, config=recipe.config.replace(eta=0.0)))
+    analysis = job.analyze()
     matrices = [tensor for tensor in analysis.plan.tensors if tensor.role == "matrix"]
     count = min(count, len(matrices))
     chosen = {matrices[index * len(matrices) // count].name for index in range(count)}
@@ -41,7 +39,7 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
         base = job.arranged.base.read(tensor.name).float()
         taus = torch.stack([view.read(tensor.name).float() - base for view in job.arranged.experts.values()])
         residuals = torch.einsum("ji,j...->i...", mixing, taus).reshape(len(taus), tensor.matrix_shape[0], -1)
-        values = dict(zip(job.experts, torch.linalg.svdvals(residuals).tolist(), strict=True))
+        values = dict(zip(recipe.experts, torch.linalg.svdvals(residuals).tolist(), strict=True))
         yield _spectrum(number, tensor.name, values, tensor.rank)
 
 

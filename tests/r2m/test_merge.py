@@ -14,7 +14,9 @@ import torch
 import yaml
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
-from r2m.execute import merge_files
+from r2m.merge import merge_files
+from r2m.options import Options
+from r2m.recipe import Expert, Recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,14 +30,22 @@ Fingerprint = Callable[[Path], dict[str, tuple[str, int]]]
 CONFIG = MergeConfig.r2m(rank=0.3)
 
 
-def merged(checkpoints: Checkpoints, out: str, **options: Any) -> dict[str, Any]:
-    report: dict[str, Any] = merge_files(checkpoints.base_path, checkpoints.paths, out, CONFIG, **options)
+def recipe(base: str, paths: dict[str, str], **more: Any) -> Recipe:
+    return Recipe(base, Expert.each(paths), CONFIG, **more)
+
+
+def merged(
+    checkpoints: Checkpoints, out: str, *, progress: Callable[[ProgressEvent], None] | None = None, **options: Any
+) -> dict[str, Any]:
+    report: dict[str, Any] = merge_files(
+        recipe(checkpoints.base_path, checkpoints.paths), out, Options(**options), progress=progress
+    )
     return report
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_files_are_merged_as_dicts_are(checkpoints: Checkpoints, dtype: str | None) -> None:
-    merged(checkpoints, "out", dtype=dtype)
+    merge_files(recipe(checkpoints.base_path, checkpoints.paths, dtype=dtype), "out")
     found = load_file("out/model.safetensors")
     expected = r2m_kernels.merge(checkpoints.base, checkpoints.experts, CONFIG, dtype=torch.bfloat16 if dtype else None)
     assert set(found) == set(expected)
@@ -52,7 +62,7 @@ def test_equal_merges_give_equal_bytes(checkpoints: Checkpoints) -> None:
         renamed = {key: tensors[key].clone() for key in reversed(tensors)}
         save_file(renamed, f"elsewhere/{path}", metadata={"order": "other"})
     paths = {f"other {name}": f"elsewhere/{name}" for name in checkpoints.experts}
-    merge_files("elsewhere/base", paths, "second", CONFIG)
+    merge_files(recipe("elsewhere/base", paths), "second")
     assert Path("first/model.safetensors").read_bytes() == Path("second/model.safetensors").read_bytes()
 
 
@@ -71,8 +81,8 @@ def test_only_the_shard_size_decides_the_layout(checkpoints: Checkpoints) -> Non
     shards, single = open_checkpoint("out", "out"), load_file("single/model.safetensors")
     assert all(torch.equal(shards.read(name), tensor) for name, tensor in single.items())
     # A sharded checkpoint as base: the layout of the output does not follow it.
-    merge_files("out", checkpoints.paths, "again", CONFIG)
-    merge_files("single", checkpoints.paths, "and again", CONFIG)
+    merge_files(recipe("out", checkpoints.paths), "again")
+    merge_files(recipe("single", checkpoints.paths), "and again")
     assert Path("again/model.safetensors").read_bytes() == Path("and again/model.safetensors").read_bytes()
 
 
@@ -93,7 +103,7 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
     Path("folder/config.json").write_text('{"model_type": "clip"}')
     Path("folder/preprocessor_config.json").write_text("{}")
     Path("folder/training_args.bin").write_text("not copied")
-    report = merge_files("folder", checkpoints.paths, "out", CONFIG, method="r2m", dtype="float16")
+    report = merge_files(recipe("folder", checkpoints.paths, dtype="float16"), "out")
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "README.md",
         "config.json",
@@ -125,7 +135,7 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
 
 def test_the_report_is_json_without_nan(checkpoints: Checkpoints) -> None:
     # No task vector at all: every ratio of norms is undefined.
-    report = merge_files(checkpoints.base_path, {"a": checkpoints.base_path}, "out", CONFIG)
+    report = merge_files(recipe(checkpoints.base_path, {"a": checkpoints.base_path}), "out")
     assert report["core"]["norm_ratio_to_mean"] is None
     assert "NaN" not in Path("out/r2m_report.json").read_text()
     assert torch.equal(load_file("out/model.safetensors")["block.weight"], checkpoints.base["block.weight"])
@@ -143,7 +153,7 @@ def test_a_merge_is_not_merged_into_itself(checkpoints: Checkpoints) -> None:
     merged(checkpoints, "out")
     content = Path("out/model.safetensors").read_bytes()
     with pytest.raises(InvalidInput, match=r"^out \(out\): is or holds the input \./out, and inputs are never"):
-        merge_files(checkpoints.base_path, {"again": "./out"}, "out", CONFIG, overwrite=True)
+        merge_files(recipe(checkpoints.base_path, {"again": "./out"}), "out", Options(overwrite=True))
     assert Path("out/model.safetensors").read_bytes() == content
 
 
@@ -153,7 +163,7 @@ def test_a_link_into_the_output_is_an_input_in_it(checkpoints: Checkpoints) -> N
     Path("links/model.safetensors").symlink_to(Path("out/model.safetensors").resolve())
     content = Path("out/model.safetensors").read_bytes()
     with pytest.raises(InvalidInput, match=r"^out \(out\): is or holds the input links/model.safetensors"):
-        merge_files("links", checkpoints.paths, "out", CONFIG, overwrite=True)
+        merge_files(recipe("links", checkpoints.paths), "out", Options(overwrite=True))
     assert Path("out/model.safetensors").read_bytes() == content
 
 
@@ -224,17 +234,17 @@ def test_a_full_disk_is_told_with_the_file(checkpoints: Checkpoints, monkeypatch
 
 def test_bad_options_are_refused_before_anything_is_read() -> None:
     with pytest.raises(InvalidInput, match=r"^max_shard_size: expected a positive size"):
-        merge_files("nothing", {"a": "nothing"}, "out", CONFIG, max_shard_size="big")
+        Options(max_shard_size="big")
     with pytest.raises(InvalidInput, match=r"^dtype: expected one of 'float32'"):
-        merge_files("nothing", {"a": "nothing"}, "out", CONFIG, dtype="int8")
+        recipe("nothing", {"a": "nothing"}, dtype="int8")
     with pytest.raises(InvalidInput, match=r"^base \(nothing\): no such file or directory$"):
-        merge_files("nothing", {"a": "nothing"}, "out", CONFIG)
+        merge_files(recipe("nothing", {"a": "nothing"}), "out")
 
 
 def test_a_path_that_is_no_utf8_does_not_lose_the_merge(checkpoints: Checkpoints) -> None:
     odd = os.fsdecode(b"bad\xff.safetensors")
     shutil.copy(checkpoints.paths["fs"], odd)
-    report = merge_files(checkpoints.base_path, {odd: odd}, "out", CONFIG)
+    report = merge_files(recipe(checkpoints.base_path, {odd: odd}), "out")
     assert list(report["core"]["coefficients"]) == [odd]
     assert json.loads(Path("out/r2m_report.json").read_text())["experts"] == [odd]
     assert yaml.safe_load(Path("out/r2m_config.yaml").read_text())["models"]

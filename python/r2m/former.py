@@ -1,0 +1,87 @@
+"""What the output of a former merge says: its recipe, what it found, and how many specialists are in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r2m.checkpoints.formats import OUTPUTS
+from r2m.options import OPTIONS
+from r2m.output import INPUTS, RECIPE_FILE, REPORT_FILE, STATE_FILE, difference
+from r2m.places import MOST_RECORD, read_mapping
+from r2m.recipe import Recipe
+from r2m.recipe_file import read_recipe
+from r2m_kernels.errors import BadFile
+
+# Keys of a state on which no Gram matrix of two experts depends.
+_FREE = ("merge_method", "dtype", "format", "max_shard_size", "order of experts", "specialists")
+
+
+def recipe_of(out: str | Path) -> Recipe:
+    """The recipe of a merge's output.
+
+    Raises:
+        BadFile: it is none.
+    """
+    path = Path(out) / RECIPE_FILE
+    if not path.is_file():
+        raise BadFile(f"{out}: expected the output of a merge, with a {RECIPE_FILE}")
+    return read_recipe(path)
+
+
+def shard_size(out: str | Path) -> int | str:
+    """``max_shard_size`` of the merge that wrote an output, which no recipe holds; the default where not known."""
+    try:
+        return int(read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)["state"]["max_shard_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        default: str = OPTIONS["max_shard_size"].default
+        return default
+
+
+def specialists(checkpoint: Path) -> int:
+    """How many specialists a checkpoint stands for: those of the merge that wrote it, or one."""
+    report = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / REPORT_FILE
+    if not report.is_file() or (checkpoint.is_file() and checkpoint.name not in OUTPUTS):
+        return 1
+    try:
+        counts = read_mapping(report, REPORT_FILE, MOST_RECORD)["specialists"]
+        return sum(int(count) for count in counts.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 1
+
+
+def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Gram matrices by tensor from a merge that had all the experts of another one, and more perhaps.
+
+    They are what the other would find, to the bit, if files and options are the same and the backend's inner products
+    do not depend on who else is there. Empty where files or options are not the same.
+
+    Args:
+        out: the output of the former merge.
+        state: of the other one, as its :meth:`r2m.merge.Job.state` has it.
+    """
+    try:
+        content = read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)
+        return _of_the_same(content["state"], content["grams"], json.loads(json.dumps(state)))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # what we have not written
+        return {}
+
+
+def _of_the_same(before: dict[str, Any], known: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    names, order = before["order of experts"], now["order of experts"]
+    if not set(order) <= set(names):
+        return {}
+    for state in (before, now):
+        state["experts"] = {name: state["experts"][name] for name in order}
+        state[INPUTS] = {file: one for file, one in state[INPUTS].items() if file in now[INPUTS]}
+        state["parameters"] = {name: value for name, value in state["parameters"].items() if name != "weights"}
+        for free in _FREE:
+            state.pop(free, None)
+    if difference(before, now):
+        return {}
+    places = [names.index(name) for name in order]
+    return {
+        name: None if rows is None else [[rows[i][j] for j in places] for i in places] for name, rows in known.items()
+    }

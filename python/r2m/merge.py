@@ -1,0 +1,357 @@
+"""A merge from files to files: checkpoints in, one output directory and its report out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import r2m_kernels
+from r2m import distributed, former, hub, machine, preprocessing
+from r2m.arrangement import Arranged, arrange
+from r2m.card import card
+from r2m.checkpoints.files import Checkpoint
+from r2m.checkpoints.formats import FORMATS, Format
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.writer import SafetensorsSink
+from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
+from r2m.journal import FileJournal
+from r2m.options import Options
+from r2m.output import (
+    CARD_FILE,
+    COPIED_FILES,
+    INPUTS,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SOURCES,
+    STATE_FILE,
+    Workplace,
+    check_output,
+    difference,
+    workplace,
+)
+from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
+from r2m.preprocessing import Preprocessing
+from r2m.recipe import DTYPES, Recipe
+from r2m.recipe_file import dump
+from r2m_kernels import Analysis, InvalidInput, ProgressEvent, analyze
+from r2m_kernels.errors import DoesNotFit, R2MError
+from r2m_kernels.streaming import (
+    Backend,
+    Inputs,
+    ProcessGroup,
+    SingleProcess,
+    choose_backend,
+    sources_digest,
+    usable_device,
+)
+
+# Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
+BUDGET_SHARE = 0.6
+OUTPUT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that can begin: its options are valid, and the headers of all checkpoints are read.
+
+    Attributes:
+        recipe: what is merged.
+        options: how it is run.
+        budget: bytes of working memory of this process.
+        sources: the base's checkpoint, then the experts'.
+        arranged: the same in one layout, and the configuration for it.
+        specialists: of how many each expert is the merge.
+        preprocessing: of the merged model, if anything is known.
+    """
+
+    recipe: Recipe
+    options: Options
+    budget: int
+    sources: tuple[Checkpoint, ...]
+    arranged: Arranged
+    specialists: Mapping[str, int]
+    preprocessing: Preprocessing | None
+
+    @property
+    def files(self) -> list[Path]:
+        """All that are read."""
+        return [file for source in self.sources for file in source.files]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the output; ``None``: the base's."""
+        return OUTPUT_DTYPES[self.recipe.dtype] if self.recipe.dtype else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the output's headers. No time, no path, no expert's name: equal merges give equal bytes."""
+        return {
+            "r2m_kernels_version": r2m_kernels.__version__,
+            "r2m_config": json.dumps(self.arranged.config.to_dict(), sort_keys=True, allow_nan=False),
+        }
+
+    @property
+    def format(self) -> Format:
+        """Of the output."""
+        return FORMATS[self.recipe.format]
+
+    @property
+    def backend(self) -> Backend:
+        """What computes."""
+        return choose_backend(self.options.backend, usable_device(self.options.device or "cpu"))
+
+    def state(self) -> dict[str, Any]:
+        """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
+        recipe = dump(self.recipe)
+        experts = {model.pop("name"): model for model in recipe.pop("models")}
+        backend = self.backend
+        return {
+            "r2m_kernels": r2m_kernels.__version__,
+            "torch": torch.__version__,
+            "backend": f"{backend.name} ({backend.variant})",
+            SOURCES: sources_digest(backend.name, Path(__file__).parent),
+            "device": usable_device(self.options.device or "cpu").type,
+            **recipe,
+            "order of experts": list(experts),
+            "experts": experts,
+            "max_shard_size": self.options.shard_bytes,
+            "specialists": dict(self.specialists),
+            "features": self.arranged.features,
+            INPUTS: {one.pop("file"): one for source in self.sources for one in source.fingerprints},
+        }
+
+    def analyze(self, **more: Any) -> Analysis:
+        """Steps 1 to 3; ``more`` are arguments of :func:`r2m_kernels.analyze`."""
+        return analyze(
+            self.arranged.base,
+            self.arranged.experts,
+            self.arranged.config,
+            device=self.options.device,
+            backend=self.options.backend,
+            memory_budget=self.budget,
+            **more,
+        )
+
+    def forecast(self, directory: Path, resources: Resources) -> Forecast:
+        """What it takes with these resources; ``directory`` is on the file system of the output."""
+        output = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies)
+        inputs = Inputs(self.arranged.base, self.arranged.experts)
+        return forecast(inputs, self.arranged.config, self.backend, output, resources)
+
+    def sink(self, place: Workplace, *, create: bool = True) -> SafetensorsSink:
+        """Where merged tensors go. Another format is written from that when all is merged: resumed is one alone."""
+        directory = place.output if self.format.direct else place.tensors
+        if create:
+            directory.mkdir(exist_ok=True)
+        return SafetensorsSink(directory, self.metadata, self.options.shard_bytes, create=create)
+
+
+def open_job(recipe: Recipe, options: Options | None = None) -> Job:
+    """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
+    options = options or Options()
+    options = replace(options, device=distributed.local_device(options.device))
+    budget = options.budget_bytes
+    if budget is None:
+        budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
+    base = open_checkpoint(recipe.base, f"base ({recipe.base})")
+    experts = {name: open_checkpoint(one.path, f"expert '{name}' ({one.path})") for name, one in recipe.experts.items()}
+    known = {name: one.preprocessing or preprocessing.found(_local(one.path)) for name, one in recipe.experts.items()}
+    counts = {
+        name: 1 if hub.is_reference(one.path) else former.specialists(Path(one.path))
+        for name, one in recipe.experts.items()
+    }
+    config = recipe.config
+    if config.weights is None and any(count > 1 for count in counts.values()):
+        config = config.replace(weights=tuple(map(float, counts.values())))
+    renames = {name: one.rename for name, one in recipe.experts.items()}
+    arranged = arrange(base, experts, config, recipe.arrangement, renames)
+    common = preprocessing.common(known, recipe.preprocessing)
+    return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common)
+
+
+def merge_files(
+    recipe: Recipe,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    processes: ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge checkpoints into a new directory.
+
+    The directory holds ``model.safetensors`` (or shards and their index; or ``model.pth``), ``config.json`` and
+    ``preprocessor_config.json`` where the base is a directory that has them, ``r2m_config.yaml`` (the recipe)
+    and ``r2m_report.json`` (the report). It appears when all of that is on the disk. A run that is cut off leaves its
+    work in ``OUT.partial``, for ``resume``; one that finds its input unusable leaves nothing.
+
+    Args:
+        recipe: what is merged.
+        out: the directory to create.
+        options: how it is run; default: ``Options()``.
+        processes: those that share the work; all of them call this alike.
+        progress: called as the work goes on.
+
+    Returns:
+        The report, as in ``r2m_report.json``.
+
+    Raises:
+        InvalidInput: an input, an option or ``out`` cannot be used.
+        BackendUnavailable: the backend asked for cannot run here.
+        OSError: a file cannot be read or written; ``filename`` is set.
+    """
+    started = time.perf_counter()
+    options, processes = options or Options(), processes or SingleProcess()
+    with contextlib.ExitStack() as stack:
+        job, place, trouble = None, None, None
+        try:
+            job = open_job(recipe, options)
+            state = job.state()
+            if processes.index == 0:
+                check_output(out, overwrite=options.overwrite, inputs=_inputs(job), resume=options.resume)
+                place = stack.enter_context(
+                    workplace(out, overwrite=options.overwrite, resume=options.resume, state=state)
+                )
+        except (R2MError, OSError) as error:
+            trouble = error
+        shared = processes.gather({} if place is None else {"place": place, "state": state}, trouble)
+        assert job is not None
+        place = shared["place"]
+        processes.gather({}, _other_merge(processes, state, shared["state"]))
+        if place.finished:
+            return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
+        known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
+        analysis, sink = _merge(job, place, processes, known, progress)
+        if processes.index != 0:
+            return analysis.report()
+        found = {name: gram.tolist() for name, gram in analysis.grams.items()}
+        checked = {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}
+        content = {"state": state, "grams": dict(sorted({**found, **checked}.items()))}
+        write_file(place.output / STATE_FILE, json.dumps(content).encode())
+        return complete(job, place, sink, analysis, started)
+
+
+def plan_merge(
+    recipe: Recipe,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    processes: int | None = None,
+    machines: int = 1,
+) -> tuple[Forecast, list[str]]:
+    """What :func:`merge_files` would read, write, hold and take, before any work.
+
+    Args:
+        recipe, out, options: as there.
+        processes: how many would share the work.
+        machines: like this one, for all of them.
+
+    Returns:
+        The forecast, and lines that tell it.
+
+    Raises:
+        InvalidInput: what ``merge_files`` would refuse before it reads a tensor.
+    """
+    job = open_job(recipe, options)
+    directory = check_output(out, overwrite=job.options.overwrite, inputs=_inputs(job))
+    cores = machine.threads() * machines
+    count = processes or 1
+    given = job.options.memory_budget is not None
+    budget = job.budget if given else job.budget * machines // max(machines, count)
+    planned = job.forecast(directory, Resources(budget, count, max(1, cores // count)))
+    return planned, lines(planned, measured_rates(job.files[0], directory), cores, str(out))
+
+
+def _merge(
+    job: Job, place: Workplace, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
+) -> tuple[Analysis, SafetensorsSink]:
+    """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
+    sink = job.sink(place, create=processes.index == 0)
+    with closing(FileJournal(place.directory, processes.index, before=sink.sync)) as journal:
+        processes.gather({})  # nobody appends before all have read what former runs wrote
+        journal.recall("task Gram", known)
+        analysis = job.analyze(
+            spill_directory=place.directory,  # where the output goes, since the system's may be memory
+            progress=progress,
+            processes=processes,
+            journal=journal,
+        )
+        sink.tie(analysis.plan.aliases)
+        sink.mark_written(journal.known("combination"))
+        sink.leave(analysis.elsewhere)
+        analysis.write(sink, dtype=job.dtype, progress=progress)
+        sink.sync()
+    processes.gather({})
+    return analysis, sink
+
+
+def complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analysis, started: float) -> dict[str, Any]:
+    """What is written when all tensors are.
+
+    Args:
+        job: whose merge it is, with the configuration of the tensors.
+        place: where they were written.
+        sink: which has all of them.
+        analysis: what they were made from.
+        started: when, by ``time.perf_counter``.
+
+    Returns:
+        The report.
+    """
+    sink.finish()
+    recipe, output = job.recipe, place.output
+    if not job.format.direct:
+        job.format.save(open_checkpoint(place.tensors, "merged tensors"), output / job.format.output, sink.names)
+    base = _local(recipe.base)
+    # They speak of the base's own tensors: under other names nothing of it would load what is here.
+    for name in COPIED_FILES if job.arranged.base.specs.keys() == job.sources[0].specs.keys() else ():
+        if (base / name).is_file():
+            write_file(output / name, read_small(base / name, f"base ({recipe.base}): {name}"))
+    if job.preprocessing is not None and preprocessing.found(output) != job.preprocessing:
+        write_file(output / preprocessing.FILE, job.preprocessing.for_transformers())
+    text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)
+    write_file(output / RECIPE_FILE, text.encode(errors="backslashreplace"))
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(output.iterdir()) if entry.name != REPORT_FILE}
+    report: dict[str, Any] = {
+        "method": recipe.method,
+        **analysis.report(job.arranged.config),
+        "specialists": job.specialists,
+        "preprocessing": job.preprocessing.plain() if job.preprocessing else None,
+        "arrangement": {
+            "preset": recipe.arrangement.preset,
+            "head": {"rule": recipe.arrangement.head, "tensors": job.arranged.head},
+            "folded": job.arranged.folded,
+        },
+        "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
+    }
+    text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
+    write_file(output / REPORT_FILE, text.encode(errors="backslashreplace"))
+    write_file(output / CARD_FILE, card(output).encode(errors="backslashreplace"))
+    return report
+
+
+def _inputs(job: Job) -> list[str | Path]:
+    """What is read: the files too, and not the directories alone, as they may be links that lead anywhere."""
+    return [job.recipe.base, *(one.path for one in job.recipe.experts.values()), *job.files]
+
+
+def _local(path: str) -> Path:
+    """Where a checkpoint lies on this machine."""
+    return hub.fetch(path).path if hub.is_reference(path) else Path(path)
+
+
+def _other_merge(processes: ProcessGroup, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
+    """Why this process cannot share the work of the first one."""
+    other = difference(first, state)
+    if not other:
+        return None
+    return DoesNotFit(f"process {processes.index} of {processes.size} is not on the same merge: {other}")

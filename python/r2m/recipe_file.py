@@ -1,0 +1,312 @@
+"""Merges described in a file, in mergekit's words where they exist; every merge leaves one that repeats it.
+
+    base_model: base.safetensors
+    merge_method: r2m_truncated
+    models:
+      - model: fs.safetensors
+      - model: fr.safetensors
+        name: reenactment
+        weight: 2
+    parameters:
+      rank: 0.2
+    dtype: bfloat16
+    rename:
+      module.: ""
+      text_model.: null
+    preset: df40
+    head: mean
+
+Paths are relative to the recipe. ``parameters`` are fields of :class:`r2m_kernels.MergeConfig`, on top of what the
+method is. As in mergekit, ``rank`` may be a list of values with filters, globs of names here:
+``[{filter: "*.attn.*", value: 0.2}, {value: 0.1}]``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from r2m import hub
+from r2m.naming import named
+from r2m.places import read_small
+from r2m.preprocessing import Preprocessing
+from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
+from r2m_kernels import MergeConfig, checks
+from r2m_kernels.config import METHODS, OPTIONS, make_config
+from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quoted
+from r2m_kernels.options import Option
+
+_MOST_BYTES = 2**20  # of a recipe: hundreds of experts
+
+
+class _Keys(BaseModel):
+    """Keys of a mapping: what they may hold, how that is read, and how it is written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Preprocessing(_Keys):
+    size: int = Field(description="pixels of a side")
+    mean: list[float | int] = Field(description="of the channels, of values in [0, 1]")
+    std: list[float | int] = Field(description="of the channels")
+
+    def read(self) -> Preprocessing:
+        return Preprocessing.of(self.size, self.mean, self.std)
+
+
+class _Expert(_Keys):
+    model: str = Field(min_length=1, description="checkpoint: a path relative to the recipe, or hf://owner/name")
+    name: str | None = Field(None, pattern="^[^=]+$", description="how it is called in the report")
+    weight: float | int | None = Field(None, description="in all means; 1 where others have one")
+    rename: dict[str, str | None] = Field(default_factory=dict, description="as for all, before those")
+    preprocessing: _Preprocessing | None = Field(None, description="what it was trained with")
+
+    def read(self, directory: Path) -> Expert:
+        own = self.preprocessing.read() if self.preprocessing else None
+        return Expert(_beside(directory, self.model), self.rename, own)
+
+    @staticmethod
+    def written(name: str, expert: Expert) -> dict[str, Any]:
+        rename = {"rename": dict(expert.rename)} if expert.rename else {}
+        own = {"preprocessing": expert.preprocessing.plain()} if expert.preprocessing else {}
+        return {"model": _absolute(expert.path), "name": name, **rename, **own}
+
+
+class _Special(_Keys):
+    """The keys of a recipe that are more than a plain value; a weight of an expert is one of the parameters."""
+
+    base_model: str = Field(min_length=1, description="the checkpoint all experts started from")
+    models: list[_Expert] = Field(min_length=1, description="the experts")
+    merge_method: str = Field("r2m", description="how they are merged", json_schema_extra={"enum": list(METHODS)})
+    parameters: dict[str, Any] = Field(default_factory=dict, description="on top of what the method is")
+    rename: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="what names of tensors begin with: what they begin with instead, or null to leave them out",
+    )
+    preprocessing: _Preprocessing | None = Field(None, description="of the merged model, whatever the experts have")
+
+    def read(self, directory: Path) -> Recipe:
+        checks.choice("merge_method", self.merge_method, tuple(METHODS))
+        experts = [one.read(directory) for one in self.models]
+        names = named([(one.name, expert.path) for one, expert in zip(self.models, experts, strict=True)])
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self if name in _PLAIN
+        }
+        features = plain.pop("head_features")
+        return Recipe(
+            _beside(directory, self.base_model),
+            dict(zip(names, experts, strict=True)),
+            self._config(),
+            self.merge_method,
+            **{name: plain.pop(name) for name in OUTPUT},
+            arrangement=Arrangement(
+                self.rename, **plain, head_features=_beside(directory, features) if features else None
+            ),
+            preprocessing=self.preprocessing.read() if self.preprocessing else None,
+        )
+
+    def _config(self) -> MergeConfig:
+        parameters = dict(self.parameters)
+        weights = [expert.weight for expert in self.models]
+        if any(weight is not None for weight in weights):
+            if parameters.get("weights") is not None:
+                raise BadOption("weights: given both with the models and as a parameter")
+            parameters["weights"] = [1.0 if weight is None else weight for weight in weights]
+        try:
+            return make_config(self.merge_method, {}).replace(**_fields(parameters))
+        except InvalidInput as error:
+            raise BadOption(f"parameters: {error}") from None
+
+    @staticmethod
+    def written(recipe: Recipe) -> dict[str, Any]:
+        arrangement = recipe.arrangement
+        features = arrangement.head_features
+        return {
+            "merge_method": recipe.method,
+            "base_model": _absolute(recipe.base),
+            "models": [_Expert.written(name, expert) for name, expert in recipe.experts.items()],
+            "parameters": recipe.config.to_dict(),
+            "dtype": recipe.dtype,
+            **_changed(recipe, OUTPUT),
+            **({"rename": dict(arrangement.rename)} if arrangement.rename else {}),
+            **_changed(arrangement, ARRANGEMENT),
+            **({"head_features": _absolute(features)} if features else {}),
+            **({"preprocessing": recipe.preprocessing.plain()} if recipe.preprocessing else {}),
+        }
+
+
+# The others are written as they are.
+_PLAIN: dict[str, Option] = {**OUTPUT, **ARRANGEMENT}
+
+
+def _plain_key(declared: Option) -> Any:
+    """A type and a field, as pydantic takes them."""
+    several = declared.kind == tuple[str, ...]
+    kind = list[str] if several else declared.kind
+    choices: list[Any] = [*declared.choices, *([None] if declared.optional and declared.choices else ())]
+    default: Any = list(declared.default) if several else declared.default
+    field: Any = Field(default, description=declared.text, json_schema_extra={"enum": choices} if choices else None)
+    return (kind | None if declared.optional else kind), field
+
+
+_Recipe = create_model("_Recipe", __base__=_Special, **{name: _plain_key(one) for name, one in _PLAIN.items()})
+
+
+def _changed(holder: Recipe | Arrangement, declared: Mapping[str, Option]) -> dict[str, Any]:
+    """What is not as it is by default, as plain values."""
+    values = {name: getattr(holder, name) for name, one in declared.items() if getattr(holder, name) != one.default}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML or JSON file.
+        changes: ``KEY=VALUE`` each, dotted keys and YAML values, such as ``parameters.rank=0.2``: they replace what the
+            file says.
+
+    Raises:
+        BadFile: no such file, or no YAML.
+        BadOption: unknown keys, wrong types or values.
+    """
+    what = f"recipe ({path})"
+    content = _loaded(Path(path), what)
+    for change in changes:
+        _apply(content, change)
+    try:
+        return _Recipe.model_validate(content).read(Path(path).parent)
+    except ValidationError as error:
+        raise BadOption(f"{what}: {_explained(error)}") from None
+    except InvalidInput as error:
+        raise BadOption(f"{what}: {error}") from None
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """What a file says that :func:`read_recipe` reads as this recipe.
+
+    Paths are absolute, and on the Hub of a commit: it means the same from everywhere and tomorrow.
+    """
+    return _Recipe.written(recipe)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes, for editors."""
+    found = _Recipe.model_json_schema()
+    options = TypeAdapter(MergeConfig).json_schema()["properties"]
+    for name, one in options.items():
+        one["description"] = OPTIONS[name].text
+    by_name = {
+        "filter": {"type": "string", "description": "a glob of names; none: all others"},
+        "value": options["rank"],
+    }
+    item = {"type": "object", "properties": by_name, "required": ["value"], "additionalProperties": False}
+    either = [dict(options["rank"]), {"type": "array", "items": item}]
+    options["rank"] = {"description": options["rank"]["description"], "anyOf": either}
+    found["properties"]["parameters"].update(properties=options, additionalProperties=False)
+    found["title"] = "A merge, as r2m merge takes it"
+    return found
+
+
+def _loaded(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadFile(f"{what}: no such file")
+    text = read_small(path, what, _MOST_BYTES)
+    try:
+        content = yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise BadFile(f"{what}: not valid YAML{where}: {printable(problem)}") from None
+    if not isinstance(content, dict):
+        raise BadFile(f"{what}: expected keys such as base_model and models, got {type(content).__name__}")
+    return content
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without anchors, with which a few lines can stand for gigabytes, and without keys given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the document; an alias is none."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {quoted(str(key.value))} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    """One ``KEY=VALUE`` into the recipe."""
+    key, separator, text = change.partition("=")
+    if not separator or not all(key.split(".")):
+        raise BadOption(f"--set {change}: expected KEY=VALUE, such as parameters.rank=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise BadOption(f"--set {change}: {text!r} is not a YAML value") from None
+    *path, last = key.split(".")
+    place: Any = content
+    for part in path:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise BadOption(f"--set {change}: {key.rpartition('.')[0]} holds no keys")
+    place[last] = value
+
+
+def _explained(error: ValidationError) -> str:
+    """The first thing that is wrong, in one clause."""
+    first = error.errors(include_url=False)[0]
+    *path, last = first["loc"]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        kind: type[BaseModel] = _Expert if path and path[0] == "models" else _Recipe
+        known = (_Preprocessing if path and path[-1] == "preprocessing" else kind).model_fields
+        holder = f" in {'.'.join(map(str, path))}" if path else ""
+        return f"unknown key {quoted(str(last))}{holder}{checks.did_you_mean(str(last), known)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quoted(str(first['input'])[:80])}"
+
+
+def _beside(directory: Path, path: str) -> str:
+    """A path as the recipe's reader has it."""
+    return path if hub.is_reference(path) else str(directory / path)
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from everywhere, and on the Hub tomorrow."""
+    return hub.fetch(path).pinned if hub.is_reference(path) else os.path.abspath(path)
+
+
+def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
+    """As the configuration has them: lists as tuples, a rank with filters as pairs."""
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    if isinstance(found.get("rank"), tuple):
+        pairs = [_filtered(one) for one in found.pop("rank")]
+        found["ranks"] = (*found.get("ranks", ()), *(pair for pair in pairs if pair[0] is not None))
+        for rank in [rank for glob, rank in pairs if glob is None][:1]:
+            found["rank"] = rank
+    return found
+
+
+def _filtered(one: Any) -> tuple[str | None, Any]:
+    """A rank and the names it is for; without a filter those that no other is for."""
+    if not isinstance(one, dict) or not {"value"} <= one.keys() <= {"filter", "value"}:
+        raise BadOption(f"rank: expected a value with or without a filter, got {quoted(str(one))}")
+    return one.get("filter"), one["value"]
