@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -34,9 +35,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from r2m_kernels import _triton
+from bench.gpu.cases import cases
+from r2m_kernels import _backends
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.residual_matmul import matrix_group, sketch
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,33 +135,11 @@ def situations() -> Iterator[Callable[[], object]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for count in (3, 8):
             for shape in ((32, 64), (31, 63)):  # of the second neither rows nor the whole are 16-byte vectors
-                yield from _of_one_shape(shape, dtype, count)
-    for dtype in (torch.float32, torch.float64):
-        for length in (64, 63):
-            y = torch.zeros(2, length, 16, dtype=dtype)
-            yield lambda y=y: _triton.orthonormalize(y)
-
-
-def _of_one_shape(shape: tuple[int, int], dtype: torch.dtype, count: int) -> Iterator[Callable[[], object]]:
-    m, n = shape
-    bases = [torch.zeros(shape, dtype=dtype)]
-    experts = [[torch.zeros(shape, dtype=dtype)] for _ in range(count)]
-    mixing, core = torch.eye(count, dtype=torch.float64), torch.zeros(count)
-    yield lambda: _triton.task_gram(bases, experts)
-    for transpose in (False, True):
-        for precision in ("bf16", "tf32", "tf32x3", "ieee"):
-            rhs = torch.zeros(1, count, m if transpose else n, 16)
-            yield lambda rhs=rhs, transpose=transpose, precision=precision: _triton.residual_matmul(
-                bases, experts, mixing, rhs, transpose, precision
-            )
-        yield lambda transpose=transpose: sketch(
-            matrix_group(bases, experts), mixing, torch.zeros(1, dtype=torch.int64), 16, transpose
-        )
-    left, right = torch.zeros(1, count, m, 16), torch.zeros(1, count, 16, n)
-    for out in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
-        outs = [torch.empty(shape, dtype=out)]
-        yield lambda outs=outs: _triton.combine(bases, experts, core, left, right, core, outs)
-        yield lambda outs=outs: _triton.combine(bases, experts, core, None, None, None, outs)
+                yield from (case.call for case in cases(shape, dtype, count, CPU))
+                bases, experts = [torch.zeros(shape, dtype=dtype)], [[torch.zeros(shape, dtype=dtype)]] * count
+                for transpose in (False, True):  # and the one kernel that truncation alone launches
+                    group, keys = matrix_group(bases, experts), torch.zeros(1, dtype=torch.int64)
+                    yield functools.partial(sketch, group, torch.eye(count), keys, 16, transpose)
 
 
 def launches(target: str) -> list[Launch]:
@@ -171,7 +153,11 @@ def launches(target: str) -> list[Launch]:
         caught.setdefault(f"{kernel.__name__} {specialization} {config}", found)
 
     driver.set_active(_CompileOnly(target))
-    with mock.patch.object(launch, "start", catch), mock.patch.object(launch, "target_of", return_value=target):
+    with (
+        mock.patch.object(launch, "start", catch),
+        mock.patch.object(launch, "target_of", return_value=target),
+        mock.patch.object(_backends, "_why_not_triton", return_value=""),
+    ):
         for situation in situations():
             situation()
     return [caught[key] for key in sorted(caught)]  # every process sees the same order

@@ -6,55 +6,24 @@ import pytest
 import torch
 from gpu_cases import SENTINEL, framed, mixing_of, residuals, same_bits, tensors, untouched, worst_excess
 
+from bench.gpu.cases import cases
 from r2m_kernels import MergeConfig, _triton, ops
 from r2m_kernels._triton.residual_matmul import matrix_group, sketch
 from r2m_kernels.truncation import truncate_residuals
 
 OFFSETS = [pytest.param(0, id="aligned"), pytest.param(1, id="off by one")]
 DTYPES = [torch.float32, torch.bfloat16]
-# Of |error| / (|X||rhs|): operands cut to tf32's or rounded to bf16's digits, both of them; tf32x3 and ieee are held
-# to float32's grade. bench/gpu/checks.py has the derivations; here X is mixed from well-scaled terms.
-OPERANDS = {"bf16": 2.0**-7 * 1.01, "tf32": 2.0**-7 * 1.01, "tf32x3": 2.0**-20, "ieee": 0.0}
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_task_gram(device, shapes, dtype, offset):
-    for shape in shapes:
-        for count in (3, 5):
-            base, experts = tensors(shape, dtype, count, device, offset=offset)
-            first, second = (
-                ops.task_gram([base], [[expert] for expert in experts], backend="triton") for _ in range(2)
-            )
-            tau = residuals(base, experts, torch.eye(count, dtype=torch.float64)).flatten(1)
-            assert ((first[0] - tau @ tau.T).abs() <= 16 * 2.0**-24 * tau.abs() @ tau.abs().T).all()
-            assert same_bits(first, second)
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3", "ieee"])
-@pytest.mark.parametrize("transpose", [False, True], ids=["X", "XT"])
-def test_residual_matmul(device, shapes, tiny, precision, transpose, offset):
-    for dtype in DTYPES[:1] if tiny else DTYPES:
-        for shape in shapes[: 1 if tiny else None]:
-            base, experts = tensors(shape, dtype, 3, device, offset=offset)
-            mixing, inner = mixing_of(3), shape[0] if transpose else shape[1]
-            rhs = torch.randn(3, inner, 20, generator=torch.Generator().manual_seed(1))
-            on_device = framed(rhs.to(device), offset)
-            first, second = (
-                ops.residual_matmul(base, experts, mixing, on_device, transpose, precision, backend="triton")
-                for _ in range(2)
-            )
-            x = residuals(base, experts, mixing)
-            magnitude = residuals(
-                torch.zeros_like(base), [(e.double() - base.double()).abs() for e in experts], mixing.abs()
-            )
-            if transpose:
-                x, magnitude = x.mT, magnitude.mT
-            forming = (8 + 2 * inner**0.5) * 2.0**-24
-            bound = (forming + OPERANDS[precision]) * magnitude @ rhs.double().abs()
-            assert ((first.cpu().double() - x @ rhs.double()).abs() <= bound).all()
-            assert same_bits(first, second)
+def test_every_operator_is_within_its_bound_twice_with_the_same_bits(device, shapes, tiny, dtype, offset):
+    for shape in shapes[: 1 if tiny else None]:
+        for count in (3,) if tiny else (3, 5):
+            for case in cases(shape, dtype, count, device, 64 + offset):
+                first, second = case.call(), case.call()
+                assert case.judge(first) <= 1, f"{case.operator} {case.what}"
+                assert same_bits(first, second), f"{case.operator} {case.what}"
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -72,17 +41,6 @@ def test_sketch_multiplies_with_signs(device, offset):
     assert abs(float(found[0].sum())) <= 4 * (32 * side) ** 0.5
     products = found[0][0, 0] @ found[0][0, 0].T - side * torch.eye(32)
     assert float(products.abs().max()) <= 5 * side**0.5
-
-
-def test_orthonormalize(device, tiny):
-    for m, k in ((80, 12), (67, 7)) if tiny else ((1024, 103), (1031, 52)):
-        y = framed(torch.randn(2, m, k, generator=torch.Generator().manual_seed(2)).to(device), 1)
-        first, second = (ops.orthonormalize(y, backend="triton") for _ in range(2))
-        q = first.cpu().double()
-        # Products of k terms in float32 grade, (20 + 2√k)·2⁻²⁴, twice.
-        bound = 2 * (20 + 2 * k**0.5) * 2.0**-24
-        assert float((q.mT @ q - torch.eye(k, dtype=torch.float64)).abs().max()) <= bound
-        assert same_bits(first, second)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
