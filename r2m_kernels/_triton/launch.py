@@ -122,7 +122,7 @@ def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> Gra
     """For N = ``count`` experts of ``dtype``."""
     # Sizes that are no whole number of vectors are rare: they share one variant.
     variant = f"{8 * dtype.itemsize}-bit" if aligned else "general"
-    return GramConfig(aligned, aligned and count <= 4, **_tiles("task_gram", target, variant))
+    return GramConfig(aligned, aligned and count <= 4, **tiles("task_gram", target, variant))
 
 
 def residual_matmul(
@@ -135,27 +135,27 @@ def residual_matmul(
     NVIDIA share the variant ``general``: no matrix units there, and loads as wide as any address allows.
     """
     if compute == torch.float64:
-        return MatmulConfig("ieee", False, **_tiles("residual_matmul", target, "float64"))
+        return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "float64"))
     fast, full = fast_precision(target, dtype), full_precision(target)
     if not aligned or (precision == "ieee" and full != "ieee"):
-        return MatmulConfig("ieee", False, **_tiles("residual_matmul", target, "general"))
+        return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "general"))
     chosen = fast if precision in ("bf16", fast) else full
     if count <= UNROLLED_INPUTS:
-        return MatmulConfig(chosen, True, inputs=UNROLLED_INPUTS, **_tiles("residual_matmul", target, chosen))
-    return MatmulConfig(chosen, True, **_tiles("residual_matmul", target, chosen + "/many"))
+        return MatmulConfig(chosen, True, inputs=UNROLLED_INPUTS, **tiles("residual_matmul", target, chosen))
+    return MatmulConfig(chosen, True, **tiles("residual_matmul", target, chosen + "/many"))
 
 
 def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
     """For sums carried in ``compute``."""
     if compute == torch.float64:
-        return MatmulConfig("ieee", False, **_tiles("combine_matrix", target, "float64"))
+        return MatmulConfig("ieee", False, **tiles("combine_matrix", target, "float64"))
     full = full_precision(target)
-    return MatmulConfig(full, aligned, **_tiles("combine_matrix", target, full if aligned else "general"))
+    return MatmulConfig(full, aligned, **tiles("combine_matrix", target, full if aligned else "general"))
 
 
 def combine_vector(target: str, aligned: bool) -> VectorConfig:
     """Whatever the dtypes."""
-    return VectorConfig(aligned, **_tiles("combine_vector", target, "any"))
+    return VectorConfig(aligned, **tiles("combine_vector", target, "any"))
 
 
 def sums() -> VectorConfig:
@@ -165,15 +165,15 @@ def sums() -> VectorConfig:
 
 def vectors_gram(target: str, aligned: bool) -> MatmulConfig:
     """Gram matrices of blocks of vectors, float64."""
-    return MatmulConfig("ieee", aligned, **_tiles("vectors_gram", target, "float64"))
+    return MatmulConfig("ieee", aligned, **tiles("vectors_gram", target, "float64"))
 
 
 def triangular_product(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
     """Triangular matrices times blocks of vectors."""
     if compute == torch.float64:
-        return MatmulConfig("ieee", False, **_tiles("triangular_product", target, "float64"))
+        return MatmulConfig("ieee", False, **tiles("triangular_product", target, "float64"))
     full = full_precision(target)
-    return MatmulConfig(full, aligned, **_tiles("triangular_product", target, full if aligned else "general"))
+    return MatmulConfig(full, aligned, **tiles("triangular_product", target, full if aligned else "general"))
 
 
 @functools.cache
@@ -184,6 +184,7 @@ def table() -> dict[str, Any]:
     return content
 
 
-def _tiles(operator: str, target: str, variant: str) -> dict[str, int]:
+def tiles(operator: str, target: str, variant: str) -> dict[str, int]:
+    """Tile sizes from ``launch.json``."""
     entry: dict[str, int] = table()[operator][target][variant]
     return entry

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import TRUNCATED, checkpoints, same_bits
 
-from r2m_kernels import MergeConfig, analyze, merge, ops
+from r2m_kernels import MergeConfig, analyze, merge
 from r2m_kernels._stream import parallel
 
 # Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
@@ -84,33 +84,6 @@ def test_one_tensor_does_not_depend_on_the_others(inputs):
     whole = merge(base, experts, config)
     alone = merge({"medium": base["medium"]}, [{"medium": e["medium"]} for e in experts], config)
     assert torch.equal(whole["medium"], alone["medium"])
-
-
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_operators_on_any_number_of_threads(inputs, backend):
-    base, experts = inputs
-    tensor, others = base["big"], [expert["big"] for expert in experts]
-    mixing = torch.eye(3, dtype=torch.float64) - 0.3
-    tall, wide = torch.randn(3, 3000, 24), torch.randn(3, 1500, 24)
-    left, right = torch.randn(3, 3000, 9), torch.randn(3, 9, 1500)
-    third = torch.ones(3) / 3
-
-    def run():
-        return [
-            ops.task_gram([tensor], [[other] for other in others], backend=backend),
-            ops.residual_matmul(tensor, others, mixing, wide, backend=backend),
-            ops.residual_matmul(tensor, others, mixing, tall, transpose=True, backend=backend),
-            ops.orthonormalize(tall, backend=backend),
-            ops.combine(tensor, others, torch.ones(3) / 3, left, right, torch.ones(3), backend=backend),
-            ops.combine_rows(tensor, others, third, mixing, third, third, 1.0, 3.0, backend=backend),
-            ops.match_columns(tensor, others, others[0], third, backend=backend),
-        ]
-
-    torch.set_num_threads(1)
-    alone = run()
-    for threads in (2, 7):
-        torch.set_num_threads(threads)
-        assert all(torch.equal(first, second) for first, second in zip(alone, run(), strict=True))
 
 
 def test_the_merge_of_an_analysis_is_the_merge(inputs):

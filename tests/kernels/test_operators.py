@@ -284,6 +284,29 @@ def test_combine_without_out_has_the_bases_dtype_and_shape(backend):
     assert merged.shape == (4, 3)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_same_bits_on_any_number_of_threads(backend):
+    base, experts = inputs((3000, 1500), torch.float32)  # several panels
+    mixing, third = torch.eye(3, dtype=torch.float64) - 0.3, torch.ones(3) / 3
+    tall, wide = torch.randn(3, 3000, 24), torch.randn(3, 1500, 24)
+    left, right = torch.randn(3, 3000, 9), torch.randn(3, 9, 1500)
+    calls = [
+        lambda: ops.task_gram([base], [[expert] for expert in experts], backend=backend),
+        lambda: ops.residual_matmul(base, experts, mixing, wide, backend=backend),
+        lambda: ops.residual_matmul(base, experts, mixing, tall, transpose=True, backend=backend),
+        lambda: ops.orthonormalize(tall, backend=backend),
+        lambda: ops.combine(base, experts, third, left, right, torch.ones(3), backend=backend),
+        lambda: ops.combine_rows(base, experts, third, mixing, third, third, 1.0, 3.0, backend=backend),
+        lambda: ops.match_columns(base, experts, experts[0], third, backend=backend),
+    ]
+    found = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        found.append([call() for call in calls])
+    for more in found[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(found[0], more, strict=True))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
