@@ -27,7 +27,7 @@ _DECLARED = "r2m"  # of a field's metadata, and the mark of a method
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option.
+    """What is known of an option, and what a value of it is checked by.
 
     Attributes:
         name: of the field.
@@ -132,7 +132,7 @@ def option(default: T, section: str, sentence: str, note: str = "", **more: Any)
 
 def read_options(cls: type[Any]) -> dict[str, Option]:
     """The options of a dataclass by the names of its fields; types and choices are those of the annotations."""
-    types_of, found = get_type_hints(cls), {}
+    types_of, options = get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         if _DECLARED in field.metadata:
             members = _members(types_of[field.name])
@@ -140,8 +140,8 @@ def read_options(cls: type[Any]) -> dict[str, Option]:
             kind = functools.reduce(operator.or_, known)
             listed = get_args(kind) if get_origin(kind) is Literal else ()
             declared = {"flag": field.name.replace("_", "-"), "choices": listed, **field.metadata[_DECLARED]}
-            found[field.name] = Option(field.name, kind, field.default, len(known) < len(members), **declared)
-    return found
+            options[field.name] = Option(field.name, kind, field.default, len(known) < len(members), **declared)
+    return options
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -182,8 +182,8 @@ class Method:
 
     def default(self, key: str) -> Any:
         """What an option is that is not given."""
-        own = _parameters(self.make)
-        return own[key] if key in own else getattr(self.make(), self.options[key].name)
+        parameters = _parameters(self.make)
+        return parameters[key] if key in parameters else getattr(self.make(), self.options[key].name)
 
     def configure(self, given: Mapping[str, Any]) -> Any:
         """The configuration with options by key.
@@ -195,15 +195,15 @@ class Method:
             if key not in self.options:
                 used = ", ".join(map(flag, sorted(self.options)))
                 raise BadOption(f"{flag(key)}: not used by the method '{self.name}', which uses {used}")
-        own = {key: value for key, value in given.items() if key in _parameters(self.make)}
-        rest = {self.options[key].name: value for key, value in given.items() if key not in own}
-        return self.make(**own).replace(**rest)
+        arguments = {key: value for key, value in given.items() if key in _parameters(self.make)}
+        fields = {self.options[key].name: value for key, value in given.items() if key not in arguments}
+        return self.make(**arguments).replace(**fields)
 
 
 def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
     """A constructor's own, with their defaults."""
-    found = inspect.signature(make).parameters.values()
-    return {one.name: one.default for one in found if one.kind is not one.VAR_KEYWORD}
+    parameters = inspect.signature(make).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
 
 
 def method(formula: str, paper: str = "", uses: Iterable[str] = ()) -> Callable[[T], T]:
@@ -229,7 +229,7 @@ def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> 
         options: by key.
         common: the section of options that every method uses.
     """
-    found = {}
+    methods = {}
     for name, value in vars(cls).items():
         declared = getattr(getattr(value, "__func__", None), _DECLARED, None)
         if declared is not None:
@@ -237,5 +237,5 @@ def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> 
             make = getattr(cls, name)
             words = {common, *uses, *_parameters(make)}
             used = {key: one for key, one in options.items() if key in words or one.section in words}
-            found[name] = Method(name, make, used, formula, paper)
-    return found
+            methods[name] = Method(name, make, used, formula, paper)
+    return methods

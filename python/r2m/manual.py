@@ -72,15 +72,15 @@ def pages(root: Path) -> dict[Path, str]:
         root / "README.md": {"methods": methods()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
-    found = {root / "docs" / "cli.md": commands()}
+    written = {root / "docs" / "cli.md": commands()}
     for path, sections in tables.items():
         text = path.read_text(encoding="utf-8")
         for name, table in sections.items():
             begin, end = BEGIN.format(name), END.format(name)
             before, _, rest = text.partition(begin)
             text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-        found[path] = text
-    return found
+        written[path] = text
+    return written
 
 
 if __name__ == "__main__":
