@@ -10,6 +10,8 @@ from r2m_kernels.options import Option, documented, option, read_options
 
 RUN = "Running"
 _NO_FLAG = ""
+# Fields of the configuration that a sweep may vary: an analysis is merged at any of them for the cost of the last step.
+SWEPT = ("rank", "eta", "core_scale", "row_power")
 
 
 @dataclass(frozen=True)

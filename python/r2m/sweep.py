@@ -14,15 +14,13 @@ from typing import Any
 
 from r2m import former
 from r2m.merge import Job, Progress, complete, open_job
-from r2m.options import Options
+from r2m.options import SWEPT, Options
 from r2m.output import Workplace
 from r2m.places import beside, new_file, sync
 from r2m_kernels import Analysis, MergeConfig
 from r2m_kernels.errors import BadFile, BadOption
 
 SWEEP_FILE = "sweep.csv"
-# What a sweep may vary: an analysis is merged at any of them for the cost of the last step.
-SWEPT = ("rank", "eta", "core_scale", "row_power")
 
 
 def sweep(

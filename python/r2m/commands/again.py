@@ -12,13 +12,21 @@ from r2m.commands.given import take_options
 from r2m.commands.merge import tell
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option, read_rank
 from r2m.commands.process import settle_memory
-from r2m.options import OPTIONS
-from r2m_kernels.config import FILES, STRENGTH
+from r2m.options import OPTIONS, SWEPT
+from r2m_kernels.config import FILES, FLAGS, STRENGTH
+from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
     from r2m.recipe import Recipe
 
 _RUNNING = [OPTIONS[name] for name in ("device", "backend", "memory_budget")]
+
+
+def _swept(command: Any) -> Any:
+    """An option for each that may be swept over."""
+    for key in reversed(SWEPT):
+        command = option(STRENGTH, flag(key), metavar="A,B,…", help=FLAGS[key].sentence)(command)
+    return command
 
 
 @click.command(cls=SectionedCommand)
@@ -66,10 +74,7 @@ def _merge_again(out: str, changed: Callable[[Recipe], Recipe], *, quiet: bool, 
 @click.command(cls=SectionedCommand)
 @click.argument("out", metavar="OUT")
 @option(FILES, "--to", required=True, metavar="DIR", help="The directory to create, with one output per combination.")
-@option(STRENGTH, "--rank", metavar="A,B,…", help="Truncation ranks, as merge has them.")
-@option(STRENGTH, "--eta", metavar="A,B,…", help="Strengths of the residuals.")
-@option(STRENGTH, "--core-scale", metavar="A,B,…", help="Factors of the core.")
-@option(STRENGTH, "--row-power", metavar="A,B,…", help="Powers of the weights by row.")
+@_swept
 @flags(_RUNNING)
 @OFFLINE
 @QUIET
@@ -77,7 +82,6 @@ def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
     """Merge OUT, the output of a merge, with every combination of some options: analyzed once, combined for each."""
     settle_memory()
     from r2m.progress import reporting
-    from r2m.sweep import SWEPT
     from r2m.sweep import sweep as run
 
     texts = {field: given.pop(field) for field in SWEPT}

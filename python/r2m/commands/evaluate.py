@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from r2m.commands.given import only_given
 from r2m.commands.options import SectionedCommand, flags, option
 from r2m.evaluation.request import REQUEST, Request
 from r2m.options import RUN
@@ -26,8 +27,7 @@ def evaluate(out: str | None, overwrite: bool, quiet: bool, **given: Any) -> Non
     need("evaluate", "evaluate", "sklearn", "PIL")
     from r2m.evaluation.command import evaluate as run
 
-    fields = {one.name: given[one.key] for one in REQUEST.values() if given[one.key] not in (None, ())}
-    request = Request(**fields)
+    request = Request(**only_given({name: given[one.key] for name, one in REQUEST.items()}))
     for line in run(request, out, overwrite=overwrite, quiet=quiet):
         click.echo(line)
 

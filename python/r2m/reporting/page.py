@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
+from r2m.options import SWEPT
 from r2m.output import REPORT_FILE
 from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
 from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
@@ -219,7 +220,7 @@ def _histogram(name: str, dataset: str, model: str, of: Scores) -> Picture:
 
 def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Iterable[Picture]:
     """AUC over the options of a sweep, of those points that the evaluation has; else how strong the points are."""
-    options = [key for key in ("rank", "eta", "core_scale", "row_power") if key in rows[0]]
+    options = [key for key in SWEPT if key in rows[0]]
     points = [str(row["point"]) for row in rows]
     aucs = {} if measured is None else _point_aucs(points, swept, measured)
     if not aucs:
