@@ -56,7 +56,7 @@ class TorchrunProcesses:
 
 
 @contextlib.contextmanager
-def team() -> Iterator[ProcessGroup]:
+def processes() -> Iterator[ProcessGroup]:
     """The processes that ``torchrun`` started together with this one, or this one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:

@@ -33,10 +33,10 @@ from r2m.output import (
     REPORT_FILE,
     SOURCES,
     STATE_FILE,
-    Workplace,
+    PartialOutput,
     check_output,
     difference,
-    workplace,
+    partial_output,
 )
 from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
 from r2m.preprocessing import Preprocessing
@@ -72,6 +72,7 @@ class Job:
         arranged: the same in one layout, and the configuration for it.
         specialists: of how many each expert is the merge.
         preprocessing: of the merged model, if anything is known.
+        copied: small files of the base that go with the merged model: name → content.
     """
 
     recipe: Recipe
@@ -81,6 +82,7 @@ class Job:
     arranged: Arranged
     specialists: Mapping[str, int]
     preprocessing: Preprocessing | None
+    copied: Mapping[str, bytes]
 
     @property
     def files(self) -> list[Path]:
@@ -148,16 +150,16 @@ class Job:
         inputs = Inputs(self.arranged.base, self.arranged.experts)
         return forecast(inputs, self.arranged.config, self.backend, output, resources)
 
-    def sink(self, place: Workplace, *, create: bool = True) -> SafetensorsSink:
+    def sink(self, partial: PartialOutput, *, create: bool = True) -> SafetensorsSink:
         """Where merged tensors go. Another format is written from that when all is merged: resumed is one alone."""
-        directory = place.output if self.format.direct else place.tensors
+        directory = partial.output if self.format.direct else partial.tensors
         if create:
             directory.mkdir(exist_ok=True)
         return SafetensorsSink(directory, self.metadata, self.options.shard_bytes, create=create)
 
 
 def open_job(recipe: Recipe, options: Options | None = None) -> Job:
-    """Arguments and errors are :func:`merge_files`'s; nothing but headers is read."""
+    """Arguments and errors are :func:`merge_files`'s; of checkpoints, nothing but headers is read."""
     options = options or Options()
     options = replace(options, device=distributed.local_device(options.device))
     budget = options.budget_bytes
@@ -175,8 +177,15 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         config = config.replace(weights=tuple(map(float, counts.values())))
     renames = {name: one.rename for name, one in recipe.experts.items()}
     arranged = arrange(base, experts, config, recipe.arrangement, renames)
+    # They speak of the base's own tensors: under other names nothing of it would load what is made.
+    beside = _local(recipe.base)
+    copied = {
+        name: read_small(beside / name, f"base ({recipe.base}): {name}")
+        for name in COPIED_FILES
+        if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
+    }
     common = preprocessing.common(known, recipe.preprocessing)
-    return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common)
+    return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)
 
 
 def merge_files(
@@ -212,32 +221,32 @@ def merge_files(
     started = time.perf_counter()
     options, processes = options or Options(), processes or SingleProcess()
     with contextlib.ExitStack() as stack:
-        job, place, trouble = None, None, None
+        job, partial, trouble = None, None, None
         try:
             job = open_job(recipe, options)
             state = job.state()
             if processes.index == 0:
                 check_output(out, overwrite=options.overwrite, inputs=_inputs(job), resume=options.resume)
-                place = stack.enter_context(
-                    workplace(out, overwrite=options.overwrite, resume=options.resume, state=state)
+                partial = stack.enter_context(
+                    partial_output(out, overwrite=options.overwrite, resume=options.resume, state=state)
                 )
         except (R2MError, OSError) as error:
             trouble = error
-        shared = processes.gather({} if place is None else {"place": place, "state": state}, trouble)
+        shared = processes.gather({} if partial is None else {"partial": partial, "state": state}, trouble)
         assert job is not None
-        place = shared["place"]
+        partial = shared["partial"]
         processes.gather({}, _other_merge(processes, state, shared["state"]))
-        if place.finished:
+        if partial.finished:
             return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
-        analysis, sink = _merge(job, place, processes, known, progress)
+        analysis, sink = _merge(job, partial, processes, known, progress)
         if processes.index != 0:
             return analysis.report()
         found = {name: gram.tolist() for name, gram in analysis.grams.items()}
         checked = {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}
         content = {"state": state, "grams": dict(sorted({**found, **checked}.items()))}
-        write_file(place.output / STATE_FILE, json.dumps(content).encode())
-        return complete(job, place, sink, analysis, started)
+        write_file(partial.output / STATE_FILE, json.dumps(content).encode())
+        return complete(job, partial, sink, analysis, started)
 
 
 def plan_merge(
@@ -272,15 +281,15 @@ def plan_merge(
 
 
 def _merge(
-    job: Job, place: Workplace, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
+    job: Job, partial: PartialOutput, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
 ) -> tuple[Analysis, SafetensorsSink]:
     """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
-    sink = job.sink(place, create=processes.index == 0)
-    with closing(FileJournal(place.directory, processes.index, before=sink.sync)) as journal:
+    sink = job.sink(partial, create=processes.index == 0)
+    with closing(FileJournal(partial.directory, processes.index, before=sink.sync)) as journal:
         processes.gather({})  # nobody appends before all have read what former runs wrote
         journal.recall("task Gram", known)
         analysis = job.analyze(
-            spill_directory=place.directory,  # where the output goes, since the system's may be memory
+            spill_directory=partial.directory,  # where the output goes, since the system's may be memory
             progress=progress,
             processes=processes,
             journal=journal,
@@ -294,12 +303,14 @@ def _merge(
     return analysis, sink
 
 
-def complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analysis, started: float) -> dict[str, Any]:
+def complete(
+    job: Job, partial: PartialOutput, sink: SafetensorsSink, analysis: Analysis, started: float
+) -> dict[str, Any]:
     """What is written when all tensors are.
 
     Args:
         job: whose merge it is, with the configuration of the tensors.
-        place: where they were written.
+        partial: where they were written.
         sink: which has all of them.
         analysis: what they were made from.
         started: when, by ``time.perf_counter``.
@@ -308,14 +319,11 @@ def complete(job: Job, place: Workplace, sink: SafetensorsSink, analysis: Analys
         The report.
     """
     sink.finish()
-    recipe, output = job.recipe, place.output
+    recipe, output = job.recipe, partial.output
     if not job.format.direct:
-        job.format.save(open_checkpoint(place.tensors, "merged tensors"), output / job.format.output, sink.names)
-    base = _local(recipe.base)
-    # They speak of the base's own tensors: under other names nothing of it would load what is here.
-    for name in COPIED_FILES if job.arranged.base.specs.keys() == job.sources[0].specs.keys() else ():
-        if (base / name).is_file():
-            write_file(output / name, read_small(base / name, f"base ({recipe.base}): {name}"))
+        job.format.save(open_checkpoint(partial.tensors, "merged tensors"), output / job.format.output, sink.names)
+    for name, content in job.copied.items():
+        write_file(output / name, content)
     if job.preprocessing is not None and preprocessing.found(output) != job.preprocessing:
         write_file(output / preprocessing.FILE, job.preprocessing.for_transformers())
     text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)

@@ -15,7 +15,7 @@ from typing import Any
 from r2m import former
 from r2m.merge import Job, Progress, complete, open_job
 from r2m.options import SWEPT, Options
-from r2m.output import Workplace
+from r2m.output import PartialOutput
 from r2m.places import beside, new_file, sync
 from r2m_kernels import Analysis, MergeConfig
 from r2m_kernels.errors import BadFile, BadOption
@@ -112,13 +112,13 @@ def _at(job: Job, config: MergeConfig) -> Job:
 def _write(job: Job, analysis: Analysis, target: Path, progress: Progress | None) -> dict[str, Any]:
     """One point as a directory that appears when it is whole."""
     started = time.perf_counter()
-    with beside(target) as partial:
-        place = Workplace(partial, partial / "output")
-        place.output.mkdir()
-        sink = job.sink(place)
+    with beside(target) as directory:
+        partial = PartialOutput(directory)
+        partial.output.mkdir()
+        sink = job.sink(partial)
         sink.tie(analysis.plan.aliases)
         analysis.write(sink, job.arranged.config, dtype=job.dtype, progress=progress)
-        report = complete(job, place, sink, analysis, started)
-        sync(place.output)
-        os.rename(place.output, target)
+        report = complete(job, partial, sink, analysis, started)
+        sync(partial.output)
+        os.rename(partial.output, target)
     return report

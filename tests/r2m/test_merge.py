@@ -24,7 +24,7 @@ import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
 
 if TYPE_CHECKING:
-    from conftest import Checkpoints
+    from conftest import Checkpoints, Result
 
 Fingerprint = Callable[[Path], dict[str, tuple[str, int]]]
 CONFIG = MergeConfig.r2m(rank=0.3)
@@ -131,6 +131,25 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
         if path.name not in ("r2m_report.json", "README.md")
     }
     assert report["output"]["seconds"] > 0
+
+
+def test_a_configuration_that_is_none_is_refused_before_any_work(
+    checkpoints: Checkpoints, command: Callable[..., Result]
+) -> None:
+    Path("folder").mkdir()
+    Path("base.safetensors").rename("folder/model.safetensors")
+    with open("folder/config.json", "wb") as file:
+        file.truncate(2**40)
+    arguments = ["--base", "folder", "--expert", "fs.safetensors", "--out", "out"]
+    for words in (("merge", *arguments), ("plan", *arguments)):
+        result = command(*words)
+        assert result.code == 2
+        assert result.err.startswith("Error: base (folder): config.json: has 1099511627776 bytes, expected at most ")
+    assert not Path("out").exists()
+    Path("folder/config.json").unlink()
+    os.mkfifo("folder/config.json")  # no file: there is nothing to copy, and nobody waits
+    assert command("merge", *arguments).code == 0
+    assert not Path("out/config.json").exists()
 
 
 def test_the_report_is_json_without_nan(checkpoints: Checkpoints) -> None:

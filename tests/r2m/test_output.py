@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager as ContextManager
 from pathlib import Path
 
 import pytest
-from r2m.output import Workplace, check_output, workplace
+from r2m.output import PartialOutput, check_output, partial_output
 
 from r2m_kernels import InvalidInput
 
@@ -32,8 +32,8 @@ def everything() -> list[str]:
 
 def new(
     out: str | Path, *, overwrite: bool = False, resume: bool = False, **state: object
-) -> ContextManager[Workplace]:
-    return workplace(out, overwrite=overwrite, resume=resume, state=state)
+) -> ContextManager[PartialOutput]:
+    return partial_output(out, overwrite=overwrite, resume=resume, state=state)
 
 
 def test_a_new_directory_appears_with_its_parents() -> None:
