@@ -38,16 +38,13 @@ class MergeConfig:
         1,
         REAL,
         "Dimension k of the Real subspace.",
-        "None: the whole span of the task vectors, so that the core is their mean (weight averaging, CART). 0: none, "
-        "so that residuals are the task vectors (STAR, TSV-M).",
+        "None: the whole span of the task vectors, whose mean the core is then. 0: none, so that residuals are they.",
         minimum=0,
         metavar="K",
     )
     center: bool = option(False, REAL, "Subtract the mean task vector before the Real subspace is computed.")
     residual: Literal["core", "own"] = option(
-        "core",
-        REAL,
-        "What a task vector loses: the core (residual i = τ_i − τ_core), or its own part in the subspace (τ_i − Πτ_i).",
+        "core", REAL, "What a task vector loses: the core, or its own part in the subspace (τ_i − Πτ_i)."
     )
     rank: float | int = option(
         1.0,
@@ -68,11 +65,7 @@ class MergeConfig:
         free=True,
     )
     eta: float = option(
-        1.0,
-        STRENGTH,
-        "How much of the residuals is added; what it multiplies is eta_mode's.",
-        minimum=0,
-        free=True,
+        1.0, STRENGTH, "How much of the residuals is added; what it multiplies is eta_mode's.", minimum=0, free=True
     )
     eta_mode: Literal["relative", "constant", "core_norm", "sum"] = option(
         "constant",

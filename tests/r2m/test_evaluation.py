@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from r2m.evaluation.data import Reading, read_dataset, read_scores
+from r2m.evaluation.data import read_dataset, read_scores
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.metrics import Scores, _Ranked, auc_interval, average, judge, metrics
+from r2m.evaluation.request import Request
 from r2m.preprocessing import Preprocessing
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score, roc_curve
@@ -170,17 +171,17 @@ def write_json(content: Any, name: str = "list.json") -> str:
 
 
 def test_deepfakebenchs_lists_are_read() -> None:
-    found = read_dataset(write_json(deepfakebench()), Reading(frames=2))
+    found = read_dataset(write_json(deepfakebench()), Request(frames=2))
     ff = found["FaceForensics++"]
     assert [frame.label for frame in ff] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert all(frame.path.is_file() for frames in found.values() for frame in frames)
     assert [frame.path.name for frame in ff[:2]] == ["000.png", "002.png"]  # spread over the video
     assert len({frame.video for frame in ff}) == 4  # 000_003 of two manipulations are two videos
-    compat = read_dataset("list.json", Reading(frames=2, compat=True))["FaceForensics++"]
+    compat = read_dataset("list.json", Request(frames=2, deepfakebench_compat=True))["FaceForensics++"]
     assert [frame.path.name for frame in compat[:2]] == ["000.png", "001.png"]
     assert {frame.video for frame in compat} == {"000", "001", "000_003"}
-    assert read_dataset("list.json", Reading(labels={"fake_one": 0}))["Celeb"][0].label == 0
-    moved = read_dataset("list.json", Reading(root=Path("elsewhere")))
+    assert read_dataset("list.json", Request(labels=("fake_one=0",)))["Celeb"][0].label == 0
+    moved = read_dataset("list.json", Request(root="elsewhere"))
     assert str(moved["Celeb"][0].path) == "elsewhere/frames/Celeb/fake/id0/0.png"
 
 
@@ -198,7 +199,7 @@ def test_deepfakebenchs_lists_are_read() -> None:
 )
 def test_lists_that_are_none(content: Any, sentence: str) -> None:
     with pytest.raises(InvalidInput) as error:
-        read_dataset(write_json(content), Reading())
+        read_dataset(write_json(content), Request())
     assert sentence in str(error.value)
 
 
@@ -213,15 +214,15 @@ def test_folders_are_datasets() -> None:
     ):
         image(f"all/{path}", 90)
     Path("all/x/fake/notes.txt").write_text("no image")
-    found = read_dataset("all", Reading())
+    found = read_dataset("all", Request())
     assert {name: len(frames) for name, frames in found.items()} == {"x": 4, "y": 2}
     # Images in a folder of their own are a video's frames; others stand for themselves.
     assert [frame.video for frame in found["x"]] == ["fake/v1", "fake/v1", "real/a.png", "real/b.JPG"]
     assert [frame.label for frame in found["x"]] == [1, 1, 0, 0]
-    assert read_dataset("all/x", Reading()) == {"x": found["x"]}
+    assert read_dataset("all/x", Request()) == {"x": found["x"]}
     Path("empty").mkdir()
     with pytest.raises(InvalidInput, match="expected folders named real, 0_real, original, fake, 1_fake"):
-        read_dataset("empty", Reading())
+        read_dataset("empty", Request())
 
 
 def write_csv(rows: list[list[Any]], name: str = "scores.csv") -> str:

@@ -6,14 +6,13 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from r2m.evaluation import run
-from r2m.evaluation.data import Frame, Reading, read_dataset, read_scores
+from r2m.evaluation.data import Frame, read_dataset, read_scores
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
@@ -23,21 +22,6 @@ from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A detector to run.
-
-    Attributes:
-        label: how messages name it.
-        module: in evaluation mode, with the checkpoint's weights.
-        preprocessing: what its images go through.
-    """
-
-    label: str
-    module: nn.Module
-    preprocessing: Preprocessing
 
 
 def evaluate(request: Request, out: str | None = None, *, overwrite: bool = False, quiet: bool = False) -> list[str]:
@@ -59,14 +43,18 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
     finished = {name: read_scores(path) for name, path in named.items() if name not in checkpoints}
     datasets = _datasets(request) if checkpoints else {}
     preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
-    models = {name: _model(name, path, request, preprocessings[name]) for name, path in checkpoints.items()}
-    evaluated = _run(request, models, datasets, quiet)
+    arrangement = Arrangement(preset=request.preset)
+    models = {
+        name: load_detector(request.detector or "", path, f"model '{name}' ({path})", arrangement)
+        for name, path in checkpoints.items()
+    }
+    evaluated = _run(request, models, preprocessings, datasets, quiet)
     scores = finished | {name: one.scores() for name, one in evaluated.items()}
     judged = {
         name: {
             "source": os.path.abspath(path),
             "detector": request.detector if name in models else None,
-            "preprocessing": models[name].preprocessing.plain() if name in models else None,
+            "preprocessing": preprocessings[name].plain() if name in models else None,
             **run.judged(scores[name], resamples=request.bootstrap, seed=request.seed),
         }
         for name, path in named.items()
@@ -96,32 +84,21 @@ def _check(request: Request, out: str | None, overwrite: bool) -> None:
 
 
 def _datasets(request: Request) -> dict[str, list[Frame]]:
-    reading = Reading(
-        Path(request.root) if request.root else None,
-        request.split,
-        request.frames,
-        request.compression,
-        _labels(request.labels),
-        request.deepfakebench_compat,
-    )
     datasets: dict[str, list[Frame]] = {}
     for path in request.data:
-        for name, frames in read_dataset(path, reading).items():
+        for name, frames in read_dataset(path, request).items():
             if name in datasets:
                 raise BadOption(f"data ({path}): there is a dataset {quoted(name)} already")
             datasets[name] = frames
     return datasets
 
 
-def _model(name: str, path: str, request: Request, preprocessing: Preprocessing) -> Model:
-    label = f"model '{name}'"
-    arrangement = Arrangement(preset=request.preset)
-    module = load_detector(request.detector or "", path, f"{label} ({path})", arrangement)
-    return Model(label, module, preprocessing)
-
-
 def _run(
-    request: Request, models: Mapping[str, Model], datasets: Mapping[str, Sequence[Frame]], quiet: bool
+    request: Request,
+    models: Mapping[str, nn.Module],
+    preprocessings: Mapping[str, Preprocessing],
+    datasets: Mapping[str, Sequence[Frame]],
+    quiet: bool,
 ) -> dict[str, run.Evaluated]:
     evaluated = {}
     total = sum(map(len, datasets.values()))
@@ -133,10 +110,10 @@ def _run(
     with nullcontext() if quiet else bars() as shown:
         for name, model in models.items():
             evaluated[name] = run.run_detector(
-                model.module,
+                model,
                 datasets,
-                model.preprocessing,
-                label=model.label,
+                preprocessings[name],
+                label=f"model '{name}'",
                 device=request.device,
                 batch=request.batch,
                 strict=request.strict,
@@ -178,16 +155,6 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _labels(texts: Sequence[str]) -> dict[str, int]:
-    labels: dict[str, int] = {}
-    for text in texts:
-        name, _, value = text.rpartition("=")
-        if not name or value not in ("0", "1"):
-            raise BadOption(f"--label {text}: expected NAME=0 (real) or NAME=1 (fake)")
-        labels[name] = int(value)
-    return labels
 
 
 def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:

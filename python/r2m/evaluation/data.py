@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from r2m.evaluation.metrics import Scores
+from r2m.evaluation.request import Request
 from r2m.places import read_small
-from r2m_kernels import checks
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 
-SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "probability")  # of CSV files; video and dataset may be there
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # Names of folders that say what is in them.
@@ -40,43 +39,21 @@ class Frame:
     video: str
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How datasets are read.
-
-    Attributes:
-        root: of the paths in JSON files; None: the JSON's directory.
-        split: one of :data:`SPLITS`.
-        frames: at most so many of a video, evenly spread; None: all.
-        compression: of the FF++ family, where there are several.
-        labels: name of a label in JSON files → 0 or 1; of others those with "real" in them are 0.
-        compat: as DeepfakeBench does it: the first frames, and videos by their folder's name alone.
-    """
-
-    root: Path | None = None
-    split: str = "test"
-    frames: int | None = 32
-    compression: str = "c23"
-    labels: Mapping[str, int] | None = None
-    compat: bool = False
-
-
-def read_dataset(path: str | Path, reading: Reading) -> dict[str, list[Frame]]:
+def read_dataset(path: str | Path, request: Request) -> dict[str, list[Frame]]:
     """Datasets by name.
 
     Args:
         path: a JSON file, or a directory with ``real`` and ``fake`` in it, or with directories of such.
-        reading: how.
+        request: how.
 
     Raises:
         InvalidInput: no such file, not of these forms, or nothing in it.
     """
-    checks.choice("split", reading.split, SPLITS)
-    datasets = (_folders if Path(path).is_dir() else _json)(Path(path), reading)
+    datasets = (_folders if Path(path).is_dir() else _json)(Path(path), request)
     empty = [name for name, frames in datasets.items() if not frames]
     if empty or not datasets:
         what = f"dataset {quoted(empty[0])} " if empty else ""
-        raise BadFile(f"data ({path}): {what}holds no frames of the split '{reading.split}'")
+        raise BadFile(f"data ({path}): {what}holds no frames of the split '{request.split}'")
     return datasets
 
 
@@ -135,22 +112,22 @@ def _probability(what: str, text: str | None) -> float:
     return value
 
 
-def _folders(directory: Path, reading: Reading) -> dict[str, list[Frame]]:
+def _folders(directory: Path, request: Request) -> dict[str, list[Frame]]:
     def labelled(dataset: Path) -> dict[Path, int]:
         names = {entry: entry.name.lower() for entry in sorted(dataset.iterdir()) if entry.is_dir()}
         return {entry: FOLDERS[name] for entry, name in names.items() if name in FOLDERS}
 
     if labelled(directory):
-        return {directory.resolve().name: _images(directory, labelled(directory), reading)}
+        return {directory.resolve().name: _images(directory, labelled(directory), request)}
     inside = {entry: labelled(entry) for entry in sorted(directory.iterdir()) if entry.is_dir()}
     if not any(inside.values()):
         raise BadFile(
             f"data ({directory}): expected folders named {', '.join(FOLDERS)}, or datasets with such; there are none"
         )
-    return {dataset.name: _images(dataset, folders, reading) for dataset, folders in inside.items() if folders}
+    return {dataset.name: _images(dataset, folders, request) for dataset, folders in inside.items() if folders}
 
 
-def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> list[Frame]:
+def _images(dataset: Path, folders: Mapping[Path, int], request: Request) -> list[Frame]:
     videos: dict[tuple[int, str], list[Path]] = {}
     for folder, label in folders.items():
         for path in sorted(folder.rglob("*")):
@@ -159,13 +136,13 @@ def _images(dataset: Path, folders: Mapping[Path, int], reading: Reading) -> lis
                 video = path if path.parent == folder else path.parent
                 videos.setdefault((label, str(video.relative_to(dataset))), []).append(path)
     return [
-        Frame(path, label, _video(video, reading))
+        Frame(path, label, _video(video, request))
         for (label, video), paths in videos.items()
-        for path in _chosen(paths, reading)
+        for path in _chosen(paths, request)
     ]
 
 
-def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
+def _json(path: Path, request: Request) -> dict[str, list[Frame]]:
     what = f"data ({path})"
     if not path.is_file():
         raise BadFile(f"{what}: no such file or directory")
@@ -174,15 +151,15 @@ def _json(path: Path, reading: Reading) -> dict[str, list[Frame]]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{what}: not valid JSON ({printable(str(error))})") from None
-    root = reading.root or path.parent
+    root = Path(request.root) if request.root else path.parent
     datasets: dict[str, list[Frame]] = {}
     for dataset, labels in _mapping(what, content).items():
         frames = datasets.setdefault(dataset, [])
         for name, splits in _mapping(f"{what}: {quoted(dataset)}", labels).items():
             where = f"{what}: {quoted(dataset)}: {quoted(name)}"
-            videos = _mapping(where, splits).get(reading.split, {})
-            for video, entry in _of_compression(where, videos, reading).items():
-                frames += _frames(f"{where}: video {quoted(video)}", name, video, entry, root, reading)
+            videos = _mapping(where, splits).get(request.split, {})
+            for video, entry in _of_compression(where, videos, request).items():
+                frames += _frames(f"{where}: video {quoted(video)}", name, video, entry, root, request)
     return datasets
 
 
@@ -193,45 +170,45 @@ def _mapping(what: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _of_compression(what: str, videos: Any, reading: Reading) -> dict[str, Any]:
+def _of_compression(what: str, videos: Any, request: Request) -> dict[str, Any]:
     """The videos themselves; those of FF++ lie one level deeper."""
     held = _mapping(what, videos)
     if not held or any(isinstance(entry, dict) and "frames" in entry for entry in held.values()):
         return held
-    if reading.compression in held:
-        return _mapping(what, held[reading.compression])
-    raise BadFile(f"{what}: has the compressions {', '.join(map(quoted, held))}, not {reading.compression}")
+    if request.compression in held:
+        return _mapping(what, held[request.compression])
+    raise BadFile(f"{what}: has the compressions {', '.join(map(quoted, held))}, not {request.compression}")
 
 
-def _frames(what: str, name: str, video: str, entry: Any, root: Path, reading: Reading) -> list[Frame]:
+def _frames(what: str, name: str, video: str, entry: Any, root: Path, request: Request) -> list[Frame]:
     entry = _mapping(what, entry)
     paths = entry.get("frames")
     if not isinstance(paths, list) or not all(isinstance(one, str) and one for one in paths):
         raise BadFile(f"{what}: expected frames: a list of paths")
     said = entry.get("label", name)
-    label = _of_label(said if isinstance(said, str) else name, reading)
+    label = _of_label(said if isinstance(said, str) else name, request)
     # Written on Windows, some of them.
     images = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
     key = str(images[0].parent) if images else video
-    return [Frame(image, label, _video(key, reading)) for image in _chosen(images, reading)]
+    return [Frame(image, label, _video(key, request)) for image in _chosen(images, request)]
 
 
-def _of_label(name: str, reading: Reading) -> int:
-    if reading.labels and name in reading.labels:
-        value = reading.labels[name]
+def _of_label(name: str, request: Request) -> int:
+    if name in request.values:
+        value = request.values[name]
         if value not in (0, 1):
             raise BadOption(f"label {quoted(name)}: expected 0 or 1, got {value}")
         return value
     return 0 if "real" in name.lower() else 1
 
 
-def _video(key: str, reading: Reading) -> str:
-    return key.rpartition("/")[2] if reading.compat else key
+def _video(key: str, request: Request) -> str:
+    return key.rpartition("/")[2] if request.deepfakebench_compat else key
 
 
-def _chosen(paths: Sequence[Path], reading: Reading) -> Sequence[Path]:
+def _chosen(paths: Sequence[Path], request: Request) -> Sequence[Path]:
     """At most so many of a video's frames as are read."""
-    count = reading.frames
-    if count is None or len(paths) <= count:
-        return paths
-    return paths[:count] if reading.compat else [paths[index * len(paths) // count] for index in range(count)]
+    count = request.frames
+    if len(paths) <= count or request.deepfakebench_compat:
+        return paths[:count]
+    return [paths[index * len(paths) // count] for index in range(count)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r2m.presets import PRESETS
+from r2m_kernels.errors import BadOption
 from r2m_kernels.options import Option, documented, normalize, option, read_options
 
 MODELS, DATA, RUN = "Models", "Data", "Running"
@@ -67,6 +68,18 @@ class Request:
 
     def __post_init__(self) -> None:
         normalize(self, REQUEST)
+        _ = self.values  # checked
+
+    @property
+    def values(self) -> dict[str, int]:
+        """What the names in ``labels`` are: 0 real, 1 fake."""
+        values = {}
+        for text in self.labels:
+            name, _, value = text.rpartition("=")
+            if not name or value not in ("0", "1"):
+                raise BadOption(f"--label {text}: expected NAME=0 (real) or NAME=1 (fake)")
+            values[name] = int(value)
+        return values
 
 
 REQUEST: dict[str, Option] = read_options(Request)
