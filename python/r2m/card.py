@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from r2m import hub
+from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from r2m.places import MOST_RECORD, read_mapping, read_small

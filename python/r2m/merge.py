@@ -15,9 +15,10 @@ import torch
 import yaml
 
 import r2m_kernels
-from r2m import distributed, former, hub, machine, preprocessing
+from r2m import distributed, former, machine, preprocessing
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
+from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import FORMATS, Format
 from r2m.checkpoints.reader import open_checkpoint

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from r2m import hub
+from r2m.checkpoints import hub
 from r2m.naming import named
 from r2m.places import read_small
 from r2m.preprocessing import Preprocessing

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from r2m import hub
 from r2m.arrangement import Arranged, arrange, head_names
+from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.inspection import family

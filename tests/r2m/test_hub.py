@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from forked import Child
-from r2m import hub
+from r2m.checkpoints import hub
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from r2m import hub
-from r2m.checkpoints import formats, layout
+from r2m.checkpoints import formats, hub, layout
 from r2m.checkpoints.files import Checkpoint, TensorFile
 from r2m.checkpoints.layout import some
 from r2m.places import opened, read_small
@@ -19,7 +18,7 @@ def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
     :func:`r2m.checkpoints.layout.chosen` says which files of a directory count.
 
     Args:
-        path: file, directory or :mod:`r2m.hub` reference. A file is judged by its content, not by its name.
+        path: file, directory or :mod:`r2m.checkpoints.hub` reference. A file is judged by its content, not by its name.
         label: how error messages name the checkpoint; should hold the path as the user gave it.
 
     Raises:

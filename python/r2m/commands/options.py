@@ -111,7 +111,7 @@ def defaults_of(declared: Option) -> str:
 def _settle_network(ctx: click.Context, _: click.Parameter, offline: bool) -> None:
     """Keep ``hf://`` paths to the cache."""
     if offline:
-        from r2m import hub
+        from r2m.checkpoints import hub
 
         hub.work_offline()
 
