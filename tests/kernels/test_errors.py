@@ -37,6 +37,7 @@ def message(error):
         ({"real_rank": 1.0}, "real_rank: expected a whole number of at least 0, got 1.0"),
         ({"center": 1}, "center: expected True or False, got 1"),
         ({"residual": "croe"}, "residual: expected one of 'core', 'own', got 'croe'; did you mean 'core'?"),
+        ({"eta": None}, "eta: expected a finite number of at least 0, got None"),
         ({"eta_mode": 3}, "eta_mode: expected one of 'relative', 'constant', 'core_norm', 'sum', got 3"),
         ({"exclude": 5}, "exclude: expected a sequence of name patterns, got 5"),
         ({"power_iterations": -1}, "power_iterations: expected a whole number of at least 0, got -1"),

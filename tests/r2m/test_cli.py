@@ -19,6 +19,8 @@ import r2m.merge
 import torch
 from r2m.commands.main import main
 from r2m.commands.merge import merge
+from r2m.commands.process import exit_code
+from r2m.distributed import LostProcess
 from r2m.options import Options
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig
 from r2m_kernels.config import FLAGS, METHODS, OPTIONS, make_config
+from r2m_kernels.errors import BackendUnavailable, BadCheckpoint
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
@@ -405,6 +408,11 @@ def test_a_failure_of_the_machine_names_the_file(
     monkeypatch.setattr(r2m.merge, "open_checkpoint", refuse)
     result = command("merge", *checkpoints.arguments, "--out", "out")
     assert (result.code, result.err) == (1, "Error: fs.safetensors: permission denied\n")
+
+
+def test_exit_codes_come_with_the_kinds_of_errors() -> None:
+    errors = [BadCheckpoint("x"), BackendUnavailable("x"), LostProcess("x"), OSError("x"), ValueError("x")]
+    assert [exit_code(error) for error in errors] == [2, 2, 1, 1, None]
 
 
 def test_help_and_version(command: Command) -> None:
