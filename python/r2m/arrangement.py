@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from r2m import refit
 from r2m.checkpoints.files import Checkpoint
@@ -44,38 +45,60 @@ def arrange(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     config: MergeConfig,
-    wanted: Arrangement,
+    arrangement: Arrangement,
     renames: Mapping[str, Rules] | None = None,
 ) -> Arranged:
     """Bring checkpoints into one layout.
 
     Args:
         base, experts, config: what is merged, and how.
-        wanted: what is asked for.
+        arrangement: what is asked for.
         renames: of an expert's names alone, before those for all.
 
     Raises:
         InvalidInput: names that collide, no such head; or they do not fit, and a preset would help.
     """
-    arranged = _arranged(base, experts, config, wanted, renames or {})
-    if wanted.preset is not None:
+    arranged = _arranged(base, experts, config, arrangement, renames or {})
+    if arrangement.preset is not None:
         return arranged
     try:
         plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
-        sources = (base, *experts.values())
-        for name, preset in PRESETS.items():
-            beginnings = tuple(old for step in preset.steps for old in step)
-            if not any(known.startswith(beginnings) for source in sources for known in source.specs):
-                continue
-            try:
-                fitting = _arranged(base, experts, config, replace(wanted, preset=name), renames or {})
-                plan_tensors(fitting.base, fitting.experts, fitting.config)
-            except InvalidInput:
-                continue
-            raise type(error)(f"{error}\nWith --preset {name} they fit ({preset.title}).") from None
-        raise
+        names = [name for source in (base, *experts.values()) for name in source.specs]
+        beginnings = {key: tuple(old for step in one.steps for old in step) for key, one in PRESETS.items()}
+        near = [key for key, starts in beginnings.items() if any(name.startswith(starts) for name in names)]
+        needed = fitting(base, experts, config, arrangement, renames, near)
+        if needed is None:
+            raise
+        title = PRESETS[needed.preset].title
+        raise type(error)(f"{error}\nWith --preset {needed.preset} they fit ({title}).") from None
     return arranged
+
+
+class Fitting(NamedTuple):
+    """A preset with which checkpoints fit, and how they do."""
+
+    preset: str
+    arranged: Arranged
+
+
+def fitting(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    config: MergeConfig,
+    arrangement: Arrangement,
+    renames: Mapping[str, Rules] | None = None,
+    presets: Iterable[str] = tuple(PRESETS),
+) -> Fitting | None:
+    """The first of some presets with which checkpoints fit; other arguments are :func:`arrange`'s."""
+    for preset in presets:
+        try:
+            arranged = _arranged(base, experts, config, replace(arrangement, preset=preset), renames or {})
+            plan_tensors(arranged.base, arranged.experts, arranged.config)
+        except InvalidInput:
+            continue
+        return Fitting(preset, arranged)
+    return None
 
 
 def head_names(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -93,34 +116,34 @@ def _arranged(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     config: MergeConfig,
-    wanted: Arrangement,
+    arrangement: Arrangement,
     renames: Mapping[str, Rules],
 ) -> Arranged:
-    preset = PRESETS[wanted.preset] if wanted.preset is not None else Preset("as they are")
-    ground = renamed(base, wanted)
-    views = {name: renamed(source, wanted, renames.get(name, {})) for name, source in experts.items()}
-    arranged = Arranged(ground, views, config)
+    preset = PRESETS[arrangement.preset] if arrangement.preset is not None else Preset("as they are")
+    origin = renamed(base, arrangement)
+    views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
+    arranged = Arranged(origin, views, config)
     if preset.factored:
         arranged = _unfactored(arranged)
     if preset.experts_layout:
         arranged = _in_layout_of_experts(arranged)
-    if wanted.head_features is not None and (wanted.head or "").partition(":")[0] != "refit":
+    if arrangement.head_features is not None and (arrangement.head or "").partition(":")[0] != "refit":
         raise BadOption("head_features: are for head: refit alone")
-    return arranged if wanted.head is None else _with_head(arranged, wanted.head, wanted)
+    return arranged if arrangement.head is None else _with_head(arranged, arrangement.head, arrangement)
 
 
-def renamed(source: Checkpoint, wanted: Arrangement, own: Rules | None = None) -> View:
-    """A checkpoint under the names that are asked for; ``own`` rules come before those for all."""
-    view = View.of(source).renamed({**(own or {}), **wanted.rename})
-    for step in PRESETS[wanted.preset].steps if wanted.preset is not None else ():
+def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = None) -> View:
+    """A checkpoint under the names that are asked for; the rules of ``first`` come before those for all."""
+    view = View.of(source).renamed({**(first or {}), **arrangement.rename})
+    for step in PRESETS[arrangement.preset].steps if arrangement.preset is not None else ():
         view = view.renamed(step)
     return view
 
 
-def plain(source: Checkpoint, wanted: Arrangement) -> View:
+def plain(source: Checkpoint, arrangement: Arrangement) -> View:
     """A checkpoint under the names that are asked for, its factors folded into ordinary weights."""
-    view = renamed(source, wanted)
-    if wanted.preset is None or not PRESETS[wanted.preset].factored:
+    view = renamed(source, arrangement)
+    if arrangement.preset is None or not PRESETS[arrangement.preset].factored:
         return view
     beginnings = _beginnings([view])
     return _folded(view, beginnings).renamed({start + MAIN: start + PLAIN for start in beginnings})
@@ -198,13 +221,13 @@ def _folded(view: View, beginnings: Iterable[str]) -> View:
     return view.having(whole).without([start + ending for start in beginnings for ending in (*FACTORS, *FROZEN)])
 
 
-def _with_head(arranged: Arranged, rule: str, wanted: Arrangement) -> Arranged:
+def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arranged:
     """What ``rule`` says of the classifier: averaged, or one that is kept."""
     base, config = arranged.base, arranged.config
     kind, chosen = _head_rule(rule, arranged.experts)
     expert = chosen if kind == "expert" else next(iter(arranged.experts))
     owner = base if kind == "base" else arranged.experts[expert]
-    names = _classifier(owner, wanted.head_tensors)
+    names = _classifier(owner, arrangement.head_tensors)
     exact = [literal(name) for name in names]
     if kind == "mean":
         if config.extra == "error" and any(name not in base.specs for name in names):
@@ -214,9 +237,9 @@ def _with_head(arranged: Arranged, rule: str, wanted: Arrangement) -> Arranged:
     if kind == "expert":
         base = base.having({name: owner.tensors[name] for name in names})
     if kind == "refit":
-        if wanted.head_features is None:
+        if arrangement.head_features is None:
             raise BadOption("head: refit needs features of the merged model (head_features)")
-        measured = refit.read_features(wanted.head_features)
+        measured = refit.read_features(arrangement.head_features)
         fitted = refit.head({name: owner.specs[name].shape for name in names}, measured, chosen or refit.RULES[0])
         base = base.having({name: constant(one.to(owner.specs[name].dtype)) for name, one in fitted.items()})
         features = measured.digest

@@ -142,7 +142,7 @@ def _header(
 
 def _front_matter(path: str) -> dict[str, Any]:
     """The YAML at the head of the card beside a checkpoint; empty where there is none."""
-    checkpoint = hub.fetch(path).path if hub.is_reference(path) else Path(path)
+    checkpoint = hub.local(path)
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
         text = read_small(directory / CARD_FILE, path).decode(errors="replace")

@@ -37,9 +37,9 @@ _LISTED = 6  # beginnings of names
 def family(specs: Mapping[str, TensorSpec]) -> str | None:
     """A guess from the names of tensors, with the width of what stands first; None where nothing is known."""
     for ending, title in FAMILIES.items():
-        found = next((name for name in specs if name == ending or name.endswith("." + ending)), None)
-        if found is not None:
-            shape = specs[found].shape
+        name = next((name for name in specs if name == ending or name.endswith("." + ending)), None)
+        if name is not None:
+            shape = specs[name].shape
             patch = f", patches of {shape[-1]}" if "ViT" in title or "CLIP" in title else ""
             return f"{title}, {shape[0]} wide{patch}" if len(shape) == 4 else title
     return None
@@ -54,7 +54,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     types = Counter(dtype_name(spec.dtype) for spec in specs.values())
     begin = Counter(name.partition(".")[0] for name in specs)
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
-    found = [f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"]
+    title = f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
     rows = {
         "family": family(specs) or "unknown",
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
@@ -63,7 +63,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in head_names(specs)[:4]),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
-    return [*found, *(f"  {title:<8}{text}" for title, text in rows.items() if text)]
+    return [title, *(f"  {row:<8}{text}" for row, text in rows.items() if text)]
 
 
 def inspect(

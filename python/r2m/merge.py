@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import r2m_kernels
-from r2m import distributed, former, machine, preprocessing
+from r2m import distributed, former, machine, output, preprocessing
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
@@ -26,19 +26,7 @@ from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.options import Options
-from r2m.output import (
-    CARD_FILE,
-    COPIED_FILES,
-    INPUTS,
-    RECIPE_FILE,
-    REPORT_FILE,
-    SOURCES,
-    STATE_FILE,
-    PartialOutput,
-    check_output,
-    difference,
-    partial_output,
-)
+from r2m.output import INPUTS, SOURCES, STATE_FILE, PartialOutput, check_output, difference, partial_output
 from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
@@ -147,9 +135,9 @@ class Job:
 
     def forecast(self, directory: Path, resources: Resources) -> Forecast:
         """What it takes with these resources; ``directory`` is on the file system of the output."""
-        output = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies)
+        written = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies)
         inputs = Inputs(self.arranged.base, self.arranged.experts)
-        return forecast(inputs, self.arranged.config, self.backend, output, resources)
+        return forecast(inputs, self.arranged.config, self.backend, written, resources)
 
     def sink(self, partial: PartialOutput, *, create: bool = True) -> SafetensorsSink:
         """Where merged tensors go. Another format is written from that when all is merged: resumed is one alone."""
@@ -168,24 +156,23 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     base = open_checkpoint(recipe.base, f"base ({recipe.base})")
     experts = {name: open_checkpoint(one.path, f"expert '{name}' ({one.path})") for name, one in recipe.experts.items()}
-    known = {name: one.preprocessing or preprocessing.found(_local(one.path)) for name, one in recipe.experts.items()}
-    counts = {
-        name: 1 if hub.is_reference(one.path) else former.specialists(Path(one.path))
-        for name, one in recipe.experts.items()
-    }
+    own, counts = {}, {}
+    for name, one in recipe.experts.items():
+        own[name] = one.preprocessing or preprocessing.beside(hub.local(one.path))
+        counts[name] = 1 if hub.is_reference(one.path) else former.specialists(Path(one.path))
     config = recipe.config
     if config.weights is None and any(count > 1 for count in counts.values()):
         config = config.replace(weights=tuple(map(float, counts.values())))
     renames = {name: one.rename for name, one in recipe.experts.items()}
     arranged = arrange(base, experts, config, recipe.arrangement, renames)
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
-    beside = _local(recipe.base)
+    beside = hub.local(recipe.base)
     copied = {
         name: read_small(beside / name, f"base ({recipe.base}): {name}")
-        for name in COPIED_FILES
+        for name in output.COPIED_FILES
         if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
     }
-    common = preprocessing.common(known, recipe.preprocessing)
+    common = preprocessing.common(own, recipe.preprocessing)
     return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)
 
 
@@ -238,14 +225,14 @@ def merge_files(
         partial = shared["partial"]
         processes.gather({}, _other_merge(processes, state, shared["state"]))
         if partial.finished:
-            return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
+            return read_mapping(Path(out) / output.REPORT_FILE, f"out ({out}): {output.REPORT_FILE}", MOST_RECORD)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
         analysis, sink = _merge(job, partial, processes, known, progress)
         if processes.index != 0:
             return analysis.report()
-        found = {name: gram.tolist() for name, gram in analysis.grams.items()}
-        checked = {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}
-        content = {"state": state, "grams": dict(sorted({**found, **checked}.items()))}
+        grams: dict[str, Any] = {name: gram.tolist() for name, gram in analysis.grams.items()}
+        grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
+        content = {"state": state, "grams": dict(sorted(grams.items()))}
         write_file(partial.output / STATE_FILE, json.dumps(content).encode())
         return complete(job, partial, sink, analysis, started)
 
@@ -255,7 +242,7 @@ def plan_merge(
     out: str | Path,
     options: Options | None = None,
     *,
-    processes: int | None = None,
+    processes: int = 1,
     machines: int = 1,
 ) -> tuple[Forecast, list[str]]:
     """What :func:`merge_files` would read, write, hold and take, before any work.
@@ -273,11 +260,10 @@ def plan_merge(
     """
     job = open_job(recipe, options)
     directory = check_output(out, overwrite=job.options.overwrite, inputs=_inputs(job))
-    cores = machine.threads() * machines
-    count = processes or 1
-    given = job.options.memory_budget is not None
-    budget = job.budget if given else job.budget * machines // max(machines, count)
-    planned = job.forecast(directory, Resources(budget, count, max(1, cores // count)))
+    cores, budget = machine.threads() * machines, job.budget
+    if job.options.memory_budget is None:
+        budget = budget * machines // max(machines, processes)
+    planned = job.forecast(directory, Resources(budget, processes, max(1, cores // processes)))
     return planned, lines(planned, measured_rates(job.files[0], directory), cores, str(out))
 
 
@@ -311,8 +297,7 @@ def complete(
 
     Args:
         job: whose merge it is, with the configuration of the tensors.
-        partial: where they were written.
-        sink: which has all of them.
+        partial, sink: where they were written.
         analysis: what they were made from.
         started: when, by ``time.perf_counter``.
 
@@ -320,16 +305,18 @@ def complete(
         The report.
     """
     sink.finish()
-    recipe, output = job.recipe, partial.output
+    recipe, directory = job.recipe, partial.output
     if not job.format.direct:
-        job.format.save(open_checkpoint(partial.tensors, "merged tensors"), output / job.format.output, sink.names)
+        job.format.save(open_checkpoint(partial.tensors, "merged tensors"), directory / job.format.output, sink.names)
     for name, content in job.copied.items():
-        write_file(output / name, content)
-    if job.preprocessing is not None and preprocessing.found(output) != job.preprocessing:
-        write_file(output / preprocessing.FILE, job.preprocessing.for_transformers())
+        write_file(directory / name, content)
+    if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
+        write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)
-    write_file(output / RECIPE_FILE, text.encode(errors="backslashreplace"))
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(output.iterdir()) if entry.name != REPORT_FILE}
+    write_file(directory / output.RECIPE_FILE, text.encode(errors="backslashreplace"))
+    sizes = {
+        entry.name: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.name != output.REPORT_FILE
+    }
     report: dict[str, Any] = {
         "method": recipe.method,
         **analysis.report(job.arranged.config),
@@ -343,19 +330,14 @@ def complete(
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    write_file(output / REPORT_FILE, text.encode(errors="backslashreplace"))
-    write_file(output / CARD_FILE, card(output).encode(errors="backslashreplace"))
+    write_file(directory / output.REPORT_FILE, text.encode(errors="backslashreplace"))
+    write_file(directory / output.CARD_FILE, card(directory).encode(errors="backslashreplace"))
     return report
 
 
 def _inputs(job: Job) -> list[str | Path]:
     """What is read: the files too, and not the directories alone, as they may be links that lead anywhere."""
     return [job.recipe.base, *(one.path for one in job.recipe.experts.values()), *job.files]
-
-
-def _local(path: str) -> Path:
-    """Where a checkpoint lies on this machine."""
-    return hub.fetch(path).path if hub.is_reference(path) else Path(path)
 
 
 def _other_merge(processes: ProcessGroup, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:

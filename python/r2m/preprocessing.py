@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m.places import read_mapping
-from r2m_kernels.errors import InvalidInput
+from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput
 
 FILE = "preprocessor_config.json"  # of transformers
 _CHANNELS = 3
@@ -31,12 +31,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 2**15:
-            raise InvalidInput(f"preprocessing: size: expected pixels of a side, got {self.size}")
+            raise BadOption(f"preprocessing: size: expected pixels of a side, got {self.size}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != _CHANNELS or not all(map(math.isfinite, values)):
-                raise InvalidInput(f"preprocessing: {name}: expected {_CHANNELS} numbers, got {list(values)}")
+                raise BadOption(f"preprocessing: {name}: expected {_CHANNELS} numbers, got {list(values)}")
         if min(self.std) <= 0:
-            raise InvalidInput(f"preprocessing: std: expected positive numbers, got {list(self.std)}")
+            raise BadOption(f"preprocessing: std: expected positive numbers, got {list(self.std)}")
 
     @classmethod
     def of(cls, size: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
@@ -67,7 +67,7 @@ class Preprocessing:
         return "{} px, mean {}, std {}".format(self.size, *numbers)
 
 
-def found(checkpoint: str | Path) -> Preprocessing | None:
+def beside(checkpoint: str | Path) -> Preprocessing | None:
     """What stands in a checkpoint's directory; None where nothing does, or not all of it."""
     path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / FILE
@@ -82,30 +82,28 @@ def found(checkpoint: str | Path) -> Preprocessing | None:
         return None
 
 
-def common(known: Mapping[str, Preprocessing | None], chosen: Preprocessing | None) -> Preprocessing | None:
+def common(experts: Mapping[str, Preprocessing | None], chosen: Preprocessing | None) -> Preprocessing | None:
     """The preprocessing of a merge.
 
     Args:
-        known: expert → its own; None where nobody has said.
+        experts: name → what it has; None where nobody has said.
         chosen: what was asked for, whatever the experts have.
 
     Returns:
         None where nothing is known.
 
     Raises:
-        InvalidInput: experts differ and nothing was chosen.
+        DoesNotFit: experts differ and nothing was chosen.
     """
-    if chosen is not None:
+    known = {name: one for name, one in experts.items() if one is not None}
+    if chosen is not None or not known:
         return chosen
-    first: tuple[str, Preprocessing] | None = None
-    for name, own in known.items():
-        if own is None:
-            continue
-        if first is None:
-            first = (name, own)
-        elif own != first[1]:
-            raise InvalidInput(
-                f"preprocessing: expert '{first[0]}' has {first[1]}, expert '{name}' has {own}; a merge of both sees "
-                "images as neither does; say which one it shall have (preprocessing in the recipe) if that is meant"
+    first, *others = known
+    for name in others:
+        if known[name] != known[first]:
+            raise DoesNotFit(
+                f"preprocessing: expert '{first}' has {known[first]}, expert '{name}' has {known[name]}; a merge of "
+                "both sees images as neither does; say which one it shall have (preprocessing in the recipe) if that "
+                "is meant"
             )
-    return None if first is None else first[1]
+    return known[first]

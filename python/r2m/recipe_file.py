@@ -56,7 +56,7 @@ class _Preprocessing(_Keys):
     std: list[float | int] = Field(description="of the channels")
 
     def read(self) -> Preprocessing:
-        return Preprocessing.of(self.size, self.mean, self.std)
+        return Preprocessing.of(**dict(self))
 
 
 class _Expert(_Keys):
@@ -67,14 +67,17 @@ class _Expert(_Keys):
     preprocessing: _Preprocessing | None = Field(None, description="what it was trained with")
 
     def read(self, directory: Path) -> Expert:
-        own = self.preprocessing.read() if self.preprocessing else None
-        return Expert(_beside(directory, self.model), self.rename, own)
+        preprocessing = self.preprocessing.read() if self.preprocessing else None
+        return Expert(_beside(directory, self.model), self.rename, preprocessing)
 
     @staticmethod
     def written(name: str, expert: Expert) -> dict[str, Any]:
-        rename = {"rename": dict(expert.rename)} if expert.rename else {}
-        own = {"preprocessing": expert.preprocessing.plain()} if expert.preprocessing else {}
-        return {"model": _absolute(expert.path), "name": name, **rename, **own}
+        return {
+            "model": _absolute(expert.path),
+            "name": name,
+            **({"rename": dict(expert.rename)} if expert.rename else {}),
+            **({"preprocessing": expert.preprocessing.plain()} if expert.preprocessing else {}),
+        }
 
 
 class _Special(_Keys):
@@ -94,19 +97,14 @@ class _Special(_Keys):
         checks.choice("merge_method", self.merge_method, tuple(METHODS))
         experts = [one.read(directory) for one in self.models]
         names = named([(one.name, expert.path) for one, expert in zip(self.models, experts, strict=True)])
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in self if name in _PLAIN
-        }
-        features = plain.pop("head_features")
+        plain = {name: _read_plain(getattr(self, name), one, directory) for name, one in _PLAIN.items()}
         return Recipe(
             _beside(directory, self.base_model),
             dict(zip(names, experts, strict=True)),
             self._config(),
             self.merge_method,
             **{name: plain.pop(name) for name in OUTPUT},
-            arrangement=Arrangement(
-                self.rename, **plain, head_features=_beside(directory, features) if features else None
-            ),
+            arrangement=Arrangement(self.rename, **plain),
             preprocessing=self.preprocessing.read() if self.preprocessing else None,
         )
 
@@ -125,23 +123,20 @@ class _Special(_Keys):
     @staticmethod
     def written(recipe: Recipe) -> dict[str, Any]:
         arrangement = recipe.arrangement
-        features = arrangement.head_features
         return {
             "merge_method": recipe.method,
             "base_model": _absolute(recipe.base),
             "models": [_Expert.written(name, expert) for name, expert in recipe.experts.items()],
             "parameters": recipe.config.to_dict(),
             "dtype": recipe.dtype,
-            **_changed(recipe, OUTPUT),
+            **_plain_written(recipe, OUTPUT),
             **({"rename": dict(arrangement.rename)} if arrangement.rename else {}),
-            **_changed(arrangement, ARRANGEMENT),
-            **({"head_features": _absolute(features)} if features else {}),
+            **_plain_written(arrangement, ARRANGEMENT),
             **({"preprocessing": recipe.preprocessing.plain()} if recipe.preprocessing else {}),
         }
 
 
-# The others are written as they are.
-_PLAIN: dict[str, Option] = {**OUTPUT, **ARRANGEMENT}
+_PLAIN: dict[str, Option] = {**OUTPUT, **ARRANGEMENT}  # the other keys
 
 
 def _plain_key(declared: Option) -> Any:
@@ -157,10 +152,22 @@ def _plain_key(declared: Option) -> Any:
 _Recipe = create_model("_Recipe", __base__=_Special, **{name: _plain_key(one) for name, one in _PLAIN.items()})
 
 
-def _changed(holder: Recipe | Arrangement, declared: Mapping[str, Option]) -> dict[str, Any]:
-    """What is not as it is by default, as plain values."""
-    values = {name: getattr(holder, name) for name, one in declared.items() if getattr(holder, name) != one.default}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _read_plain(value: Any, declared: Option, directory: Path) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return _beside(directory, value) if value and declared.metavar == "PATH" else value
+
+
+def _plain_written(holder: Recipe | Arrangement, declared: Mapping[str, Option]) -> dict[str, Any]:
+    """What is not as it is by default."""
+    written: dict[str, Any] = {}
+    for name, one in declared.items():
+        value = getattr(holder, name)
+        if value != one.default:
+            written[name] = list(value) if isinstance(value, tuple) else value
+            if one.metavar == "PATH":
+                written[name] = _absolute(value)
+    return written
 
 
 def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -197,20 +204,16 @@ def dump(recipe: Recipe) -> dict[str, Any]:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of recipes, for editors."""
-    found = _Recipe.model_json_schema()
+    whole = _Recipe.model_json_schema()
     options = TypeAdapter(MergeConfig).json_schema()["properties"]
     for name, one in options.items():
         one["description"] = OPTIONS[name].text
-    by_name = {
-        "filter": {"type": "string", "description": "a glob of names; none: all others"},
-        "value": options["rank"],
-    }
+    rank = options["rank"]
+    by_name = {"filter": {"type": "string", "description": "a glob of names; none: all others"}, "value": dict(rank)}
     item = {"type": "object", "properties": by_name, "required": ["value"], "additionalProperties": False}
-    either = [dict(options["rank"]), {"type": "array", "items": item}]
-    options["rank"] = {"description": options["rank"]["description"], "anyOf": either}
-    found["properties"]["parameters"].update(properties=options, additionalProperties=False)
-    found["title"] = "A merge, as r2m merge takes it"
-    return found
+    options["rank"] = {"description": rank["description"], "anyOf": [dict(rank), {"type": "array", "items": item}]}
+    whole["properties"]["parameters"].update(properties=options, additionalProperties=False)
+    return {**whole, "title": "A merge, as r2m merge takes it"}
 
 
 def _loaded(path: Path, what: str) -> dict[str, Any]:
@@ -296,13 +299,13 @@ def _absolute(path: str) -> str:
 
 def _fields(parameters: dict[str, Any]) -> dict[str, Any]:
     """As the configuration has them: lists as tuples, a rank with filters as pairs."""
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-    if isinstance(found.get("rank"), tuple):
-        pairs = [_filtered(one) for one in found.pop("rank")]
-        found["ranks"] = (*found.get("ranks", ()), *(pair for pair in pairs if pair[0] is not None))
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
+    if isinstance(fields.get("rank"), tuple):
+        pairs = [_filtered(one) for one in fields.pop("rank")]
+        fields["ranks"] = (*fields.get("ranks", ()), *(pair for pair in pairs if pair[0] is not None))
         for rank in [rank for glob, rank in pairs if glob is None][:1]:
-            found["rank"] = rank
-    return found
+            fields["rank"] = rank
+    return fields
 
 
 def _filtered(one: Any) -> tuple[str | None, Any]:

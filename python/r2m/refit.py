@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.extras import need
-from r2m_kernels.errors import InvalidInput, printable, quoted
+from r2m_kernels.errors import BadFile, DoesNotFit, NotFinite, printable, quoted
 
 # Linear discriminant analysis with a shrunk covariance, in closed form; or logistic regression.
 RULES = ("lda", "logistic")
@@ -38,23 +38,24 @@ def read_features(path: str | Path) -> Features:
     """From a safetensors or torch file with ``features`` (n, d) and ``labels`` (n,).
 
     Raises:
-        InvalidInput: they are not there, do not fit each other, or are of one class.
+        BadFile: they are not there, do not fit each other, or are of one class.
+        NotFinite: NaN or Inf in them.
         OSError: it cannot be read.
     """
     what = f"head_features ({path})"
     source = open_checkpoint(path, what)
     missing = [name for name in ("features", "labels") if name not in source.specs]
     if missing:
-        raise InvalidInput(f"{what}: expected tensors features (n, d) and labels (n,), got {', '.join(source.specs)}")
+        raise BadFile(f"{what}: expected tensors features (n, d) and labels (n,), got {', '.join(source.specs)}")
     values, labels = source.read("features"), source.read("labels")
     if values.ndim != 2 or labels.shape != values.shape[:1] or not len(labels):
-        raise InvalidInput(
+        raise BadFile(
             f"{what}: expected features (n, d) and labels (n,), got {tuple(values.shape)} and {tuple(labels.shape)}"
         )
     if not bool(values.double().isfinite().all()):
-        raise InvalidInput(f"{what}: features hold NaN or Inf")
+        raise NotFinite(f"{what}: features hold NaN or Inf")
     if set(labels.tolist()) != {0, 1} or labels.is_floating_point():
-        raise InvalidInput(f"{what}: expected labels 0 (real) and 1 (fake), both of them, as whole numbers")
+        raise BadFile(f"{what}: expected labels 0 (real) and 1 (fake), both of them, as whole numbers")
     with open(source.files[0], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Features(values.double().numpy(), labels.long().numpy(), digest)
@@ -68,7 +69,7 @@ def fit(features: Features, rule: str) -> tuple[NDArray[np.float64], float]:
         rule: one of :data:`RULES`.
 
     Raises:
-        InvalidInput: scikit-learn is missing.
+        BadOption: scikit-learn is missing.
     """
     need("head: refit", "evaluate", "sklearn")
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -94,7 +95,7 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
         rule: one of :data:`RULES`.
 
     Raises:
-        InvalidInput: no such classifier, or of another d.
+        DoesNotFit: no such classifier, or of another d.
     """
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     vectors = [name for name, shape in shapes.items() if len(shape) == 1]
@@ -102,11 +103,9 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
     fits = outputs in (1, 2) and len(vectors) <= 1 and all(shapes[name] == (outputs,) for name in vectors)
     if not fits or len(matrices) + len(vectors) < len(shapes):
         listed = ", ".join(f"{printable(name)} {list(shape)}" for name, shape in shapes.items())
-        raise InvalidInput(
-            f"head: refit expects one matrix (2, d) or (1, d), and its bias if there is one; got {listed}"
-        )
+        raise DoesNotFit(f"head: refit expects one matrix (2, d) or (1, d), and its bias if there is one; got {listed}")
     if features.values.shape[1] != width:
-        raise InvalidInput(f"head: refit: expected {width} features, got {features.values.shape[1]}")
+        raise DoesNotFit(f"head: refit: expected {width} features, got {features.values.shape[1]}")
     weight, bias = fit(features, rule)
     # Of two logits the second is fake: their difference is the log-odds.
     signs = np.array([[1.0]]) if outputs == 1 else np.array([[-0.5], [0.5]])
@@ -114,5 +113,5 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
     for name in vectors:
         fitted[name] = torch.tensor(signs[:, 0] * bias, dtype=torch.float32)
     if not vectors and abs(bias) > 0:
-        raise InvalidInput(f"head: refit: {quoted(matrices[0])} has no bias beside it, and the fit needs one")
+        raise DoesNotFit(f"head: refit: {quoted(matrices[0])} has no bias beside it, and the fit needs one")
     return fitted

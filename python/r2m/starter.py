@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from r2m.arrangement import Arranged, arrange, head_names
+from r2m.arrangement import Arranged, arrange, fitting, head_names
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.inspection import family
 from r2m.naming import name_experts
-from r2m.preprocessing import common, found
+from r2m.preprocessing import beside, common
 from r2m.presets import PRESETS
-from r2m.recipe import Arrangement
+from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig
 from r2m_kernels.config import METHODS
 from r2m_kernels.errors import InvalidInput, printable
-from r2m_kernels.streaming import plan_tensors
 
 
 def starter(base: str, words: Sequence[str], to: Path) -> str:
@@ -36,14 +34,14 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         InvalidInput: a checkpoint cannot be read, or they do not fit whatever the preset.
     """
     experts = name_experts(words)
-    ground = open_checkpoint(base, f"base ({base})")
+    origin = open_checkpoint(base, f"base ({base})")
     sources = {name: open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()}
-    preset, arranged = _fitting(ground, sources)
+    preset, arranged = _fitting(origin, sources)
     directory = to.parent
     lines = [
         f"# r2m merge {printable(str(to))} --out merged",
         "# Paths are relative to this file; hf://owner/name works too. `r2m schema` prints a JSON schema for editors.",
-        f"base_model: {_text(_relative(base, directory))}  # {_described(ground)}",
+        f"base_model: {_text(_relative(base, directory))}  # {_described(origin)}",
         "models:",
     ]
     for name, path in experts.items():
@@ -56,45 +54,36 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         "parameters: {}",
         "#   rank: 0.2  # of r2m_truncated; or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
         "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",
-        "# dtype: bfloat16  # of the output; the base's if left out",
-        "# format: pth  # a state dict of torch.save, which loads strict=True where the experts' did",
+        *(f"# {name}: {one.choices[1]}  # {one.sentence}" for name, one in OUTPUT.items()),
     ]
     lines.append(f"preset: {preset}  # {PRESETS[preset].title}" if preset else "# preset: df40  # `r2m merge --help`")
     heads = head_names(next(iter(arranged.experts.values())).specs)
     what = f"{printable(heads[0])}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
     lines.append(f"# head: mean  # or base, or expert:NAME; the classifier: {what}")
-    lines += _preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)})
+    lines.append(_preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)}))
     return "\n".join(lines) + "\n"
 
 
 def _fitting(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str | None, Arranged]:
     """The preset they need, if any."""
     config = MergeConfig.weight_average()
-    wanted = Arrangement()
     try:
-        arranged = arrange(base, experts, config, wanted)
-        plan_tensors(arranged.base, arranged.experts, arranged.config)
-        return None, arranged
-    except InvalidInput as error:
-        for name in PRESETS:
-            try:
-                arranged = arrange(base, experts, config, replace(wanted, preset=name))
-                plan_tensors(arranged.base, arranged.experts, arranged.config)
-            except InvalidInput:
-                continue
-            return name, arranged
-        raise error
+        return None, arrange(base, experts, config, Arrangement())
+    except InvalidInput:
+        needed = fitting(base, experts, config, Arrangement())
+        if needed is None:
+            raise
+        return needed
 
 
-def _preprocessing(experts: Mapping[str, str]) -> list[str]:
-    own = {name: found(path) for name, path in experts.items()}
+def _preprocessing(experts: Mapping[str, str]) -> str:
     try:
-        shared = common(own, None)
+        shared = common({name: beside(path) for name, path in experts.items()}, None)
     except InvalidInput as error:
-        return [f"# {error}"]
+        return f"# {error}"
     if shared is not None:
-        return [f"# preprocessing, from the experts' directories: {shared}"]
-    return ["# preprocessing: {size: 224, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}  # goes with the merged model"]
+        return f"# preprocessing, from the experts' directories: {shared}"
+    return "# preprocessing: {size: 224, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}  # goes with the merged model"
 
 
 def _described(source: Checkpoint) -> str:

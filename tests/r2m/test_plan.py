@@ -55,7 +55,7 @@ def recipe(config: MergeConfig) -> Recipe:
     return Recipe("base.safetensors", Expert.each(EXPERTS), config)
 
 
-def planned(config: MergeConfig, *, processes: int | None = None, machines: int = 1, **options: Any) -> Forecast:
+def planned(config: MergeConfig, *, processes: int = 1, machines: int = 1, **options: Any) -> Forecast:
     return plan_merge(recipe(config), "out", Options(**options), processes=processes, machines=machines)[0]
 
 

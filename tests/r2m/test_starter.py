@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from r2m.preprocessing import Preprocessing, found
+from r2m.preprocessing import Preprocessing, beside
 from r2m.recipe import Expert
 from r2m.recipe_file import read_recipe, schema
 from safetensors.torch import load_file, save_file
@@ -118,13 +118,13 @@ def test_preprocessing_goes_with_the_model(checkpoints: Checkpoints, command: Co
     for model in content["models"]:
         model["preprocessing"] = HALF.plain()
     assert command("merge", written(content), "--out", "merged").code == 0
-    assert found("merged") == found("merged/model.safetensors") == HALF
+    assert beside("merged") == beside("merged/model.safetensors") == HALF
     assert json.loads(Path("merged/r2m_report.json").read_text())["preprocessing"] == HALF.plain()
     assert command("merge", "merged/r2m_config.yaml", "--out", "again").code == 0
-    assert found("again") == HALF
+    assert beside("again") == HALF
     # It is found where a merge is an expert.
     assert command("merge", "--base", "base.safetensors", "--expert", "merged", "--out", "twice").code == 0
-    assert found("twice") == HALF
+    assert beside("twice") == HALF
 
 
 def test_two_preprocessings_are_not_mixed_silently(checkpoints: Checkpoints, command: Command) -> None:
@@ -139,10 +139,10 @@ def test_two_preprocessings_are_not_mixed_silently(checkpoints: Checkpoints, com
     )
     assert not Path("merged").exists()
     assert command("merge", written({**content, "preprocessing": CLIP.plain()}), "--out", "merged").code == 0
-    assert found("merged") == CLIP
+    assert beside("merged") == CLIP
     # Said of the whole it stays when experts come and go.
     assert command("remove", "merged", "--expert", "fs").code == 0
-    assert found("merged") == CLIP
+    assert beside("merged") == CLIP
 
 
 @pytest.mark.parametrize(
@@ -175,12 +175,12 @@ def test_a_preprocessing_that_is_none(
 def test_transformers_files_are_understood(content: dict[str, Any], expected: int | None) -> None:
     text = json.dumps({**content, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     Path("preprocessor_config.json").write_text(text)
-    own = found(".")
+    own = beside(".")
     assert (own.size if own else None) == expected
 
 
 def test_a_file_beside_that_is_no_json_says_nothing(checkpoints: Checkpoints, command: Command) -> None:
     Path("preprocessor_config.json").write_text("[1, 2")
-    assert found(".") is None
+    assert beside(".") is None
     assert command("merge", *checkpoints.arguments, "--out", "merged").code == 0
     assert load_file("merged/model.safetensors")

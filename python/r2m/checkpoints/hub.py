@@ -47,6 +47,11 @@ def is_reference(path: str | Path) -> bool:
     return str(path).startswith(SCHEME)
 
 
+def local(path: str | Path) -> Path:
+    """Where a checkpoint lies on this machine; errors are :func:`fetch`'s."""
+    return fetch(str(path)).path if is_reference(path) else Path(path)
+
+
 def work_offline() -> None:
     """From now on, only what is in the cache; before the library is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,9 +25,7 @@ def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
         BadCheckpoint: nothing there, no such file, damaged, or an index that does not fit its files.
         OSError: it cannot be read; ``filename`` is set.
     """
-    if hub.is_reference(path):
-        path = hub.fetch(str(path)).path
-    given, path = str(path), Path(path)
+    given, path = str(path), hub.local(path)
     if given and path.is_dir():
         return _open_directory(path, label)
     if not given or not path.exists():

@@ -89,10 +89,10 @@ def merge(out: str, quiet: bool, dry_run: bool, **given: Any) -> int | None:
     params=[parameter for parameter in merge.params if parameter.name not in ("dry_run", "resume")],
     epilog="Example: r2m plan --base base.safetensors --expert fs.safetensors --expert fr.safetensors --out merged",
 )
-@option(RUN, "--processes", type=click.IntRange(1), help="Of torchrun.  [default: 1]")
+@option(RUN, "--processes", type=click.IntRange(1), default=1, help="Of torchrun.  [default: 1]")
 @option(RUN, "--machines", type=click.IntRange(1), default=1, help="Like this one, for the processes.  [default: 1]")
 @option(RUN, "--list", "listed", is_flag=True, help="Also show every piece of work, in the order in which it is done.")
-def plan(out: str, quiet: bool, processes: int | None, machines: int, listed: bool, **given: Any) -> int:
+def plan(out: str, quiet: bool, processes: int, machines: int, listed: bool, **given: Any) -> int:
     """Show what a merge would read, write, hold and take; its exit code is 1 where disk or budget do not suffice."""
     return _plan(out, given, quiet=quiet, processes=processes, machines=machines, listed=listed)
 

@@ -16,7 +16,7 @@ from r2m.evaluation.data import Frame, read_dataset, read_scores
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
-from r2m.preprocessing import Preprocessing, found
+from r2m.preprocessing import Preprocessing, beside
 from r2m.progress import bars
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadFile, BadOption, quoted
@@ -159,9 +159,9 @@ def _number(value: float | None) -> str:
 
 def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:
     """What was asked for, on top of what stands beside the checkpoint."""
-    beside = found(path)
+    stored = beside(path)
     asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
-    known = {**(beside.plain() if beside else {}), **{field: one for field, one in asked.items() if one is not None}}
+    known = {**(stored.plain() if stored else {}), **{field: one for field, one in asked.items() if one is not None}}
     missing = [f"--{field}" for field in ("size", "mean", "std") if field not in known]
     if missing:
         raise BadOption(
