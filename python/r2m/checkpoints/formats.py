@@ -51,11 +51,7 @@ class Format:
         return 1 if self.direct else 2
 
     def open(self, path: Path, what: str) -> TensorFile:
-        """Its tensors and where they lie.
-
-        Args:
-            path: a regular file.
-            what: how error messages name it.
+        """Its tensors and where they lie; ``what`` is how error messages name the file.
 
         Raises:
             BadCheckpoint: damaged, hostile, or of a kind that is not supported.
@@ -65,12 +61,9 @@ class Format:
         return tensors
 
     def save(self, source: Checkpoint, path: Path, names: Sequence[str]) -> None:
-        """Write a checkpoint as one file and bring it to the disk; memory does not hold it.
+        """Write a checkpoint as one file, tensors in the order of ``names``, and bring it to the disk.
 
-        Args:
-            source: the checkpoint.
-            path: the file to write, in a directory that nobody else uses yet.
-            names: all of its tensors, in the order of the file.
+        The directory is one that nobody else uses yet. Memory does not hold all of it.
 
         Raises:
             OSError: it cannot be written; ``filename`` is set.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -90,11 +91,8 @@ def spec_of(what: str, code: str, shape: Sequence[int]) -> TensorSpec:
         if not sizes or sizes[-1] % 2:
             raise BadCheckpoint(f"{what}: torch cannot hold 4-bit rows of odd length, shape {tuple(shape)}")
         sizes[-1] //= 2
-    extent = 1
-    for size in sizes:
-        extent *= max(size, 1)
     # The library checks sizes against the file, except where a 0 among them makes their product 0.
-    if extent >= 2**63:
+    if math.prod(max(size, 1) for size in sizes) >= 2**63:
         raise BadCheckpoint(f"{what}: shape {tuple(shape)} is too large")
     return TensorSpec(tuple(sizes), _DTYPES[code])
 
@@ -148,20 +146,12 @@ def plan_files(
             filled = 0
         shards[-1].append(name)
         filled += nbytes
-    count = len(shards)
-    names = (
-        [SAFETENSORS.single]
-        if count == 1
-        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    )
-    return [
-        _plan_file(
-            file_name,
-            {name: specs[name] for name in shard},
-            {**metadata, **{name: first for name, first in aliases.items() if first in shard}},
-        )
-        for file_name, shard in zip(names, shards, strict=True)
-    ]
+    files = []
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SAFETENSORS.single
+        tied = {name: first for name, first in aliases.items() if first in shard}
+        files.append(_plan_file(file_name, {name: specs[name] for name in shard}, {**metadata, **tied}))
+    return files
 
 
 def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> PlannedFile:
@@ -183,25 +173,8 @@ def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mappin
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     data = LENGTH_BYTES + len(text)
-    return PlannedFile(
-        name=file_name,
-        header=struct.pack("<Q", len(text)) + text,
-        offsets={name: data + start for name, start in starts.items()},
-        size=data + position,
-    )
-
-
-def tied_names(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Name → the stored tensor it is tied to, as a header's metadata tell it."""
-    return {
-        name: first for name, first in metadata.items() if first in specs and name not in specs and name not in _FORMAT
-    }
-
-
-def data_start(length_field: bytes) -> int:
-    """Position of the first tensor byte, from a file's first 8 bytes."""
-    (length,) = struct.unpack("<Q", length_field)
-    return LENGTH_BYTES + int(length)
+    offsets = {name: data + start for name, start in starts.items()}
+    return PlannedFile(file_name, struct.pack("<Q", len(text)) + text, offsets, data + position)
 
 
 def open_file(path: Path, what: str) -> TensorFile:
@@ -212,30 +185,28 @@ def open_file(path: Path, what: str) -> TensorFile:
     with opened(path, what, BadCheckpoint) as file:
         known = identity(file.fileno())
         length_field = file.read(LENGTH_BYTES)
-        header = b""
-        if len(length_field) == LENGTH_BYTES:
-            length = data_start(length_field) - LENGTH_BYTES
-            if length <= min(_MOST_HEADER, os.fstat(file.fileno()).st_size):
-                header = file.read(length)
+        length = int.from_bytes(length_field, "little")
+        header = file.read(length) if length <= min(_MOST_HEADER, os.fstat(file.fileno()).st_size) else b""
     _refuse_doubtful_header(header, what)
     specs: dict[str, TensorSpec] = {}
     locations: dict[str, Location] = {}
     try:
-        # The library maps the file for the length of this block and touches its header alone. It has checked
-        # that the tensors follow one another without gaps to the end of the file, so that sizes give
-        # positions.
+        # The library maps the file for the length of this block and touches its header alone. It has checked that the
+        # tensors follow one another without gaps to the end of the file, so that sizes give positions.
         with safe_open(path, framework="numpy") as library:
-            position = data_start(length_field)
+            position = LENGTH_BYTES + length
             for name in library.offset_keys():
                 entry = library.get_slice(name)
                 spec = spec_of(f"{what}: tensor {quoted(name)}", entry.get_dtype(), entry.get_shape())
                 specs[name], locations[name] = spec, Location(path, position)
                 position += spec.nbytes
-            aliases = tied_names(library.metadata() or {}, specs)
+            metadata = library.metadata() or {}
     except SafetensorError as error:
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = next((plain for known, plain in _REASONS.items() if known in text), text)
         raise BadCheckpoint(f"{what}: not a whole safetensors file: {printable(reason)}") from None
+    # Names that the metadata tie to a stored tensor.
+    aliases = {name: first for name, first in metadata.items() if first in specs and name not in {*specs, *_FORMAT}}
     for name, first in aliases.items():
         specs[name], locations[name] = specs[first], locations[first]
     return TensorFile(specs, locations, known, hashlib.sha256(length_field + header).hexdigest(), aliases)

@@ -32,7 +32,7 @@ from r2m.places import created, opened
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
-ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80\x02"
+_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80\x02"
 # Under which keys training scripts put the weights, when they save more than those.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -66,8 +66,8 @@ def open_file(path: Path, what: str) -> TensorFile:
     with opened(path, what, BadCheckpoint) as file:
         known = identity(file.fileno())
         start = file.read(4)
-        if not start.startswith(ZIP_MAGIC):
-            old = start.startswith(PICKLE_MAGIC)
+        if not start.startswith(_ZIP_MAGIC):
+            old = start.startswith(_PICKLE_MAGIC)
             kind = "of torch.save before torch 1.6" if old else "neither safetensors nor torch's"
             raise BadCheckpoint(
                 f"{what}: a file {kind}; expected one that torch.save({{'name': tensor, …}}, PATH) of today writes"
@@ -241,7 +241,7 @@ def _starts(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], size: int, what:
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
         if not stored:
             raise BadCheckpoint(f"{what}: the entry {quoted(entry.filename)} is compressed, which torch never does")
-        whole = len(header) == _LOCAL.size and header.startswith(ZIP_MAGIC) and entry.header_offset >= end
+        whole = len(header) == _LOCAL.size and header.startswith(_ZIP_MAGIC) and entry.header_offset >= end
         if whole:
             *_, name_bytes, extra_bytes = _LOCAL.unpack(header)
             starts[entry.filename] = entry.header_offset + _LOCAL.size + name_bytes + extra_bytes

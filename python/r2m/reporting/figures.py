@@ -103,28 +103,34 @@ def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]]
         legend(axes)
 
 
+def curves(
+    axes: Axes, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: tuple[str, str], style: str = "-"
+) -> None:
+    """A line for each series of x and y; labels of both axes."""
+    for index, (title, (x, y)) in enumerate(series.items()):
+        axes.plot(x, y, style, label=short(title), color=colour(index))
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    legend(axes)
+
+
 def legend(axes: Axes) -> None:
     """Above the picture, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
 
 def heatmap(
-    axes: Axes,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Sequence[Sequence[float | None]],
-    low: float,
-    high: float,
+    axes: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], low: float
 ) -> None:
-    """A matrix with its numbers written in it."""
+    """A matrix with its numbers, from ``low`` to 1, written in it."""
     shown = [[float("nan") if value is None else value for value in row] for row in values]
-    axes.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    axes.imshow(shown, vmin=low, vmax=1.0, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), [short(name) for name in columns], rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             text = "–" if value is None else f"{value:.2f}"
-            light = value is not None and value < (low + high) / 2
+            light = value is not None and value < (low + 1.0) / 2
             axes.text(j, i, text, ha="center", va="center", color="white" if light else "black")
     for side in axes.spines.values():
         side.set_visible(False)

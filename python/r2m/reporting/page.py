@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -16,7 +17,7 @@ from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.output import REPORT_FILE
 from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
-from r2m.reporting.figures import Picture, Rows, bars, colour, heatmap, legend, picture, short
+from r2m.reporting.figures import Picture, Rows, bars, colour, curves, heatmap, legend, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
 from r2m.templating import render
@@ -86,7 +87,7 @@ def of_merge(report: Mapping[str, Any]) -> Iterable[Picture]:
         "Cosines between their task vectors. Near 1 they learned the same; near 0 they have nothing in common, and "
         "little of what each learned is shared.",
         [{"expert": a, **dict(zip(names, row, strict=True))} for a, row in zip(names, cosines, strict=True)],
-        lambda axes: heatmap(axes, names, names, cosines, -0.2, 1.0),
+        lambda axes: heatmap(axes, names, names, cosines, -0.2),
         (1.6 + 0.9 * len(names), 1.2 + 0.6 * len(names)),
     )
     norms, core = report["task_vectors"]["norms"], report["core"]["coefficients"]
@@ -125,18 +126,13 @@ def of_merge(report: Mapping[str, Any]) -> Iterable[Picture]:
 
 def _kept_energy(names: Sequence[str], kept: Rows) -> Picture:
     def draw(axes: Axes) -> None:
-        for index, name in enumerate(names):
-            values = [row["kept_energy"][name] for row in kept]
-            axes.plot(
-                [float("nan") if value is None else value for value in values],
-                ".-",
-                label=short(name),
-                color=colour(index),
-            )
-        axes.set_xlabel("matrix, in the model's order")
-        axes.set_ylabel("kept energy")
+        rows = range(len(kept))
+        series = {
+            name: (rows, [math.nan if (one := row["kept_energy"][name]) is None else one for row in kept])
+            for name in names
+        }
+        curves(axes, series, ("matrix, in the model's order", "kept energy"), ".-")
         axes.set_ylim(0, 1.02)
-        legend(axes)
 
     return picture(
         "kept_energy",
@@ -162,7 +158,7 @@ def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str,
                 {"model": name, **dict(zip(datasets, row, strict=True))}
                 for name, row in zip(models, values, strict=True)
             ],
-            lambda axes, values=values: heatmap(axes, list(models), datasets, values, 0.3, 1.0),  # type: ignore[misc]
+            lambda axes, values=values: heatmap(axes, list(models), datasets, values, 0.3),  # type: ignore[misc]
             (2.6 + 0.9 * len(datasets), 1.4 + 0.5 * len(models)),
         )
     for number, dataset in enumerate(datasets):
@@ -177,19 +173,15 @@ def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str,
 def _roc(number: int, dataset: str, scores: Mapping[str, Scores]) -> Picture:
     from sklearn.metrics import roc_curve
 
-    curves = {name: roc_curve(of.labels, of.probabilities)[:2] for name, of in scores.items()}
+    rates = {name: roc_curve(of.labels, of.probabilities)[:2] for name, of in scores.items()}
 
     def draw(axes: Axes) -> None:
-        for index, (name, (fpr, tpr)) in enumerate(curves.items()):
-            axes.plot(fpr, tpr, label=short(name), color=colour(index))
+        curves(axes, rates, ("real frames called fake", "fakes found"))
         axes.plot([0, 1], [0, 1], ":", color=colour(6))
-        axes.set_xlabel("real frames called fake")
-        axes.set_ylabel("fakes found")
-        legend(axes)
 
     rows = [
         {"model": name, "false positive rate": float(x), "true positive rate": float(y)}
-        for name, (fpr, tpr) in curves.items()
+        for name, (fpr, tpr) in rates.items()
         for x, y in zip(fpr, tpr, strict=True)
     ]
     text = "Of all frames. The further to the upper left, the better; the dotted line is chance."
@@ -227,24 +219,19 @@ def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Ite
         return
     axis = options[-1]
 
-    def draw(axes: Axes) -> None:
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["point"] in aucs:
-                title = ", ".join(f"{option} {row[option]}" for option in options[:-1]) or "all"
-                groups.setdefault(title, []).append((float(row[axis]), aucs[row["point"]]))
-        for index, (title, values) in enumerate(groups.items()):
-            axes.plot(*zip(*sorted(values), strict=True), "o-", label=title, color=colour(index))
-        axes.set_xlabel(axis)
-        axes.set_ylabel("mean AUC of frames")
-        legend(axes)
-
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["point"] in aucs:
+            title = ", ".join(f"{option} {row[option]}" for option in options[:-1]) or "all"
+            groups.setdefault(title, []).append((float(row[axis]), aucs[row["point"]]))
+    ordered = {title: sorted(values) for title, values in groups.items()}
+    series = {title: ([x for x, _ in values], [y for _, y in values]) for title, values in ordered.items()}
     yield picture(
         "sweep",
         f"AUC over {' and '.join(options)}",
         "Chosen on these sets, a point is fitted to them: report another set's numbers for it.",
         [{**row, "auc": aucs[row["point"]]} for row in rows if row["point"] in aucs],
-        draw,
+        lambda axes: curves(axes, series, (axis, "mean AUC of frames"), "o-"),
     )
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from r2m import former
 from r2m.merge import open_job
-from r2m.reporting.figures import Picture, colour, legend, picture, short
+from r2m.reporting.figures import Picture, colour, curves, picture
 from r2m_kernels.errors import BadOption
 
 
@@ -45,14 +45,11 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
 
 def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int) -> Picture:
     def draw(axes: Axes) -> None:
-        for index, (expert, spectrum) in enumerate(values.items()):
-            axes.plot(range(1, len(spectrum) + 1), spectrum, label=short(expert), color=colour(index))
+        series = {expert: (range(1, len(spectrum) + 1), spectrum) for expert, spectrum in values.items()}
+        curves(axes, series, ("singular value", "size"))
         if rank < max(map(len, values.values())):
             axes.axvline(rank + 0.5, color=colour(6), linestyle=":")
-        axes.set_xlabel("singular value")
-        axes.set_ylabel("size")
         axes.set_ylim(bottom=0)
-        legend(axes)
 
     rows = [
         {"expert": expert, "index": index, "singular value": value, "kept": index <= rank}
