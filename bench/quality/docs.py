@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from r2m.demo.evaluation import auc
 
-from bench.compare import table
 from bench.machine import RESULTS, ROOT
+from bench.markdown import render, update
 from bench.quality import settings, tables
 from bench.quality.groups import GROUPS
 from bench.quality.tables import against, cells, difference, differences, reported, runs_of, short
@@ -58,19 +56,14 @@ RULES = (
 
 def text(content: Content) -> str:
     """The whole page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= {"table": lambda header, rows: "\n".join(table(header, rows)), "titles": _titles}
-    environment.filters["signed"] = lambda value: short(value, True)
     runs = runs_of(content, reported(content))
     parts = {name: runs_of(content, reported(content), name) for name in ("cnn", "vit")}
     rows = tables.rows_of(content)
-    return environment.get_template("page.md.j2").render(
+    return render(
+        Path(__file__).with_name("page.md.j2"),
         content=content,
+        titles=_titles,
+        short=short,
         tolerated=TOLERATED,
         goal=GOAL,
         looked_at=LOOKED_AT,
@@ -231,14 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    content = json.loads(RESULT.read_text())
-    if not options.check:
-        write(content)
-    elif PAGE.read_text() != text(content):
-        page, result = (path.relative_to(ROOT) for path in (PAGE, RESULT))
-        print(f"{page} is not what {result} gives; python -m bench.quality.docs", file=sys.stderr)
-        return 1
-    return 0
+    return update(
+        PAGE, text(json.loads(RESULT.read_text())), check=options.check, command="python -m bench.quality.docs"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,13 @@ def test_the_readme_shows_the_committed_results():
     done = subprocess.run(
         [sys.executable, "-m", "bench.compare", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_new_timed_row_is_shown_under_its_key():
+    cpu, gpu = (json.loads((compare.RESULTS / f"{name}.json").read_text()) for name in ("cpu", "gpu_merges"))
+    cpu["blocks"]["timed"]["another"], cpu["blocks"]["over_ours"]["another"] = {"median": 1.0}, 1.3
+    assert "| another | 1.30 | 1.00 |  |" in compare.section(cpu, gpu)
 
 
 def test_the_committed_results_name_machine_versions_and_commit():
