@@ -5,30 +5,28 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from r2m.demo import camera, faces, forgeries, networks, resampling, samples, training
-from r2m.demo.networks import Detector
+from r2m.demo.networks import Detector, save_detector
 from r2m.demo.resampling import Picture
 from r2m.demo.training import Recipe, train_base, train_detector
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.machine import ROOT
 from bench.quality import forgeries as further
 from bench.quality import networks as transformers
 from bench.quality import settings
 from bench.quality.networks import load_state, new_network
 
 StateDict = dict[str, Tensor]
-CACHE = Path(__file__).resolve().parents[2] / "build" / "quality"
+CACHE = ROOT / "build" / "quality"
 # What a trained detector depends on beside its recipe; a change in any of these files trains it anew.
 _SOURCES = "".join(map(inspect.getsource, (camera, faces, forgeries, networks, resampling, samples, training)))
 _TRANSFORMERS, _FURTHER = inspect.getsource(transformers), inspect.getsource(further)
@@ -52,47 +50,39 @@ class Run:
 
 
 class Pools:
-    """Training pictures of a run, made when they are first asked for."""
+    """Training pictures of a run."""
 
     def __init__(self, run: Run) -> None:
-        self._run = run
-        self._photographs = faces.read_photographs()
-        self._people = faces.split_people(run.seed).train
-        self._made: dict[str, Picture] = {}
+        self._of_people = faces.read_photographs(), faces.split_people(run.seed).train
+        self._draws, self._seed = run.recipes.draws, run.seed
+        self.get = cache(self._make)  # of this run alone
 
     def pretraining(self) -> samples.PretrainingSet:
-        return samples.make_pretraining(self._photographs, self._people, self._run.recipes.draws, self._run.seed)
+        return samples.make_pretraining(*self._of_people, self._draws, self._seed)
 
-    def get(self, kind: str) -> Picture:
+    def _make(self, kind: str) -> Picture:
         """``real``, or a family's forged pictures: (n, 48, 48) float32 in [0, 1]."""
-        if kind not in self._made:
-            arguments = (self._run.recipes.draws, self._run.seed, "training")
-            if kind == "real":
-                made = samples.make_real(self._photographs, self._people, *arguments)
-            else:
-                forgery = further.FURTHER_FORGERIES.get(kind)
-                made = samples.make_forged(self._photographs, self._people, kind, *arguments, forgery=forgery)
-            self._made[kind] = made
-        return self._made[kind]
+        if kind == "real":
+            return samples.make_real(*self._of_people, self._draws, self._seed, "training")
+        forgery = further.FURTHER_FORGERIES.get(kind)
+        return samples.make_forged(*self._of_people, kind, self._draws, self._seed, "training", forgery=forgery)
 
 
 class Models:
     """The detectors of a run, from the cache or trained; one thread of torch, so that bits do not depend on others.
 
-    Attributes:
-        cached: False trains everything anew and keeps nothing.
+    Args:
+        run: whose.
+        directory: keeps what is trained.
     """
 
-    def __init__(self, run: Run, say: Callable[[str], None] = lambda line: None) -> None:
-        self.run, self.cached = run, True
-        self._say = say
-        self._pools: Pools | None = None
+    def __init__(self, run: Run, directory: Path = CACHE) -> None:
+        self.run = run
+        self._directory = directory / run.name
 
-    @property
+    @cached_property
     def pools(self) -> Pools:
-        if self._pools is None:
-            self._pools = Pools(self.run)
-        return self._pools
+        return Pools(self.run)
 
     def base(self) -> StateDict:
         def train() -> Detector:
@@ -102,57 +92,47 @@ class Models:
         return self._get("base", self.run.recipes.base, train)
 
     def specialist(self, kind: str) -> StateDict:
-        return self._fine_tuned(kind, (kind,), self.run.recipes.specialist)
+        return self._fine_tuned(kind, self.run.recipes.specialist, self._pictures, (kind,))
 
     def trained(self) -> tuple[StateDict, list[StateDict]]:
         """The base and the three specialists."""
         return self.base(), [self.specialist(kind) for kind in settings.MAIN]
 
     def joint(self, kinds: Sequence[str] = settings.MAIN) -> StateDict:
-        return self._fine_tuned("joint " + "+".join(kinds), kinds, self.run.recipes.joint)
+        return self._fine_tuned("joint " + "+".join(kinds), self.run.recipes.joint, self._pictures, kinds)
 
     def overtrained(self, kind: str) -> StateDict:
         """A specialist trained ten times as long."""
         recipe = self.run.recipes.specialist
-        longer = Recipe(10 * recipe.steps, recipe.batch, recipe.learning_rate, recipe.weight_decay)
-        return self._fine_tuned(f"{kind} overtrained", (kind,), longer)
+        longer = replace(recipe, steps=10 * recipe.steps)
+        return self._fine_tuned(f"{kind} overtrained", longer, self._pictures, (kind,))
 
     def shuffled(self, kind: str) -> StateDict:
-        """A specialist whose labels mean nothing: its real and forged pictures were thrown together and dealt anew."""
+        """A specialist whose labels mean nothing: its real and forged pictures were thrown together and mixed."""
+        return self._fine_tuned(f"{kind} shuffled", self.run.recipes.specialist, self._mixed, (kind,))
 
+    def _pictures(self, *kinds: str) -> tuple[Picture, list[Picture]]:
+        return self.pools.get("real"), [self.pools.get(kind) for kind in kinds]
+
+    def _mixed(self, kind: str) -> tuple[Picture, list[Picture]]:
+        both = np.concatenate([self.pools.get("real"), self.pools.get(kind)])
+        order, half = np.random.default_rng(self.run.seed).permutation(len(both)), len(both) // 2
+        return both[order[:half]], [both[order[half:]]]
+
+    def _fine_tuned(
+        self, name: str, recipe: Recipe, pictures: Callable[..., tuple[Picture, list[Picture]]], kinds: Sequence[str]
+    ) -> StateDict:
         def train() -> Detector:
-            both = np.concatenate([self.pools.get("real"), self.pools.get(kind)])
-            order = np.random.default_rng(self.run.seed).permutation(len(both))
-            half = len(both) // 2
             base = load_state(self.run.architecture, self.base())
-            arguments = (self.run.recipes.specialist, self.run.seed, _ignore)
-            return train_detector(base, both[order[:half]], [both[order[half:]]], *arguments)
-
-        return self._get(f"{kind} shuffled", self.run.recipes.specialist, train)
-
-    def _fine_tuned(self, name: str, kinds: Sequence[str], recipe: Recipe) -> StateDict:
-        def train() -> Detector:
-            base = load_state(self.run.architecture, self.base())
-            forged = [self.pools.get(kind) for kind in kinds]
-            return train_detector(base, self.pools.get("real"), forged, recipe, self.run.seed, _ignore)
+            return train_detector(base, *pictures(*kinds), recipe, self.run.seed, _ignore)
 
         return self._get(name, recipe, train)
 
     def _get(self, name: str, recipe: Recipe, train: Callable[[], Detector]) -> StateDict:
-        path = CACHE / self.run.name / f"{name.replace(' ', '-')}-{_hash(self.run, name, recipe)}.safetensors"
-        if not (self.cached and path.exists()):
-            start = time.monotonic()
-            state = {key: tensor.detach().contiguous() for key, tensor in train().state_dict().items()}
-            if not self.cached:
-                # From a file, as from the cache: torch rounds by where in memory a tensor starts.
-                with tempfile.TemporaryDirectory() as folder:
-                    save_file(state, Path(folder) / "state")
-                    return load_file(Path(folder) / "state")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_suffix(f".{os.getpid()}.partial")
-            save_file(state, partial_path)
-            partial_path.rename(path)
-            self._say(f"{self.run.name}: trained {name} in {time.monotonic() - start:.0f} s")
+        path = self._directory / f"{name.replace(' ', '-')}-{_hash(self.run, name, recipe)}.safetensors"
+        if not path.exists():
+            save_detector(train(), path)
+        # From a file also when it is new: torch rounds by where in memory a tensor starts.
         return load_file(path)
 
 

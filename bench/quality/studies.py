@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,17 +55,14 @@ def many(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     models = Models(run)
     base = models.base()
     experts = {kind: models.specialist(kind) for kind in settings.MAIN + settings.FURTHER}
-    groups = {"six families": all_families(run), "unseen": groups_of(run, ["unseen"])["unseen"]}
-    scores = {kind: _scores(run, state, groups) for kind, state in experts.items()}
-    orders = [np.random.default_rng([run.seed, index]).permutation(list(experts)) for index in range(ORDERS)]
-    found: list[Numbers] = []
-    for index, count in itertools.product(range(ORDERS), range(1, len(experts) + 1)):
-        kinds = [str(kind) for kind in orders[index][:count]]
-        members = [experts[kind] for kind in kinds]
-        aucs = {"ensemble": {name: group_auc(ensemble([scores[kind][name] for kind in kinds])) for name in groups}}
-        aucs |= {row: _aucs(run, merge(base, members, config), groups) for row, config in configs.items()}
-        found.append({"order": index, "experts": kinds, "auc": aucs, "report": _report(base, members)})
-    return {"merges": found}
+    groups = {"six families": all_families(run), **groups_of(run, ["unseen"])}
+    rows: list[Numbers] = []
+    for order in range(ORDERS):
+        kinds = [str(kind) for kind in np.random.default_rng([run.seed, order]).permutation(list(experts))]
+        for count in range(1, len(kinds) + 1):
+            numbers = _merged(run, configs, base, [experts[kind] for kind in kinds[:count]], groups)
+            rows.append({"order": order, "experts": kinds[:count], **numbers})
+    return {"merges": rows}
 
 
 def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
@@ -79,14 +77,22 @@ def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     }
     if run.seed == settings.MANY[0]:
         cases["FR trained ten times as long"] = (base, [fs, models.overtrained("FR"), efs])
-    found = {}
-    for case, (start, members) in cases.items():
-        scores = [_scores(run, _cast(member, torch.float32), groups) for member in members]
-        aucs = {"ensemble": {name: group_auc(ensemble([one[name] for one in scores])) for name in groups}}
-        for row, config in configs.items():
-            aucs[row] = _aucs(run, _cast(merge(start, members, config), torch.float32), groups)
-        found[case] = {"auc": aucs, "report": _report(start, members)}
-    return found
+    return {case: _merged(run, configs, *states, groups) for case, states in cases.items()}
+
+
+def _merged(
+    run: Run,
+    configs: Mapping[str, MergeConfig],
+    base: StateDict,
+    experts: list[StateDict],
+    groups: Mapping[str, Group],
+) -> Numbers:
+    """AUC of the ensemble and of every merge in every group, and the numbers of the report."""
+    scores = [_scores(run, _cast(expert, torch.float32), groups) for expert in experts]
+    aucs = {"ensemble": {name: group_auc(ensemble([one[name] for one in scores])) for name in groups}}
+    for row, config in configs.items():
+        aucs[row] = _aucs(run, _cast(merge(base, experts, config), torch.float32), groups)
+    return {"auc": aucs, "report": _report(base, experts)}
 
 
 def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
@@ -161,27 +167,20 @@ def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
     """AUC of one merged trunk with several heads: mean, each expert's, refit on the validation people, or combined."""
     (_, experts), groups, known = Models(run).trained(), groups_of(run, LOOKED_AT), validation_group(run)
     found: Numbers = {}
+    single = {f"{kind}'s": _head(expert) for kind, expert in zip(settings.MAIN, experts, strict=True)}
     for trunk, state in trunks.items():
-        of_heads: dict[str, dict[str, float]] = {}
-        features_of = {
-            name: {kind: _features(run, state, pictures) for kind, pictures in _parts(group).items()}
-            for name, group in groups.items()
-        }
-        mean = _head(state)
-        own = [_head(expert) for expert in experts]
-        refit = _fit(
-            _features(run, state, known.real), torch.cat([*(_features(run, state, p) for p in known.forged.values())])
-        )
-        for name, parts in features_of.items():
-            single = {"mean": mean, **{f"{kind}'s": head for kind, head in zip(settings.MAIN, own, strict=True)}}
-            logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in single.items()}
-            logits["refit"] = {kind: _logit(x, refit) for kind, x in parts.items()}
-            several = {kind: np.stack([_logit(x, head) for head in own]) for kind, x in parts.items()}
+        features_of = functools.partial(_features, run, state)
+        forged = torch.cat([features_of(pictures) for pictures in known.forged.values()])
+        linear = {"mean": _head(state), **single, "refit": _fit(features_of(known.real), forged)}
+        found[trunk] = {}
+        for name, group in groups.items():
+            parts = {kind: features_of(pictures) for kind, pictures in {"real": group.real, **group.forged}.items()}
+            logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in linear.items()}
+            several = {kind: np.stack([logits[label][kind] for label in single]) for kind in parts}
             logits["largest of three"] = {kind: value.max(0) for kind, value in several.items()}
             logits["log-sum-exp of three"] = {kind: np.logaddexp.reduce(value, 0) for kind, value in several.items()}
             for label, scores in logits.items():
-                of_heads.setdefault(label, {})[name] = group_auc(scores)
-        found[trunk] = of_heads
+                found[trunk].setdefault(label, {})[name] = group_auc(scores)
     return found
 
 
@@ -254,10 +253,6 @@ def _features(run: Run, state: StateDict, pictures: Picture, batch: int = 64) ->
     with torch.inference_mode():
         parts = [backbone(torch.from_numpy(pictures[at : at + batch])) for at in range(0, len(pictures), batch)]
     return torch.cat(parts).double()
-
-
-def _parts(group: Group) -> dict[str, Picture]:
-    return {"real": group.real, **group.forged}
 
 
 def _head(state: StateDict) -> tuple[Tensor, float]:

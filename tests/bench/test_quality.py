@@ -160,8 +160,7 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path):
     }
     # Training too, and not only what the cache keeps.
     cached = Models(Run("cnn", 0, quick=True)).specialist("FS")
-    retrained = Models(Run("cnn", 0, quick=True))
-    retrained.cached = False
+    retrained = Models(Run("cnn", 0, quick=True), tmp_path)
     torch.set_num_threads(1)
     assert all(torch.equal(tensor, cached[name]) for name, tensor in retrained.specialist("FS").items())
 
@@ -169,5 +168,5 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path):
 def test_training_pictures_are_of_training_people(monkeypatch):
     pools = Pools(Run("cnn", 2, quick=True))
     people = split_people(2)
-    assert set(pools._people) == set(people.train)
+    assert set(pools._of_people[1]) == set(people.train)
     assert not set(people.train) & (set(people.validation) | set(people.test))
