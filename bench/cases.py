@@ -56,6 +56,17 @@ def matrix(spectrum: str, m: int, n: int, seed: int = 0) -> Tensor:
     return ((left * values) @ right.T).float()
 
 
+def optimum(x: Tensor, rank: int) -> float:
+    """‖X − X_r‖ of the best X_r, from the eigenvalues of the short side's Gram.
+
+    Its rounding in float64 is far below the tails that are asked for here.
+    """
+    x = x.double()
+    if x.shape[0] > x.shape[1]:
+        x = x.mT
+    return float(torch.linalg.eigvalsh(x @ x.mT)[: len(x) - rank].clamp_min(0).sum().sqrt())
+
+
 def decaying(m: int, n: int, source: torch.Generator) -> Tensor:
     """(m, n) float32 on the generator's device, with singular values falling about like k^-1/2."""
     size = min(m, n)

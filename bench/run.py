@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import cases, rivals
+from bench.cases import StateDict, optimum
 from bench.machine import RESULTS, ROOT, machine, write_json
 from r2m_kernels import MergeConfig, merge, ops
 from r2m_kernels.streaming import choose_backend
@@ -39,7 +40,6 @@ from r2m_kernels.truncation import truncate_residuals
 CPU = torch.device("cpu")
 ERROR_BAR = 1.02  # of the optimum, the contract of the default settings
 TRUNCATED = MergeConfig.r2m_truncated()
-StateDict = dict[str, Tensor]
 
 
 @dataclass
@@ -68,24 +68,16 @@ class Result:
 
 def interleaved(methods: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, Any]]:
     """Each method once in turn, ``repeats`` times: all wall and CPU seconds, and their medians."""
-    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "cpu_seconds": []} for name in methods}
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": [], "cpu_seconds": []} for name in methods}
     for _ in range(repeats):
         for name, work in methods.items():
             cpu, start = time.process_time(), time.perf_counter()
             work()
-            found[name]["seconds"].append(time.perf_counter() - start)
-            found[name]["cpu_seconds"].append(time.process_time() - cpu)
-    for row in found.values():
+            rows[name]["seconds"].append(time.perf_counter() - start)
+            rows[name]["cpu_seconds"].append(time.process_time() - cpu)
+    for row in rows.values():
         row["median"] = statistics.median(row["seconds"])
-    return found
-
-
-def optimum(x: Tensor, rank: int) -> float:
-    """‖X − X_r‖ of the best X_r, from the eigenvalues of the short side's Gram in float64."""
-    x = x.double()
-    if x.shape[0] > x.shape[1]:
-        x = x.mT
-    return float(torch.linalg.eigvalsh(x @ x.mT)[: len(x) - rank].clamp_min(0).sum().sqrt())
+    return rows
 
 
 def our_truncation(
@@ -111,15 +103,16 @@ def blocks(repeats: int) -> Result:
     residuals = rivals.residuals_of(base, experts)
     errors = dict.fromkeys(("r2m_kernels", "textbook", "svd_lowrank"), 0.0)
     for name, rows in rivals.residuals_of(cases.first_blocks(base, 1), experts).items():
-        rank, best = rivals.rank_of(base[name]), [optimum(x, rivals.rank_of(base[name])) for x in rows]
+        rank = rivals.rank_of(base[name])
+        best = [optimum(x, rank) for x in rows]
         truncations: dict[str, list[tuple[Tensor, Tensor]]] = {
             "r2m_kernels": our_truncation(list(rows), rank, TRUNCATED, name),
             "textbook": our_truncation(list(rows), rank, MergeConfig.r2m_truncated(svd="textbook"), name),
             "svd_lowrank": [rivals.svd_lowrank(x, rank) for x in rows],
         }
         for method, factors in truncations.items():
-            found = [distance(x, pair) / least for x, pair, least in zip(rows, factors, best, strict=True)]
-            errors[method] = max(errors[method], *found)
+            over = [distance(x, pair) / least for x, pair, least in zip(rows, factors, best, strict=True)]
+            errors[method] = max(errors[method], *over)
     result.content["truncation_over_optimum"] = errors
     plain = rivals.plain_merge(base, experts, rivals.svd_lowrank)
     alike = same_merge(result, merge(base, experts, TRUNCATED), plain, base)

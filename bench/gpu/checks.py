@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.cases import decaying
+from bench.cases import decaying, optimum
 from r2m_kernels._triton import launch
 
 U = 2.0**-24
@@ -204,19 +204,10 @@ def judge_columns(out: Tensor, base: Tensor, experts: Sequence[Tensor], merged: 
 
 
 def truncation_excess(left: Tensor, right: Tensor, x: Tensor) -> float:
-    """‖X − F‖ / optimum, the worst of the experts; X is (N, m, n) float64.
-
-    The optimum comes from the eigenvalues of the short side's Gram, whose float64 rounding is far below these tails.
-    """
-    rank = left.shape[2]
-    if x.shape[1] > x.shape[2]:
-        x, left, right = x.mT, right.mT, left.mT
-    highest = 0.0
-    for residual, one, other in zip(x, left.double(), right.double(), strict=True):
-        tail = torch.linalg.eigvalsh(residual @ residual.T)[: len(residual) - rank].clamp_min(0).sum()
-        value = float((residual - one @ other).norm() / tail.sqrt())
-        highest = max(highest, value if math.isfinite(value) else math.inf)
-    return highest
+    """‖X − F‖ / optimum, the worst of the experts; X is (N, m, n) float64."""
+    pairs = zip(x, left.double() @ right.double(), strict=True)
+    excess = [float((residual - kept).norm()) / optimum(residual, left.shape[2]) for residual, kept in pairs]
+    return max(excess) if all(map(math.isfinite, excess)) else math.inf
 
 
 def judge_inner_products(products: Tensor, left: Tensor, right: Tensor) -> float:

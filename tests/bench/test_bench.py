@@ -82,7 +82,7 @@ def test_the_optimum_is_that_of_the_singular_values():
     for spectrum in cases.SPECTRA:
         x = cases.matrix(spectrum, 70, 90)
         assert x.shape == (70, 90)
-        assert run.optimum(x, 7) == pytest.approx(float(torch.linalg.svdvals(x.double())[7:].norm()), rel=1e-6)
+        assert cases.optimum(x, 7) == pytest.approx(float(torch.linalg.svdvals(x.double())[7:].norm()), rel=1e-6)
 
 
 def test_commands_are_measured_in_processes_of_their_own(tmp_path):
