@@ -37,8 +37,8 @@ ERRORS = {
 
 def section(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
     """All of it, marks included, from the contents of ``cpu.json`` and ``gpu_merges.json``."""
-    machine, found = cpu["machine"], cpu["blocks"]["truncation_over_optimum"]
-    errors = {name: f"{found[key]:.4f}" for name, key in ERRORS.items()} | {"torch.linalg.svd": "1.0000"}
+    machine, over_optimum = cpu["machine"], cpu["blocks"]["truncation_over_optimum"]
+    errors = {name: f"{over_optimum[key]:.4f}" for name, key in ERRORS.items()} | {"torch.linalg.svd": "1.0000"}
     blocks = [
         [
             NAMES.get(name, name),

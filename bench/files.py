@@ -37,7 +37,7 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
     if tsvm:  # one SVD a task vector and two a tensor: minutes on four blocks
         return {"fusion-bench TSV-M, one block": [*fusion, "tsvm", *files, to("tsvm.safetensors")]} if peers else {}
     script = [sys.executable, "-m", "bench.rivals"]
-    found = {
+    by_name = {
         "r2m": [*merge, "--method", "r2m_truncated", "--out", to("r2m")],
         "r2m --method weight_average": [*merge, "--method", "weight_average", "--out", to("r2m_average")],
         "script: load, average, save": [*script, "average", *files, to("script_average.safetensors")],
@@ -56,9 +56,9 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
             path = directory / f"{method}.yaml"
             path.write_text(json.dumps(recipe))  # JSON is YAML
             command = [str(peers / "bin/mergekit-pytorch"), str(path), to(f"mergekit_{method}"), "--quiet"]
-            found[f"mergekit {method}"] = command
-        found["fusion-bench simple_average"] = [*fusion, "simple_average", *files, to("fusion_average.safetensors")]
-    return found
+            by_name[f"mergekit {method}"] = command
+        by_name["fusion-bench simple_average"] = [*fusion, "simple_average", *files, to("fusion_average.safetensors")]
+    return by_name
 
 
 def timed(command: list[str], log: Path) -> dict[str, float]:
@@ -87,12 +87,12 @@ def main() -> int:
     for folder, blocks, repeats in (("", options.blocks, options.repeats), ("one_block", 1, 1)):
         directory = options.directory / folder
         directory.mkdir(exist_ok=True)
-        wanted = commands(directory, peers, tsvm=bool(folder))
-        if wanted:
+        by_name = commands(directory, peers, tsvm=bool(folder))
+        if by_name:
             code = f"{write}; write_checkpoints(Path({str(directory)!r}), {blocks}, {EXPERTS})"
             subprocess.run([sys.executable, "-c", code], check=True)
         for _ in range(repeats):
-            for name, command in wanted.items():
+            for name, command in by_name.items():
                 shutil.rmtree(directory / name.replace(" ", "_"), ignore_errors=True)  # mergekit's, of the last run
                 measured.setdefault(name, []).append(timed(command, directory / "log"))
     print(json.dumps({"blocks": options.blocks, "experts": EXPERTS, "runs": measured, "peers": peers is not None}))

@@ -82,8 +82,8 @@ def opened(directory: Path, method: str, budget: str) -> Job:
 def predicted(directory: Path, method: str, rates: Rates, processes: int) -> float:
     job = opened(directory, method, BUDGET)
     cores = this.cores()
-    found = job.forecast(directory, Resources(job.budget, processes, max(1, cores // processes)))
-    return found.seconds(rates, cores)
+    forecast = job.forecast(directory, Resources(job.budget, processes, max(1, cores // processes)))
+    return forecast.seconds(rates, cores)
 
 
 def large_model(directory: Path) -> None:
@@ -108,17 +108,17 @@ def forecasts(directory: Path, rates: Rates) -> list[dict[str, Any]]:
     for method in METHODS:
         job = opened(directory, method, "4GiB")
         for processes in FORECAST:
-            found = job.forecast(directory, Resources(job.budget, processes))
-            work = [share.used / rates.compute + share.flops / rates.flops for share in found.shares]
+            forecast = job.forecast(directory, Resources(job.budget, processes))
+            work = [share.used / rates.compute + share.flops / rates.flops for share in forecast.shares]
             rows.append(
                 {
                     "method": method,
                     "processes": processes,
-                    "seconds_of_merge": found.seconds(rates, processes) - rates.start,
+                    "seconds_of_merge": forecast.seconds(rates, processes) - rates.start,
                     "largest_share": max(work) / sum(work),
-                    "read_bytes": found.read,
-                    "spilled_bytes": sum(share.spill for share in found.shares),
-                    "memory_bytes": max(share.memory for share in found.shares),
+                    "read_bytes": forecast.read,
+                    "spilled_bytes": sum(share.spill for share in forecast.shares),
+                    "memory_bytes": max(share.memory for share in forecast.shares),
                 }
             )
     return rows
@@ -147,14 +147,14 @@ def main() -> int:
         for method in METHODS:
             times: dict[int | None, list[tuple[float, float]]] = {None: [], **{count: [] for count in PROCESSES}}
             for _ in range(options.repeats):
-                for count, found in times.items():
-                    found.append(run(directory, method, count))
+                for count, runs in times.items():
+                    runs.append(run(directory, method, count))
             if not same(directory, method):
                 print(f"{method}: outputs differ", file=sys.stderr)
                 return 1
             alone = [statistics.median(values) for values in zip(*times[None], strict=True)]
-            for count, found in times.items():
-                seconds = [statistics.median(values) for values in zip(*found, strict=True)]
+            for count, runs in times.items():
+                seconds = [statistics.median(values) for values in zip(*runs, strict=True)]
                 row = {
                     "method": method,
                     "processes": count,

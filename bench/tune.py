@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.cost_model import Job
-from bench.gpu.operators import Case, GroupOf, cases
+from bench.gpu.operators import GroupOf, Timed, operators
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, table
 from bench.machine import RESULTS, ROOT, write_text
 from r2m_kernels._triton import launch
@@ -98,7 +98,7 @@ def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
                 yield changed
 
 
-def judged(knob: Knob, chosen: list[Case], stopwatch: Stopwatch, session: Session) -> tuple[float | None, str | None]:
+def judged(knob: Knob, chosen: list[Timed], stopwatch: Stopwatch, session: Session) -> tuple[float | None, str | None]:
     """Milliseconds of the operator's kernels over its cases, or why this configuration is out of the question."""
     total = 0.0
     for case in chosen:
@@ -122,7 +122,7 @@ def judged(knob: Knob, chosen: list[Case], stopwatch: Stopwatch, session: Sessio
 def tuned(knob: Knob, stopwatch: Stopwatch, session: Session, group: GroupOf) -> Iterator[dict[str, Any]]:
     """A row a configuration, the current one first; the launch table is left with the fastest."""
     variants = launch.table()[knob.operator][session.target]
-    chosen = [case for case in cases(group) if case.operator in knob.timed]
+    chosen = [case for case in operators(group) if case.operator in knob.timed]
     best = dict(variants[knob.variant])
     fastest, problem = judged(knob, chosen, stopwatch, session)
     yield {"tiles": best, "milliseconds": fastest, "problem": problem, "kept": problem is None}

@@ -43,13 +43,11 @@ class GroupOf:
     product: Tensor  # rows: (L, N, k, long side)
 
     @classmethod
-    def made(
-        cls, session: Session, shape: tuple[int, int], job: Job, size: int, k: int | None = None, offset: int = 64
-    ) -> GroupOf:
-        """``size`` tensors; ``offset`` elements into a buffer of NaN, so that 1 is no 16-byte boundary."""
+    def made(cls, session: Session, shape: tuple[int, int], job: Job, size: int) -> GroupOf:
+        """``size`` tensors."""
         source = checks.generator(session.device, seed=shape[0] + job.experts)
-        pairs = [checks.inputs(shape, job.dtype, job.experts, source, offset) for _ in range(size)]
-        k = k or cost_model.truncation_rank(RANK, shape)
+        pairs = [checks.inputs(shape, job.dtype, job.experts, source) for _ in range(size)]
+        k = cost_model.truncation_rank(RANK, shape)
         basis, product = (
             torch.randn(size, job.experts, k, side, generator=source, device=session.device)
             for side in (min(shape), max(shape))
@@ -67,7 +65,7 @@ class GroupOf:
 
 
 @dataclasses.dataclass
-class Case:
+class Timed:
     """One operator on one group."""
 
     operator: str
@@ -77,7 +75,7 @@ class Case:
     kernels_only: bool = True  # whether Triton kernels do all the work
 
 
-def cases(group: GroupOf) -> Iterator[Case]:
+def operators(group: GroupOf) -> Iterator[Timed]:
     """Every operator of a merge, on one group."""
     size, job, k = len(group.bases), group.job, group.k
     m, n = group.bases[0].shape
@@ -86,7 +84,7 @@ def cases(group: GroupOf) -> Iterator[Case]:
     mixing = group.mixing.to(inputs.device, torch.float32)
     cost = functools.partial(cost_model.residual_matmul_cost, m=m, n=n, tensors=size, k=k, job=job)
 
-    def product(step: str, transpose: bool, variant: cost_model.Variant) -> Case:
+    def product(step: str, transpose: bool, variant: cost_model.Variant) -> Timed:
         rhs, other = (group.product, group.basis) if transpose == tall else (group.basis, group.product)
         shift = torch.full((size, job.experts), 0.25, device=inputs.device) if variant == "shifted" else None
         precision = job.product(variant == "full").precision
@@ -110,16 +108,16 @@ def cases(group: GroupOf) -> Iterator[Case]:
         def call() -> tuple[Tensor, Tensor]:
             return multiply(inputs, mixing, rhs, transpose, precision, shift, None if shift is None else other)
 
-        return Case(step, call, judge, [cost(step, transpose=transpose, variant=variant)])
+        return Timed(step, call, judge, [cost(step, transpose=transpose, variant=variant)])
 
-    yield Case(
+    yield Timed(
         "task_gram",
         lambda: _triton.task_gram(group.bases, group.experts),
         lambda grams: group.worst(lambda i: checks.judge_gram(grams[i], *group.tensor(i))),
         [cost_model.task_gram_cost(m * n, size, job)],
     )
     keys = torch.arange(1, size + 1, device=inputs.device) * 0x9E3779B97F4A7
-    yield Case(
+    yield Timed(
         "sketch",
         lambda: sketch(inputs, mixing, keys, k, tall),
         lambda rows: group.worst(lambda i: checks.judge_sketch(rows[i], *group.tensor(i), group.mixing, tall)),
@@ -129,7 +127,7 @@ def cases(group: GroupOf) -> Iterator[Case]:
     yield product("shifted product", tall, "shifted")
     yield product("full product", not tall, "full")
     rows = group.product[..., : min(m, n)].contiguous().flatten(0, 1)
-    yield Case(
+    yield Timed(
         "orthonormalize",
         lambda: orthonormal_rows(rows),
         lambda basis: checks.judge_basis(basis[:: len(basis) - 1].mT, rows[:: len(rows) - 1].mT),
@@ -137,7 +135,7 @@ def cases(group: GroupOf) -> Iterator[Case]:
         kernels_only=False,
     )
     left, right = (group.product, group.basis) if tall else (group.basis, group.product)
-    yield Case(
+    yield Timed(
         "inner_products",
         lambda: inner_products(left, right),
         lambda products: group.worst(lambda i: checks.judge_inner_products(products[i], left[i].mT, right[i])),
@@ -147,26 +145,19 @@ def cases(group: GroupOf) -> Iterator[Case]:
     core = torch.linspace(0.2, 0.5, job.experts, dtype=torch.float64)
     scale = torch.linspace(0.01, 0.02, job.experts, dtype=torch.float64)
     outs = [torch.full_like(base, torch.nan) for base in group.bases]
-    for what, factors, costs in (
-        ("combine", (left.mT, right, scale), [cost_model.combine_matrix_cost(m, n, size, k, job)]),
-        ("combine without factors", (None, None, None), [cost_model.combine_vector_cost(m * n, size, job)]),
-    ):
 
-        def combined(factors: tuple[Tensor | None, ...] = factors) -> list[Tensor]:
-            _triton.combine(group.bases, group.experts, core, *factors, outs)
-            return outs
+    def combined() -> list[Tensor]:
+        _triton.combine(group.bases, group.experts, core, left.mT, right, scale, outs)
+        return outs
 
-        def judge(outs: list[Tensor], factors: tuple[Tensor | None, ...] = factors) -> float:
-            def of_tensor(i: int) -> float:
-                of_factors = (left[i].mT, right[i], scale) if factors[0] is not None else ()
-                return checks.judge_combined(outs[i], *group.tensor(i), core, *of_factors)
+    def judge_combined(i: int) -> float:
+        return checks.judge_combined(outs[i], *group.tensor(i), core, left[i].mT, right[i], scale)
 
-            return group.worst(of_tensor)
-
-        yield Case(what, combined, judge, costs)
+    costs = [cost_model.combine_matrix_cost(m, n, size, k, job)]
+    yield Timed("combine", combined, lambda outs: group.worst(judge_combined), costs)
 
 
-def measured(case: Case, stopwatch: Stopwatch, session: Session) -> dict[str, Any]:
+def measured(case: Timed, stopwatch: Stopwatch, session: Session) -> dict[str, Any]:
     """Error first; a time only where that is within its bound."""
     start = time.monotonic()
     with caught_launches() as caught:
@@ -226,11 +217,11 @@ def run(session: Session, record: Record) -> bool:
         if not record.time_for(what, 8):
             continue
         group = GroupOf.made(session, shape, job, size)
-        for case in cases(group):
+        for case in operators(group):
 
-            def row(case: Case = case) -> dict[str, Any]:
-                found = measured(case, stopwatch, session)
-                return found | floors(case.costs, chip, bandwidth, found.get("milliseconds"))
+            def row(case: Timed = case) -> dict[str, Any]:
+                numbers = measured(case, stopwatch, session)
+                return numbers | floors(case.costs, chip, bandwidth, numbers.get("milliseconds"))
 
             record.attempt(row, operator=case.operator, job=what)
         del group

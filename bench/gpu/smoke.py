@@ -15,7 +15,8 @@ import torch
 
 from bench.cost_model import Job
 from bench.gpu import checks
-from bench.gpu.operators import GroupOf, cases
+from bench.gpu.cases import cases
+from bench.gpu.operators import GroupOf
 from bench.gpu.record import Record, Session, table
 from r2m_kernels import MergeConfig, _triton
 from r2m_kernels.truncation import truncate_residuals
@@ -30,18 +31,19 @@ def checked(session: Session) -> Iterator[Check]:
     even, odd = ((32, 24), (17, 21)) if session.rehearsal else ((384, 256), (257, 131))
     types = TYPES[:2] if session.rehearsal else TYPES
     for dtype in types:
-        yield from _operators(session, even, Job(3, dtype, session.target))
+        yield from _operators(session, even, dtype, 3)
         yield from _truncations(session, dtype)
     for dtype in types:
-        yield from _operators(session, odd, Job(3, dtype, session.target, aligned=False))
+        yield from _operators(session, odd, dtype, 3, offset=1)
     for dtype in types[:2]:
-        yield from _operators(session, even, Job(8, dtype, session.target))
+        yield from _operators(session, even, dtype, 8)
 
 
-def _operators(session: Session, shape: tuple[int, int], job: Job) -> Iterator[Check]:
-    group = GroupOf.made(session, shape, job, 2, k=16, offset=64 if job.aligned else 1)
-    for case in cases(group):
-        yield f"{case.operator}: 2 x {shape[0]}x{shape[1]} {job}", lambda case=case: case.judge(case.call())
+def _operators(
+    session: Session, shape: tuple[int, int], dtype: torch.dtype, count: int, offset: int = 64
+) -> Iterator[Check]:
+    for case in cases(shape, dtype, count, session.device, offset):
+        yield f"{case.operator} {case.what}", lambda case=case: case.judge(case.call())
 
 
 def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
@@ -62,7 +64,7 @@ def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
 
             return group.worst(of_tensor)
 
-        yield f"truncate_residuals: 2 x {m}x{n} {Job(3, dtype, session.target)}", truncated
+        yield f"truncate_residuals 2 x {m}x{n} {Job(3, dtype, session.target)}", truncated
 
 
 def run(session: Session, record: Record) -> bool:
@@ -81,7 +83,7 @@ def run(session: Session, record: Record) -> bool:
         record.attempt(row, case=name)
     highest: dict[str, list[float]] = {}
     for row in record.rows:
-        highest.setdefault(row["case"].partition(":")[0], []).append(row.get("error_over_bound", float("inf")))
+        highest.setdefault(row["case"].split()[0], []).append(row.get("error_over_bound", float("inf")))
     lines = [[operator, len(errors), max(errors)] for operator, errors in highest.items()]
     table(["operator", "cases", "worst error / bound"], lines)
     return record.close()

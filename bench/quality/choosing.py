@@ -14,7 +14,7 @@ from bench.quality.groups import validation_group
 from bench.quality.methods import Method
 from bench.quality.models import Models, Run
 from bench.quality.networks import load_state
-from r2m_kernels import merge
+from r2m_kernels import MergeConfig, merge
 
 Validated = dict[str, dict[str, float]]
 """Method → candidate in words → AUC on the validation people of one run."""
@@ -22,15 +22,12 @@ Validated = dict[str, dict[str, float]]
 
 def validate(run: Run, methods: Sequence[Method]) -> Validated:
     """Every candidate of every method on one run; those without a choice too, since ideas are compared by it."""
-    models, group = Models(run), validation_group(run)
-    base, experts = models.trained()
-    found: Validated = {}
-    for method in methods:
-        found[method.name] = {
-            words: group_auc(score_group(load_state(run.architecture, merge(base, experts, config)), group))
-            for words, config in method.candidates.items()
-        }
-    return found
+    (base, experts), group = Models(run).trained(), validation_group(run)
+
+    def judged(config: MergeConfig) -> float:
+        return group_auc(score_group(load_state(run.architecture, merge(base, experts, config)), group))
+
+    return {m.name: {words: judged(config) for words, config in m.candidates.items()} for m in methods}
 
 
 def choose(validated: Mapping[str, Validated]) -> dict[str, dict[str, str]]:
@@ -41,9 +38,9 @@ def choose(validated: Mapping[str, Validated]) -> dict[str, dict[str, str]]:
     """
     chosen: dict[str, dict[str, str]] = {}
     for architecture in sorted({name.partition("-")[0] for name in validated}):
-        runs = [found for name, found in validated.items() if name.partition("-")[0] == architecture]
+        runs = [of_run for name, of_run in validated.items() if name.partition("-")[0] == architecture]
         chosen[architecture] = {}
         for method, candidates in runs[0].items():
-            means = {words: float(np.mean([found[method][words] for found in runs])) for words in candidates}
+            means = {words: float(np.mean([of_run[method][words] for of_run in runs])) for words in candidates}
             chosen[architecture][method] = max(means, key=lambda words: means[words])
     return chosen

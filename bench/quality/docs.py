@@ -58,7 +58,7 @@ def text(content: Content) -> str:
     """The whole page."""
     runs = runs_of(content, reported(content))
     parts = {name: runs_of(content, reported(content), name) for name in ("cnn", "vit")}
-    rows = tables.rows_of(content)
+    rows = tables.rows_of(content, ideas=False)
     return render(
         Path(__file__).with_name("page.md.j2"),
         content=content,
@@ -73,7 +73,7 @@ def text(content: Content) -> str:
         verdict=_verdict(content, runs),
         results=[
             [_bold(row["row"]), *cells(row), short(row["worst"]), row["worst_forgery"], short(row["ece"])]
-            for row in tables.main_table(content, runs)
+            for row in tables.main_table(content, rows, runs)
         ],
         differences=[
             [_bold(row), *differences(content, row, GROUPS, runs)]
@@ -87,7 +87,7 @@ def text(content: Content) -> str:
         ],
         rows=rows,
         curves=_curves(list(content["sweeps"].values())),
-        several=_several([one for found in content["many"].values() for one in found["merges"]]),
+        several=_several([one for of_run in content["many"].values() for one in of_run["merges"]]),
         wrong=_wrong(list(content["robustness"].values())),
         features=_features([one["features"] for one in content["analysis"].values()]),
         heads=_heads([one["heads"] for one in content["analysis"].values()]),
@@ -113,9 +113,9 @@ def _means(rows: Iterable[str], columns: Iterable[Any], numbers: Callable[[str, 
 def _verdict(content: Content, runs: Sequence[str]) -> dict[str, Any]:
     """R²M against every baseline, how many bars it meets, and how far it goes to what no merge has."""
     pairs = [(other, group) for other in tables.BASELINES for group in LOOKED_AT]
-    found = {(other, group): against(content, "R2M", other, group, runs) for other, group in pairs}
-    marked = {pair: difference(found[pair]) + " **below**" * (found[pair]["low"] < TOLERATED) for pair in pairs}
-    gains = {group: found["weight average", group]["mean"] for group in LOOKED_AT}
+    gained = {(other, group): against(content, "R2M", other, group, runs) for other, group in pairs}
+    marked = {pair: difference(gained[pair]) + " **below**" * (gained[pair]["low"] < TOLERATED) for pair in pairs}
+    gains = {group: gained["weight average", group]["mean"] for group in LOOKED_AT}
 
     def share(other: str, group: str) -> float:
         rows = ("R2M", other, "weight average")
@@ -124,7 +124,7 @@ def _verdict(content: Content, runs: Sequence[str]) -> dict[str, Any]:
 
     return {
         "rows": [[other, *(marked[other, group] for group in LOOKED_AT)] for other in tables.BASELINES],
-        "met": sum(one["low"] >= TOLERATED for one in found.values()),
+        "met": sum(one["low"] >= TOLERATED for one in gained.values()),
         "bars": len(pairs),
         "gains": gains,
         "missing": {group: short(GOAL - gain) for group, gain in gains.items() if gain < GOAL},
@@ -153,40 +153,40 @@ def _several(merges: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _wrong(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     aucs: dict[str, list[Any]] = {}
     for run in runs:
-        for case, found in run.items():
-            aucs.setdefault(case, []).append(found["auc"])
+        for case, numbers in run.items():
+            aucs.setdefault(case, []).append(numbers["auc"])
     methods = list(runs[0]["as trained"]["auc"])
     rows = _means(aucs, methods, lambda case, row: (one[row]["in-distribution"] for one in aucs[case]))
     return {"header": ["case", *methods], "rows": [[f"{case} ({len(aucs[case])} runs)", *r] for case, *r in rows]}
 
 
-def _features(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _features(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Cosines between specialists and from them to merges, and how far apart Real and Fake lie in each model."""
-    models = found[0]["models"]
+    models = runs[0]["models"]
     experts = [models.index(kind) for kind in settings.MAIN]
 
     def cosine(kind: str, model: str | None = None) -> float:
         pairs = [(i, j) for i in experts for j in experts if i < j]
         pairs = pairs if model is None else [(i, models.index(model)) for i in experts]
-        return float(np.mean([[one[kind][i][j] for i, j in pairs] for one in found]))
+        return float(np.mean([[one[kind][i][j] for i, j in pairs] for one in runs]))
 
     def spread(model: str, key: str) -> float:
-        return float(np.mean([one["spread"][model][key] for one in found]))
+        return float(np.mean([one["spread"][model][key] for one in runs]))
 
     formats = {"separation": ".2f", "off_axis": ".3f", "size": ".2f"}
     rows = [[model, *(format(spread(model, key), digits) for key, digits in formats.items())] for model in models]
     return {"cosine": cosine, "spread": rows}
 
 
-def _heads(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    places = [(trunk, group) for trunk in found[0] for group in LOOKED_AT]
-    labels = next(iter(found[0].values()))
-    rows = _means(labels, places, lambda label, place: (one[place[0]][label][place[1]] for one in found))
-    return {"trunks": list(found[0]), "rows": rows}
+def _heads(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    places = [(trunk, group) for trunk in runs[0] for group in LOOKED_AT]
+    labels = next(iter(runs[0].values()))
+    rows = _means(labels, places, lambda label, place: (one[place[0]][label][place[1]] for one in runs))
+    return {"trunks": list(runs[0]), "rows": rows}
 
 
-def _identities(found: Sequence[Mapping[str, float]]) -> Rows:
-    numbers = {key: [one[key] for one in found] for key in found[0]}
+def _identities(runs: Sequence[Mapping[str, float]]) -> Rows:
+    numbers = {key: [one[key] for one in runs] for key in runs[0]}
     return [[key, f"{np.mean(value):.2g}", f"{max(value):.2g}"] for key, value in numbers.items()]
 
 

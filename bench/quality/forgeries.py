@@ -31,8 +31,8 @@ def noise_and_denoise(picture: Picture, donor: Picture, rng: np.random.Generator
         variance = np.maximum(smooth((noisy - mean) ** 2, 1.2) - level**2, 0.0)
         made = mean + variance / (variance + level**2) * (noisy - mean)
     low = smooth(made, 1.0)
-    detail, wanted = made - low, picture - smooth(picture, 1.0)
-    return clip(low + detail * (wanted.std() / max(float(detail.std()), 1e-4)))
+    detail, original = made - low, picture - smooth(picture, 1.0)
+    return clip(low + detail * (original.std() / max(float(detail.std()), 1e-4)))
 
 
 def retouching(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:

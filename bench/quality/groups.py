@@ -112,8 +112,8 @@ def _find(package: str, pattern: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    (found,) = Path(spec.submodule_search_locations[0]).glob(pattern)
-    return found
+    (path,) = Path(spec.submodule_search_locations[0]).glob(pattern)
+    return path
 
 
 def crop(picture: Picture, rng: np.random.Generator) -> Picture:

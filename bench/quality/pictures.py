@@ -51,10 +51,10 @@ def differences(content: Content) -> Any:
     )
     for axis, group in zip(axes, SHOWN, strict=True):
         for place, row in enumerate(rows):
-            found = against(content, row, "weight average", group, runs)
+            gain = against(content, row, "weight average", group, runs)
             colour = ORANGE if row == "R2M" else GREY if row in ("joint training", "ensemble") else BLUE
-            axis.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=2)
-            axis.plot(found["mean"], place, "o", color=colour, markersize=5)
+            axis.plot([gain["low"], gain["high"]], [place, place], color=colour, linewidth=2)
+            axis.plot(gain["mean"], place, "o", color=colour, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=group, xlabel="AUC minus the weight average's, 95 % interval", xlim=(-0.12, 0.12))
         axis.grid(axis="x", linewidth=0.3)
@@ -92,7 +92,7 @@ def experts(content: Content) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, architecture in zip(axes, ("cnn", "vit"), strict=True):
         merges = [
-            one for run, found in content["many"].items() if run.startswith(architecture) for one in found["merges"]
+            one for run, of_run in content["many"].items() if run.startswith(architecture) for one in of_run["merges"]
         ]
         rows = list(merges[0]["auc"])
         counts = sorted({len(one["experts"]) for one in merges})
@@ -111,11 +111,11 @@ def experts(content: Content) -> Any:
 
 def features(content: Content) -> Any:
     """How alike the features of two models are, on real and on forged pictures."""
-    found = [one["features"] for one in content["analysis"].values()]
-    names = found[0]["models"]
+    runs = [one["features"] for one in content["analysis"].values()]
+    names = runs[0]["models"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, kind in zip(axes, ("real", "fake"), strict=True):
-        mean = np.mean([one[kind] for one in found], axis=0)
+        mean = np.mean([one[kind] for one in runs], axis=0)
         axis.imshow(mean, vmin=0, vmax=1, cmap="cividis")
         for i, j in np.ndindex(mean.shape):
             axis.text(

@@ -113,13 +113,13 @@ def _judge(run: Run, configs: Mapping[str, MergeConfig]) -> dict[str, Any]:
 def _each(
     pool: ProcessPoolExecutor, done: str, function: Callable[..., Result], calls: Sequence[tuple[Any, ...]]
 ) -> dict[str, Result]:
-    """Name of a run → what the function found for it; calls start with a run."""
+    """Name of a run → what the function returns for it; calls start with a run."""
     futures = {pool.submit(function, *call): call[0] for call in calls}
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     for future in as_completed(futures):
-        found[futures[future].name] = future.result()
-        print(f"{done} {futures[future].name} ({len(found)} of {len(futures)})", flush=True)
-    return {call[0].name: found[call[0].name] for call in calls}
+        results[futures[future].name] = future.result()
+        print(f"{done} {futures[future].name} ({len(results)} of {len(futures)})", flush=True)
+    return {call[0].name: results[call[0].name] for call in calls}
 
 
 def _rounded(value: Any) -> Any:

@@ -112,12 +112,12 @@ def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
     cases["+".join(settings.MAIN)] = experts
     cases[f"FR's update × {UNEQUAL:g}"] = [experts[0], _lengthened(base, experts[1]), experts[2]]
     cases["FR of another base"] = [experts[0], stranger, experts[2]]
-    found = []
+    rows = []
     for case, members in cases.items():
         together = ensemble([_scores(run, member, groups)["in-distribution"] for member in members])
         merged = _aucs(run, merge(base, members, MergeConfig.r2m()), groups)["in-distribution"]
-        found.append({"case": case, "shortfall": group_auc(together) - merged, "report": _report(base, members)})
-    return found
+        rows.append({"case": case, "shortfall": group_auc(together) - merged, "report": _report(base, members)})
+    return rows
 
 
 def analysis(run: Run) -> Numbers:
@@ -166,13 +166,13 @@ def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
 def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
     """AUC of one merged trunk with several heads: mean, each expert's, refit on the validation people, or combined."""
     (_, experts), groups, known = Models(run).trained(), groups_of(run, LOOKED_AT), validation_group(run)
-    found: Numbers = {}
+    aucs: Numbers = {}
     single = {f"{kind}'s": _head(expert) for kind, expert in zip(settings.MAIN, experts, strict=True)}
     for trunk, state in trunks.items():
         features_of = functools.partial(_features, run, state)
         forged = torch.cat([features_of(pictures) for pictures in known.forged.values()])
         linear = {"mean": _head(state), **single, "refit": _fit(features_of(known.real), forged)}
-        found[trunk] = {}
+        aucs[trunk] = {}
         for name, group in groups.items():
             parts = {kind: features_of(pictures) for kind, pictures in {"real": group.real, **group.forged}.items()}
             logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in linear.items()}
@@ -180,8 +180,8 @@ def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
             logits["largest of three"] = {kind: value.max(0) for kind, value in several.items()}
             logits["log-sum-exp of three"] = {kind: np.logaddexp.reduce(value, 0) for kind, value in several.items()}
             for label, scores in logits.items():
-                found[trunk].setdefault(label, {})[name] = group_auc(scores)
-    return found
+                aucs[trunk].setdefault(label, {})[name] = group_auc(scores)
+    return aucs
 
 
 def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
@@ -189,18 +189,18 @@ def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     base, experts = Models(run).trained()
     average = merge(base, experts, MergeConfig.weight_average())
     whole = MergeConfig.r2m_truncated(rank=1.0, eta=1.0, eta_mode="constant", norm_match=False)
-    whole_merged = merge(base, experts, whole)
+    distance = _distance(base, merge(base, experts, whole), average)
     groups = groups_of(run)
-    found: Numbers = {"full rank, η = 1, no matching: distance to the average": _distance(base, whole_merged, average)}
+    numbers: Numbers = {"full rank, η = 1, no matching: distance to the average": distance}
     for name, config in configs.items():
         three = merge(base, experts, config)
         two = merge(base, experts[:2], config)
         again = merge(base, [two, experts[2]], config.replace(weights=(2, 1)))
         alike, apart = (_aucs(run, state, groups) for state in (three, again))
-        found[f"{name}: two and one with counts against three"] = max(
+        numbers[f"{name}: two and one with counts against three"] = max(
             abs(alike[group] - apart[group]) for group in groups
         )
-    return found
+    return numbers
 
 
 def _scores(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, dict[str, Scores]]:

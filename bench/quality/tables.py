@@ -38,18 +38,19 @@ def against(content: Content, row: str, other: str, group: str, runs: Sequence[s
     return paired([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def rows_of(content: Content) -> list[str]:
-    """The rows in order, without ideas."""
-    return [row for row in next(iter(content["runs"].values())) if content["methods"].get(row) != "idea"]
+def rows_of(content: Content, *, ideas: bool = True) -> list[str]:
+    """The rows in order, those of ideas too or not."""
+    rows = next(iter(content["runs"].values()))
+    return [row for row in rows if ideas or content["methods"].get(row) != "idea"]
 
 
-def main_table(content: Content, runs: Sequence[str]) -> list[dict[str, Any]]:
+def main_table(content: Content, rows: Sequence[str], runs: Sequence[str]) -> list[dict[str, Any]]:
     """A row each: mean and standard deviation per group, worst forgery, ECE."""
-    found = []
-    for row in rows_of(content):
+    table = []
+    for row in rows:
         numbers = [content["runs"][name][row] for name in runs]
         aucs = {group: [one["auc"][group] for one in numbers] for group in GROUPS}
-        found.append(
+        table.append(
             {
                 "row": row,
                 "mean": {group: float(np.mean(of_group)) for group, of_group in aucs.items()},
@@ -61,7 +62,7 @@ def main_table(content: Content, runs: Sequence[str]) -> list[dict[str, Any]]:
                 "ece": float(np.mean([one["ece"] for one in numbers])),
             }
         )
-    return found
+    return table
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -96,7 +97,7 @@ def print_tables(content: Content) -> None:
     table = new_table(
         f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", ("method", *GROUPS, "worst forgery", "ECE")
     )
-    for row in main_table(content, runs):
+    for row in main_table(content, rows_of(content), runs):
         table.add_row(row["row"], *cells(row), f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
     console.print(table)
     table = new_table("paired difference to the weight average, 95 % interval, wins", ("method", *GROUPS))
