@@ -201,7 +201,10 @@ def caught_launches() -> Iterator[list[Caught]]:
 
 
 class Stopwatch:
-    """Times work on the GPU between two events, with a cold L2 cache and a queue that never runs dry."""
+    """Times work on the GPU between two events, with a cold L2 cache and a queue that never runs dry.
+
+    ``triton.testing.do_bench`` gives no such head start: of several short launches it would time the host.
+    """
 
     def __init__(self, session: Session) -> None:
         self._on = not session.rehearsal

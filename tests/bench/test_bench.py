@@ -78,6 +78,15 @@ def test_the_plain_merge_is_the_merge_that_is_measured(small):
     assert not run.same_merge(result, twice, plain, base)
 
 
+@pytest.mark.parametrize("section", [run.blocks, run.operators])
+def test_a_section_runs_and_holds_its_bars(small, monkeypatch, section):
+    monkeypatch.setattr(cases, "WIDTH", 96)
+    result = section(1)
+    assert result.wrong == []
+    assert result.bars
+    assert all(row["median"] > 0 for row in result.content["timed"].values())
+
+
 def test_the_optimum_is_that_of_the_singular_values():
     for spectrum in cases.SPECTRA:
         x = cases.matrix(spectrum, 70, 90)

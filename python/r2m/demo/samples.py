@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,12 @@ def _generator(seed: int, *labels: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32("/".join(labels).encode())])
 
 
+def _each(people: Sequence[int], draws: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Index of a person among these, and where a photograph lies: each ``draws`` times, in the order of a set."""
+    for _, (index, person), number in itertools.product(range(draws), enumerate(people), range(PHOTOGRAPHS_EACH)):
+        yield index, (person, number)
+
+
 def make_real(
     photographs: Photographs,
     people: Sequence[int],
@@ -64,13 +72,7 @@ def make_real(
     """
     rng = _generator(seed, label, "real")
     camera = capture_elsewhere if elsewhere else capture
-    made = [
-        camera(crop_face(photographs[person, number], rng), rng)
-        for _ in range(draws)
-        for person in people
-        for number in range(PHOTOGRAPHS_EACH)
-    ]
-    return np.stack(made)
+    return np.stack([camera(crop_face(photographs[at], rng), rng) for _, at in _each(people, draws)])
 
 
 def make_forged(
@@ -91,18 +93,12 @@ def make_forged(
     """
     rng = _generator(seed, label, kind)
     camera = capture_elsewhere if elsewhere else capture
+    forgery = forgery or partial(forge, kind, shifted=elsewhere)
     made = []
-    for _ in range(draws):
-        for index, person in enumerate(people):
-            for number in range(PHOTOGRAPHS_EACH):
-                other = people[(index + int(rng.integers(1, len(people)))) % len(people)]
-                donor = crop_face(photographs[other, rng.integers(PHOTOGRAPHS_EACH)], rng)
-                picture = crop_face(photographs[person, number], rng)
-                if forgery is None:
-                    forged = forge(kind, picture, donor, rng, shifted=elsewhere)
-                else:
-                    forged = forgery(picture, donor, rng)
-                made.append(camera(forged, rng))
+    for index, at in _each(people, draws):
+        other = people[(index + int(rng.integers(1, len(people)))) % len(people)]
+        donor = crop_face(photographs[other, rng.integers(PHOTOGRAPHS_EACH)], rng)
+        made.append(camera(forgery(crop_face(photographs[at], rng), donor, rng), rng))
     return np.stack(made)
 
 
@@ -131,17 +127,13 @@ def make_pretraining(photographs: Photographs, people: Sequence[int], draws: int
     Nothing here is a forgery: it stands for the generic pretraining that real detectors start from.
     """
     rng = _generator(seed, "pretraining")
-    pictures, rotation, degradation, identity = [], [], [], []
-    for _ in range(draws):
-        for index, person in enumerate(people):
-            for number in range(PHOTOGRAPHS_EACH):
-                turns, kind = int(rng.integers(4)), int(rng.integers(len(DEGRADATIONS)))
-                picture = degrade(DEGRADATIONS[kind], crop_face(photographs[person, number], rng), rng)
-                pictures.append(np.rot90(capture(picture, rng), turns))
-                rotation.append(turns)
-                degradation.append(kind)
-                identity.append(index)
-    return PretrainingSet(np.stack(pictures), np.array(rotation), np.array(degradation), np.array(identity))
+    pictures, labels = [], []
+    for index, at in _each(people, draws):
+        turns, kind = int(rng.integers(4)), int(rng.integers(len(DEGRADATIONS)))
+        picture = degrade(DEGRADATIONS[kind], crop_face(photographs[at], rng), rng)
+        pictures.append(np.rot90(capture(picture, rng), turns))
+        labels.append((turns, kind, index))
+    return PretrainingSet(np.stack(pictures), *np.array(labels).T.copy())
 
 
 def degrade(kind: str, picture: Picture, rng: np.random.Generator) -> Picture:
