@@ -131,7 +131,7 @@ class Operators(Protocol):
 
     @property
     def shifted_truncation(self) -> ShiftedTruncation:
-        """See there."""
+        """The fast method for step 3."""
         ...
 
     def combine(

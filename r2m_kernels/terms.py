@@ -15,7 +15,7 @@ from torch import Tensor
 from . import elements, spectra
 from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, block_height
-from ._stream.factors import Factors
+from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor
 from ._stream.tensors import compute_dtype
@@ -93,8 +93,8 @@ class LowRank(Term):
             columns = group.tensors[0].matrix_shape[1]
             lefts = [left[:, group.part.start // columns : group.part.stop // columns] for left in lefts]
             group, outs = group.in_rows(), [out.view(-1, columns) for out in outs]
-        left = _stacked([one.to(device).mT for one in lefts]).mT  # rows, as kernels have them
-        right = _stacked([factors.right.to(device) for factors in self.factors])
+        left = stacked([one.to(device).mT for one in lefts]).mT  # rows, as kernels have them
+        right = stacked([factors.right.to(device) for factors in self.factors])
         operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
 
 
@@ -249,8 +249,3 @@ class Terms:
         factors = [one for tensor in tensors if eta != 0 and (one := self.factors(tensor)) is not None]
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
         return LowRank(coefficients, factors, scale, rows)
-
-
-def _stacked(factors: list[Tensor]) -> Tensor:
-    """Those of several tensors as one; of a single one without a copy."""
-    return factors[0].unsqueeze(0) if len(factors) == 1 else torch.stack(factors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._interface import Operators
-from ._stream.factors import Factors, gram_matrix, leading_eigenvectors
+from ._stream.factors import RATE, Factors, gram_matrix, leading_eigenvectors
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
@@ -30,8 +30,6 @@ WIDTH_MULTIPLE = 16
 EXACT_UP_TO = 64
 # Elements of a residual that the exact truncation holds at once.
 EXACT_PIECE = 2**18
-# How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
-RATE = 4
 
 
 def truncate_residuals(

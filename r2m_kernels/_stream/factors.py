@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
+RATE = 4
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -62,6 +65,11 @@ class Factors:
             pairs = (left[i] @ left[others].flatten(0, 1).T).mul_(right[i] @ right[others].flatten(0, 1).T)
             products[i, others] = products[others, i] = pairs.view(rank, count - i - first, rank).sum(dim=(0, 2))
         return products.cpu()
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Those of several tensors as one; of a single one without a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def gram_matrix(product: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._interface import ShiftedFactors
 from .._stream import parallel
 from .._stream.blocks import long_panels, panel_limit
+from .._stream.factors import RATE, stacked
 from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
@@ -60,12 +61,8 @@ def shifted_truncation(
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
         steps, width = -(-iterations // 2), truncation_width(rank, oversampling)
         of_tensors.append(_truncate(of_tensor, key, rank, steps, width, tolerance))
-    left, right, trusted, gap = (_stack(each) for each in zip(*of_tensors, strict=True))
+    left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
     return ShiftedFactors(left, right, None, trusted, gap)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def _truncate(
@@ -107,7 +104,7 @@ def _truncate(
             gap[i] = 0.0
         elif kept:
             growth = (values.sum() - kept[-1][i]).clamp_min(0)
-            gap[i] = growth * (values[-1] / values[rank - 1]) ** 4 if values[rank - 1] > 0 else 0.0
+            gap[i] = growth * (values[-1] / values[rank - 1]) ** RATE if values[rank - 1] > 0 else 0.0
     left, right = (left.mT, right) if tall else (right.mT, left)
     return left, right, trusted, gap * energy
 
