@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.tensors import compute_dtype
+
 # A vector load moves this many bytes and wants an address that is a multiple of it.
 VECTOR_BYTES = 16
 
@@ -44,15 +46,18 @@ class Group:
     Attributes:
         bases, experts: contiguous and of one dtype; those that were not are copies, and so are those that lie at odd
             addresses without need: which kernel a tensor meets must depend on its shape and dtype only.
+        dtype: of all of them.
+        compute_dtype: what sums and products are carried in.
         table: (L, N + 1) int64 on the device: addresses of θ₀, θ_1 … θ_N.
         aligned: rows are whole vectors, and every row of every tensor starts at a multiple of 16 bytes.
     """
 
     def __init__(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], row: int) -> None:
-        dtypes = {tensor.dtype for tensors in (bases, *experts) for tensor in tensors}
+        tensors = [*bases, *(tensor for expert in experts for tensor in expert)]
         # Mixed inputs are widened to the type they are computed in: a kernel reads one type.
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else wide
+        self.compute_dtype = compute_dtype(tensors)
+        alike = all(tensor.dtype == tensors[0].dtype for tensor in tensors)
+        self.dtype = tensors[0].dtype if alike else self.compute_dtype
         self.aligned = row * self.dtype.itemsize % VECTOR_BYTES == 0
         self.bases = [self._placed(tensor) for tensor in bases]
         self.experts = [[self._placed(tensor) for tensor in tensors] for tensors in experts]
@@ -62,11 +67,6 @@ class Group:
     def _placed(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.dtype).contiguous()
         return tensor if not self.aligned or well_placed(tensor) else tensor.clone()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What sums and products are carried in."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 def address_table(columns: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
@@ -88,11 +88,11 @@ def vectors_fit(length: int) -> bool:
 def padded_rows(rows: Tensor) -> Tensor:
     """``rows`` laid out as :func:`empty_rows` does: itself where it is so, else a copy."""
     *leading, length = rows.shape
-    stride, wanted = _padded(length), [1]
+    stride, strides = _padded(length), [1]
     for size in reversed(leading):
-        wanted.append(stride)
+        strides.append(stride)
         stride *= max(1, size)
-    if list(rows.stride()) == wanted[::-1] and well_placed(rows):
+    if list(rows.stride()) == strides[::-1] and well_placed(rows):
         return rows
     return empty_rows(leading, length, rows.dtype, rows.device).copy_(rows)
 

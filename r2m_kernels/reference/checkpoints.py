@@ -27,17 +27,17 @@ def fits(name: str, globs: Sequence[str]) -> bool:
 
 def kinds(base: StateDict, exclude: Sequence[str] = (), keep: Sequence[str] = (), average: Sequence[str] = ()) -> Kinds:
     """Of the base's floating-point tensors but those to ``keep``."""
-    found = Kinds([], [], [])
+    of = Kinds([], [], [])
     for name, tensor in base.items():
         if not tensor.is_floating_point() or fits(name, keep):
             continue
         if name.split(".")[-1] in ("running_mean", "running_var") or fits(name, average):
-            found.statistics.append(name)
+            of.statistics.append(name)
         elif tensor.ndim >= 2 and tensor.numel() and not fits(name, exclude):
-            found.matrices.append(name)
+            of.matrices.append(name)
         else:
-            found.vectors.append(name)
-    return found
+            of.vectors.append(name)
+    return of
 
 
 def mean_weights(weights: Sequence[float] | None, count: int) -> Tensor:
@@ -50,12 +50,12 @@ def task_vectors(
     base: StateDict, experts: Sequence[StateDict], matrices: Sequence[str], others: Sequence[str]
 ) -> dict[str, Tensor]:
     """τ_j = θ_j − θ₀: (N, m, n) for matrices, first dimension by the rest, and (N, 1, numel) for others."""
-    found = {}
+    tau = {}
     for name in (*matrices, *others):
         rows = base[name].shape[0] if name in matrices else 1
         changes = torch.stack([expert[name].double() - base[name].double() for expert in experts])
-        found[name] = changes.reshape(len(experts), rows, base[name].numel() // rows)
-    return found
+        tau[name] = changes.reshape(len(experts), rows, base[name].numel() // rows)
+    return tau
 
 
 def mixed(coefficients: Tensor, rows: Tensor) -> Tensor:
