@@ -78,10 +78,8 @@ def test_weights_count_frames_several_times() -> None:
     dice = np.random.default_rng(0)
     labels, values, weights = dice.integers(0, 2, 40), dice.random(40).round(1), dice.integers(0, 4, 40)
     repeated = scores(np.repeat(labels, weights).tolist(), np.repeat(values, weights).tolist())
-    drawn = weights > 0
-    weighted = metrics(scores(labels[drawn].tolist(), values[drawn].tolist()), weights[drawn].astype(float))
-    assert {name: pytest.approx(value) for name, value in weighted.items()} == metrics(repeated)
     ranked = _Ranked(scores(labels.tolist(), values.tolist()))
+    assert ranked.auc(weights.astype(float)) == pytest.approx(metrics(repeated)["auc"])
     assert ranked.auc(weights.astype(float)) == pytest.approx(roc_auc_score(labels, values, sample_weight=weights))
     assert ranked.auc((labels == 1).astype(float)) is None
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import sklearn
+import torch
 from torch import nn
 
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, read_dataset, read_scores
 from r2m.evaluation.detectors import load_detector
+from r2m.evaluation.metrics import judge_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, beside
 from r2m.progress import bars
 from r2m.recipe import Arrangement
+from r2m_kernels import __version__
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
@@ -40,7 +45,7 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
     _check(request, out, overwrite)
     named = name_experts([*request.models, *request.scores])
     checkpoints = dict(list(named.items())[: len(request.models)])
-    finished = {name: read_scores(path) for name, path in named.items() if name not in checkpoints}
+    scores = {name: read_scores(path) for name, path in named.items() if name not in checkpoints}
     datasets = _datasets(request) if checkpoints else {}
     preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
     arrangement = Arrangement(preset=request.preset)
@@ -49,13 +54,13 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
         for name, path in checkpoints.items()
     }
     evaluated = _run(request, models, preprocessings, datasets, quiet)
-    scores = finished | {name: one.scores() for name, one in evaluated.items()}
+    scores |= {name: one.scores() for name, one in evaluated.items()}
     judged = {
         name: {
             "source": os.path.abspath(path),
             "detector": request.detector if name in models else None,
             "preprocessing": preprocessings[name].plain() if name in models else None,
-            **run.judged(scores[name], resamples=request.bootstrap, seed=request.seed),
+            **judge_all(scores[name], resamples=request.bootstrap, seed=request.seed),
         }
         for name, path in named.items()
     }
@@ -65,7 +70,12 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
         "models": judged,
         "settings": {name: getattr(request, name) for name in settings},
         "unreadable": unreadable,
-        "versions": run.versions(),
+        "versions": {
+            "r2m_kernels": __version__,
+            "torch": torch.__version__,
+            "scikit-learn": sklearn.__version__,
+            "python": platform.python_version(),
+        },
     }
     if out is not None:
         run.write_result(Path(out), result, evaluated)
@@ -109,16 +119,8 @@ def _run(
 
     with nullcontext() if quiet else bars() as shown:
         for name, model in models.items():
-            evaluated[name] = run.run_detector(
-                model,
-                datasets,
-                preprocessings[name],
-                label=f"model '{name}'",
-                device=request.device,
-                batch=request.batch,
-                strict=request.strict,
-                progress=functools.partial(show, name),
-            )
+            progress = functools.partial(show, name)
+            evaluated[name] = run.run_detector(name, model, datasets, preprocessings[name], request, progress)
     return evaluated
 
 
@@ -142,14 +144,9 @@ def table(result: dict[str, Any]) -> list[str]:
     if len(names) > 1:
         for model, one in result["models"].items():
             rows.append(["mean", model, "", "", *(_number(one["average"].get(name)) for name in SHOWN), ""])
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [headings, *rows]
-    ]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    line = "  ".join(f"{{:{'<' if column < 2 else '>'}{width}}}" for column, width in enumerate(widths))
+    text = [line.format(*row).rstrip() for row in [headings, *rows]]
     return [*text, *(f"{one}: AUC, EER and AP are undefined" for one in sorted(one_class))]
 
 
@@ -161,14 +158,16 @@ def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:
     """What was asked for, on top of what stands beside the checkpoint."""
     stored = beside(path)
     asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
-    known = {**(stored.plain() if stored else {}), **{field: one for field, one in asked.items() if one is not None}}
-    missing = [f"--{field}" for field in ("size", "mean", "std") if field not in known]
+    known: dict[str, Any] = {
+        field: getattr(stored, field, None) if one is None else one for field, one in asked.items()
+    }
+    missing = [f"--{field}" for field, one in known.items() if one is None]
     if missing:
         raise BadOption(
             f"model '{name}' ({path}): its preprocessing is not known: no preprocessor_config.json beside it; expected "
             f"{', '.join(missing)}"
         )
-    return Preprocessing.of(known["size"], known["mean"], known["std"])
+    return Preprocessing.of(**known)
 
 
 def _triple(name: str, text: str | None) -> list[float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from r2m.evaluation.metrics import Scores
 from r2m.evaluation.request import Request
 from r2m.places import read_small
-from r2m_kernels.errors import BadFile, BadOption, printable, quoted
+from r2m_kernels.errors import BadFile, printable, quoted
 
 COLUMNS = ("path", "label", "probability")  # of CSV files; video and dataset may be there
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -78,11 +79,8 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
             raise BadFile(f"{what}: expected the columns {', '.join(COLUMNS)} in its first line, got {got}")
         try:
             for row in reader:
-                where = f"{what}: line {reader.line_num}"
-                label = _label(f"{where}: label", row["label"])
-                probability = _probability(f"{where}: probability", row["probability"])
-                video = row.get("video") or row["path"].replace("\\", "/").rpartition("/")[0] or row["path"]
-                rows.setdefault(row.get("dataset") or "data", []).append((label, probability, video))
+                scored = _row(f"{what}: line {reader.line_num}", row)
+                rows.setdefault(row.get("dataset") or "data", []).append(scored)
         except csv.Error as error:
             raise BadFile(f"{what}: line {reader.line_num}: {error}") from None
     if not rows:
@@ -96,20 +94,16 @@ def scores_of(rows: Sequence[tuple[int, float, str]]) -> Scores:
     return Scores(np.array(labels, np.int64), np.array(probabilities, np.float64), np.array(videos, np.str_))
 
 
-def _label(what: str, text: str | None) -> int:
-    if text not in ("0", "1"):
-        raise BadFile(f"{what}: expected 0 (real) or 1 (fake), got {quoted(str(text))}")
-    return int(text)
-
-
-def _probability(what: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise BadFile(f"{what}: expected a number from 0 to 1, got {quoted(str(text))}")
-    return value
+def _row(what: str, row: Mapping[str, str | None]) -> tuple[int, float, str]:
+    label, path = row["label"], row["path"] or ""
+    if label not in ("0", "1"):
+        raise BadFile(f"{what}: label: expected 0 (real) or 1 (fake), got {quoted(str(label))}")
+    probability = math.nan
+    with contextlib.suppress(ValueError):
+        probability = float(row["probability"] or "")
+    if not 0 <= probability <= 1:
+        raise BadFile(f"{what}: probability: expected a number from 0 to 1, got {quoted(str(row['probability']))}")
+    return int(label), probability, row.get("video") or path.replace("\\", "/").rpartition("/")[0] or path
 
 
 def _folders(directory: Path, request: Request) -> dict[str, list[Frame]]:
@@ -185,21 +179,13 @@ def _frames(what: str, name: str, video: str, entry: Any, root: Path, request: R
     paths = entry.get("frames")
     if not isinstance(paths, list) or not all(isinstance(one, str) and one for one in paths):
         raise BadFile(f"{what}: expected frames: a list of paths")
-    said = entry.get("label", name)
-    label = _of_label(said if isinstance(said, str) else name, request)
+    said = entry.get("label")
+    name = said if isinstance(said, str) else name
+    label = request.values.get(name, 0 if "real" in name.lower() else 1)
     # Written on Windows, some of them.
     images = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
     key = str(images[0].parent) if images else video
     return [Frame(image, label, _video(key, request)) for image in _chosen(images, request)]
-
-
-def _of_label(name: str, request: Request) -> int:
-    if name in request.values:
-        value = request.values[name]
-        if value not in (0, 1):
-            raise BadOption(f"label {quoted(name)}: expected 0 or 1, got {value}")
-        return value
-    return 0 if "real" in name.lower() else 1
 
 
 def _video(key: str, request: Request) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from r2m.arrangement import plain
@@ -42,16 +41,13 @@ def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Ar
     if name == "transformers" and not argument:
         # It knows its checkpoints' names, which are not always its modules'.
         return _with("transformers", lambda library: _from_transformers(library, checkpoint, label), label, kind).eval()
-    if name == "clip" and argument:
-        model = _with("transformers", lambda library: Clip(library, argument), label, kind)
-    elif name == "timm" and argument:
-        model = _with("timm", lambda library: library.create_model(argument, num_classes=CLASSES), label, kind)
-    elif name == "open_clip" and argument:
-        model = _with("open_clip", lambda library: OpenClip(library, argument), label, kind)
-    elif name and argument:
-        model = _built(name, argument, label)
-    else:
+    if not name or not argument:
         raise BadOption(f"{label}: detector {quoted(kind)}: expected {KINDS}")
+    if name in _LIBRARIES:
+        library_name, build = _LIBRARIES[name]
+        model = _with(library_name, lambda library: build(library, argument), label, kind)
+    else:
+        model = _built(name, argument, label)
     _load(model, plain(open_checkpoint(checkpoint, label), arrangement or Arrangement()), kind)
     return model.eval()
 
@@ -65,55 +61,57 @@ def probabilities(output: Any, label: str) -> Tensor:
     Raises:
         InvalidInput: anything else, or no numbers.
     """
+    ready = None
     if not isinstance(output, Tensor):
-        held = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
-        if isinstance(held.get("prob"), Tensor):
-            return _finite(held["prob"].flatten().double(), label)
-        output = held.get("logits", held.get("cls"))
-    if not isinstance(output, Tensor) or output.ndim not in (1, 2) or output.shape[1:] not in ((), (1,), (CLASSES,)):
+        named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+        ready, output = named.get("prob"), named.get("logits", named.get("cls"))
+    if isinstance(ready, Tensor):
+        values = ready.flatten().double()
+    elif isinstance(output, Tensor) and output.ndim in (1, 2) and output.shape[1:] in ((), (1,), (CLASSES,)):
+        logits = output.double()
+        values = logits.softmax(1)[:, 1] if logits.shape[1:] == (CLASSES,) else logits.flatten().sigmoid()
+    else:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise BadOption(f"{label}: expected logits of shape (n, 2), (n, 1) or (n,), got {got}")
-    logits = output.double()
-    if logits.shape[1:] == (CLASSES,):
-        return _finite(logits.softmax(1)[:, 1], label)
-    return _finite(logits.flatten().sigmoid(), label)
-
-
-def _finite(values: Tensor, label: str) -> Tensor:
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise NotFinite(f"{label}: gave probabilities that are NaN or not from 0 to 1")
     return values
 
 
-class Clip(nn.Module):
-    """A CLIP vision tower and a linear head on what it pools."""
+class _Tower(nn.Module):
+    """An image tower under a name of its own, and a linear head on what it gives."""
 
-    def __init__(self, library: Any, directory: str) -> None:
+    def __init__(self, name: str, tower: nn.Module, width: int, features: Callable[[Any], Tensor]) -> None:
         super().__init__()
-        config = library.AutoConfig.from_pretrained(directory, local_files_only=True)
-        config = getattr(config, "vision_config", config)
-        tower = library.CLIPVisionModel(config)
-        self.backbone = getattr(tower, "vision_model", tower)
-        self.head = nn.Linear(config.hidden_size, CLASSES)
+        self.add_module(name, tower)
+        self.head = nn.Linear(width, CLASSES)
+        self._name, self._features = name, features
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, s, s) to logits (n, 2)."""
-        logits: Tensor = self.head(self.backbone(images).pooler_output)
+        logits: Tensor = self.head(self._features(self.get_submodule(self._name)(images)))
         return logits
 
 
-class OpenClip(nn.Module):
-    """An image tower of open_clip and a linear head on its embedding."""
+def _clip(library: Any, directory: str) -> nn.Module:
+    config = library.AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = getattr(config, "vision_config", config)
+    tower = library.CLIPVisionModel(config)
+    tower = getattr(tower, "vision_model", tower)
+    return _Tower("backbone", tower, config.hidden_size, lambda output: output.pooler_output)
 
-    def __init__(self, library: Any, name: str) -> None:
-        super().__init__()
-        self.visual = library.create_model(name, load_weights=False).visual
-        self.head = nn.Linear(self.visual.output_dim, CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, s, s) to logits (n, 2)."""
-        logits: Tensor = self.head(self.visual(images))
-        return logits
+def _open_clip(library: Any, name: str) -> nn.Module:
+    tower = library.create_model(name, load_weights=False).visual
+    return _Tower("visual", tower, tower.output_dim, lambda embedding: embedding)
+
+
+# What makes a detector of an argument, and the library that it is given.
+_LIBRARIES: Mapping[str, tuple[str, Callable[[Any, str], nn.Module]]] = {
+    "clip": ("transformers", _clip),
+    "timm": ("timm", lambda library, name: library.create_model(name, num_classes=CLASSES)),
+    "open_clip": ("open_clip", _open_clip),
+}
 
 
 def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> nn.Module:
@@ -132,10 +130,11 @@ def _with(library: str, build: Callable[[Any], Any], label: str, kind: str) -> n
 def _from_transformers(library: Any, checkpoint: str | Path, label: str) -> Any:
     build = library.AutoModelForImageClassification.from_pretrained
     model, info = build(checkpoint, local_files_only=True, output_loading_info=True)
-    for what, names in (("lacks", info["missing_keys"]), ("has other shapes of", info["mismatched_keys"])):
-        if names:
-            listed = some([name if isinstance(name, str) else name[0] for name in sorted(names, key=str)])
-            raise DoesNotFit(f"{label}: does not fit the detector 'transformers': it {what} {listed}")
+    missing, other = (
+        [name if isinstance(name, str) else name[0] for name in sorted(info[key], key=str)]
+        for key in ("missing_keys", "mismatched_keys")
+    )
+    _fit("transformers", label, {"lacks": missing, "has other shapes of": other})
     return model
 
 
@@ -161,16 +160,13 @@ def _load(model: nn.Module, view: View, kind: str) -> None:
     missing = [name for name, one in before.items() if name not in view.specs and one.is_floating_point()]
     strange = [name for name, one in view.specs.items() if name not in before and one.dtype.is_floating_point]
     shapes = [name for name, one in view.specs.items() if name in before and one.shape != tuple(before[name].shape)]
-    for what, names in (
-        ("lacks", missing),
-        ("has, and the detector does not,", strange),
-        ("has other shapes of", shapes),
-    ):
-        if names:
-            raise DoesNotFit(f"{view.label}: does not fit the detector {quoted(kind)}: it {what} {some(names)}")
+    _fit(
+        kind, view.label, {"lacks": missing, "has, and the detector does not,": strange, "has other shapes of": shapes}
+    )
     model.load_state_dict({**before, **{name: view.read(name) for name in view.specs if name in before}}, strict=True)
 
 
-def as_batch(images: list[Tensor], device: torch.device) -> Tensor:
-    """(n, 3, s, s) float32 on the device."""
-    return torch.stack(images).to(device)
+def _fit(kind: str, label: str, misfits: Mapping[str, list[str]]) -> None:
+    for what, names in misfits.items():
+        if names:
+            raise DoesNotFit(f"{label}: does not fit the detector {quoted(kind)}: it {what} {some(names)}")

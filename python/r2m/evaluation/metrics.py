@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 THRESHOLD = 0.5
 CONFIDENCE = 0.95
+AVERAGED = ("acc", "auc", "eer", "ap", "video_acc", "video_auc", "video_eer", "video_ap")
 Numbers = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -45,36 +46,24 @@ class Scores:
         return Scores(label, mean, names)
 
 
-def metrics(scores: Scores, weights: Numbers | None = None) -> dict[str, float | None]:
-    """Accuracy at 0.5, also of each class, AUC, EER and AP.
+def metrics(scores: Scores) -> dict[str, float | None]:
+    """Accuracy at 0.5, also of each class, AUC, EER and AP; of frames or of videos.
 
     ``eer`` is the false-positive rate where it is nearest to the false-negative one, as in DeepfakeBench.
-
-    Args:
-        scores: of frames or of videos.
-        weights: (n,) how often each counts; None: once.
     """
     labels, probabilities = scores.labels, scores.probabilities
     right = (probabilities > THRESHOLD) == (labels == 1)
-
-    def accuracy(chosen: NDArray[np.bool_]) -> float | None:
-        counts = None if weights is None else weights[chosen]
-        return float(np.average(right[chosen], weights=counts)) if chosen.any() else None
-
-    values: dict[str, float | None] = {
-        "acc": accuracy(np.ones(len(labels), dtype=bool)),
-        "acc_real": accuracy(labels == 0),
-        "acc_fake": accuracy(labels == 1),
-        "auc": None,
-        "eer": None,
-        "ap": None,
+    counted = {"acc": labels >= 0, "acc_real": labels == 0, "acc_fake": labels == 1}
+    values = {name: float(right[chosen].mean()) if chosen.any() else None for name, chosen in counted.items()}
+    if len(np.unique(labels)) < 2:
+        return {**values, "auc": None, "eer": None, "ap": None}
+    fpr, tpr, _ = roc_curve(labels, probabilities)
+    return {
+        **values,
+        "auc": float(roc_auc_score(labels, probabilities)),
+        "eer": float(fpr[np.argmin(np.abs(1 - tpr - fpr))]),
+        "ap": float(average_precision_score(labels, probabilities)),
     }
-    if len(np.unique(labels)) == 2:
-        fpr, tpr, _ = roc_curve(labels, probabilities, sample_weight=weights)
-        values["auc"] = float(roc_auc_score(labels, probabilities, sample_weight=weights))
-        values["eer"] = float(fpr[np.argmin(np.abs(1 - tpr - fpr))])
-        values["ap"] = float(average_precision_score(labels, probabilities, sample_weight=weights))
-    return values
 
 
 class _Ranked:
@@ -124,6 +113,12 @@ def judge(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> dict[str, 
     }
     over_videos = {f"video_{name}": value for name, value in metrics(videos).items()}
     return {**counts, **metrics(scores), **over_videos, "intervals": auc_interval(scores, resamples, seed)}
+
+
+def judge_all(scores: Mapping[str, Scores], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Everything by dataset, and the mean of each metric over the datasets that define it."""
+    datasets = {name: judge(of, resamples=resamples, seed=seed) for name, of in scores.items()}
+    return {"datasets": datasets, "average": average(datasets, AVERAGED)}
 
 
 def average(judged: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:

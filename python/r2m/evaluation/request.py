@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,7 @@ class Request:
         normalize(self, REQUEST)
         _ = self.values  # checked
 
-    @property
+    @functools.cached_property
     def values(self) -> dict[str, int]:
         """What the names in ``labels`` are: 0 real, 1 fake."""
         values = {}

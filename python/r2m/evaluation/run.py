@@ -5,32 +5,29 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from r2m.evaluation.data import Frame, scores_of
-from r2m.evaluation.detectors import as_batch, probabilities
-from r2m.evaluation.metrics import Scores, average, judge
+from r2m.evaluation.detectors import probabilities
+from r2m.evaluation.metrics import Scores
+from r2m.evaluation.request import Request
 from r2m.places import new_file
 from r2m.preprocessing import Preprocessing
-from r2m_kernels import __version__
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 from r2m_kernels.streaming import usable_device
 
 RESULT_FILE = "evaluation.json"
-AVERAGED = ("acc", "auc", "eer", "ap", "video_acc", "video_auc", "video_eer", "video_ap")
 _THREADS = 4  # that read images, while the detector works
 _LISTED = 20
 
@@ -56,62 +53,53 @@ class Evaluated:
 
 
 def run_detector(
+    name: str,
     model: nn.Module,
     datasets: Mapping[str, Sequence[Frame]],
     preprocessing: Preprocessing,
-    *,
-    label: str,
-    device: str = "cpu",
-    batch: int = 32,
-    strict: bool = False,
-    progress: Callable[[int], None] | None = None,
+    request: Request,
+    progress: Callable[[int], None],
 ) -> Evaluated:
     """Probabilities of fake for all frames that can be read.
 
     Args:
+        name: of the model, for error messages.
         model: in evaluation mode.
         datasets: frames by dataset.
         preprocessing: the model's.
-        label: how error messages name the model.
-        device: where it runs.
-        batch: images at a time.
-        strict: an image that cannot be read ends it.
+        request: on which device, how many images at a time, and what becomes of those that cannot be read.
         progress: called with the number of frames done so far.
 
     Raises:
         InvalidInput: outputs that are no probabilities, an unreadable image while strict, or a dataset of which none
             can be read.
     """
-    where = usable_device(device)
-    model = model.to(where)
+    device = usable_device(request.device)
+    model = model.to(device)
     evaluated = Evaluated()
     done = 0
-    for name, frames in datasets.items():
+    for dataset, frames in datasets.items():
         rows: list[tuple[Frame, float]] = []
-        for chunk in _loaded(frames, preprocessing, batch):
-            images: list[Tensor] = []
-            there: list[Frame] = []
-            for frame, image in chunk:
-                if isinstance(image, str):
-                    if strict:
-                        raise BadFile(f"dataset {quoted(name)}: {frame.path}: {image}")
-                    evaluated.unreadable[str(frame.path)] = image
-                else:
-                    images.append(image)
-                    there.append(frame)
-            if images:
+        for batch in _loaded(frames, preprocessing, request.batch):
+            unreadable = {str(frame.path): image for frame, image in batch if isinstance(image, str)}
+            if unreadable and request.strict:
+                path, reason = next(iter(unreadable.items()))
+                raise BadFile(f"dataset {quoted(dataset)}: {path}: {reason}")
+            evaluated.unreadable |= unreadable
+            readable = [(frame, image) for frame, image in batch if isinstance(image, Tensor)]
+            if readable:
                 with torch.inference_mode():
-                    values = probabilities(model(as_batch(images, where)), label).tolist()
-                if len(values) != len(there):
-                    raise BadOption(f"{label}: expected {len(there)} outputs, got {len(values)}")
-                rows += zip(there, values, strict=True)
-            done += len(chunk)
-            if progress is not None:
-                progress(done)
+                    output = model(torch.stack([image for _, image in readable]).to(device))
+                    values = probabilities(output, f"model '{name}'").tolist()
+                if len(values) != len(readable):
+                    raise BadOption(f"model '{name}': expected {len(readable)} outputs, got {len(values)}")
+                rows += [(frame, value) for (frame, _), value in zip(readable, values, strict=True)]
+            done += len(batch)
+            progress(done)
         if not rows:
             path, reason = next(iter(evaluated.unreadable.items()))
-            raise BadFile(f"dataset {quoted(name)}: none of its {len(frames)} images can be read: {path}: {reason}")
-        evaluated.rows[name] = rows
+            raise BadFile(f"dataset {quoted(dataset)}: none of its {len(frames)} images can be read: {path}: {reason}")
+        evaluated.rows[dataset] = rows
     return evaluated
 
 
@@ -130,34 +118,22 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor | str:
 
 
 def _loaded(
-    frames: Sequence[Frame], preprocessing: Preprocessing, batch: int
+    frames: Sequence[Frame], preprocessing: Preprocessing, count: int
 ) -> Iterator[list[tuple[Frame, Tensor | str]]]:
     """Batches of frames with their images, the next being read while one is used."""
     with ThreadPoolExecutor(_THREADS) as pool:
-
-        def begin(chunk: list[Frame]) -> list[Any]:
-            return [pool.submit(read_image, frame.path, preprocessing) for frame in chunk]
-
-        rest = iter(frames)
-        chunk = list(islice(rest, batch))
-        begun = begin(chunk)
-        while chunk:
-            ahead = list(islice(rest, batch))
-            begun_ahead = begin(ahead)
-            yield [(frame, one.result()) for frame, one in zip(chunk, begun, strict=True)]
-            chunk, begun = ahead, begun_ahead
-
-
-def judged(scores: Mapping[str, Scores], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Metrics by dataset, and their means over datasets."""
-    datasets = {name: judge(of, resamples=resamples, seed=seed) for name, of in scores.items()}
-    return {"datasets": datasets, "average": average(datasets, AVERAGED)}
+        begun = (
+            [(frame, pool.submit(read_image, frame.path, preprocessing)) for frame in frames[start : start + count]]
+            for start in range(0, len(frames), count)
+        )
+        for batch, _next in pairwise(chain(begun, [[]])):
+            yield [(frame, image.result()) for frame, image in batch]
 
 
 def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, Evaluated]) -> None:
     """``evaluation.json`` and the scores of every model that was run, as CSV files that can be read again."""
     out.mkdir(parents=True, exist_ok=True)
-    for number, (_, one) in enumerate(evaluated.items(), start=1):
+    for number, one in enumerate(evaluated.values(), start=1):
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["path", "label", "video", "dataset", "probability"])
@@ -168,16 +144,6 @@ def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, E
         new_file(out / f"scores-{number}.csv", table.getvalue().encode(errors="surrogateescape"))
     text = json.dumps(result, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
     new_file(out / RESULT_FILE, text.encode(errors="backslashreplace"))
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {
-        "r2m_kernels": __version__,
-        "torch": torch.__version__,
-        "scikit-learn": sklearn.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def left_out(unreadable: Mapping[str, str]) -> list[str]:

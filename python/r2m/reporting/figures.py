@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -20,14 +21,9 @@ from matplotlib.figure import Figure
 # Readable on white and on black alike: the page has both, and a picture one colour of text.
 _GREY = "#7a7a7a"
 _STYLE = {
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
-    "axes.titlecolor": _GREY,
-    "text.color": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), _GREY),
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), _GREY),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "legend.framealpha": 0.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,7 +33,9 @@ _STYLE = {
 }
 # Told apart by people who see no red or no green (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+_SHORT = 22  # letters of a name
 Rows = Sequence[Mapping[str, Any]]
+Points = Iterable[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -98,33 +96,29 @@ def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]]
         axes.bar(middles, values, width, label=title, color=colour(number))
     axes.set_xticks(range(len(names)), [short(name) for name in names])
     axes.axhline(0, color=_GREY, linewidth=0.8)
-    axes.set_ylabel(label)
-    if len(series) > 1:
-        legend(axes)
+    finish(axes, "", label, legend=len(series) > 1)
 
 
-def curves(
-    axes: Axes, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: tuple[str, str], style: str = "-"
-) -> None:
-    """A line for each series of x and y; labels of both axes."""
-    for index, (title, (x, y)) in enumerate(series.items()):
-        axes.plot(x, y, style, label=short(title), color=colour(index))
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    legend(axes)
+def curves(axes: Axes, series: Mapping[str, Points], x: str, y: str, style: str = "-", *, limit: int = _SHORT) -> None:
+    """A line for each series through its points (x, y)."""
+    for index, (title, points) in enumerate(series.items()):
+        axes.plot(*zip(*points, strict=True), style, label=short(title, limit), color=colour(index))
+    finish(axes, x, y)
 
 
-def legend(axes: Axes) -> None:
-    """Above the picture, where it hides nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+def finish(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
+    """What the axes are, and the legend above the picture, where it hides nothing."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if legend:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
 
 def heatmap(
     axes: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], low: float
 ) -> None:
     """A matrix with its numbers, from ``low`` to 1, written in it."""
-    shown = [[float("nan") if value is None else value for value in row] for row in values]
-    axes.imshow(shown, vmin=low, vmax=1.0, cmap="viridis", aspect="auto")
+    axes.imshow(np.array(values, dtype=float), vmin=low, vmax=1.0, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), [short(name) for name in columns], rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     for i, row in enumerate(values):
@@ -132,11 +126,10 @@ def heatmap(
             text = "–" if value is None else f"{value:.2f}"
             light = value is not None and value < (low + 1.0) / 2
             axes.text(j, i, text, ha="center", va="center", color="white" if light else "black")
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def short(name: str, limit: int = 22) -> str:
+def short(name: str, limit: int = _SHORT) -> str:
     """A name that fits below a bar: its end, which tells paths apart. No markup of matplotlib's."""
     plain = "".join(letter if letter.isprintable() else "?" for letter in name).replace("$", r"\$")
     return plain if len(plain) <= limit else "…" + plain[-limit + 1 :]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from r2m.evaluation.data import read_scores
@@ -17,7 +16,7 @@ from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.output import REPORT_FILE
 from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
-from r2m.reporting.figures import Picture, Rows, bars, colour, curves, heatmap, legend, picture
+from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
 from r2m.templating import render
@@ -53,24 +52,24 @@ def write_page(
         OSError: it cannot be written; ``filename`` is set.
     """
     report = _json(Path(out) / REPORT_FILE, f"{out}: expected the output of a merge")
-    measured = None
+    measured, scores = None, {}
     if evaluation is not None:
         measured = _json(Path(evaluation) / "evaluation.json", f"{evaluation}: expected a directory of r2m evaluate")
+        scores = _scores(Path(evaluation), measured)
     rows = _sweep_rows(Path(swept)) if swept is not None else []
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadFile(f"to ({to}): exists already and is not an empty directory")
-    pictures = [*of_merge(report)]
+    pictures = list(of_merge(report))
     if spectra:
         pictures += of_residuals(out, spectra)
     if measured is not None:
-        pictures += of_evaluation(measured, _scores(Path(str(evaluation)), measured))
-    if rows:
-        pictures += of_sweep(rows, Path(str(swept)), measured)
-    files = {}
+        pictures += of_evaluation(measured, scores)
+    if swept is not None and rows:
+        pictures += of_sweep(rows, Path(swept), measured)
+    files = {PAGE_FILE: page(report, pictures).encode(errors="xmlcharrefreplace")}
     for one in pictures:
-        files[f"{one.name}.png"], files[f"{one.name}.csv"] = one.png, one.table()
-    files[PAGE_FILE] = page(report, pictures).encode(errors="xmlcharrefreplace")
+        files |= {f"{one.name}.png": one.png, f"{one.name}.csv": one.table()}
     with new_directory(target) as partial:
         for name, content in files.items():
             write_file(partial / name, content)
@@ -126,12 +125,9 @@ def of_merge(report: Mapping[str, Any]) -> Iterable[Picture]:
 
 def _kept_energy(names: Sequence[str], kept: Rows) -> Picture:
     def draw(axes: Axes) -> None:
-        rows = range(len(kept))
-        series = {
-            name: (rows, [math.nan if (one := row["kept_energy"][name]) is None else one for row in kept])
-            for name in names
-        }
-        curves(axes, series, ("matrix, in the model's order", "kept energy"), ".-")
+        shares = {name: [row["kept_energy"][name] for row in kept] for name in names}
+        points = {name: list(enumerate(np.array(values, dtype=float))) for name, values in shares.items()}
+        curves(axes, points, "matrix, in the model's order", "kept energy", ".-")
         axes.set_ylim(0, 1.02)
 
     return picture(
@@ -173,16 +169,19 @@ def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str,
 def _roc(number: int, dataset: str, scores: Mapping[str, Scores]) -> Picture:
     from sklearn.metrics import roc_curve
 
-    rates = {name: roc_curve(of.labels, of.probabilities)[:2] for name, of in scores.items()}
+    rates = {
+        name: list(zip(*map(np.ndarray.tolist, roc_curve(of.labels, of.probabilities)[:2]), strict=True))
+        for name, of in scores.items()
+    }
 
     def draw(axes: Axes) -> None:
-        curves(axes, rates, ("real frames called fake", "fakes found"))
+        curves(axes, rates, "real frames called fake", "fakes found")
         axes.plot([0, 1], [0, 1], ":", color=colour(6))
 
     rows = [
-        {"model": name, "false positive rate": float(x), "true positive rate": float(y)}
-        for name, (fpr, tpr) in rates.items()
-        for x, y in zip(fpr, tpr, strict=True)
+        {"model": name, "false positive rate": fpr, "true positive rate": tpr}
+        for name, points in rates.items()
+        for fpr, tpr in points
     ]
     text = "Of all frames. The further to the upper left, the better; the dotted line is chance."
     return picture(f"roc-{number}", f"ROC: {dataset}", text, rows, draw, (5.0, 4.0))
@@ -190,48 +189,40 @@ def _roc(number: int, dataset: str, scores: Mapping[str, Scores]) -> Picture:
 
 def _histogram(name: str, dataset: str, model: str, of: Scores) -> Picture:
     edges = [index / 20 for index in range(21)]
-    counts = {
-        title: [
-            int(((of.labels == label) & (of.probabilities >= low) & ((of.probabilities < high) | (high == 1))).sum())
-            for low, high in pairwise(edges)
-        ]
-        for label, title in ((0, "real"), (1, "fake"))
-    }
+    real, fake = (np.histogram(of.probabilities[of.labels == label], edges)[0].tolist() for label in (0, 1))
 
     def draw(axes: Axes) -> None:
-        for index, (title, values) in enumerate(counts.items()):
-            axes.stairs(values, edges, fill=True, alpha=0.6, label=title, color=colour(index))
-        axes.set_xlabel("probability of fake")
-        axes.set_ylabel("frames")
-        legend(axes)
+        for index, (title, counts) in enumerate((("real", real), ("fake", fake))):
+            axes.stairs(counts, edges, fill=True, alpha=0.6, label=title, color=colour(index))
+        finish(axes, "probability of fake", "frames")
 
-    rows = [{"from": edges[index], "real": counts["real"][index], "fake": counts["fake"][index]} for index in range(20)]
+    rows = [{"from": edges[index], "real": real[index], "fake": fake[index]} for index in range(20)]
     text = "The less the two overlap, the better; both at one side: the threshold of 0.5 is wrong for this set."
     return picture(name, f"Scores of {model} on {dataset}", text, rows, draw, (5.0, 2.6))
 
 
 def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Iterable[Picture]:
-    """AUC over the options of a sweep, of those points that the evaluation has; else how strong the points are."""
+    """AUC over the options of a sweep, of those points that the evaluation has."""
     options = [key for key in SWEPT if key in rows[0]]
-    points = [str(row["point"]) for row in rows]
-    aucs = {} if measured is None else _point_aucs(points, swept, measured)
+    aucs = {} if measured is None else _point_aucs([row["point"] for row in rows], swept, measured)
     if not aucs:
         return
-    axis = options[-1]
+    rows = [{**row, "auc": aucs[row["point"]]} for row in rows if row["point"] in aucs]
 
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["point"] in aucs:
+    def draw(axes: Axes) -> None:
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
             title = ", ".join(f"{option} {row[option]}" for option in options[:-1]) or "all"
-            groups.setdefault(title, []).append((float(row[axis]), aucs[row["point"]]))
-    ordered = {title: sorted(values) for title, values in groups.items()}
-    series = {title: ([x for x, _ in values], [y for _, y in values]) for title, values in ordered.items()}
+            groups.setdefault(title, []).append((float(row[options[-1]]), row["auc"]))
+        points = {title: sorted(values) for title, values in groups.items()}
+        curves(axes, points, options[-1], "mean AUC of frames", "o-", limit=200)
+
     yield picture(
         "sweep",
         f"AUC over {' and '.join(options)}",
         "Chosen on these sets, a point is fitted to them: report another set's numbers for it.",
-        [{**row, "auc": aucs[row["point"]]} for row in rows if row["point"] in aucs],
-        lambda axes: curves(axes, series, (axis, "mean AUC of frames"), "o-"),
+        rows,
+        draw,
     )
 
 

@@ -44,10 +44,12 @@ def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
 
 
 def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int) -> Picture:
+    truncated = rank < max(map(len, values.values()))
+
     def draw(axes: Axes) -> None:
-        series = {expert: (range(1, len(spectrum) + 1), spectrum) for expert, spectrum in values.items()}
-        curves(axes, series, ("singular value", "size"))
-        if rank < max(map(len, values.values())):
+        points = {expert: list(enumerate(spectrum, start=1)) for expert, spectrum in values.items()}
+        curves(axes, points, "singular value", "size")
+        if truncated:
             axes.axvline(rank + 0.5, color=colour(6), linestyle=":")
         axes.set_ylim(bottom=0)
 
@@ -59,7 +61,7 @@ def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int)
     text = (
         f"Left of the dotted line is what rank {rank} kept. A steep fall: the residual is a few directions; a slow "
         "one: much of it is lost, or noise."
-        if rank < max(map(len, values.values()))
+        if truncated
         else "All of it was kept. A steep fall: a smaller rank would lose little; a slow one: it is spread, or noise."
     )
     return picture(f"spectrum-{number}", f"Spectrum of the residuals: {name}", text, rows, draw)
