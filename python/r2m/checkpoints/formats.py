@@ -97,9 +97,8 @@ FORMATS = {
             single="pytorch_model.bin",
             index="pytorch_model.bin.index.json",
             output="model.pth",
-            is_mine=lambda head: head.startswith(
-                (b"PK\x03\x04", b"\x80\x02")
-            ),  # a zip archive; before torch 1.6 a pickle
+            # A zip archive; before torch 1.6, which is refused with a sentence of its own, a pickle.
+            is_mine=lambda head: head.startswith((b"PK\x03\x04", b"\x80\x02")),
             module="r2m.checkpoints.torch_file",
         ),
     )
