@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,8 @@ from r2m.arrangement import plain
 from r2m.checkpoints import torch_file
 from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.view import View
 from r2m.checkpoints.writer import SafetensorsSink
-from r2m.places import beside, sync
+from r2m.places import beside, created, sync
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
@@ -62,12 +60,12 @@ def convert(
     if not target.parent.is_dir():
         raise BadFile(f"out ({out}): there is no directory {target.parent}")
     label = f"source ({source})"
-    names = arrangement or Arrangement()
-    view = _trusted(Path(source), label, names) if allow_pickle else plain(open_checkpoint(source, label), names)
-    unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
-    if unstorable:
-        raise BadCheckpoint(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
     with beside(target) as partial:
+        readable = _trusted(Path(source), label, partial / "state.pth") if allow_pickle else source
+        view = plain(open_checkpoint(readable, label), arrangement or Arrangement())
+        unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
+        if unstorable:
+            raise BadCheckpoint(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
         written = _write(view, partial, dtype)
         if file_format is not SAFETENSORS:
             tensors, written = written, partial / "converted"
@@ -97,8 +95,8 @@ def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> 
     return directory / SAFETENSORS.single
 
 
-def _trusted(path: Path, label: str, names: Arrangement) -> _InMemory:
-    """What a program in a file makes when it runs."""
+def _trusted(path: Path, label: str, to: Path) -> Path:
+    """What a program in a file makes when it runs, as a file that is none."""
     if not path.is_file():
         raise BadCheckpoint(f"{label}: with --allow-pickle expected a file")
     loaded: Any
@@ -116,18 +114,6 @@ def _trusted(path: Path, label: str, names: Arrangement) -> _InMemory:
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in torch_file.WRAPPERS if isinstance(loaded.get(key), nn.Module)), loaded)
     state = loaded.state_dict() if isinstance(loaded, nn.Module) else torch_file.state_dict(loaded, label)
-    with tempfile.TemporaryDirectory() as directory:
-        saved = Path(directory) / "state.pth"
-        torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, saved)
-        return _InMemory(plain(open_checkpoint(saved, label), names))
-
-
-class _InMemory:
-    """A view's tensors, read once."""
-
-    def __init__(self, view: View) -> None:
-        self.label, self.specs, self.aliases = view.label, view.specs, view.aliases
-        self._tensors = {name: view.read(name) for name in view.specs if name not in view.aliases}
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[self.aliases.get(name, name)]
+    with created(to) as file:
+        torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, file)
+    return to
