@@ -7,7 +7,7 @@ SOURCES := r2m_kernels python/r2m tests bench setup.py
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
 
-.PHONY: help demo test test-all test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
+.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,9 @@ test: check kernels  ## lint, types, import contracts, kernels compiled for ever
 
 test-all: $(READY) .venv-peers/ready .venv-zoo/ready kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel, fusion-bench, detectors of other libraries, quick quality
 	$(PYTEST) --timeout 1800 -m slow
+
+test-changed: $(READY)  ## what the change since BASE=COMMIT can touch, uncommitted files included
+	$(BIN)/python tests/changed.py $(BASE)
 
 test-heavy: $(READY)  ## the tests that find more the longer they go on, as long as for closing notes
 	$(PYTEST) --timeout 1800 -m heavy --heavy notes
