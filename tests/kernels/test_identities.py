@@ -170,7 +170,7 @@ def test_excluding_one_name_of_a_tied_tensor_excludes_it():
     base, experts = checkpoints(2, shapes={"embed": (40, 30), "other": (20, 10)})
     for state in (base, *experts):
         state["head"] = state["embed"]
-    roles = {row["name"]: row["role"] for row in analyze(base, experts, exclude="head").per_tensor}
+    roles = {row["name"]: row["role"] for row in analyze(base, experts, exclude="head").report()["tensors"]}
     assert roles == {"embed": "vector", "other": "matrix", "steps": "copied"}
 
 
