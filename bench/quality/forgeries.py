@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from r2m.demo.forgeries import Forgery
-from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, smooth
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, mix, smooth
 
 
 def feature_exchange(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
@@ -18,7 +18,7 @@ def feature_exchange(picture: Picture, donor: Picture, rng: np.random.Generator)
     patch = bilinear(donor, rows + rng.uniform(-1.5, 1.5), columns + rng.uniform(-1.5, 1.5))
     inside = mask > 0.5
     toned = patch + rng.uniform(0.6, 0.95) * (picture[inside].mean() - patch[inside].mean())
-    return clip(picture * (1 - mask) + toned * mask)
+    return mix(picture, toned, mask)
 
 
 def noise_and_denoise(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
@@ -45,7 +45,7 @@ def retouching(picture: Picture, donor: Picture, rng: np.random.Generator) -> Pi
     changed = low + (1 - 0.9 * flat) * detail * rng.uniform(1.05, 1.2)
     centre = (side / 2 + rng.uniform(-2.0, 2.0), side / 2 + rng.uniform(-2.0, 2.0))
     mask = ellipse(side, centre, (rng.uniform(16.0, 20.0), rng.uniform(13.0, 16.0)), rng.uniform(3.0, 5.0))
-    return clip(picture * (1 - mask) + changed * mask)
+    return mix(picture, changed, mask)
 
 
 FURTHER_FORGERIES: dict[str, Forgery] = {"FE": feature_exchange, "DD": noise_and_denoise, "RT": retouching}

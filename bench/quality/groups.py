@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import zlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from r2m.demo.camera import capture
 from r2m.demo.faces import SIZE, read_photographs, split_people
 from r2m.demo.forgeries import TRAINED, forge
 from r2m.demo.resampling import Picture, bilinear, smooth
-from r2m.demo.samples import Group, make_forged, make_group, make_real
+from r2m.demo.samples import Group, make_group, make_pictures, stream
 
 from bench.quality import settings
 from bench.quality.forgeries import FURTHER_FORGERIES
@@ -26,14 +26,14 @@ NATURAL_ELSEWHERE = ("china", "flower")
 CROPS = 16  # of each
 
 
-def validation_group(run: Run, kinds: Sequence[str] = TRAINED) -> Group:
+def validation_group(run: Run) -> Group:
     """The specialists' families on the validation people: all that a choice may look at."""
-    return _group(run, split_people(run.seed).validation, kinds, _draws(run, settings.VALIDATION_DRAWS), "validation")
+    return _group(run, split_people(run.seed).validation, TRAINED, run.setting.validation_draws, "validation")
 
 
 def groups_of(run: Run, names: Sequence[str] = GROUPS) -> dict[str, Group]:
     """Groups of the table, on the test people and on no people: all four, or some."""
-    people, draws = split_people(run.seed).test, _draws(run, settings.TEST_DRAWS)
+    people, draws = split_people(run.seed).test, run.setting.test_draws
 
     def group(name: str) -> Group:
         if name == "natural":
@@ -45,22 +45,16 @@ def groups_of(run: Run, names: Sequence[str] = GROUPS) -> dict[str, Group]:
 
 def all_families(run: Run) -> Group:
     """All six families on the test people, for merges of more than three specialists."""
-    return _group(
-        run, split_people(run.seed).test, settings.MAIN + settings.FURTHER, _draws(run, settings.TEST_DRAWS), "test"
-    )
-
-
-def _draws(run: Run, full: int) -> int:
-    return 1 if run.quick else full
+    kinds = settings.MAIN + settings.FURTHER
+    return _group(run, split_people(run.seed).test, kinds, run.setting.test_draws, "test")
 
 
 def _group(run: Run, people: Sequence[int], kinds: Sequence[str], draws: int, label: str) -> Group:
-    where = (_photographs(), people)
-    named = f"{label} in-distribution"
-    forged = {
-        kind: make_forged(*where, kind, draws, run.seed, named, forgery=FURTHER_FORGERIES.get(kind)) for kind in kinds
-    }
-    return Group(make_real(*where, draws, run.seed, named), forged)
+    def make(kind: str) -> Picture:
+        named, forgery = f"{label} in-distribution", FURTHER_FORGERIES.get(kind)
+        return make_pictures(_photographs(), people, kind, draws, run.seed, named, forgery=forgery)
+
+    return Group(make("real"), {kind: make(kind) for kind in kinds})
 
 
 @functools.cache
@@ -71,25 +65,16 @@ def _photographs() -> np.ndarray:
 def _natural(seed: int) -> Group:
     pictures = natural_photographs()
 
-    def stream(label: str) -> np.random.Generator:
-        return np.random.default_rng([seed, zlib.crc32(f"natural/{label}".encode())])
-
-    def make(label: str, change: Callable[[Picture, Picture, np.random.Generator], Picture]) -> Picture:
-        rng = stream(label)
+    def make(kind: str) -> Picture:
+        rng = stream(seed, f"natural/{kind}")
         made = []
-        for index, picture in enumerate(pictures):
-            for _ in range(CROPS):
-                other = pictures[(index + int(rng.integers(1, len(pictures)))) % len(pictures)]
-                donor = crop(other, rng)
-                made.append(capture(change(crop(picture, rng), donor, rng), rng))
+        for (index, picture), _ in itertools.product(enumerate(pictures), range(CROPS)):
+            donor = crop(pictures[(index + int(rng.integers(1, len(pictures)))) % len(pictures)], rng)
+            cropped = crop(picture, rng)
+            made.append(capture(cropped if kind == "real" else forge(kind, cropped, donor, rng), rng))
         return np.stack(made)
 
-    def forged(kind: str) -> Callable[[Picture, Picture, np.random.Generator], Picture]:
-        return lambda picture, donor, rng: forge(kind, picture, donor, rng)
-
-    return Group(
-        make("real", lambda picture, donor, rng: picture), {kind: make(kind, forged(kind)) for kind in TRAINED}
-    )
+    return Group(make("real"), {kind: make(kind) for kind in TRAINED})
 
 
 @functools.cache

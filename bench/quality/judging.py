@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from r2m.demo.evaluation import Scores, auc_by_forgery, ensemble, group_auc, score_group
+from r2m.demo.evaluation import Scores, auc_by_forgery, ensemble, group_auc, pooled, score_group
 from r2m.demo.samples import Group
 from torch import Tensor
 
@@ -48,10 +48,8 @@ def calibration_error(group: Mapping[str, Scores], bins: int = BINS) -> float:
     Every forgery, and real pictures, weigh as if there were as many of each class: a detector is not to blame for
     the benchmark's shares.
     """
-    forged = np.concatenate([scores for name, scores in group.items() if name != "real"])
-    logits = np.concatenate([group["real"], forged])
-    labels = np.concatenate([np.zeros(len(group["real"])), np.ones(len(forged))])
-    weights = np.where(labels == 1, 0.5 / len(forged), 0.5 / len(group["real"]))
+    labels, logits = pooled(group)
+    weights = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / len(group["real"]))
     probability = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
     place = np.minimum((probability * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(place, weights * (probability - labels))).sum())

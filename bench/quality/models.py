@@ -15,7 +15,7 @@ import torch
 from r2m.demo import camera, faces, forgeries, networks, resampling, samples, training
 from r2m.demo.networks import Detector, save_detector
 from r2m.demo.resampling import Picture
-from r2m.demo.training import Recipe, train_base, train_detector
+from r2m.demo.training import Recipe, Setting, train_base, train_detector
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,8 +45,8 @@ class Run:
         return f"{self.architecture}-{self.seed}{'-quick' if self.quick else ''}"
 
     @property
-    def recipes(self) -> settings.Training:
-        return settings.training(self.architecture, self.quick)
+    def setting(self) -> Setting:
+        return settings.setting(self.architecture, self.quick)
 
 
 class Pools:
@@ -54,7 +54,7 @@ class Pools:
 
     def __init__(self, run: Run) -> None:
         self._of_people = faces.read_photographs(), faces.split_people(run.seed).train
-        self._draws, self._seed = run.recipes.draws, run.seed
+        self._draws, self._seed = run.setting.training_draws, run.seed
         self.get = cache(self._make)  # of this run alone
 
     def pretraining(self) -> samples.PretrainingSet:
@@ -62,10 +62,8 @@ class Pools:
 
     def _make(self, kind: str) -> Picture:
         """``real``, or a family's forged pictures: (n, 48, 48) float32 in [0, 1]."""
-        if kind == "real":
-            return samples.make_real(*self._of_people, self._draws, self._seed, "training")
         forgery = further.FURTHER_FORGERIES.get(kind)
-        return samples.make_forged(*self._of_people, kind, self._draws, self._seed, "training", forgery=forgery)
+        return samples.make_pictures(*self._of_people, kind, self._draws, self._seed, "training", forgery=forgery)
 
 
 class Models:
@@ -87,29 +85,29 @@ class Models:
     def base(self) -> StateDict:
         def train() -> Detector:
             new = partial(new_network, self.run.architecture)
-            return train_base(self.pools.pretraining(), self.run.recipes.base, self.run.seed, _ignore, new)
+            return train_base(self.pools.pretraining(), self.run.setting.base, self.run.seed, _ignore, new)
 
-        return self._get("base", self.run.recipes.base, train)
+        return self._get("base", self.run.setting.base, train)
 
     def specialist(self, kind: str) -> StateDict:
-        return self._fine_tuned(kind, self.run.recipes.specialist, self._pictures, (kind,))
+        return self._fine_tuned(kind, self.run.setting.specialist, self._pictures, (kind,))
 
     def trained(self) -> tuple[StateDict, list[StateDict]]:
         """The base and the three specialists."""
         return self.base(), [self.specialist(kind) for kind in settings.MAIN]
 
     def joint(self, kinds: Sequence[str] = settings.MAIN) -> StateDict:
-        return self._fine_tuned("joint " + "+".join(kinds), self.run.recipes.joint, self._pictures, kinds)
+        return self._fine_tuned("joint " + "+".join(kinds), self.run.setting.joint, self._pictures, kinds)
 
     def overtrained(self, kind: str) -> StateDict:
         """A specialist trained ten times as long."""
-        recipe = self.run.recipes.specialist
+        recipe = self.run.setting.specialist
         longer = replace(recipe, steps=10 * recipe.steps)
         return self._fine_tuned(f"{kind} overtrained", longer, self._pictures, (kind,))
 
     def shuffled(self, kind: str) -> StateDict:
         """A specialist whose labels mean nothing: its real and forged pictures were thrown together and mixed."""
-        return self._fine_tuned(f"{kind} shuffled", self.run.recipes.specialist, self._mixed, (kind,))
+        return self._fine_tuned(f"{kind} shuffled", self.run.setting.specialist, self._mixed, (kind,))
 
     def _pictures(self, *kinds: str) -> tuple[Picture, list[Picture]]:
         return self.pools.get("real"), [self.pools.get(kind) for kind in kinds]
@@ -150,7 +148,7 @@ def _hash(run: Run, name: str, recipe: Recipe) -> str:
     shaped_by = {
         "run": [run.architecture, run.seed],
         "name": name,
-        "recipes": [asdict(recipe), asdict(run.recipes.base), run.recipes.draws],
+        "recipes": [asdict(recipe), asdict(run.setting.base), run.setting.training_draws],
         "torch": torch.__version__,
         "code": sources,
     }

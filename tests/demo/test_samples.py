@@ -9,10 +9,9 @@ from r2m.demo.samples import (
     DEGRADATIONS,
     GROUPS,
     degrade,
-    make_forged,
     make_group,
+    make_pictures,
     make_pretraining,
-    make_real,
 )
 
 PEOPLE = (3, 5, 8)
@@ -45,11 +44,11 @@ def test_real_and_forged_are_stored_alike(photographs):
 
 
 def test_streams_are_independent_and_repeatable(photographs):
-    first = make_real(photographs, PEOPLE, 1, 0, "test")
-    make_forged(photographs, PEOPLE, "FR", 1, 0, "test")
-    assert np.array_equal(first, make_real(photographs, PEOPLE, 1, 0, "test"))
-    assert not np.array_equal(first, make_real(photographs, PEOPLE, 1, 1, "test"))
-    assert not np.array_equal(first, make_real(photographs, PEOPLE, 1, 0, "training"))
+    first = make_pictures(photographs, PEOPLE, "real", 1, 0, "test")
+    make_pictures(photographs, PEOPLE, "FR", 1, 0, "test")
+    assert np.array_equal(first, make_pictures(photographs, PEOPLE, "real", 1, 0, "test"))
+    assert not np.array_equal(first, make_pictures(photographs, PEOPLE, "real", 1, 1, "test"))
+    assert not np.array_equal(first, make_pictures(photographs, PEOPLE, "real", 1, 0, "training"))
 
 
 def test_cross_uses_the_other_camera_for_real_and_forged_alike(photographs):
@@ -64,11 +63,12 @@ def test_cross_uses_the_other_camera_for_real_and_forged_alike(photographs):
 def test_pretraining_labels_are_what_was_done(photographs):
     data = make_pretraining(photographs, PEOPLE, 4, 0)
     assert data.pictures.shape == (120, 48, 48)
-    assert set(data.rotation) == {0, 1, 2, 3}
-    assert set(data.degradation) == set(range(len(DEGRADATIONS)))
-    assert np.array_equal(np.bincount(data.identity), [40, 40, 40])
-    low_contrast = data.degradation == DEGRADATIONS.index("contrast")
-    untouched = data.degradation == DEGRADATIONS.index("none")
+    rotation, degradation, identity = data.labels
+    assert set(rotation) == {0, 1, 2, 3}
+    assert set(degradation) == set(range(len(DEGRADATIONS)))
+    assert np.array_equal(np.bincount(identity), [40, 40, 40])
+    low_contrast = degradation == DEGRADATIONS.index("contrast")
+    untouched = degradation == DEGRADATIONS.index("none")
     spreads = data.pictures.std(axis=(1, 2))
     assert spreads[low_contrast].max() < spreads[untouched].min()
 
@@ -76,7 +76,7 @@ def test_pretraining_labels_are_what_was_done(photographs):
 def test_rotation_labels_are_quarter_turns():
     ramp = np.zeros((40, 10, 112, 92), dtype=np.float32) + np.linspace(0, 1, 112, dtype=np.float32)[:, None]
     data = make_pretraining(ramp, (0,), 4, 0)
-    for picture, turns in zip(data.pictures, data.rotation, strict=True):
+    for picture, turns in zip(data.pictures, data.labels[0], strict=True):
         upright = np.rot90(picture, -turns)
         assert upright[-8:].mean() > upright[:8].mean() + 0.2  # bright below, as photographed
 

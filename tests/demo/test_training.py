@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from r2m.demo.networks import new_detector
-from r2m.demo.parallel import run_together
-from r2m.demo.progress import Work, training_progress
+from r2m.demo.parallel import Work, run_together, training_progress
 from r2m.demo.samples import PretrainingSet
 from r2m.demo.training import Recipe, train_base, train_detector
 from rich.console import Console
@@ -77,7 +76,7 @@ def test_the_joint_model_sees_every_family():
 def test_the_base_gets_a_fresh_head():
     pictures = noise(1, 16)
     labels = np.arange(16)
-    data = PretrainingSet(pictures, labels % 4, labels % 6, labels % 3)
+    data = PretrainingSet(pictures, np.stack([labels % 4, labels % 6, labels % 3]))
     base = train_base(data, RECIPE, 0, ignore)
     fresh = new_detector(0)
     assert torch.equal(base.head.weight, fresh.head.weight)

@@ -8,23 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
-from r2m.demo.detectors import train_detectors
+from r2m.demo.detectors import SPECIALISTS, train_detectors
 from r2m.demo.evaluation import Scores, ensemble, score_group
 from r2m.demo.faces import CREDIT, read_photographs, split_people
-from r2m.demo.forgeries import TRAINED
 from r2m.demo.merges import MERGES, merge_specialists
 from r2m.demo.networks import Detector, load_detector, save_detector
-from r2m.demo.parallel import run_together, torch_threads
+from r2m.demo.parallel import run_together, say, torch_threads
 from r2m.demo.pictures import draw_bars, draw_forgeries, draw_roc
 from r2m.demo.samples import GROUPS, Group, make_group
-from r2m.demo.settings import FULL, QUICK
 from r2m.demo.table import METHODS, Row, make_notes, make_row, print_table, table_csv, table_json
+from r2m.demo.training import FULL, QUICK
 from r2m.extras import need
 from r2m.output import check_output
 from r2m.places import new_file
@@ -32,33 +31,19 @@ from r2m_kernels.errors import BadOption
 
 __all__ = ["DemoResult", "run_demo"]
 
-_CHECKPOINTS = {
-    "base": "base.safetensors",
-    "FS": "specialists/fs.safetensors",
-    "FR": "specialists/fr.safetensors",
-    "EFS": "specialists/efs.safetensors",
-    "joint": "joint.safetensors",
-}
-_ROWS = {"base": "base", "joint": "joint training"} | {kind: f"{kind} specialist" for kind in TRAINED}
+# Row of the table → checkpoint.
+_CHECKPOINTS = {"base": "base.safetensors", "joint training": "joint.safetensors"}
+_CHECKPOINTS |= {row: f"specialists/{kind.lower()}.safetensors" for kind, row in SPECIALISTS.items()}
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What a run produced.
+class DemoResult(NamedTuple):
+    """What a run produced."""
 
-    Attributes:
-        out: the directory that holds everything.
-        rows: the table, in the order of ``table.METHODS``.
-        notes: the lines below the table.
-        merged: R²M's merged checkpoint.
-        seconds: wall time of the whole run.
-    """
-
-    out: Path
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-    merged: Path
-    seconds: float
+    out: Path  # the directory that holds everything
+    rows: tuple[Row, ...]  # the table, in the order of table.METHODS
+    notes: tuple[str, ...]  # the lines below it
+    merged: Path  # R²M's merged checkpoint
+    seconds: float  # wall time of the whole run
 
 
 def run_demo(
@@ -102,23 +87,23 @@ def run_demo(
     photographs = read_photographs()
     split = split_people(seed)
     with torch_threads(1):
-        _say(console, f"training a base, three specialists and a joint model; photographs: {CREDIT}")
+        say(console, f"training a base, three specialists and a joint model; photographs: {CREDIT}")
         trained = train_detectors(photographs, split, setting, seed, threads, console)
-        paths = {name: out / file for name, file in _CHECKPOINTS.items()}
-        for name, path in paths.items():
-            save_detector(trained[name], path)
+        paths = {row: out / file for row, file in _CHECKPOINTS.items()}
+        for row, path in paths.items():
+            save_detector(trained[row], path)
 
-        _say(console, "merging the specialists")
+        say(console, "merging the specialists")
         validation = make_group(
             photographs, split.validation, "in-distribution", setting.validation_draws, seed, "validation"
         )
-        specialists = {kind: paths[kind] for kind in TRAINED}
+        specialists = {kind: paths[row] for kind, row in SPECIALISTS.items()}
         merged, choices = merge_specialists(out / "merged", paths["base"], specialists, validation, seed)
 
-        _say(console, f"testing on {len(split.test)} people")
+        say(console, f"testing on {len(split.test)} people")
         groups = {name: make_group(photographs, split.test, name, setting.test_draws, seed, "test") for name in GROUPS}
         # What is on the disk is what is judged.
-        detectors = {_ROWS[name]: load_detector(path) for name, path in paths.items()} | merged
+        detectors = {row: load_detector(path) for row, path in paths.items()} | merged
         scores = _score(detectors, groups, threads)
 
     rows = tuple(make_row(method, scores[method]) for method in METHODS)
@@ -131,7 +116,7 @@ def run_demo(
     new_file(out / "pictures" / "forgeries.png", draw_forgeries(photographs, split.test, seed))
     print_table(rows, notes, console)
     result = DemoResult(out, rows, notes, out / "merged" / "r2m" / "model.safetensors", time.perf_counter() - started)
-    _say(console, f"merged detector: {result.merged}; table and pictures: {out}; {result.seconds:.0f} s")
+    say(console, f"merged detector: {result.merged}; table and pictures: {out}; {result.seconds:.0f} s")
     return result
 
 
@@ -144,9 +129,5 @@ def _score(
         return {name: score_group(detector, group) for name, group in groups.items()}
 
     scores = run_together({row: partial(all_groups, detector) for row, detector in detectors.items()}, threads)
-    members = [scores[_ROWS[kind]] for kind in TRAINED]
+    members = [scores[row] for row in SPECIALISTS.values()]
     return scores | {"ensemble": {name: ensemble([member[name] for member in members]) for name in groups}}
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
 from r2m.demo.faces import Photographs, Split
 from r2m.demo.forgeries import TRAINED
 from r2m.demo.networks import Detector
-from r2m.demo.parallel import run_together
-from r2m.demo.progress import Work, training_progress
+from r2m.demo.parallel import Work, run_together, training_progress
 from r2m.demo.resampling import Picture
-from r2m.demo.samples import make_forged, make_pretraining, make_real
-from r2m.demo.settings import Setting
-from r2m.demo.training import Recipe, train_base, train_detector
+from r2m.demo.samples import make_pictures, make_pretraining
+from r2m.demo.training import Recipe, Setting, train_base, train_detector
 
-_NAMES = {"joint": "joint training"} | {kind: f"{kind} specialist" for kind in TRAINED}
+SPECIALISTS = {kind: f"{kind} specialist" for kind in TRAINED}  # kind → row of the table
 
 
 def train_detectors(
     photographs: Photographs, split: Split, setting: Setting, seed: int, threads: int, console: Console
 ) -> dict[str, Detector]:
-    """Train the base, the specialists and the joint model on the training people.
+    """Train the base, the specialists and the joint model on the training people: row → detector in evaluation mode.
 
-    Args:
-        photographs: (40, 10, 112, 92) float32, from ``read_photographs``.
-        split: whose photographs may be seen.
-        setting: recipes and numbers of pictures.
-        seed: of parameters, pictures and their order. All models draw the real pictures in one order.
-        threads: how many models train at once; changes nothing else.
-        console: shows the progress.
-
-    Returns:
-        ``base``, ``FS``, ``FR``, ``EFS`` and ``joint`` → detector in evaluation mode.
+    All models draw the real pictures in one order. ``threads``, how many train at once, changes nothing else.
     """
+    # The longest first: on two threads it takes as long as the three specialists beside it.
+    fine_tuned: dict[str, tuple[Recipe, tuple[str, ...]]] = {"joint training": (setting.joint, TRAINED)}
+    fine_tuned |= {row: (setting.specialist, (kind,)) for kind, row in SPECIALISTS.items()}
     work = {"base": Work(setting.base.steps, weight=min(threads, 2))}  # trains alone, the others two by two
-    work |= {
-        name: Work((setting.joint if key == "joint" else setting.specialist).steps) for key, name in _NAMES.items()
-    }
+    work |= {row: Work(recipe.steps) for row, (recipe, _) in fine_tuned.items()}
     stop, draws = threading.Event(), setting.training_draws
     with training_progress(work, console) as report:
 
@@ -49,26 +41,20 @@ def train_detectors(
                 raise CancelledError
             report(name, loss)
 
-        detectors: dict[str, Detector] = {}
-        pools: dict[str, Picture] = {}
-
-        def make_base() -> None:
+        def make_base() -> Detector:
             data = make_pretraining(photographs, split.train, draws, seed)
-            detectors["base"] = train_base(data, setting.base, seed, partial(after_step, "base"))
+            return train_base(data, setting.base, seed, partial(after_step, "base"))
 
-        def make_pools() -> None:
-            pools["real"] = make_real(photographs, split.train, draws, seed, "training")
-            for kind in TRAINED:
-                pools[kind] = make_forged(photographs, split.train, kind, draws, seed, "training")
+        def make_pools() -> dict[str, Picture]:
+            kinds = ("real", *TRAINED)
+            return {kind: make_pictures(photographs, split.train, kind, draws, seed, "training") for kind in kinds}
 
-        run_together({"base": make_base, "pools": make_pools}, threads, stop)
+        first: dict[str, Callable[[], Any]] = {"base": make_base, "pools": make_pools}
+        base, pools = run_together(first, threads, stop).values()
 
-        def fine_tune(name: str, kinds: tuple[str, ...], recipe: Recipe) -> Detector:
+        def fine_tune(row: str) -> Detector:
+            recipe, kinds = fine_tuned[row]
             forged = [pools[kind] for kind in kinds]
-            return train_detector(detectors["base"], pools["real"], forged, recipe, seed, partial(after_step, name))
+            return train_detector(base, pools["real"], forged, recipe, seed, partial(after_step, row))
 
-        # The longest first: on two threads it takes as long as the three specialists beside it.
-        jobs = {"joint": partial(fine_tune, _NAMES["joint"], TRAINED, setting.joint)}
-        for kind in TRAINED:
-            jobs[kind] = partial(fine_tune, _NAMES[kind], (kind,), setting.specialist)
-        return detectors | run_together(jobs, threads, stop)
+        return {"base": base} | run_together({row: partial(fine_tune, row) for row in fine_tuned}, threads, stop)

@@ -35,24 +35,27 @@ def auc(real: Scores, forged: Scores) -> float:
     """Area under the ROC curve of forged against real scores.
 
     A value below 0.5 stays as it is: a detector that ranks the wrong way round is worse than chance, and
-    turning it would need labels that a user does not have.
-
-    Raises:
-        BadOption: one of the two is empty, where the AUC is not defined.
+    turning it would need labels that a user does not have. Where one of the two is empty, it is a BadOption.
     """
     from sklearn.metrics import roc_auc_score
 
     if len(real) == 0 or len(forged) == 0:
         raise BadOption(f"AUC needs real and forged scores, got {len(real)} and {len(forged)}")
-    labels = np.concatenate([np.zeros(len(real)), np.ones(len(forged))])
-    return float(roc_auc_score(labels, np.concatenate([real, forged])))
+    return float(roc_auc_score(*pooled({"real": real, "forged": forged})))
+
+
+def pooled(group: Mapping[str, Scores]) -> tuple[Scores, Scores]:
+    """Labels, 0 for real pictures and 1 for forgeries, and scores of a group.
+
+    Each forgery has as many pictures as the others, so the AUC of the two is the group's mean AUC.
+    """
+    labels = [np.full(len(scores), float(name != "real")) for name, scores in group.items()]
+    return np.concatenate(labels), np.concatenate(list(group.values()))
 
 
 def score_group(detector: Detector, group: Group) -> dict[str, Scores]:
     """Scores of all pictures of a group: ``real`` and each forgery's name."""
-    return {"real": score(detector, group.real)} | {
-        kind: score(detector, pictures) for kind, pictures in group.forged.items()
-    }
+    return {kind: score(detector, pictures) for kind, pictures in {"real": group.real, **group.forged}.items()}
 
 
 def ensemble(members: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:

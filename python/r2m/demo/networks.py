@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +19,10 @@ FEATURES = 128
 _BLOCKS = ((16, 2), (32, 1), (48, 2), (64, 1), (96, 2), (FEATURES, 1))
 
 
-class _Block(nn.Module):
+def _block(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     """3 by 3 convolution, batch normalisation, rectification."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels_out)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(n, channels in, h, w) to (n, channels out, h / stride, w / stride)."""
-        return torch.relu(self.norm(self.conv(pictures)))
+    conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(channels_out), relu=nn.ReLU()))
 
 
 class Backbone(nn.Module):
@@ -35,18 +30,13 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks, channels = [], 1
-        for channels_out, stride in _BLOCKS:
-            blocks.append(_Block(channels, channels_out, stride))
-            channels = channels_out
-        self.blocks = nn.ModuleList(blocks)
+        pairs = itertools.pairwise(((1, 0), *_BLOCKS))
+        self.blocks = nn.Sequential(*(_block(before, *block) for (before, _), block in pairs))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """(n, 48, 48) float32 in [0, 1] to (n, 128) float32."""
-        features = (pictures.unsqueeze(1) - 0.45) * 4.0
-        for block in self.blocks:
-            features = block(features)
-        return features.mean(dim=(2, 3))
+        maps: Tensor = self.blocks((pictures.unsqueeze(1) - 0.45) * 4.0)
+        return maps.mean(dim=(2, 3))
 
 
 class Detector(nn.Module):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from r2m.demo.camera import capture, capture_elsewhere
-from r2m.demo.evaluation import Scores, group_auc
+from r2m.demo.evaluation import Scores, group_auc, pooled
 from r2m.demo.faces import Photographs, crop_face
 from r2m.demo.forgeries import TRAINED, UNSEEN, forge
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import GROUPS
-from r2m.demo.table import COLUMNS, Row, pooled_scores
+from r2m.demo.table import COLUMNS, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,14 +86,7 @@ def draw_bars(rows: Sequence[Row]) -> bytes:
 
 
 def draw_roc(scores: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> bytes:
-    """ROC curves by group.
-
-    Args:
-        scores: method → group → ``real`` and forgeries → scores.
-
-    Returns:
-        A PNG file's content.
-    """
+    """ROC curves by group, from method → group → ``real`` and forgeries → scores; a PNG file's content."""
     from sklearn.metrics import roc_curve
 
     figure = _new_figure(13.0, 5.0)
@@ -101,16 +94,10 @@ def draw_roc(scores: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> bytes:
     for panel, group in zip(panels, GROUPS, strict=True):
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
         for method, (style, width) in _CURVES.items():
-            real, forged = pooled_scores(scores[method][group])
-            labels = np.concatenate([np.zeros(len(real)), np.ones(len(forged))])
-            false_alarms, detected, _ = roc_curve(labels, np.concatenate([real, forged]))
+            false_alarms, detected, _ = roc_curve(*pooled(scores[method][group]))
             label = f"{method}  {group_auc(scores[method][group]):.3f}"
             panel.plot(false_alarms, detected, color=_COLOURS[method], linestyle=style, linewidth=width, label=label)
-        panel.set_title(group)
-        panel.set_xlabel("real photographs taken for forged")
-        panel.set_aspect("equal")
-        panel.set_xlim(0, 1)
-        panel.set_ylim(0, 1)
+        panel.set(title=group, xlabel="real photographs taken for forged", aspect="equal", xlim=(0, 1), ylim=(0, 1))
         panel.legend(loc="lower right", fontsize=8.5, title="AUC", title_fontsize=8.5, framealpha=0.9)
         _tidy(panel)
     panels[0].set_ylabel("forgeries found")
@@ -159,13 +146,9 @@ def _example(
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    # Not pyplot: it would choose a backend for the whole process and keep figures alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process and keep figures alive
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _tidy(panel: Axes) -> None:

@@ -12,15 +12,7 @@ Coordinates = npt.NDArray[np.floating]
 
 
 def bilinear(picture: Picture, rows: Coordinates, columns: Coordinates) -> Picture:
-    """Interpolate between the four nearest pixels; points outside take the nearest edge pixel.
-
-    Args:
-        picture: (m, n) float32.
-        rows, columns: points to read, in pixels, of one shape.
-
-    Returns:
-        float32 of the shape of ``rows``.
-    """
+    """Read (m, n) at points of any shape, in pixels, between the four nearest; outside, at the nearest edge pixel."""
     height, width = picture.shape
     rows = np.clip(rows, 0.0, height - 1.0).astype(np.float32)
     columns = np.clip(columns, 0.0, width - 1.0).astype(np.float32)
@@ -47,15 +39,7 @@ def ellipse(
 ) -> Picture:
     """Mask that is 1 inside an ellipse and falls linearly to 0 over about ``edge`` pixels at its border.
 
-    Args:
-        size: side of the mask.
-        centre: row and column, in pixels.
-        semi_axes: vertical and horizontal, in pixels.
-        edge: width of the border, in pixels, > 0.
-        angle: turn in radians.
-
-    Returns:
-        (size, size) float32 in [0, 1].
+    ``centre`` and ``semi_axes`` are vertical and horizontal, in pixels; ``angle`` in radians; (size, size) float32.
     """
     rows, columns = grid(size)
     down, right = rows - centre[0], columns - centre[1]
@@ -67,22 +51,24 @@ def ellipse(
     return clip(0.5 + distance / edge)
 
 
+def mix(picture: Picture, other: Picture, share: float | Picture) -> Picture:
+    """``share`` of the other picture, everywhere or by pixel, in [0, 1]; the rest of the first."""
+    return clip(picture * (1 - share) + other * share)
+
+
 def smooth(picture: Picture, sigma: float) -> Picture:
     """Gaussian blur with standard deviation ``sigma`` pixels; same shape and dtype."""
     from scipy.ndimage import gaussian_filter
 
-    made: Picture = gaussian_filter(picture, sigma, mode="nearest", output=np.float32)
-    return made
+    return np.asarray(gaussian_filter(picture, sigma, mode="nearest", output=np.float32))
 
 
 def halve(picture: Picture) -> Picture:
     """Mean of each 2 by 2 cell: (2m, 2n) to (m, n) float32."""
     height, width = picture.shape
-    made: Picture = picture.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3), dtype=np.float32)
-    return made
+    return np.asarray(picture.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3), dtype=np.float32))
 
 
 def clip(picture: npt.NDArray[np.floating]) -> Picture:
     """Limit values to [0, 1] and return float32."""
-    made: Picture = np.clip(picture, 0.0, 1.0).astype(np.float32)
-    return made
+    return np.asarray(np.clip(picture, 0.0, 1.0), dtype=np.float32)

@@ -6,52 +6,35 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from r2m.demo.detectors import SPECIALISTS
 from r2m.demo.evaluation import Scores, auc_by_forgery, group_auc
 from r2m.demo.faces import CREDIT, PHOTOGRAPHS_EACH, Split
 from r2m.demo.forgeries import TRAINED, UNSEEN
 from r2m.demo.merges import Choice
+from r2m.demo.parallel import say
 from r2m.demo.samples import GROUPS
-from r2m.demo.settings import Setting
+from r2m.demo.training import Setting
 
-METHODS = (
-    "base",
-    "FS specialist",
-    "FR specialist",
-    "EFS specialist",
-    "joint training",
-    "ensemble",
-    "weight average",
-    "task arithmetic",
-    "CART",
-    "R2M",
-)
+_MERGES = ("weight average", "task arithmetic", "CART", "R2M")
+METHODS = ("base", *SPECIALISTS.values(), "joint training", "ensemble", *_MERGES)
 COLUMNS = (*TRAINED, *GROUPS)
 # A line is drawn below these: what is merged, what merging is compared with, and the merges.
 _SECTION_ENDS = ("EFS specialist", "ensemble")
 DIGITS = 3
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method's results.
+class Row(NamedTuple):
+    """One method's results; AUC in [0, 1], rounded to three digits."""
 
-    Attributes:
-        method: a name in ``METHODS``.
-        auc: column → AUC in [0, 1], rounded to three digits.
-        by_forgery: group → forgery → AUC, the same.
-    """
-
-    method: str
-    auc: dict[str, float]
-    by_forgery: dict[str, dict[str, float]]
+    method: str  # in METHODS
+    auc: dict[str, float]  # by column
+    by_forgery: dict[str, dict[str, float]]  # by group and forgery
 
 
 def make_row(method: str, scores: Mapping[str, Mapping[str, Scores]]) -> Row:
@@ -100,7 +83,7 @@ def print_table(rows: Sequence[Row], notes: Sequence[str], console: Console) -> 
         table.add_row(row.method, *cells, end_section=row.method in _SECTION_ENDS)
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
 
 
 def table_json(rows: Sequence[Row], notes: Sequence[str], seed: int) -> bytes:
@@ -122,11 +105,3 @@ def table_csv(rows: Sequence[Row]) -> bytes:
     for row in rows:
         writer.writerow([row.method, *(f"{row.auc[column]:.{DIGITS}f}" for column in COLUMNS)])
     return text.getvalue().encode()
-
-
-def pooled_scores(group: Mapping[str, Scores]) -> tuple[Scores, Scores]:
-    """Real scores, and those of all forgeries together.
-
-    Each forgery has as many pictures as the others, so the AUC of the two is the group's mean AUC.
-    """
-    return group["real"], np.concatenate([scores for name, scores in group.items() if name != "real"])

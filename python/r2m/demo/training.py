@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,51 +20,56 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, batch and learning rate of one training run.
+    """Steps, batch and learning rate of one training run."""
 
-    Attributes:
-        steps: number of updates, > 0.
-        batch: pictures an update, even: half of them real.
-        learning_rate: its peak, after a tenth of the steps; then it falls to 0 along a cosine.
-        weight_decay: decoupled weight decay of AdamW.
-    """
+    steps: int  # updates, > 0
+    batch: int = 64  # pictures an update, even: half of them real
+    learning_rate: float = 1e-3  # its peak, after a tenth of the steps; then it falls to 0 along a cosine
+    weight_decay: float = 0.01  # decoupled, of AdamW
 
-    steps: int
-    batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
+
+@dataclass(frozen=True)
+class Setting:
+    """How much a run trains, and how many crops of each photograph there are, real and for each forgery."""
+
+    base: Recipe  # the generic pretraining
+    specialist: Recipe  # the same for all
+    training_draws: int
+    validation_draws: int
+    test_draws: int
+
+    @property
+    def joint(self) -> Recipe:
+        """Three times a specialist's steps: as many forgeries of each family as that family's specialist sees."""
+        return replace(self.specialist, steps=3 * self.specialist.steps)
+
+
+FULL = Setting(Recipe(400, learning_rate=2e-3), Recipe(300), training_draws=12, validation_draws=4, test_draws=4)
+# The same flow and files in seconds; what it measures means little.
+QUICK = Setting(
+    Recipe(16, batch=32, learning_rate=2e-3),
+    Recipe(12, batch=32),
+    training_draws=2,
+    validation_draws=1,
+    test_draws=1,
+)
 
 
 def train_base(
-    data: PretrainingSet,
-    recipe: Recipe,
-    seed: int,
-    progress: Progress,
-    new: Callable[[int], Detector] = new_detector,
+    data: PretrainingSet, recipe: Recipe, seed: int, progress: Progress, new: Callable[[int], Detector] = new_detector
 ) -> Detector:
-    """Train a backbone to tell rotation, degradation and identity, then give it a fresh real/fake head.
+    """Train a backbone to tell rotation, degradation and identity, beside the fresh head that every specialist gets.
 
-    Args:
-        data: pictures and their three labels.
-        recipe: steps, batch and learning rate.
-        seed: of the parameters and of the order of pictures.
-        progress: called after each step.
-        new: makes the detector from the seed.
-
-    Returns:
-        A detector in evaluation mode: the trained backbone, and the head that every specialist starts from.
+    ``seed`` is of the parameters, which ``new`` draws, and of the order of pictures. The result is in evaluation mode.
     """
     detector = new(seed)
-    people = int(data.identity.max()) + 1
-    kinds = (4, len(DEGRADATIONS), people)
+    kinds = (4, len(DEGRADATIONS), int(data.labels[2].max()) + 1)
     with torch.device("meta"):
         heads = nn.ModuleList([nn.Linear(detector.head.in_features, count) for count in kinds])
     heads.to_empty(device="cpu")
     initialise(heads, torch.Generator().manual_seed(seed))
-    pictures = torch.from_numpy(data.pictures)
-    labels = torch.from_numpy(np.stack([data.rotation, data.degradation, data.identity]))
+    pictures, labels = torch.from_numpy(data.pictures), torch.from_numpy(data.labels)
     order = torch.Generator().manual_seed(seed)
-    parameters = [*detector.backbone.parameters(), *heads.parameters()]
 
     def loss() -> Tensor:
         chosen = torch.randint(len(pictures), (recipe.batch,), generator=order)
@@ -73,8 +77,9 @@ def train_base(
         losses = [nn.functional.cross_entropy(head(features), labels[task, chosen]) for task, head in enumerate(heads)]
         return torch.stack(losses).sum()
 
-    _optimise(detector, parameters, loss, recipe, progress)
-    return detector
+    detector.train()
+    _optimise([*detector.backbone.parameters(), *heads.parameters()], loss, recipe, progress)
+    return detector.eval()
 
 
 def train_detector(
@@ -89,19 +94,14 @@ def train_detector(
         base: where training starts; not modified.
         real: (n, 48, 48) float32 in [0, 1].
         forged: one such array for each family: one for a specialist, all for the joint model.
-        recipe: steps, batch and learning rate.
-        seed: of the order of pictures.
-        progress: called after each step.
-
-    Returns:
-        The fine-tuned detector, in evaluation mode.
+        recipe, seed, progress: how; the seed is of the order of pictures. The result is in evaluation mode.
     """
-    detector = copy.deepcopy(base)
+    detector = copy.deepcopy(base).eval()  # batch normalisation is all that the mode changes
     reals = torch.from_numpy(real)
     fakes = torch.cat([torch.from_numpy(pictures) for pictures in forged])
     order = torch.Generator().manual_seed(seed)
     half = recipe.batch // 2
-    labels = torch.cat([torch.zeros(half, dtype=torch.int64), torch.ones(half, dtype=torch.int64)])
+    labels = torch.tensor([0, 1]).repeat_interleave(half)
 
     def loss() -> Tensor:
         chosen_reals = torch.randint(len(reals), (half,), generator=order)
@@ -109,7 +109,7 @@ def train_detector(
         pictures = torch.cat([reals[chosen_reals], fakes[chosen_fakes]])
         return nn.functional.cross_entropy(detector(_vary(pictures, order)), labels)
 
-    _optimise(detector, list(detector.parameters()), loss, recipe, progress, keep_statistics=True)
+    _optimise(detector.parameters(), loss, recipe, progress)
     return detector
 
 
@@ -121,21 +121,15 @@ def _vary(pictures: Tensor, order: torch.Generator) -> Tensor:
 
 
 def _optimise(
-    detector: Detector,
-    parameters: list[nn.Parameter],
-    loss: Callable[[], Tensor],
-    recipe: Recipe,
-    progress: Progress,
-    keep_statistics: bool = False,
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], recipe: Recipe, progress: Progress
 ) -> None:
-    """AdamW with a short warm-up and a cosine decay; leaves the detector in evaluation mode."""
+    """AdamW with a short warm-up and a cosine decay."""
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warm_up = max(1, recipe.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / max(1, recipe.steps))),
     )
-    detector.train(not keep_statistics)  # batch normalisation is all that the mode changes
     for _ in range(recipe.steps):
         optimizer.zero_grad()
         value = loss()
@@ -143,4 +137,3 @@ def _optimise(
         optimizer.step()
         schedule.step()
         progress(value.item())
-    detector.eval()
