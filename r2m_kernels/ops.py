@@ -11,7 +11,7 @@ backend that was asked for by name and cannot run here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
         A NaN or Inf in an input makes its entries non-finite.
     """
     checks.not_empty("base", base)
-    checks.not_empty("experts", experts)
     for j, expert in enumerate(experts):
         checks.same_length(f"tensors of expert {j}", expert, len(base))
     for index, tensor in enumerate(base):
@@ -68,8 +67,7 @@ def residual_matmul(
     Returns:
         (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
     """
-    checks.not_empty("experts", experts)
-    _check_inputs(base, experts, "")
+    _check_inputs(base, experts)
     tensor_checks.matrix_like("base", base)
     checks.choice("precision", precision, PRECISIONS)
     count = len(experts)
@@ -126,8 +124,7 @@ def combine(
         ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|); on NVIDIA's
         matrix units 20 for 8.
     """
-    checks.not_empty("experts", experts)
-    _check_inputs(base, experts, "")
+    _check_inputs(base, experts)
     count = len(experts)
     tensor_checks.same_shape("core", core, (count,))
     given = [tensor is not None for tensor in (left, right, scale)]
@@ -180,8 +177,7 @@ def combine_rows(
         + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (N + 3)·2⁻²⁴ · max_i ‖row of
         Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖ is how well the length of a row is known.
     """
-    checks.not_empty("experts", experts)
-    _check_inputs(base, experts, "")
+    _check_inputs(base, experts)
     tensor_checks.matrix_like("base", base)
     count = len(experts)
     tensor_checks.same_shape("core", core, (count,))
@@ -189,14 +185,9 @@ def combine_rows(
     tensor_checks.same_shape("weights", weights, (count,))
     tensor_checks.same_shape("scales", scales, (count,))
     power = checks.number("power", power, minimum=0.0)
-    out = _output(base, out)
-    if base.numel():
-        numbers = (core.double(), mixing.double(), weights.double(), scales.double(), checks.number("eta", eta), power)
-        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        _backends.choose(backend, base.device).operators.combine_rows(base, experts, *numbers, target)
-        if target is not out:
-            out.copy_(target)
-    return out
+    numbers = (core.double(), mixing.double(), weights.double(), scales.double(), checks.number("eta", eta), power)
+    operators = _backends.choose(backend, base.device).operators
+    return _written(_output(base, out), lambda target: operators.combine_rows(base, experts, *numbers, target))
 
 
 @deterministic
@@ -223,21 +214,17 @@ def match_columns(
         ``out``. |error| ≤ ½ ulp + 2⁻²⁴ · |θ| + 8·2⁻²⁴ · |f (θ* − θ₀)|, f the factor of the column; θ* is rounded to
         what θ₀ and θ_j are computed in first.
     """
-    checks.not_empty("experts", experts)
-    _check_inputs(base, experts, "")
+    _check_inputs(base, experts)
     tensor_checks.matrix_like("base", base)
     tensor_checks.floating("merged", merged)
     tensor_checks.same_shape("merged", merged, base.shape)
     tensor_checks.same_device("merged", merged, base.device)
     tensor_checks.same_shape("counts", counts, (len(experts),))
-    out = _output(base, out)
-    if base.numel():
-        change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
-        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        _backends.choose(backend, base.device).operators.match_columns(base, experts, change, counts.double(), target)
-        if target is not out:
-            out.copy_(target)
-    return out
+    change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
+    operators = _backends.choose(backend, base.device).operators
+    return _written(
+        _output(base, out), lambda target: operators.match_columns(base, experts, change, counts.double(), target)
+    )
 
 
 def _output(base: Tensor, out: Tensor | None) -> Tensor:
@@ -249,7 +236,18 @@ def _output(base: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
-def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str) -> None:
+def _written(out: Tensor, write: Callable[[Tensor], None]) -> Tensor:
+    """``out`` after ``write``, which wants a contiguous tensor with elements."""
+    if out.numel():
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        write(target)
+        if target is not out:
+            out.copy_(target)
+    return out
+
+
+def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str = "") -> None:
+    checks.not_empty("experts", experts)
     tensor_checks.floating(f"base tensor{index}", base)
     for j, expert in enumerate(experts):
         what = f"tensor{index} of expert {j}"

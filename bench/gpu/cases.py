@@ -85,20 +85,6 @@ def cases(
                 lambda given=given, out=out: ops.combine(*inputs, core, *given, out=out, backend="triton").clone(),
                 lambda merged, given=given: checks.judge_combined(merged, *inputs, core, *given),
             )
-    scales = torch.linspace(0.5, 2, count, dtype=torch.float64)
-    rows = (core, mixing, torch.full_like(core, 1 / count), scales, 0.8, 3.0)
-    yield Case(
-        "combine_rows",
-        what,
-        lambda: ops.combine_rows(*inputs, *rows, backend="triton"),
-        lambda merged: checks.judge_rows(merged, *inputs, *rows),
-    )
-    yield Case(
-        "match_columns",
-        what,
-        lambda: ops.match_columns(*inputs, experts[0], scales, backend="triton"),
-        lambda merged: checks.judge_columns(merged, *inputs, experts[0], scales),
-    )
 
 
 def _judge_product(

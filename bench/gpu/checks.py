@@ -71,17 +71,6 @@ def residuals(base: Tensor, experts: Sequence[Tensor], mixing: Tensor) -> Tensor
     return (mixing.to(tau).T @ tau).reshape(len(experts), base.shape[0], -1)
 
 
-def residuals_of_sizes(base: Tensor, experts: Sequence[Tensor], mixing: Tensor) -> Tensor:
-    """Σ_j |mixing_ji||τ_j|: (N, m, n) float64, what rounding is relative to."""
-    tau = task_matrix(base, experts)
-    return (mixing.abs().to(tau).T @ tau.abs()).reshape(len(experts), base.shape[0], -1)
-
-
-def _rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half an ulp of a value, or half a subnormal of float16."""
-    return HALF_ULP[dtype] * exact.abs() * (1 + 1e-6) + (2.0**-25 if dtype == torch.float16 else 0.0)
-
-
 def worst(error: Tensor, bound: Tensor) -> float:
     """The largest error / bound; infinite where anything is NaN."""
     quotient = torch.where(error == 0, torch.zeros_like(error), error / bound)
@@ -106,7 +95,7 @@ def judge_product(
 ) -> float:
     """Forming X costs N + 1 roundings an element, a sum of K terms about √K more; operands are rounded besides."""
     x = residuals(base, experts, mixing)
-    magnitude = residuals_of_sizes(base, experts, mixing)
+    magnitude = (mixing.abs().to(x).T @ task_matrix(base, experts).abs()).reshape(x.shape)
     if transpose:
         x, magnitude = x.transpose(1, 2), magnitude.transpose(1, 2)
     double = rhs.double()
@@ -162,45 +151,10 @@ def judge_combined(
         each = scale.to(tau).view(-1, 1, 1)
         exact += (each * (left.double() @ right.double())).sum(0)
         magnitude += (each.abs() * (left.double().abs() @ right.double().abs())).sum(0)
-    bound = _rounding(exact, out.dtype) + (20 + 2 * math.sqrt(rank)) * U * magnitude
+    bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + (20 + 2 * math.sqrt(rank)) * U * magnitude
+    if out.dtype == torch.float16:
+        bound = bound + 2.0**-25  # half a subnormal
     return worst((out.double() - exact).abs(), bound)
-
-
-def judge_rows(
-    out: Tensor,
-    base: Tensor,
-    experts: Sequence[Tensor],
-    core: Tensor,
-    mixing: Tensor,
-    weights: Tensor,
-    scales: Tensor,
-    eta: float,
-    power: float,
-) -> float:
-    """Against the bound of ``ops.combine_rows``: N + 4 roundings, and lengths of rows as well as they are known."""
-    x, size_of_x = residuals(base, experts, mixing), residuals_of_sizes(base, experts, mixing)
-    tau, count = task_matrix(base, experts).reshape(x.shape), len(experts)
-    core, mixing, weights, scales = (tensor.to(x) for tensor in (core, mixing, weights, scales))
-    lengths = scales[:, None] * x.norm(dim=2)
-    shares = weights[:, None] * (lengths / lengths.amax(0)) ** power
-    shares = shares / shares.sum(0)
-    known = ((count + 3) * U * size_of_x.norm(dim=2) / x.norm(dim=2)).amax(0)
-    unsure = abs(eta) * (mixing.abs() @ (shares * ((1 + 1.001 * known) ** (2 * power) - 1)))
-    coefficients = core[:, None] + eta * (mixing @ shares)
-    exact = base.double() + (coefficients[..., None] * tau).sum(0)
-    size = base.double().abs() + (coefficients.abs()[..., None] * tau.abs()).sum(0)
-    bound = _rounding(exact, out.dtype) + (count + 4) * U * size + (unsure[..., None] * tau.abs()).sum(0)
-    return worst((out.double() - exact).abs(), bound)
-
-
-def judge_columns(out: Tensor, base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor) -> float:
-    """Against the bound of ``ops.match_columns``: the changes' lengths are known to two roundings each."""
-    tau = task_matrix(base, experts).reshape(len(experts), *base.shape)
-    change = merged.double() - base.double()
-    lengths = counts.to(tau) @ tau.norm(dim=1) / counts.sum()
-    scaled = change * (lengths / change.norm(dim=0)).clamp_max(4)
-    exact = base.double() + scaled
-    return worst((out.double() - exact).abs(), _rounding(exact, out.dtype) + U * exact.abs() + 8 * U * scaled.abs())
 
 
 def truncation_excess(left: Tensor, right: Tensor, x: Tensor) -> float:

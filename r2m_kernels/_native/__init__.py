@@ -3,24 +3,15 @@
 The library is loaded by :func:`r2m_kernels._native.library.load`, not by importing this package.
 """
 
-from .._torch import combine_rows, match_columns, orthonormalize, truncation_width
+from .._torch import combine_rows as combine_rows
+from .._torch import match_columns as match_columns
+from .._torch import orthonormalize as orthonormalize
 from .._torch import traits as portable
-from .combine import combine
-from .residual_matmul import residual_matmul
-from .task_gram import gram_panel_elements, task_gram
-from .truncate import shifted_truncation
-
-__all__ = [
-    "combine",
-    "combine_rows",
-    "gram_panel_elements",
-    "match_columns",
-    "orthonormalize",
-    "residual_matmul",
-    "shifted_truncation",
-    "task_gram",
-    "traits",
-    "truncation_width",
-]
+from .._torch import truncation_width as truncation_width
+from .combine import combine as combine
+from .residual_matmul import residual_matmul as residual_matmul
+from .task_gram import gram_panel_elements as gram_panel_elements
+from .task_gram import task_gram as task_gram
+from .truncate import shifted_truncation as shifted_truncation
 
 traits = portable._replace(independent_pairs=True)
