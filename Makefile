@@ -5,7 +5,7 @@ READY := .venv/ready
 SOURCES := r2m_kernels python/r2m tests bench setup.py
 
 # One BLAS thread a process: two test workers with two threads each fight over two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 300 --timeout-method thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 300 --timeout-method thread
 
 .PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
+from pathlib import Path
 
 # Triton kernels run on CPU tensors here. Read when they are imported, so it comes before anything of ours.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -20,8 +23,12 @@ settings.register_profile("r2m", deadline=None, max_examples=25, print_blob=True
 settings.load_profile("r2m")
 
 
+DURATIONS = Path(__file__).with_name("durations.json")
+
+
 def pytest_addoption(parser):
-    """``--heavy``: how often."""
+    """``--heavy``: how often; ``--write-durations``: for the order of later runs."""
+    parser.addoption("--write-durations", action="store_true", help="write tests/durations.json anew")
     parser.addoption(
         "--heavy",
         choices=NUMBERS,
@@ -30,11 +37,39 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """What is heavy is slow."""
+    """What is heavy is slow, and what takes long comes first, so that no worker ends with it alone.
+
+    Files stay together, for the sake of what their tests share; inside a file the order is pytest-randomly's.
+    """
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
+    known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+    seconds = Counter(dict.fromkeys({item.path for item in items}, 0.0))
+    for file, function in {(item.path, _function(item.nodeid)) for item in items}:
+        seconds[file] += known.get(function, 0.0)
+    items.sort(key=lambda item: (-seconds[item.path], str(item.path)))
+
+
+def _function(nodeid):
+    """A test without its parameters."""
+    return nodeid.partition("[")[0]
+
+
+def pytest_sessionfinish(session):
+    """With ``--write-durations``: seconds of all tests that ran, those of a second and more."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--write-durations") or reporter is None:
+        return
+    seconds = Counter()
+    for report in (report for kind in ("passed", "failed", "") for report in reporter.stats.get(kind, ())):
+        if hasattr(report, "duration"):
+            seconds[_function(report.nodeid)] += report.duration
+    known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+    rounded = {name: round(value, 1) for name, value in {**known, **seconds}.items() if value >= 1}
+    DURATIONS.write_text(json.dumps(dict(sorted(rounded.items())), indent=0) + "\n")
 
 
 @pytest.fixture
