@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from r2m.recipe import Expert
-from r2m.recipe_file import read_recipe
+from r2m.recipe import ARRANGEMENT, OUTPUT, Expert
+from r2m.recipe_file import dump, read_recipe, schema
 
 from r2m_kernels import InvalidInput, MergeConfig
 from r2m_kernels.config import METHODS
@@ -62,6 +63,43 @@ def test_what_is_left_out_has_its_default() -> None:
     recipe = read_recipe(written("base_model: /b\nmodels: [{model: /e}]"))
     assert (recipe.base, recipe.experts) == ("/b", {"e": Expert("/e")})
     assert (recipe.method, recipe.config, recipe.dtype) == ("r2m", MergeConfig.r2m(), None)
+
+
+def test_every_key_that_is_read_is_written(here: Path) -> None:
+    preprocessing = {"size": 224, "mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0]}
+    first = {"model": "a=1", "name": "a", "rename": {"module.": "", "x.": None}}
+    content = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [first, {"model": "b", "name": "b", "preprocessing": preprocessing}],
+        "parameters": MergeConfig.ties().replace(weights=(1, 2), keep=("k*",)).to_dict(),
+        "dtype": "float16",
+        "format": "pth",
+        "rename": {"old.": "new."},
+        "preset": "df40",
+        "head": "refit:logistic",
+        "head_tensors": ["x*"],
+        "head_features": "features",
+        "preprocessing": {**preprocessing, "size": 336},
+    }
+    for name, declared in {**OUTPUT, **ARRANGEMENT}.items():
+        assert content[name] not in (declared.default, list(declared.default or ())), name
+    assert schema()["properties"].keys() == content.keys()
+    found = dump(read_recipe(written(json.dumps(content), "project/recipe.yaml")))
+    assert list(found) == list(content)
+    content["base_model"], content["head_features"] = (str(here / "project" / name) for name in ("base", "features"))
+    for one in content["models"]:
+        one["model"] = str(here / "project" / one["model"])
+    assert found == content
+    assert dump(read_recipe(written(json.dumps(found), "elsewhere.yaml"))) == found
+
+
+def test_a_path_of_a_recipe_is_one_whatever_letters_it_has() -> None:
+    """On the command line ``a=b`` without such a file is a name and a path."""
+    recipe = read_recipe(written("base_model: b\nmodels: [{model: a=b}, {model: c, name: n}]"))
+    assert recipe.experts == Expert.each({"a=b": "a=b", "n": "c"})
+    Path("n=c").touch()
+    assert read_recipe("recipe.yaml").experts == recipe.experts
 
 
 def test_json_is_a_recipe() -> None:
