@@ -13,6 +13,7 @@ from r2m.output import INPUTS, RECIPE_FILE, REPORT_FILE, STATE_FILE, difference
 from r2m.places import MOST_RECORD, read_mapping
 from r2m.recipe import Recipe
 from r2m.recipe_file import read_recipe
+from r2m_kernels import Analysis
 from r2m_kernels.errors import BadFile
 
 # Keys of a state on which no Gram matrix of two experts depends.
@@ -50,6 +51,13 @@ def specialists(checkpoint: Path) -> int:
         return sum(int(count) for count in counts.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 1
+
+
+def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:
+    """The content of a merge's ``r2m_state.json``, from which :func:`grams` takes what another one need not find."""
+    grams: dict[str, Any] = {name: gram.tolist() for name, gram in analysis.grams.items()}
+    grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
+    return json.dumps({"state": state, "grams": dict(sorted(grams.items()))}).encode()
 
 
 def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.options import Options
-from r2m.output import INPUTS, SOURCES, STATE_FILE, PartialOutput, check_output, difference, partial_output
+from r2m.output import INPUTS, SOURCES, PartialOutput, check_output, difference, partial_output
 from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
-from r2m_kernels import Analysis, InvalidInput, ProgressEvent, analyze
+from r2m_kernels import Analysis, ProgressEvent, analyze
 from r2m_kernels.errors import DoesNotFit, R2MError
 from r2m_kernels.streaming import (
     Backend,
@@ -223,17 +223,16 @@ def merge_files(
         shared = processes.gather({} if partial is None else {"partial": partial, "state": state}, trouble)
         assert job is not None
         partial = shared["partial"]
-        processes.gather({}, _other_merge(processes, state, shared["state"]))
+        other = difference(shared["state"], state)
+        which = f"process {processes.index} of {processes.size}"
+        processes.gather({}, DoesNotFit(f"{which} is not on the same merge: {other}") if other else None)
         if partial.finished:
             return read_mapping(Path(out) / output.REPORT_FILE, f"out ({out}): {output.REPORT_FILE}", MOST_RECORD)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
         analysis, sink = _merge(job, partial, processes, known, progress)
         if processes.index != 0:
             return analysis.report()
-        grams: dict[str, Any] = {name: gram.tolist() for name, gram in analysis.grams.items()}
-        grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
-        content = {"state": state, "grams": dict(sorted(grams.items()))}
-        write_file(partial.output / STATE_FILE, json.dumps(content).encode())
+        write_file(partial.output / output.STATE_FILE, former.record(state, analysis))
         return complete(job, partial, sink, analysis, started)
 
 
@@ -338,11 +337,3 @@ def complete(
 def _inputs(job: Job) -> list[str | Path]:
     """What is read: the files too, and not the directories alone, as they may be links that lead anywhere."""
     return [job.recipe.base, *(one.path for one in job.recipe.experts.values()), *job.files]
-
-
-def _other_merge(processes: ProcessGroup, state: Mapping[str, Any], first: Mapping[str, Any]) -> InvalidInput | None:
-    """Why this process cannot share the work of the first one."""
-    other = difference(first, state)
-    if not other:
-        return None
-    return DoesNotFit(f"process {processes.index} of {processes.size} is not on the same merge: {other}")
