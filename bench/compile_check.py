@@ -8,7 +8,8 @@ arguments, alignments and constants. The machine code is then inspected: registe
 instructions, 128-bit loads. Exit code 1 if a kernel spills, needs more shared memory than the chip has, lacks the
 matrix instruction that its configuration declares, or, where everything is aligned, has no 128-bit load.
 
-Triton's own cache makes the second run quick: it is keyed by source, target and options.
+With ``--json`` nothing is compiled for a target that the file says passed with these very sources and this Triton.
+Otherwise Triton's own cache makes the second run quick: it is keyed by source, target and options.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -252,6 +254,26 @@ def check(targets: list[str], processes: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["kernel"], row["target"], json.dumps(row["config"])))
 
 
+def sources() -> str:
+    """A hash of what rows depend on: kernels and their launches, these operator calls and checks, Triton's version."""
+    here, kernels = Path(__file__), Path(launch.__file__).parent
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (here, here.with_name("gpu") / "cases.py", *sorted(kernels.glob("*.py")), kernels / "launch.json"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def known(path: Path | None) -> list[dict[str, Any]]:
+    """Rows in the file of an earlier run, of targets for which these sources passed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        return []
+    rows = content["kernels"] if content.get("sources") == sources() else []
+    failed = {row["target"] for row in rows if failures(row)}
+    return [row for row in rows if row["target"] not in failed]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all rows here")
@@ -263,8 +285,11 @@ def main() -> int:
         return 2
     targets = options.target or list(launch.TARGETS)
     start = time.perf_counter()
-    rows = check(targets, options.processes)
-    for row in (row for row in rows if "error" not in row):
+    old = known(options.json)
+    passed = {row["target"] for row in old}
+    missing = [target for target in targets if target not in passed]
+    new = check(missing, options.processes) if missing else []
+    for row in (row for row in new if "error" not in row):
         print(
             f"{row['kernel']:28} {row['target']:7} registers {row['registers']:4} shared {row['shared_bytes']:7} "
             f"mma {row['mma']:4} wide loads {row['wide_loads']:3} {row['seconds']:5.1f} s  "
@@ -272,12 +297,13 @@ def main() -> int:
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
-    bad = [(row, failure) for row in rows for failure in failures(row)]
+        content = {"triton": triton.__version__, "sources": sources(), "kernels": [*old, *new]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    bad = [(row, failure) for row in new for failure in failures(row)]
     for row, failure in bad:
         print(f"FAILED: {row['kernel']} on {row['target']} {failure}: {row['config']}")
-    counts = collections.Counter(row["target"] for row in rows)
-    covered = ", ".join(f"{target} {counts[target]}" for target in targets)
+    counts = collections.Counter(row["target"] for row in (*old, *new))
+    covered = ", ".join(f"{target} {counts[target]}" + " before" * (target in passed) for target in targets)
     print(
         f"Triton {triton.__version__}: kernels compiled and inspected: {covered}, {len(bad)} failures, "
         f"{time.perf_counter() - start:.0f} s"

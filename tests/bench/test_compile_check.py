@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
+from bench import compile_check
 from r2m_kernels._triton import launch
 
 ROOT = Path(__file__).parents[2]
@@ -22,12 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def run(code, *arguments):
+    """A script's output, in a child that has not imported Triton yet."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    with forked.start(arguments, code, environment) as child:
+        out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    return json.loads(out)
 
 
 def choosable(target):
@@ -49,13 +51,12 @@ def choosable(target):
     return found | {("sum_tiles_kernel", launch.sums())}
 
 
-@pytest.mark.parametrize("target", launch.TARGETS)
-def test_every_configuration_that_can_be_chosen_is_compiled(target):
+def test_every_configuration_that_can_be_chosen_is_compiled():
     code = """
 import dataclasses, json, sys
 from bench import compile_check
-found = compile_check.launches(sys.argv[1])
-print(json.dumps([(one.kernel.__name__, dataclasses.asdict(one.config)) for one in found]))
+found = {target: compile_check.launches(target) for target in sys.argv[1:]}
+print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) for one in found[key]] for key in found}))
 """
     # Element by element kernels choose among the same few, whichever they are.
     elementwise = {field.name for field in fields(launch.VectorConfig)}
@@ -63,10 +64,11 @@ print(json.dumps([(one.kernel.__name__, dataclasses.asdict(one.config)) for one 
     def named(kernel, config):
         return "elementwise" if set(config) == elementwise else kernel, tuple(sorted(config.items()))
 
-    covered = {named(kernel, config) for kernel, config in run(code, target)}
-    wanted = {named(kernel, asdict(config)) for kernel, config in choosable(target)}
-    assert wanted <= covered
-    assert covered <= wanted  # nor is anything compiled that never runs
+    for target, caught in run(code, *launch.TARGETS).items():
+        covered = {named(kernel, config) for kernel, config in caught}
+        wanted = {named(kernel, asdict(config)) for kernel, config in choosable(target)}
+        assert wanted <= covered, target
+        assert covered <= wanted, target  # nor is anything compiled that never runs
 
 
 def test_every_entry_of_the_table_is_reachable_and_well_formed():
@@ -84,6 +86,7 @@ def test_every_entry_of_the_table_is_reachable_and_well_formed():
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "tiles", "failure"),
     [
@@ -96,6 +99,7 @@ def test_every_entry_of_the_table_is_reachable_and_well_formed():
 def test_the_gate_refuses_what_it_should(target, tiles, failure):
     code = """
 import copy, json, sys
+from bench import compile_check
 from r2m_kernels._triton import launch
 from bench import compile_check
 target, tiles, table = sys.argv[1], json.loads(sys.argv[2]), copy.deepcopy(launch.table())
@@ -110,3 +114,40 @@ print(json.dumps([compile_check.failures(compile_check.inspected(target, found))
 """
     (found,) = run(code, target, json.dumps(tiles))
     assert any(failure in one for one in found), found
+
+
+def test_what_passed_with_these_sources_is_not_compiled_again(tmp_path, monkeypatch, capsys):
+    passed = {"kernel": "k", "target": "sm_90", "config": {"aligned": False}, "registers": 1, "seconds": 0.0}
+    passed |= {"spill_bytes": 0, "shared_bytes": 0, "mma": 0, "wide_loads": 0, "declares_mma": False}
+    failed = {"kernel": "k", "target": "gfx942", "config": {}, "error": "x"}
+    path, asked = tmp_path / "rows.json", []
+
+    def check(targets, processes):
+        asked.extend(targets)
+        return [{**passed, "target": target} for target in targets]
+
+    monkeypatch.setattr(compile_check, "check", check)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+
+    def compiled(*targets):
+        asked.clear()
+        options = [word for target in targets for word in ("--target", target)]
+        monkeypatch.setattr(sys, "argv", ["compile_check", "--json", str(path), *options])
+        assert compile_check.main() == 0
+        return list(asked)
+
+    path.write_text(json.dumps({"sources": compile_check.sources(), "kernels": [passed, failed]}))
+    assert compiled("sm_90") == []
+    assert "sm_90 1 before, 0 failures" in capsys.readouterr().out
+    assert compiled("sm_90", "gfx942") == ["gfx942"]
+    assert compiled() == ["sm_80", "sm_100"]
+    assert compiled("sm_90") == compiled() == []  # what was not asked for is not forgotten
+    kernels = tmp_path / "_triton"
+    kernels.mkdir()
+    for source in Path(launch.__file__).parent.glob("*.*"):
+        (kernels / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(launch, "__file__", str(kernels / "launch.py"))
+    assert compiled("sm_90") == []
+    (kernels / "launch.json").write_bytes((kernels / "launch.json").read_bytes() + b"\n")
+    assert compiled("sm_90") == ["sm_90"]
+    assert compiled("sm_90", "sm_80") == ["sm_80"]  # nor are another version's rows kept
