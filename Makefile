@@ -72,20 +72,23 @@ bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plot
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.compare --readme
 
-# Each in the version that was measured; torch as in requirements.txt.
-bench-peers: .venv-peers/ready  ## the environment in which `make bench` also runs mergekit and fusion-bench
-.venv-peers/ready: requirements.txt Makefile
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet mergekit==0.1.5 fusion-bench==0.2.33 $$(grep -E '^torch==' requirements.txt)
+# An environment that sees the packages of others, torch among them, and installs only what they lack.
+define on_top
+	$(PYTHON) -m venv --clear --without-pip $(1)
+	for below in $(2); do echo $(CURDIR)/$$below/lib/python*/site-packages; done > $$(echo $(1)/lib/python*/site-packages)/below.pth
+	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile --constraint requirements.txt $(3)
 	touch $@
+endef
 
-# What people make their detectors with. Apart from the peers, which do without torchvision: PyPI's is no CPU build.
+# Each in the version that was measured.
+bench-peers: .venv-peers/ready  ## the environment in which `make bench` also runs mergekit and fusion-bench
+.venv-peers/ready: requirements.txt Makefile | $(READY)
+	$(call on_top,.venv-peers,.venv,mergekit==0.1.5 fusion-bench==0.2.33 transformers==5.24.0)
+
+# What people make their detectors with. A floor above the peers, which do without torchvision: PyPI's is no CPU build.
 zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers and torchvision
-.venv-zoo/ready: requirements.txt Makefile
-	$(PYTHON) -m venv .venv-zoo
-	.venv-zoo/bin/python -m pip install --quiet timm==1.0.31 open_clip_torch==3.3.0 transformers==5.24.0 \
-	  $$(grep -E '^(torch|click|rich|PyYAML|pydantic|psutil|scikit-learn)==' requirements.txt)
-	touch $@
+.venv-zoo/ready: .venv-peers/ready
+	$(call on_top,.venv-zoo,.venv-peers .venv,timm==1.0.31 open_clip_torch==3.3.0)
 
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
