@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from r2m.demo.evaluation import Scores, auc_by_forgery, ensemble, group_auc, pooled, score_group
 from r2m.demo.samples import Group
-from torch import Tensor
 
+from bench.quality.models import Run, StateDict
 from bench.quality.networks import load_state
 
 BINS = 10
@@ -17,9 +17,9 @@ GroupScores = dict[str, dict[str, Scores]]
 """Group → ``real`` and each forgery → (n,) logit differences."""
 
 
-def score(architecture: str, state: Mapping[str, Tensor], groups: Mapping[str, Group]) -> GroupScores:
+def score(run: Run, state: StateDict, groups: Mapping[str, Group]) -> GroupScores:
     """Scores of every picture of every group."""
-    detector = load_state(architecture, dict(state))
+    detector = load_state(run.architecture, state)
     return {name: score_group(detector, group) for name, group in groups.items()}
 
 
@@ -28,17 +28,22 @@ def mean_of(members: Sequence[GroupScores]) -> GroupScores:
     return {name: ensemble([member[name] for member in members]) for name in members[0]}
 
 
+def aucs(scores: GroupScores) -> dict[str, float]:
+    """AUC of each group."""
+    return {name: group_auc(group) for name, group in scores.items()}
+
+
 def numbers(scores: GroupScores) -> dict[str, object]:
     """AUC of each group and forgery, the worst forgery, and the calibration error on the first group."""
     by_forgery = {name: auc_by_forgery(group) for name, group in scores.items()}
     every = [(value, f"{kind} ({name})") for name, group in by_forgery.items() for kind, value in group.items()]
-    first = next(iter(scores.values()))
+    worst, worst_forgery = min(every)
     return {
-        "auc": {name: group_auc(group) for name, group in scores.items()},
+        "auc": aucs(scores),
         "by_forgery": by_forgery,
-        "worst": min(every)[0],
-        "worst_forgery": min(every)[1],
-        "ece": calibration_error(first),
+        "worst": worst,
+        "worst_forgery": worst_forgery,
+        "ece": calibration_error(next(iter(scores.values()))),
     }
 
 

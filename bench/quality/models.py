@@ -49,23 +49,6 @@ class Run:
         return settings.setting(self.architecture, self.quick)
 
 
-class Pools:
-    """Training pictures of a run."""
-
-    def __init__(self, run: Run) -> None:
-        self._of_people = faces.read_photographs(), faces.split_people(run.seed).train
-        self._draws, self._seed = run.setting.training_draws, run.seed
-        self.get = cache(self._make)  # of this run alone
-
-    def pretraining(self) -> samples.PretrainingSet:
-        return samples.make_pretraining(*self._of_people, self._draws, self._seed)
-
-    def _make(self, kind: str) -> Picture:
-        """``real``, or a family's forged pictures: (n, 48, 48) float32 in [0, 1]."""
-        forgery = further.FURTHER_FORGERIES.get(kind)
-        return samples.make_pictures(*self._of_people, kind, self._draws, self._seed, "training", forgery=forgery)
-
-
 class Models:
     """The detectors of a run, from the cache or trained; one thread of torch, so that bits do not depend on others.
 
@@ -77,15 +60,22 @@ class Models:
     def __init__(self, run: Run, directory: Path = CACHE) -> None:
         self.run = run
         self._directory = directory / run.name
+        self._pool = cache(self._make_pool)  # of this run alone
 
     @cached_property
-    def pools(self) -> Pools:
-        return Pools(self.run)
+    def _of_people(self) -> tuple[faces.Photographs, tuple[int, ...]]:
+        return faces.read_photographs(), faces.split_people(self.run.seed).train
+
+    def _make_pool(self, kind: str) -> Picture:
+        """``real``, or a family's forged pictures to train on: (n, 48, 48) float32 in [0, 1]."""
+        draws, forgery = self.run.setting.training_draws, further.FURTHER_FORGERIES.get(kind)
+        return samples.make_pictures(*self._of_people, kind, draws, self.run.seed, "training", forgery=forgery)
 
     def base(self) -> StateDict:
         def train() -> Detector:
+            data = samples.make_pretraining(*self._of_people, self.run.setting.training_draws, self.run.seed)
             new = partial(new_network, self.run.architecture)
-            return train_base(self.pools.pretraining(), self.run.setting.base, self.run.seed, _ignore, new)
+            return train_base(data, self.run.setting.base, self.run.seed, _ignore, new)
 
         return self._get("base", self.run.setting.base, train)
 
@@ -110,10 +100,10 @@ class Models:
         return self._fine_tuned(f"{kind} shuffled", self.run.setting.specialist, self._mixed, (kind,))
 
     def _pictures(self, *kinds: str) -> tuple[Picture, list[Picture]]:
-        return self.pools.get("real"), [self.pools.get(kind) for kind in kinds]
+        return self._pool("real"), [self._pool(kind) for kind in kinds]
 
     def _mixed(self, kind: str) -> tuple[Picture, list[Picture]]:
-        both = np.concatenate([self.pools.get("real"), self.pools.get(kind)])
+        both = np.concatenate([self._pool("real"), self._pool(kind)])
         order, half = np.random.default_rng(self.run.seed).permutation(len(both)), len(both) // 2
         return both[order[:half]], [both[order[half:]]]
 

@@ -15,17 +15,19 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from r2m.demo.detectors import SPECIALISTS
 
 from bench.machine import RESULTS, machine, write_json
 from bench.quality import docs, judging, pictures, settings, studies, tables
 from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
 from bench.quality.methods import all_methods
-from bench.quality.models import CACHE, Models, Run, StateDict
+from bench.quality.models import CACHE, Models, Run
 from bench.quality.networks import ARCHITECTURES
 from r2m_kernels import MergeConfig, merge
 
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = measure(pool, options.quick)
     content["machine"] = {**machine(), "processes": options.processes}
     content["took_seconds"] = round(time.monotonic() - start)
-    write_json(out / "quality.json", _rounded(content))
+    # Five digits: what is printed has three.
+    rounded = json.loads(json.dumps(content, default=str), parse_float=lambda number: float(f"{float(number):.5g}"))
+    write_json(out / "quality.json", rounded)
     content = json.loads((out / "quality.json").read_text())
     pictures.draw_all(content, out)
     tables.print_tables(content)
@@ -99,13 +103,10 @@ def _judge(run: Run, configs: Mapping[str, MergeConfig]) -> dict[str, Any]:
     models, groups = Models(run), groups_of(run)
     base, experts = models.trained()
 
-    def scored(state: StateDict) -> judging.GroupScores:
-        return judging.score(run.architecture, state, groups)
-
-    specialists = [scored(expert) for expert in experts]
-    scores = {"base": scored(base)}
-    scores |= {f"{kind} specialist": one for kind, one in zip(settings.MAIN, specialists, strict=True)}
-    scores |= {"joint training": scored(models.joint()), "ensemble": judging.mean_of(specialists)}
+    scored = partial(judging.score, run, groups=groups)
+    specialists = {row: scored(expert) for row, expert in zip(SPECIALISTS.values(), experts, strict=True)}
+    scores = {"base": scored(base), **specialists, "joint training": scored(models.joint())}
+    scores |= {"ensemble": judging.mean_of(list(specialists.values()))}
     scores |= {row: scored(merge(base, experts, config)) for row, config in configs.items()}
     return {row: judging.numbers(of_row) for row, of_row in scores.items()}
 
@@ -120,14 +121,3 @@ def _each(
         results[futures[future].name] = future.result()
         print(f"{done} {futures[future].name} ({len(results)} of {len(futures)})", flush=True)
     return {call[0].name: results[call[0].name] for call in calls}
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits: what is printed has three."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value

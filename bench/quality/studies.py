@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from r2m.demo.evaluation import Scores, ensemble, group_auc, score_group
+from r2m.demo.evaluation import Scores
 from r2m.demo.resampling import Picture
 from r2m.demo.samples import Group
 from torch import Tensor
 
 from bench.quality import settings
 from bench.quality.groups import all_families, groups_of, validation_group
+from bench.quality.judging import aucs, mean_of, score
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
 from r2m_kernels import MergeConfig, analyze, merge
@@ -40,7 +41,7 @@ def sweeps(run: Run) -> Numbers:
         "scale of the average": [(value, MergeConfig.weight_average().replace(core_scale=value)) for value in SCALES],
     }
     return {
-        name: [[value, _aucs(run, merge(base, experts, config), groups)] for value, config in curve]
+        name: [[value, aucs(score(run, merge(base, experts, config), groups))] for value, config in curve]
         for name, curve in curves.items()
     }
 
@@ -81,18 +82,13 @@ def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
 
 
 def _merged(
-    run: Run,
-    configs: Mapping[str, MergeConfig],
-    base: StateDict,
-    experts: list[StateDict],
-    groups: Mapping[str, Group],
+    run: Run, configs: Mapping[str, MergeConfig], base: StateDict, experts: list[StateDict], groups: Mapping[str, Group]
 ) -> Numbers:
     """AUC of the ensemble and of every merge in every group, and the numbers of the report."""
-    scores = [_scores(run, _cast(expert, torch.float32), groups) for expert in experts]
-    aucs = {"ensemble": {name: group_auc(ensemble([one[name] for one in scores])) for name in groups}}
+    scored = {"ensemble": mean_of([score(run, _cast(expert, torch.float32), groups) for expert in experts])}
     for row, config in configs.items():
-        aucs[row] = _aucs(run, _cast(merge(base, experts, config), torch.float32), groups)
-    return {"auc": aucs, "report": _report(base, experts)}
+        scored[row] = score(run, _cast(merge(base, experts, config), torch.float32), groups)
+    return {"auc": {row: aucs(scores) for row, scores in scored.items()}, "report": _report(base, experts)}
 
 
 def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
@@ -114,9 +110,9 @@ def diagnosis(run: Run, elsewhere: Run) -> list[Numbers]:
     cases["FR of another base"] = [experts[0], stranger, experts[2]]
     rows = []
     for case, members in cases.items():
-        together = ensemble([_scores(run, member, groups)["in-distribution"] for member in members])
-        merged = _aucs(run, merge(base, members, MergeConfig.r2m()), groups)["in-distribution"]
-        rows.append({"case": case, "shortfall": group_auc(together) - merged, "report": _report(base, members)})
+        numbers = _merged(run, {"R2M": MergeConfig.r2m()}, base, members, groups)
+        ensemble, merged = (numbers["auc"][row]["in-distribution"] for row in ("ensemble", "R2M"))
+        rows.append({"case": case, "shortfall": ensemble - merged, "report": numbers["report"]})
     return rows
 
 
@@ -166,22 +162,22 @@ def features(run: Run, merged: Mapping[str, StateDict]) -> Numbers:
 def heads(run: Run, trunks: Mapping[str, StateDict]) -> Numbers:
     """AUC of one merged trunk with several heads: mean, each expert's, refit on the validation people, or combined."""
     (_, experts), groups, known = Models(run).trained(), groups_of(run, LOOKED_AT), validation_group(run)
-    aucs: Numbers = {}
+    by_trunk: Numbers = {}
     single = {f"{kind}'s": _head(expert) for kind, expert in zip(settings.MAIN, experts, strict=True)}
     for trunk, state in trunks.items():
         features_of = functools.partial(_features, run, state)
         forged = torch.cat([features_of(pictures) for pictures in known.forged.values()])
         linear = {"mean": _head(state), **single, "refit": _fit(features_of(known.real), forged)}
-        aucs[trunk] = {}
+        by_trunk[trunk] = {}
         for name, group in groups.items():
             parts = {kind: features_of(pictures) for kind, pictures in {"real": group.real, **group.forged}.items()}
             logits = {label: {kind: _logit(x, head) for kind, x in parts.items()} for label, head in linear.items()}
             several = {kind: np.stack([logits[label][kind] for label in single]) for kind in parts}
             logits["largest of three"] = {kind: value.max(0) for kind, value in several.items()}
             logits["log-sum-exp of three"] = {kind: np.logaddexp.reduce(value, 0) for kind, value in several.items()}
-            for label, scores in logits.items():
-                aucs[trunk].setdefault(label, {})[name] = group_auc(scores)
-    return aucs
+            for label, auc in aucs(logits).items():
+                by_trunk[trunk].setdefault(label, {})[name] = auc
+    return by_trunk
 
 
 def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
@@ -196,20 +192,10 @@ def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
         three = merge(base, experts, config)
         two = merge(base, experts[:2], config)
         again = merge(base, [two, experts[2]], config.replace(weights=(2, 1)))
-        alike, apart = (_aucs(run, state, groups) for state in (three, again))
-        numbers[f"{name}: two and one with counts against three"] = max(
-            abs(alike[group] - apart[group]) for group in groups
-        )
+        alike, apart = (aucs(score(run, state, groups)) for state in (three, again))
+        apart_by = max(abs(alike[group] - apart[group]) for group in groups)
+        numbers[f"{name}: two and one with counts against three"] = apart_by
     return numbers
-
-
-def _scores(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, dict[str, Scores]]:
-    detector = load_state(run.architecture, state)
-    return {name: score_group(detector, group) for name, group in groups.items()}
-
-
-def _aucs(run: Run, state: StateDict, groups: Mapping[str, Group]) -> dict[str, float]:
-    return {name: group_auc(scores) for name, scores in _scores(run, state, groups).items()}
 
 
 def _report(base: StateDict, experts: Sequence[StateDict]) -> Numbers:

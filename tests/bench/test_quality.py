@@ -16,7 +16,7 @@ from r2m.demo.faces import split_people
 
 from bench.quality import choosing, docs, groups, judging, methods, settings, tables
 from bench.quality.docs import RULES
-from bench.quality.models import Models, Pools, Run
+from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
 from r2m_kernels import MergeConfig
 from r2m_kernels import report as diagnostics
@@ -165,8 +165,8 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path):
     assert all(torch.equal(tensor, cached[name]) for name, tensor in retrained.specialist("FS").items())
 
 
-def test_training_pictures_are_of_training_people(monkeypatch):
-    pools = Pools(Run("cnn", 2, quick=True))
+def test_training_pictures_are_of_training_people():
+    trained = Models(Run("cnn", 2, quick=True))
     people = split_people(2)
-    assert set(pools._of_people[1]) == set(people.train)
+    assert set(trained._of_people[1]) == set(people.train)
     assert not set(people.train) & (set(people.validation) | set(people.test))
