@@ -26,6 +26,7 @@ from bench.gpu import checks
 from bench.gpu.record import Record, Session, chip_of, table
 from r2m_kernels import MergeConfig, _triton, analyze, merge
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
+from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels.truncation import truncate_residuals
 
 TRUNCATED = MergeConfig.r2m_truncated()
@@ -102,7 +103,7 @@ def checked(session: Session, model: Transformer, base: StateDict, experts: list
     excess: dict[str, float] = {}
     for shape, name in _one_of_each(list(model.shapes.values()), base).items():
         thetas = [expert[name] for expert in experts]
-        rank = cost_model.truncation_rank(TRUNCATED.rank, shape)
+        rank = truncation_rank(TRUNCATED.rank, shape)
         group = ([name], [base[name]], [[theta] for theta in thetas])
         (factors,) = truncate_residuals(*group, mixing, rank, TRUNCATED, _triton)
         x = checks.residuals(base[name], thetas, mixing)
@@ -117,7 +118,7 @@ def svd_block(session: Session, model: Transformer, base: StateDict, expert: Sta
     rows: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "truncation_over_optimum": 0.0} for name in SVDS}
     shapes = list(model.shapes.values())
     for shape, name in _one_of_each(shapes, base).items():
-        x, rank = expert[name].float() - base[name].float(), cost_model.truncation_rank(TRUNCATED.rank, shape)
+        x, rank = expert[name].float() - base[name].float(), truncation_rank(TRUNCATED.rank, shape)
         for method, (truncate, repeats) in SVDS.items():
             left, right = truncate(x, rank)  # also what loads the library
             excess = checks.truncation_excess(left.unsqueeze(0), right.unsqueeze(0), x.double().unsqueeze(0))

@@ -24,6 +24,7 @@ from bench.cost_model import Chip, Job, StepCost
 from bench.gpu import checks
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, chip_of, copy_bandwidth, table
 from r2m_kernels import _triton
+from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
 from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
 
@@ -47,7 +48,7 @@ class GroupOf:
         """``size`` tensors."""
         source = checks.generator(session.device, seed=shape[0] + job.experts)
         pairs = [checks.inputs(shape, job.dtype, job.experts, source) for _ in range(size)]
-        k = cost_model.truncation_rank(RANK, shape)
+        k = truncation_rank(RANK, shape)
         basis, product = (
             torch.randn(size, job.experts, k, side, generator=source, device=session.device)
             for side in (min(shape), max(shape))

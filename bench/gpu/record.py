@@ -89,7 +89,8 @@ class Record:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return self.content["rows"]
+        rows: list[dict[str, Any]] = self.content["rows"]
+        return rows
 
     def save(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self._start, 2)

@@ -82,8 +82,8 @@ def run(session: Session, record: Record) -> bool:
 
         record.attempt(row, case=name)
     highest: dict[str, list[float]] = {}
-    for row in record.rows:
-        highest.setdefault(row["case"].split()[0], []).append(row.get("error_over_bound", float("inf")))
+    for one in record.rows:
+        highest.setdefault(one["case"].split()[0], []).append(one.get("error_over_bound", float("inf")))
     lines = [[operator, len(errors), max(errors)] for operator, errors in highest.items()]
     table(["operator", "cases", "worst error / bound"], lines)
     return record.close()
