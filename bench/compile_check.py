@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class Limits:
     """What the gate and its occupancy bound need to know of a target."""
 
     target: GPUTarget
@@ -61,11 +61,11 @@ class Chip:
 NVIDIA_LOAD = r"\bLDG(?:STS)?\.\S*128"
 CHIPS = {
     # 99 KiB: sm_80's configurations also serve 8.6, 8.9 and 12.x.
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), r"\bHMMA\b", NVIDIA_LOAD, 99 * 1024, 164 * 1024, 65536, 2048),
+    "sm_80": Limits(GPUTarget("cuda", 80, 32), r"\bHMMA\b", NVIDIA_LOAD, 99 * 1024, 164 * 1024, 65536, 2048),
     # Both of its instructions: a warp group's wants 64 rows, and in tf32x3 an H200 was faster with fewer, a warp's.
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), r"\bHG?MMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), r"\bUTC\w*MMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
-    "gfx942": Chip(
+    "sm_90": Limits(GPUTarget("cuda", 90, 32), r"\bHG?MMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
+    "sm_100": Limits(GPUTarget("cuda", 100, 32), r"\bUTC\w*MMA\b", NVIDIA_LOAD, 227 * 1024, 228 * 1024, 65536, 2048),
+    "gfx942": Limits(
         GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", r"\b(?:global|buffer)_load_dwordx4", 65536, 65536, 131072, 2048
     ),
 }
@@ -93,27 +93,17 @@ class Launch:
 
     def described(self) -> dict[str, Any]:
         """The configuration and the constants that are not in it, as plain values."""
-        constants = {name: value for name, value in self.constants.items() if name not in _CONFIGURED}
-        plain = {
-            name: value if isinstance(value, bool | int | str) else str(value) for name, value in constants.items()
+        constants = {
+            name.lower(): value if isinstance(value, bool | int | str) else str(value)
+            for name, value in self.constants.items()
+            if name not in _CONFIGURED
         }
-        return {**dataclasses.asdict(self.config), **{name.lower(): value for name, value in plain.items()}}
+        return {**dataclasses.asdict(self.config), **constants}
 
 
-_CONFIGURED = (
-    "PRECISION",
-    "DOT",
-    "ROWS",
-    "INNER",
-    "COLUMNS",
-    "EXPERTS",
-    "INPUTS",
-    "ALIGNED",
-    "STEPS",
-    "BLOCK",
-    "DIAGONAL",
-    "SIDE",
-)
+# Constants that a configuration names too.
+_CONFIGURED = {"PRECISION", "DOT", "ROWS", "INNER", "COLUMNS", "EXPERTS", "INPUTS", "ALIGNED", "STEPS", "BLOCK"}
+_CONFIGURED |= {"DIAGONAL", "SIDE"}
 
 
 class _CompileOnly:
@@ -149,10 +139,10 @@ def launches(target: str) -> list[Launch]:
     caught: dict[str, Launch] = {}
 
     def catch(kernel: Any, grid: Any, config: launch.Config, *arguments: Any, **constants: Any) -> None:
-        found = Launch(kernel, config, arguments, constants)
+        one = Launch(kernel, config, arguments, constants)
         binder = kernel.device_caches[driver.active.get_current_device()][4]
         _, specialization, _ = binder(*arguments, **constants, **launch.options(config))
-        caught.setdefault(f"{kernel.__name__} {specialization} {config}", found)
+        caught.setdefault(f"{kernel.__name__} {specialization} {config}", one)
 
     driver.set_active(_CompileOnly(target))
     with (
@@ -165,19 +155,19 @@ def launches(target: str) -> list[Launch]:
     return [caught[key] for key in sorted(caught)]  # every process sees the same order
 
 
-def inspected(target: str, found: Launch) -> dict[str, Any]:
+def inspected(target: str, one: Launch) -> dict[str, Any]:
     """Compile one launch and read its machine code."""
     chip = CHIPS[target]
     driver.set_active(_CompileOnly(target))
     start = time.perf_counter()
     try:
-        kernel = found.compiled()
+        kernel = one.compiled()
     except Exception as error:  # a compiler may raise anything; the other kernels' rows are wanted all the same
-        what = {"kernel": found.kernel.__name__, "target": target, "config": found.described()}
+        what = {"kernel": one.kernel.__name__, "target": target, "config": one.described()}
         return {**what, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
     seconds = time.perf_counter() - start
     shared = kernel.metadata.shared
-    threads = found.config.warps * chip.target.warp_size
+    threads = one.config.warps * chip.target.warp_size
     if chip.target.backend == "cuda":
         usage, code = _cubin(kernel.asm["cubin"])
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
@@ -189,16 +179,16 @@ def inspected(target: str, found: Launch) -> dict[str, Any]:
     held = -(-registers // 8) * 8 * threads
     by_shared = chip.shared_total // shared if shared else chip.threads
     return {
-        "kernel": found.kernel.__name__,
+        "kernel": one.kernel.__name__,
         "target": target,
-        "config": found.described(),
+        "config": one.described(),
         "registers": registers,
         "spill_bytes": spills,
         "shared_bytes": shared,
         "mma": len(re.findall(chip.mma, code)),
         "wide_loads": len(re.findall(chip.wide_load, code)),
         "programs_per_multiprocessor": min(chip.registers // held, by_shared, chip.threads // threads),
-        "declares_mma": found.declares_mma(target),
+        "declares_mma": one.declares_mma(target),
         "seconds": round(seconds, 2),
     }
 
@@ -223,22 +213,22 @@ def failures(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row, in words."""
     if "error" in row:
         return [f"does not compile ({row['error']})"]
-    found = []
+    problems = []
     limit = CHIPS[row["target"]].shared_limit
     if row["spill_bytes"]:
-        found.append(f"spills {row['spill_bytes']} bytes")
+        problems.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > limit:
-        found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
+        problems.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
     if row["declares_mma"] and not row["mma"]:
-        found.append("has no matrix instruction")
+        problems.append("has no matrix instruction")
     if row["config"]["aligned"] and not row["wide_loads"]:
-        found.append("has no 128-bit load")
-    return found
+        problems.append("has no 128-bit load")
+    return problems
 
 
 def _share(part: tuple[list[str], int, int]) -> list[dict[str, Any]]:
     targets, index, parts = part
-    everything = [(target, found) for target in targets for found in launches(target)]
+    everything = [(target, one) for target in targets for one in launches(target)]
     return [inspected(*item) for item in everything[index::parts]]
 
 

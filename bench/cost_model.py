@@ -133,9 +133,9 @@ class Job:
 
     def product(self, full: bool) -> launch.MatmulConfig:
         """Of products with residuals, as the truncation asks for them."""
-        full_precision, fast = launch.full_precision(self.target), launch.fast_precision(self.target, self.dtype)
-        precision = full_precision if full else fast
-        return launch.residual_matmul(self.target, self.dtype, torch.float32, precision, self.aligned, self.experts)
+        target = self.target
+        precision = launch.full_precision(target) if full else launch.fast_precision(target, self.dtype)
+        return launch.residual_matmul(target, self.dtype, torch.float32, precision, self.aligned, self.experts)
 
     def plane(self, elements: int) -> int:
         """Bytes of as many elements of θ₀, or of one expert."""
@@ -268,7 +268,7 @@ def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
 
 
 def merge_costs(
-    model: Shapes, job: Job, rank: float | int = 0.1, power_iterations: int = 2, group_bytes: int | None = None
+    model: Shapes, job: Job, rank: float = 0.1, power_iterations: int = 2, group_bytes: int | None = None
 ) -> list[StepCost]:
     """The steps of a merge in their order, each over all tensors and repetitions.
 
@@ -314,12 +314,12 @@ def floor_seconds(costs: Iterable[StepCost], chip: Chip, *, cached: bool = True)
     return sum(cost.floor_seconds(chip, cached=cached) for cost in costs if not cost.link_bytes)
 
 
-def costs_on(chip: Chip, model: Shapes, experts: int, rank: float | int, dtype: str) -> list[StepCost]:
+def costs_on(chip: Chip, model: Shapes, experts: int, rank: float, dtype: str) -> list[StepCost]:
     """With groups as large as a merge on a GPU makes them."""
     return merge_costs(model, Job(experts, DTYPES[dtype], chip.target), rank, group_bytes=DEVICE_GROUP_BYTES)
 
 
-def table_of(chip: Chip, model: Shapes, experts: int, rank: float | int, dtype: str) -> Iterator[str]:
+def table_of(chip: Chip, model: Shapes, experts: int, rank: float, dtype: str) -> Iterator[str]:
     """One job on one chip, a line a step."""
     costs = costs_on(chip, model, experts, rank, dtype)
     yield f"{model.name}, N = {experts}, rank {rank}, {dtype}, on {chip.name} ({NOTE})"
@@ -341,7 +341,7 @@ def table_of(chip: Chip, model: Shapes, experts: int, rank: float | int, dtype: 
     yield line(f"kernels, {NOTE}", functools.reduce(StepCost.plus, kernels), "", "", floors)
 
 
-def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float | int) -> Iterator[str]:
+def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float) -> Iterator[str]:
     """A line a model and dtype: kernels' floors on every chip, and the transfer's."""
     yield f"kernels' floors / transfer's floor in ms, N = {experts}, rank {rank} ({NOTE})"
     yield f"{'model':<10} {'dtype':<9}" + "".join(f"{chip.name:>18}" for chip in chips)
@@ -356,20 +356,12 @@ def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float
 
 
 def report(
-    model: str | None = None,
-    experts: int = 3,
-    rank: float | int = 0.1,
-    dtype: str = "float32",
-    chip: str | None = None,
+    model: str | None = None, experts: int = 3, rank: float = 0.1, dtype: str = "float32", chip: str | None = None
 ) -> list[str]:
     """All lines: the model (default: the reference job) on the chip (default: all), then, by default, other models."""
     chips = list(CHIPS.values()) if chip is None else [CHIPS[chip]]
-    lines: list[str] = []
-    for one in chips:
-        lines += [*table_of(one, MODELS[model or REFERENCE], experts, rank, dtype), ""]
-    if model is None:
-        lines += totals_of(chips, list(MODELS.values()), experts, rank)
-    return lines
+    lines = [line for one in chips for line in (*table_of(one, MODELS[model or REFERENCE], experts, rank, dtype), "")]
+    return lines if model else [*lines, *totals_of(chips, list(MODELS.values()), experts, rank)]
 
 
 def _rank(text: str) -> float | int:

@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -189,14 +190,9 @@ def run(session: Session, record: Record) -> bool:
 
 def write_table(path: Path, content: dict[str, Any]) -> None:
     """In the table's own layout, a line a variant, so that a diff shows what changed."""
-    lines = []
-    for operator, targets in content.items():
-        blocks = []
-        for target, variants in targets.items():
-            rows = ",\n".join(f'   "{variant}": {json.dumps(tiles)}' for variant, tiles in variants.items())
-            blocks.append(f'  "{target}": {{\n{rows}\n  }}')
-        lines.append(f' "{operator}": {{\n' + ",\n".join(blocks) + "\n }")
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"{\s*([^{}]*?)\s*}", lambda tiles: "{" + " ".join(tiles[1].split()) + "}", text)
+    write_text(path, text + "\n")
 
 
 def main() -> int:
