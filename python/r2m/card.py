@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from r2m.checkpoints import hub
@@ -18,19 +17,18 @@ from r2m.places import MOST_RECORD, read_mapping, read_small
 from r2m.recipe_file import PlainLoader
 from r2m.templating import render
 from r2m_kernels.errors import BadFile, printable
-from r2m_kernels.streaming import TensorSpec
 
 # How much a licence asks of who uses a model: the more, the later. Those that are not here are compared by name alone.
-_RANKS: tuple[tuple[str, ...], ...] = (
+_RANKED = (
     ("mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "unlicense", "isc"),
     ("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "openrail", "bigscience-openrail-m", "creativeml-openrail-m"),
     ("cc-by-sa-3.0", "cc-by-sa-4.0", "mpl-2.0", "lgpl-3.0", "gpl-2.0", "gpl-3.0", "agpl-3.0"),
     ("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
     ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
 )
+_RANKS = {name: rank for rank, names in enumerate(_RANKED) for name in names}
 _FORBIDDING = 3  # rank from which a licence forbids something
 UNKNOWN = "unknown"
-_LIBRARIES = ("timm", "open_clip", "transformers")
 _METRICS = {"auc": "AUC, frames", "video_auc": "AUC, videos", "acc": "accuracy", "eer": "EER", "ap": "AP"}
 
 
@@ -82,13 +80,12 @@ def most_restrictive(licences: Sequence[str | None]) -> str:
     One that forbids commercial use or changes holds whatever the unknown ones say; of two that ask as much and differ,
     neither is a guess to make: ``"other"``.
     """
-    ranked = {name: rank for rank, names in enumerate(_RANKS) for name in names}
     if licences and licences[0] is not None and len(set(licences)) == 1:
         return licences[0]
-    top = max((ranked[licence] for licence in licences if licence in ranked), default=0)
-    if top < _FORBIDDING and not all(licence in ranked for licence in licences):
+    top = max((_RANKS[licence] for licence in licences if licence in _RANKS), default=0)
+    if top < _FORBIDDING and not all(licence in _RANKS for licence in licences):
         return UNKNOWN
-    asking = {licence for licence in licences if licence is not None and ranked.get(licence) == top}
+    asking = {licence for licence in licences if licence is not None and _RANKS.get(licence) == top}
     return asking.pop() if len(asking) == 1 else "other"
 
 
@@ -111,10 +108,9 @@ def _header(
     measured: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What the Hub reads."""
-    ids = list(dict.fromkeys(_hub_id(path) for path in paths if hub.is_reference(path)))
-    names = (name for content in cards.values() for name in _listed(content.get("datasets")))
-    datasets = sorted({name for name in names if isinstance(name, str)})
-    library = _library(out, report)
+    ids = ["/".join(path.removeprefix(hub.SCHEME).split("/")[:2]) for path in paths if hub.is_reference(path)]
+    listed = [content.get("datasets") for content in cards.values()]
+    datasets = {name for one in listed for name in (one if isinstance(one, list) else [one]) if isinstance(name, str)}
     results = [
         {
             "task": {"type": "image-classification"},
@@ -128,16 +124,17 @@ def _header(
         for dataset, numbers in measured.items()
     ]
     title = f"R2M merge of {', '.join(map(printable, report['experts']))}"
-    return {
-        **({"base_model": ids} if ids else {}),
+    header = {
+        "base_model": list(dict.fromkeys(name.partition("@")[0] for name in ids)),
         "base_model_relation": "merge",
         "license": licence,
-        **({"library_name": library} if library else {}),
+        "library_name": _library(out, report),
         "pipeline_tag": "image-classification",
         "tags": ["merge", "r2m", "deepfake-detection"],
-        **({"datasets": datasets} if datasets else {}),
-        **({"model-index": [{"name": title, "results": results}]} if results else {}),
+        "datasets": sorted(datasets),
+        "model-index": [{"name": title, "results": results}] if results else [],
     }
+    return {key: value for key, value in header.items() if value}
 
 
 def _front_matter(path: str) -> dict[str, Any]:
@@ -160,21 +157,11 @@ def _licence_of(content: Mapping[str, Any]) -> str | None:
     return str(licence).lower() if known else None
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _hub_id(reference: str) -> str:
-    owner, name, *_ = reference.removeprefix(hub.SCHEME).split("/")
-    return f"{owner}/{name.partition('@')[0]}"
-
-
 def _library(out: Path, report: Mapping[str, Any]) -> str | None:
-    specs = {row["name"]: TensorSpec(tuple(row["shape"]), torch.float32) for row in report["tensors"]}
-    guess = family(specs) or ""
     if (out / "config.json").is_file():
         return "transformers"
-    return next((library for library in _LIBRARIES[:2] if library in guess), None)
+    guess = family({row["name"]: row["shape"] for row in report["tensors"]}) or ""
+    return next((library for library in ("timm", "open_clip") if library in guess), None)
 
 
 def _measured(evaluation: Mapping[str, Any], out: Path) -> dict[str, Mapping[str, Any]]:

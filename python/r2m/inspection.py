@@ -15,7 +15,7 @@ from r2m.progress import readable_bytes
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, analyze
 from r2m_kernels.errors import InvalidInput, printable
-from r2m_kernels.streaming import TensorSpec, dtype_name, plan_tensors
+from r2m_kernels.streaming import dtype_name, plan_tensors
 
 # The end of a name that a family of models has, and what has it. Its tensor is the first convolution, whose shape says
 # how wide the model is.
@@ -34,12 +34,12 @@ FAMILIES: Mapping[str, str] = {
 _LISTED = 6  # beginnings of names
 
 
-def family(specs: Mapping[str, TensorSpec]) -> str | None:
-    """A guess from the names of tensors, with the width of what stands first; None where nothing is known."""
+def family(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """A guess from tensors' names and shapes, with the width of what stands first; None where nothing is known."""
     for ending, title in FAMILIES.items():
-        name = next((name for name in specs if name == ending or name.endswith("." + ending)), None)
+        name = next((name for name in shapes if name == ending or name.endswith("." + ending)), None)
         if name is not None:
-            shape = specs[name].shape
+            shape = shapes[name]
             patch = f", patches of {shape[-1]}" if "ViT" in title or "CLIP" in title else ""
             return f"{title}, {shape[0]} wide{patch}" if len(shape) == 4 else title
     return None
@@ -56,7 +56,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
     title = f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
     rows = {
-        "family": family(specs) or "unknown",
+        "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
@@ -93,10 +93,8 @@ def inspect(
     except InvalidInput as error:
         return [*text, f"cannot be merged: {error}"], False
     roles = Counter(tensor.role for tensor in plan.tensors)
-    text.append(
-        f"can be merged into {paths[0]}: " + ", ".join(f"{count} as {role}" for role, count in roles.most_common())
-    )
-    return [*text, *(_norms(arranged) if norms else ())], True
+    counts = ", ".join(f"{count} as {role}" for role, count in roles.most_common())
+    return [*text, f"can be merged into {paths[0]}: {counts}", *(_norms(arranged) if norms else ())], True
 
 
 def _norms(arranged: Arranged) -> list[str]:

@@ -44,8 +44,7 @@ def read_features(path: str | Path) -> Features:
     """
     what = f"head_features ({path})"
     source = open_checkpoint(path, what)
-    missing = [name for name in ("features", "labels") if name not in source.specs]
-    if missing:
+    if not {"features", "labels"} <= source.specs.keys():
         raise BadFile(f"{what}: expected tensors features (n, d) and labels (n,), got {', '.join(source.specs)}")
     values, labels = source.read("features"), source.read("labels")
     if values.ndim != 2 or labels.shape != values.shape[:1] or not len(labels):
@@ -61,16 +60,8 @@ def read_features(path: str | Path) -> Features:
     return Features(values.double().numpy(), labels.long().numpy(), digest)
 
 
-def fit(features: Features, rule: str) -> tuple[NDArray[np.float64], float]:
-    """(d,) w and b, such that w·x + b is the log-odds of fake.
-
-    Args:
-        features: of the merged model.
-        rule: one of :data:`RULES`.
-
-    Raises:
-        BadOption: scikit-learn is missing.
-    """
+def _fit(features: Features, rule: str) -> tuple[NDArray[np.float64], float]:
+    """(d,) w and b, such that w·x + b is the log-odds of fake, by one of :data:`RULES`."""
     need("head: refit", "evaluate", "sklearn")
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
@@ -95,6 +86,7 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
         rule: one of :data:`RULES`.
 
     Raises:
+        BadOption: scikit-learn is missing.
         DoesNotFit: no such classifier, or of another d.
     """
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
@@ -106,7 +98,7 @@ def head(shapes: dict[str, tuple[int, ...]], features: Features, rule: str) -> d
         raise DoesNotFit(f"head: refit expects one matrix (2, d) or (1, d), and its bias if there is one; got {listed}")
     if features.values.shape[1] != width:
         raise DoesNotFit(f"head: refit: expected {width} features, got {features.values.shape[1]}")
-    weight, bias = fit(features, rule)
+    weight, bias = _fit(features, rule)
     # Of two logits the second is fake: their difference is the log-odds.
     signs = np.array([[1.0]]) if outputs == 1 else np.array([[-0.5], [0.5]])
     fitted = {matrices[0]: torch.tensor(signs * weight, dtype=torch.float32)}

@@ -87,7 +87,8 @@ def _preprocessing(experts: Mapping[str, str]) -> str:
 
 
 def _described(source: Checkpoint) -> str:
-    return f"{family(source.specs) or 'unknown family'}, {len(source.specs)} tensor{'s' * (len(source.specs) != 1)}"
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    return f"{family(shapes) or 'unknown family'}, {len(shapes)} tensor{'s' * (len(shapes) != 1)}"
 
 
 def _relative(path: str, directory: Path) -> str:

@@ -80,11 +80,11 @@ def test_heads_and_ties_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_families_are_known_by_a_name_and_its_shape(ending: str, prefix: str) -> None:
     specs = {f"{prefix}{ending}": TensorSpec((64, 3, 14, 14), torch.float32)}
-    found = family(specs)
+    found = family({name: spec.shape for name, spec in specs.items()})
     assert found is not None
     assert found.startswith(FAMILIES[ending])
     assert "64 wide" in found
-    assert family({"something.else": TensorSpec((1,), torch.float32)}) is None
+    assert family({"something.else": (1,)}) is None
     assert head_names(specs) == []
 
 

@@ -129,11 +129,7 @@ def _images(dataset: Path, folders: Mapping[Path, int], request: Request) -> lis
                 # An image that lies in no folder of its own is no frame of a video: it stands for itself.
                 video = path if path.parent == folder else path.parent
                 videos.setdefault((label, str(video.relative_to(dataset))), []).append(path)
-    return [
-        Frame(path, label, _video(video, request))
-        for (label, video), paths in videos.items()
-        for path in _chosen(paths, request)
-    ]
+    return [frame for (label, video), paths in videos.items() for frame in _video(paths, label, video, request)]
 
 
 def _json(path: Path, request: Request) -> dict[str, list[Frame]]:
@@ -184,17 +180,14 @@ def _frames(what: str, name: str, video: str, entry: Any, root: Path, request: R
     label = request.values.get(name, 0 if "real" in name.lower() else 1)
     # Written on Windows, some of them.
     images = [root / PureWindowsPath(one).as_posix() if "\\" in one else root / one for one in paths]
-    key = str(images[0].parent) if images else video
-    return [Frame(image, label, _video(key, request)) for image in _chosen(images, request)]
+    return _video(images, label, str(images[0].parent) if images else video, request)
 
 
-def _video(key: str, request: Request) -> str:
-    return key.rpartition("/")[2] if request.deepfakebench_compat else key
-
-
-def _chosen(paths: Sequence[Path], request: Request) -> Sequence[Path]:
-    """At most so many of a video's frames as are read."""
+def _video(paths: Sequence[Path], label: int, key: str, request: Request) -> list[Frame]:
+    """At most so many of a video's frames as are asked for."""
     count = request.frames
-    if len(paths) <= count or request.deepfakebench_compat:
-        return paths[:count]
-    return [paths[index * len(paths) // count] for index in range(count)]
+    if request.deepfakebench_compat:
+        paths, key = paths[:count], key.rpartition("/")[2]
+    elif len(paths) > count:
+        paths = [paths[index * len(paths) // count] for index in range(count)]
+    return [Frame(path, label, key) for path in paths]
