@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,6 +91,15 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a small file where :func:`created` may."""
     with created(path) as file:
         file.write(content)
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]], errors: str = "backslashreplace") -> bytes:
+    """Rows with the same keys as CSV, under a header; ``errors`` as :meth:`str.encode` has it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors=errors)
 
 
 @contextlib.contextmanager

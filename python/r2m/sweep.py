@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import os
 import time
@@ -16,7 +14,7 @@ from r2m import former
 from r2m.merge import Job, Progress, complete, open_job
 from r2m.options import SWEPT, Options
 from r2m.output import PartialOutput
-from r2m.places import beside, new_file, sync
+from r2m.places import beside, csv_table, new_file, sync
 from r2m_kernels import Analysis, MergeConfig
 from r2m_kernels.errors import BadFile, BadOption
 
@@ -72,11 +70,7 @@ def sweep(
                 "residual term/core": residual["norm_ratio_to_core"],
             }
         )
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    new_file(target / SWEEP_FILE, table.getvalue().encode())
+    new_file(target / SWEEP_FILE, csv_table(rows))
     return rows
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from r2m.evaluation import run
-from r2m.evaluation.data import Frame, read_dataset, read_scores
+from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.metrics import judge_all
 from r2m.evaluation.request import Request
@@ -54,7 +54,7 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
         for name, path in checkpoints.items()
     }
     evaluated = _run(request, models, preprocessings, datasets, quiet)
-    scores |= {name: one.scores() for name, one in evaluated.items()}
+    scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
     judged = {
         name: {
             "source": os.path.abspath(path),

@@ -70,7 +70,7 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
     what = f"scores ({path})"
     if not Path(path).is_file():
         raise BadFile(f"{what}: no such file")
-    rows: dict[str, list[tuple[int, float, str]]] = {}
+    rows: dict[str, list[tuple[Frame, float]]] = {}
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
@@ -85,16 +85,22 @@ def read_scores(path: str | Path) -> dict[str, Scores]:
             raise BadFile(f"{what}: line {reader.line_num}: {error}") from None
     if not rows:
         raise BadFile(f"{what}: holds no rows")
-    return {name: scores_of(held) for name, held in rows.items()}
+    return scores_of(rows)
 
 
-def scores_of(rows: Sequence[tuple[int, float, str]]) -> Scores:
-    """From (label, probability, video) of each frame."""
-    labels, probabilities, videos = zip(*rows, strict=True)
-    return Scores(np.array(labels, np.int64), np.array(probabilities, np.float64), np.array(videos, np.str_))
+def scores_of(datasets: Mapping[str, Sequence[tuple[Frame, float]]]) -> dict[str, Scores]:
+    """By dataset, from the probability of each frame."""
+    return {
+        name: Scores(
+            np.array([frame.label for frame, _ in rows], np.int64),
+            np.array([probability for _, probability in rows], np.float64),
+            np.array([frame.video for frame, _ in rows], np.str_),
+        )
+        for name, rows in datasets.items()
+    }
 
 
-def _row(what: str, row: Mapping[str, str | None]) -> tuple[int, float, str]:
+def _row(what: str, row: Mapping[str, str | None]) -> tuple[Frame, float]:
     label, path = row["label"], row["path"] or ""
     if label not in ("0", "1"):
         raise BadFile(f"{what}: label: expected 0 (real) or 1 (fake), got {quoted(str(label))}")
@@ -103,7 +109,8 @@ def _row(what: str, row: Mapping[str, str | None]) -> tuple[int, float, str]:
         probability = float(row["probability"] or "")
     if not 0 <= probability <= 1:
         raise BadFile(f"{what}: probability: expected a number from 0 to 1, got {quoted(str(row['probability']))}")
-    return int(label), probability, row.get("video") or path.replace("\\", "/").rpartition("/")[0] or path
+    video = row.get("video") or path.replace("\\", "/").rpartition("/")[0] or path
+    return Frame(Path(path), int(label), video), probability
 
 
 def _folders(directory: Path, request: Request) -> dict[str, list[Frame]]:

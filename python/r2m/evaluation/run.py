@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from r2m.evaluation.data import Frame, scores_of
+from r2m.evaluation.data import Frame
 from r2m.evaluation.detectors import probabilities
-from r2m.evaluation.metrics import Scores
 from r2m.evaluation.request import Request
-from r2m.places import new_file
+from r2m.places import csv_table, new_file
 from r2m.preprocessing import Preprocessing
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 from r2m_kernels.streaming import usable_device
@@ -43,13 +40,6 @@ class Evaluated:
 
     rows: dict[str, list[tuple[Frame, float]]] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
-
-    def scores(self) -> dict[str, Scores]:
-        """By dataset."""
-        return {
-            name: scores_of([(frame.label, probability, frame.video) for frame, probability in rows])
-            for name, rows in self.rows.items()
-        }
 
 
 def run_detector(
@@ -134,14 +124,12 @@ def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, E
     """``evaluation.json`` and the scores of every model that was run, as CSV files that can be read again."""
     out.mkdir(parents=True, exist_ok=True)
     for number, one in enumerate(evaluated.values(), start=1):
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "label", "video", "dataset", "probability"])
-        for dataset, rows in one.rows.items():
-            writer.writerows(
-                [frame.path, frame.label, frame.video, dataset, repr(probability)] for frame, probability in rows
-            )
-        new_file(out / f"scores-{number}.csv", table.getvalue().encode(errors="surrogateescape"))
+        rows = [
+            {**asdict(frame), "dataset": dataset, "probability": probability}
+            for dataset, scored in one.rows.items()
+            for frame, probability in scored
+        ]
+        new_file(out / f"scores-{number}.csv", csv_table(rows, "surrogateescape"))
     text = json.dumps(result, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
     new_file(out / RESULT_FILE, text.encode(errors="backslashreplace"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,14 +55,6 @@ class Picture:
     rows: Rows
     svg: str
     png: bytes
-
-    def table(self) -> bytes:
-        """The numbers as CSV."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue().encode(errors="backslashreplace")
 
 
 def picture(

@@ -15,7 +15,7 @@ from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.output import REPORT_FILE
-from r2m.places import MOST_RECORD, new_directory, read_mapping, read_small, write_file
+from r2m.places import MOST_RECORD, csv_table, new_directory, read_mapping, read_small, write_file
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
@@ -69,7 +69,7 @@ def write_page(
         pictures += of_sweep(rows, Path(swept), measured)
     files = {PAGE_FILE: page(report, pictures).encode(errors="xmlcharrefreplace")}
     for one in pictures:
-        files |= {f"{one.name}.png": one.png, f"{one.name}.csv": one.table()}
+        files |= {f"{one.name}.png": one.png, f"{one.name}.csv": csv_table(one.rows)}
     with new_directory(target) as partial:
         for name, content in files.items():
             write_file(partial / name, content)
