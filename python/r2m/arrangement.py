@@ -11,7 +11,7 @@ from typing import NamedTuple
 from r2m import refit
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.view import LazyTensor, View, constant, folded, zeros
-from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Preset, Rules
+from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput, quoted
@@ -119,13 +119,12 @@ def _arranged(
     arrangement: Arrangement,
     renames: Mapping[str, Rules],
 ) -> Arranged:
-    preset = PRESETS[arrangement.preset] if arrangement.preset is not None else Preset("as they are")
     origin = renamed(base, arrangement)
     views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
     arranged = Arranged(origin, views, config)
-    if preset.factored:
+    if arrangement.layout.factored:
         arranged = _unfactored(arranged)
-    if preset.experts_layout:
+    if arrangement.layout.experts_layout:
         arranged = _in_layout_of_experts(arranged)
     if arrangement.head_features is not None and (arrangement.head or "").partition(":")[0] != "refit":
         raise BadOption("head_features: are for head: refit alone")
@@ -135,7 +134,7 @@ def _arranged(
 def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = None) -> View:
     """A checkpoint under the names that are asked for; the rules of ``first`` come before those for all."""
     view = View.of(source).renamed({**(first or {}), **arrangement.rename})
-    for step in PRESETS[arrangement.preset].steps if arrangement.preset is not None else ():
+    for step in arrangement.layout.steps:
         view = view.renamed(step)
     return view
 
@@ -143,7 +142,7 @@ def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = 
 def plain(source: Checkpoint, arrangement: Arrangement) -> View:
     """A checkpoint under the names that are asked for, its factors folded into ordinary weights."""
     view = renamed(source, arrangement)
-    if arrangement.preset is None or not PRESETS[arrangement.preset].factored:
+    if not arrangement.layout.factored:
         return view
     beginnings = _beginnings([view])
     return _folded(view, beginnings).renamed({start + MAIN: start + PLAIN for start in beginnings})
@@ -225,8 +224,7 @@ def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arran
     """What ``rule`` says of the classifier: averaged, or one that is kept."""
     base, config = arranged.base, arranged.config
     kind, chosen = _head_rule(rule, arranged.experts)
-    expert = chosen if kind == "expert" else next(iter(arranged.experts))
-    owner = base if kind == "base" else arranged.experts[expert]
+    owner = base if kind == "base" else arranged.experts[chosen if kind == "expert" else next(iter(arranged.experts))]
     names = _classifier(owner, arrangement.head_tensors)
     exact = [literal(name) for name in names]
     if kind == "mean":

@@ -15,7 +15,7 @@ from typing import Any
 from r2m.checkpoints.formats import FORMATS, SAFETENSORS
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
-from r2m.presets import PRESETS, Rules
+from r2m.presets import PRESETS, Preset, Rules
 from r2m_kernels.checks import did_you_mean
 from r2m_kernels.config import FILES, FLAGS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
@@ -60,6 +60,11 @@ class Arrangement:
 
     def __post_init__(self) -> None:
         ARRANGEMENT["preset"].checked(self.preset)
+
+    @property
+    def layout(self) -> Preset:
+        """What the preset asks for."""
+        return Preset("as they are") if self.preset is None else PRESETS[self.preset]
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> Arrangement:
@@ -144,7 +149,7 @@ class Recipe:
             make_config(method, {key: value for key, value in given.items() if key in FLAGS}),
             method,
             arrangement=Arrangement.from_options(given),
-            **{key: given[key] for key in OUTPUT if key in given},
+            **{one.name: given[one.key] for one in OUTPUT.values() if one.key in given},
         )
 
     def with_expert(self, name: str, expert: Expert, weight: float | None = None) -> Recipe:

@@ -19,7 +19,7 @@ def only_given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def take_options(given: dict[str, Any]) -> Options:
     """How to run, taken out of what was given."""
-    return Options(**only_given({name: given.pop(name, None) for name in OPTIONS}))
+    return Options(**only_given({one.name: given.pop(one.key, None) for one in OPTIONS.values()}))
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
@@ -32,7 +32,7 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
         return Recipe.from_options(words)
     from r2m.recipe_file import read_recipe
 
-    output = {key: words.pop(key) for key in OUTPUT if key in words}
+    output = {one.name: words.pop(one.key) for one in OUTPUT.values() if one.key in words}
     if words:
         raise BadOption(f"{flag(next(iter(words)))}: the recipe says that; --set KEY=VALUE changes it.")
     return replace(read_recipe(path, changes), **output)
