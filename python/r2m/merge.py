@@ -156,9 +156,9 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     base = open_checkpoint(recipe.base, f"base ({recipe.base})")
     experts = {name: open_checkpoint(one.path, f"expert '{name}' ({one.path})") for name, one in recipe.experts.items()}
-    own, counts = {}, {}
+    known, counts = {}, {}
     for name, one in recipe.experts.items():
-        own[name] = one.preprocessing or preprocessing.beside(hub.local(one.path))
+        known[name] = one.preprocessing or preprocessing.beside(hub.local(one.path))
         counts[name] = 1 if hub.is_reference(one.path) else former.specialists(Path(one.path))
     config = recipe.config
     if config.weights is None and any(count > 1 for count in counts.values()):
@@ -172,7 +172,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         for name in output.COPIED_FILES
         if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
     }
-    common = preprocessing.common(own, recipe.preprocessing)
+    common = preprocessing.common(known, recipe.preprocessing)
     return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)
 
 

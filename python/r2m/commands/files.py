@@ -56,9 +56,11 @@ def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pic
     from r2m.convert import convert as write
     from r2m.merge import OUTPUT_DTYPES
 
-    wanted = Arrangement.from_options(only_given(given))
+    arrangement = Arrangement.from_options(only_given(given))
     chosen = OUTPUT_DTYPES[dtype] if dtype else None
-    click.echo(write(source, out, arrangement=wanted, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle))
+    click.echo(
+        write(source, out, arrangement=arrangement, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle)
+    )
 
 
 @click.command()

@@ -24,8 +24,8 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     """
     from r2m.inspection import inspect as look
 
-    wanted = Arrangement.from_options(only_given(given))
-    lines, fit = look(paths, arrangement=wanted, norms=norms)
+    arrangement = Arrangement.from_options(only_given(given))
+    lines, fit = look(paths, arrangement=arrangement, norms=norms)
     for line in lines:
         click.echo(line)
     return 0 if fit else 1

@@ -16,8 +16,8 @@ from r2m.commands import again, evaluate, files, look, merge
 from r2m.commands.process import exit_code
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
         from r2m_kernels import __version__
 
         click.echo(f"r2m {__version__}")
