@@ -15,7 +15,7 @@ help:  ## this list
 
 $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -98,7 +98,7 @@ zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, tran
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
 .venv-gpu/ready: requirements.txt Makefile
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet $(GPU_PACKAGES) \
+	.venv-gpu/bin/python -m pip install --quiet --no-compile $(GPU_PACKAGES) \
 	  $$(grep -E '^(torch|pytest|safetensors)==' requirements.txt)
 	touch $@
 

@@ -89,7 +89,7 @@ def one_torch_thread():
 @pytest.fixture(autouse=True)
 def kernels_round_as_on_a_gpu(monkeypatch):
     """Interpreted kernels round to bfloat16 as hardware does, and lose no time."""
-    lose_no_time(monkeypatch)
+    lose_no_time(monkeypatch.setattr)
     round_to_bf16_as_hardware_does(monkeypatch)
 
 

@@ -50,6 +50,9 @@ def one_part(part: str, session: Session) -> bool:
     """In this process; whatever is raised ends up in the part's file."""
     record = Record(session, part)
     print(f"\n== {part}: {session.left():.0f} s at most", flush=True)
+    if session.rehearsal:
+        sys.path.append(str(ROOT / "tests" / "kernels"))
+        importlib.import_module("interpreter").lose_no_time()
     try:
         return importlib.import_module(PARTS[part][0]).run(session, record)
     except Exception as failure:

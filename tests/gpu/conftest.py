@@ -8,7 +8,10 @@ tensors with tiny shapes: it shows that the tests run, not that the kernels are 
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,9 @@ MODE = os.environ.get("R2M_GPU_TESTS", "")
 # Without the variable nothing here is collected: `make test` walks over tests/, and has no GPU, other options and the
 # interpreter, in which tests/kernels runs the same operators.
 collect_ignore_glob = [] if MODE in ("cuda", "interpreter") else ["*"]
+if MODE == "interpreter":
+    sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+    importlib.import_module("interpreter").lose_no_time()
 
 
 @pytest.fixture(scope="session")

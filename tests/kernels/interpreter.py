@@ -16,14 +16,14 @@ from triton.runtime import interpreter
 PATCH = interpreter._patch_lang
 
 
-def lose_no_time(monkeypatch) -> None:
+def lose_no_time(replace=setattr) -> None:
     """What the interpreter does again and again it does once, what for nothing not at all: a third of the time."""
-    monkeypatch.setattr(interpreter, "_patch_lang", _patch_once_a_launch())
+    replace(interpreter, "_patch_lang", _patch_once_a_launch())
     # It computes integer sums and products in 64 bits as well, to tell an overflow that is told in debug mode only.
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    replace(interpreter.interpreter_builder, "options", options)
     # It builds a dictionary of all types to look up one.
-    monkeypatch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
+    replace(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
 
 
 def _looked_up_once(numpy_dtype):
