@@ -4,10 +4,13 @@ BIN := .venv/bin
 READY := .venv/ready
 SOURCES := r2m_kernels python/r2m tests bench setup.py
 
-# One BLAS thread a process: two test workers with two threads each fight over two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 300 --timeout-method thread
+# Of one check. One BLAS thread a process: two test workers with two threads each fight over two cores.
+PROCESSES := 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal --timeout 300 --timeout-method thread
+# Two checks at once: some have one process, and while one waits for the disk another computes.
+TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs 2 --output-sync=target
 
-.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-two kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
+.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,10 +25,13 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cp
 demo: $(READY)  ## specialists trained on real faces, merged and judged: table and pictures under demo/
 	$(BIN)/r2m demo --out demo
 
-test: check kernels-two  ## lint, types, import contracts, kernels compiled for two GPU targets, tests
+test: $(READY)  ## lint, types, import contracts, kernels compiled for one GPU of each maker, tests
+	$(TWO_AT_ONCE) check kernels TARGETS="sm_90 gfx942"
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY) .venv-peers/ready .venv-zoo/ready kernels kernels-oldest gpu-rehearsal sanitize  ## the slow checks: oldest Triton, GPU rehearsal, sanitizers, full demo, wheel, fusion-bench, detectors of other libraries, quick quality
+test-all: $(READY)  ## the slow checks: every GPU target, oldest Triton, GPU rehearsal, sanitizers, the pinned commit's bits, full demo, wheel, fusion-bench, detectors of other libraries, quick quality
+	$(TWO_AT_ONCE) .venv-gpu/ready .venv-zoo/ready
+	$(TWO_AT_ONCE) PROCESSES=1 gpu-rehearsal kernels-oldest kernels sanitize
 	$(PYTEST) --timeout 1800 -m slow
 
 test-changed: $(READY)  ## what the change since BASE=COMMIT can touch, uncommitted files included
@@ -44,13 +50,9 @@ sanitize: $(READY)  ## the CPU kernels' tests under AddressSanitizer and Undefin
 	  $(PYTEST) tests/kernels/test_native.py tests/kernels/test_operators.py -k "not triton and not torch- and not refused"
 
 # Triton's cache is keyed by source, target and options: only what changed is compiled again.
-COMPILE_CHECK := -m bench.compile_check
-kernels: $(READY)  ## compile every kernel for every GPU target, no GPU needed, and inspect the machine code
+COMPILE_CHECK = -m bench.compile_check --processes $(PROCESSES) $(addprefix --target ,$(TARGETS))
+kernels: $(READY)  ## compile every kernel for every GPU target or TARGETS, no GPU needed, and inspect the machine code
 	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python $(COMPILE_CHECK) --json build/compile_check.json
-
-# One of each maker's: what compiles for these has not yet failed for their other chips, which test-all asks too.
-kernels-two: $(READY)
-	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python $(COMPILE_CHECK) --json build/compile_check.json --target sm_90 --target gfx942
 
 kernels-oldest: .venv-gpu/ready
 	TRITON_CACHE_DIR=$(CURDIR)/build/triton .venv-gpu/bin/python $(COMPILE_CHECK) --json build/compile_check_oldest.json

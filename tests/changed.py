@@ -17,7 +17,16 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYTHING = ("Makefile", "pyproject.toml", "setup.py", "requirements.txt", "MANIFEST.in", ".ci/*", "tests/conftest.py")
+EVERYTHING = (
+    "Makefile",
+    "pyproject.toml",
+    "setup.py",
+    "requirements.txt",
+    "MANIFEST.in",
+    ".ci/*",
+    "tests/conftest.py",
+    "tests/support/*",
+)
 # Globs of changed files → goals of the Makefile, and tests that take their slow cases along.
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "r2m_kernels/_triton/*": (("kernels", "gpu-rehearsal"), ("tests/kernels/test_triton_*.py",)),
@@ -113,7 +122,9 @@ def _reached(test: Path) -> set[str]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             reached.update(names)
             beside = [
-                ROOT / "tests" / folder / f"{name}.py" for name in names for folder in ("kernels", test.parent.name)
+                ROOT / "tests" / folder / f"{name}.py"
+                for name in names
+                for folder in ("kernels", "support", test.parent.name)
             ]
             waiting += [path for path in beside if path.is_file() and path not in seen]
     return reached
