@@ -52,6 +52,14 @@ class ShiftedFactors(NamedTuple):
     gap: Tensor
 
 
+class Effort(NamedTuple):
+    """How hard a truncation tries: options of :class:`r2m_kernels.MergeConfig`; a backend may do without some."""
+
+    iterations: int
+    oversampling: int
+    tolerance: float | None
+
+
 class ShiftedTruncation(Protocol):
     """A backend's fast method for step 3 (README §4)."""
 
@@ -63,9 +71,7 @@ class ShiftedTruncation(Protocol):
         keys: Tensor,
         energies: Tensor,
         rank: int,
-        iterations: int,
-        oversampling: int,
-        tolerance: float | None,
+        effort: Effort,
     ) -> ShiftedFactors:
         """Near-optimal rank-r approximations of X_li = Σ_j mixing[j, i] τ_lj; none depends on the rest of the group.
 
@@ -75,7 +81,7 @@ class ShiftedTruncation(Protocol):
             keys: (L,) int64, what the random numbers of each tensor are made from.
             energies: (L, N) float64, ‖X_li‖² from the task Gram.
             rank: r.
-            iterations, oversampling, tolerance: of :class:`r2m_kernels.MergeConfig`.
+            effort: how hard to try.
         """
         ...
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._interface import Operators
+from ._interface import Effort, Operators
 from ._stream.factors import RATE, Factors, gram_matrix, leading_eigenvectors
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
@@ -72,14 +72,14 @@ def truncate_residuals(
         grams = list(operators.task_gram(bases, experts))
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
     energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
-    options = (rank, config.power_iterations, config.oversampling, config.tolerance)
-    found = operators.shifted_truncation(bases, experts, mixing, keys, energies, *options)
+    effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
+    shifted = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort)
     factors = []
     for index, (name, base, others) in enumerate(of_tensor):
-        if bool(found.trusted[index].all()):
-            known = None if found.products is None else found.products[index]
-            ordered = operators.traits.orders_components
-            factors.append(Factors(found.left[index], found.right[index], ordered, known, found.gap[index], "shifted"))
+        if bool(shifted.trusted[index].all()):
+            left, right, gap = shifted.left[index], shifted.right[index], shifted.gap[index]
+            products = None if shifted.products is None else shifted.products[index]
+            factors.append(Factors(left, right, operators.traits.orders_components, products, gap, "shifted"))
         else:
             factors.append(_textbook(name, base, others, mixing, rank, config, operators))
     return factors

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._interface import ShiftedFactors
+from .._interface import Effort, ShiftedFactors
 from .._stream import parallel
 from .._stream.blocks import long_panels, panel_limit
 from .._stream.factors import RATE, stacked
@@ -47,9 +47,7 @@ def shifted_truncation(
     keys: Tensor,
     energies: Tensor,
     rank: int,
-    iterations: int,
-    oversampling: int,
-    tolerance: float | None,
+    effort: Effort,
     residuals: Callable[..., Residuals] = Residuals.of,
 ) -> ShiftedFactors:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; ``energies`` are measured here, more precisely.
@@ -59,8 +57,8 @@ def shifted_truncation(
     of_tensors = []
     for index, key in enumerate(keys.tolist()):
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
-        steps, width = -(-iterations // 2), truncation_width(rank, oversampling)
-        of_tensors.append(_truncate(of_tensor, key, rank, steps, width, tolerance))
+        steps, width = -(-effort.iterations // 2), truncation_width(rank, effort.oversampling)
+        of_tensors.append(_truncate(of_tensor, key, rank, steps, width, effort.tolerance))
     left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
     return ShiftedFactors(left, right, None, trusted, gap)
 

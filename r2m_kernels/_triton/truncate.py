@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._interface import ShiftedFactors
+from .._interface import Effort, ShiftedFactors
 from . import launch
 from .orthonormalize import inner_products, orthonormal_rows
 from .residual_matmul import matrix_group, multiply, sketch
@@ -44,14 +44,9 @@ def shifted_truncation(
     keys: Tensor,
     energies: Tensor,
     rank: int,
-    iterations: int,
-    oversampling: int = 0,
-    tolerance: float | None = None,
+    effort: Effort,
 ) -> ShiftedFactors:
-    """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
-
-    ``oversampling`` and ``tolerance`` are accepted for all backends' sake.
-    """
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order."""
     group = matrix_group(bases, experts)
     m = bases[0].shape[0]
     n = bases[0].numel() // m
@@ -64,7 +59,7 @@ def shifted_truncation(
     unit = (mixing.to(scales) * scales.unsqueeze(1)).to(group.device)  # (L, N, N), columns are experts
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
     kept: list[Tensor] = []
-    for _ in range(iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
+    for _ in range(effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
         product, energy = multiply(group, unit, basis, not tall, fast)
         kept.append(energy)
         shift = (SHIFT / max(1, outside) * (1.0 - energy)).clamp_min(0).to(basis.dtype)
