@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,7 @@ def _run(
     os.environ.update(environment)
     for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background are born deaf to it
     sys.argv = ["r2m", *arguments]
     if script is not None:
         exec(compile(script, "<script of a test>", "exec"), {"__name__": "__main__"})
