@@ -41,7 +41,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """What is heavy is slow, and what takes long comes first, so that no worker ends with it alone.
 
-    Files stay together, for the sake of what their tests share; inside a file the order is pytest-randomly's.
+    Files stay together, for the sake of what their tests share; inside a file the order is pytest-randomly's, but for
+    the long ones.
     """
     for item in items:
         if item.get_closest_marker("heavy"):
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(items):
     seconds = Counter(dict.fromkeys({item.path for item in items}, 0.0))
     for file, function in {(item.path, _function(item.nodeid)) for item in items}:
         seconds[file] += known.get(function, 0.0)
-    items.sort(key=lambda item: (-seconds[item.path], str(item.path)))
+    items.sort(key=lambda item: (-seconds[item.path], str(item.path), -known.get(_function(item.nodeid), 0.0)))
 
 
 def _function(nodeid):

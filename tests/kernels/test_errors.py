@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 
+import forked
 import numpy
 import pytest
 import torch
@@ -278,11 +277,11 @@ except r2m_kernels.BackendUnavailable as error:
     print(error)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == (
+    out, err = forked.start((), code, environment).communicate(timeout=60)
+    assert out.strip() == (
         "backend 'triton' runs on CUDA and ROCm GPUs and not on 'cpu' (device='cuda' chooses one); use backend='torch' "
         "or 'auto'"
-    )
+    ), err
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", ""])
