@@ -1,6 +1,6 @@
 """What a merge will read, write, hold and take, before any of it is done (``r2m plan``, ``r2m merge --dry-run``).
 
-Bytes follow from headers and the engine's own rules, and are exact but for what the interpreter and libraries hold
+Bytes follow from headers and the merge's own rules, and are exact but for what the interpreter and libraries hold
 besides. Seconds are a prediction from rates measured here within a second; a busy machine or disk has others.
 """
 

@@ -58,7 +58,7 @@ def bars(console: Console | None = None) -> Iterator[Bars | None]:
 
 @contextlib.contextmanager
 def reporting(*, quiet: bool = False) -> Iterator[Callable[[ProgressEvent], None] | None]:
-    """A function for the engine's events that shows them on stderr; ``None`` when ``quiet``."""
+    """A function for a merge's events that shows them on stderr; ``None`` when ``quiet``."""
     if quiet:
         yield None
         return

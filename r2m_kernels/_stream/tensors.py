@@ -1,8 +1,7 @@
 """What the merge reads and writes: checkpoints seen as named tensors.
 
-The engine (:mod:`r2m_kernels._stream.engine`) knows two protocols and no storage: a :class:`TensorSource` gives tensors
-one at a time, a :class:`TensorSink` takes them one at a time. Dictionaries are served here; files by the
-application.
+A merge knows two protocols and no storage: a :class:`TensorSource` gives tensors one at a time, a :class:`TensorSink`
+takes them one at a time. Dictionaries are served by :mod:`.state_dicts`, files by the application.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bench.quality.docs import RULES
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
 from r2m_kernels import MergeConfig
-from r2m_kernels import report as diagnostics
+from r2m_kernels.report import CALIBRATED
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "bench" / "results" / "quality.json"
@@ -138,7 +138,7 @@ def test_the_json_is_of_the_default_that_is_in_the_package():
 
 def test_warnings_use_the_thresholds_that_were_found():
     warning = {rule.number: rule.threshold for rule in RULES if rule.warns}
-    assert warning == diagnostics.CALIBRATED
+    assert warning == CALIBRATED
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Other methods in the engine's form: what defines each, beyond agreement with the reference."""
+"""Other methods in R²M's form: what defines each, beyond agreement with the reference."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def checkpoints(count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[dic
 
 
 class Counting:
-    """A source that the engine has to read, and what it read."""
+    """A source that a merge has to read, and what it read."""
 
     def __init__(self, label: str, tensors: dict) -> None:
         self._inner = StateDictSource(label, tensors)
