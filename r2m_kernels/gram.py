@@ -58,9 +58,7 @@ def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *
 
 def from_panels(panels: Tensor) -> Tensor:
     """A tensor's Gram, bit for bit that of :func:`task_grams`, from all its panels' in order."""
-    total = torch.zeros_like(panels[0])
-    for panel in panels:
-        total += panel
+    total = ordered_sum(list(panels), panels.shape[1])
     return (total + total.mT) / 2
 
 

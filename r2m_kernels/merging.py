@@ -93,7 +93,7 @@ def analyze(
     share the work: then each one's :meth:`Analysis.write` writes tensors of its own.
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
-    options = RunOptions(device, backend, memory_budget, spill_directory, progress, processes, journal)
+    options = RunOptions(device, backend, memory_budget, spill_directory, processes, journal)
     run = Run(Inputs(*open_checkpoints(base, experts)), config, options, passes)
     # 1. How the task vectors lie to one another.
     grams = gram.as_tensors(run.each(gram.GramStep(run, config), progress))
@@ -125,7 +125,7 @@ class Analysis:
     def __init__(self, run: Run, findings: Findings) -> None:
         self._run, self._findings, self._factors = run, findings, truncation.ResidualFactors(findings, run)
         self.config, self.experts, self.plan = findings.config, findings.experts, findings.plan
-        self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, findings.grams
+        self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, dict(findings.grams)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
         self.backend, self.device = run.backend, run.device
 

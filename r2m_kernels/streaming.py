@@ -8,8 +8,8 @@ from ._stream import budget
 from ._stream.budget import Inputs
 from ._stream.compatibility import plan as plan_tensors
 from ._stream.plan import Plan, PlannedTensor
-from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess, assign
-from ._stream.schedule import Pass, Work, work_list
+from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess
+from ._stream.schedule import Pass, Work, shares, work_list
 from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
@@ -41,12 +41,12 @@ __all__ = [
     "TensorSource",
     "TensorSpec",
     "Work",
-    "assign",
     "budget",
     "choose_backend",
     "dtype_name",
     "plan_passes",
     "plan_tensors",
+    "shares",
     "sources_digest",
     "usable_device",
     "work_list",

@@ -1,7 +1,7 @@
 """What each merged tensor is made of, as data that says how it may be cut and writes itself (README §6).
 
-:func:`kind_of` is the only place that looks at roles and options; a new way to merge is a class here, or a new
-configuration of those that are.
+What a matrix or vector becomes, and whether it may be cut, is decided by :func:`kind_of` alone; a new way to merge is a
+class here, or a new configuration of those that are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import elements, spectra
 from ._interface import Operators
-from ._stream.blocks import BLOCK_ELEMENTS, block_height
+from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor
@@ -79,7 +79,7 @@ class LowRank(Term):
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]  # whole rows
+        return row_block_elements(*tensor.matrix_shape)
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
         if not self.factors:
@@ -92,7 +92,7 @@ class LowRank(Term):
         if group.part is not None:
             columns = group.tensors[0].matrix_shape[1]
             lefts = [left[:, group.part.start // columns : group.part.stop // columns] for left in lefts]
-            group, outs = group.in_rows(), [out.view(-1, columns) for out in outs]
+        group, outs = group.in_rows(outs)
         left = stacked([one.to(device).mT for one in lefts]).mT  # rows, as kernels have them
         right = stacked([factors.right.to(device) for factors in self.factors])
         operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
@@ -109,11 +109,10 @@ class ByRows(Term):
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        return block_height(*tensor.matrix_shape) * tensor.matrix_shape[1]  # whole rows
+        return row_block_elements(*tensor.matrix_shape)
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        if group.part is not None:
-            group, outs = group.in_rows(), [out.view(-1, group.tensors[0].matrix_shape[1]) for out in outs]
+        group, outs = group.in_rows(outs)
         weights, scales, power = self.rows.weights, self.rows.scales, self.rows.power
         for index, out in enumerate(outs):
             base, experts = group.inputs(index)

@@ -27,10 +27,10 @@ from r2m_kernels.streaming import (
     Pass,
     PlannedTensor,
     Work,
-    assign,
     budget,
     plan_passes,
     plan_tensors,
+    shares,
     work_list,
 )
 
@@ -171,17 +171,15 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
     """
     plan = plan_tensors(inputs.base, inputs.named, config)
     passes = plan_passes(plan, config, backend.operators)
-    uses = Counter(tensor.name for one in passes for tensor in one.tensors)
-    costs = budget.costs(plan.tensors, uses, inputs, config)
-    shares = []
-    for names in assign(costs, resources.processes):
+    of_processes = []
+    for names in shares(plan, passes, inputs, config, resources.processes):
         tensors = [tensor for tensor in plan.tensors if tensor.name in names]
         memory = budget.split(resources.budget, tensors, inputs, config, threads=resources.threads)
         works = {}
         for one in passes:
             own = [tensor for tensor in one.tensors if tensor.name in names]
             works[one.name] = work_list(one, own, inputs, memory, resources.threads)
-        shares.append(_share(tensors, works, passes, memory, inputs, config))
+        of_processes.append(_share(tensors, works, passes, memory, inputs, config))
     files = plan_files(
         plan.output_specs(inputs.base.specs, output.dtype), output.metadata, output.max_shard_size, plan.aliases
     )
@@ -191,7 +189,7 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
         inputs=sum(spec.nbytes for source in inputs.sources for spec in source.specs.values()),
         output=sum(file.size for file in files),
         files=len(files),
-        shares=shares,
+        shares=of_processes,
         budget=resources.budget,
         free_disk=machine.free_disk(output.directory),
         copies=output.copies,
@@ -213,7 +211,7 @@ def _share(
         once = inputs.base.specs[tensor.name].nbytes if tensor.role == "statistic" else 0
         return inputs.nbytes(tensor) * uses[tensor.name] - once
 
-    flight, factors = memory.flight or 0, sum(map(inputs.factor_bytes, tensors)) if config.eta != 0 else 0
+    flight, factors = memory.flight or 0, (memory.factors or 0) if config.eta != 0 else 0
     uncut = {tensor.name for one in passes for tensor in one.tensors if one.block_elements(tensor) is None}
     cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
     excess = {tensor.name: inputs.working_bytes(tensor) - flight for tensor in tensors if tensor.name in uncut}
@@ -223,8 +221,8 @@ def _share(
         read=sum(inputs.nbytes(tensor) if tensor.name in memory.kept else used(tensor) for tensor in tensors),
         used=sum(map(used, tensors)),
         flops=sum(budget.truncation_flops(tensor, config, len(inputs.experts)) for tensor in tensors),
-        spill=max(0, memory.spill),
-        memory=flight + max(over.values(), default=0) + min(factors, memory.factors or 0) + kept,
+        spill=memory.spill,
+        memory=flight + max(over.values(), default=0) + factors + kept,
         works=works,
         in_parts=len(cut - uncut),
         whole=list(over),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, InvalidInput
+from ..errors import BackendUnavailable, BadOption
 
 ABI_VERSION = 1
 POLICIES = ("auto", "require", "off")
@@ -94,10 +94,10 @@ def _library(path: Path) -> Library:
 
 
 def policy() -> str:
-    """``R2M_NATIVE``; InvalidInput if it is none of the three."""
+    """``R2M_NATIVE``; BadOption if it is none of the three."""
     value = os.environ.get("R2M_NATIVE") or "auto"
     if value not in POLICIES:
-        raise InvalidInput(f"R2M_NATIVE: expected one of 'auto', 'require', 'off', got '{value}'")
+        raise BadOption(f"R2M_NATIVE: expected one of 'auto', 'require', 'off', got '{value}'")
     return value
 
 

@@ -42,6 +42,11 @@ def block_height(rows: int, columns: int) -> int:
     return max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(1, columns))
 
 
+def row_block_elements(rows: int, columns: int) -> int:
+    """Elements of a block of whole rows."""
+    return block_height(rows, columns) * columns
+
+
 def row_panels(rows: int, columns: int) -> list[list[slice]]:
     """Row slices of a (rows, columns) matrix, grouped into panels."""
     return _panels(rows, block_height(rows, columns))

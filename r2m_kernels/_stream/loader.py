@@ -52,14 +52,15 @@ class Group:
         base, experts = self.inputs(index)
         return Group([self.tensors[index]], [base], [[expert] for expert in experts], self.part)
 
-    def in_rows(self) -> Group:
-        """Parts of a matrix, which are whole rows then, as rows; whole tensors as they are."""
+    def in_rows(self, outs: Sequence[Tensor]) -> tuple[Group, Sequence[Tensor]]:
+        """A part of a matrix, which is whole rows then, and what is written of it, as rows; whole ones as they are."""
         if self.part is None:
-            return self
+            return self, outs
         columns = self.tensors[0].matrix_shape[1]
         base, experts = self.inputs(0)
         rows = [[expert.view(-1, columns)] for expert in experts]
-        return Group(self.tensors, [base.view(-1, columns)], rows, self.part)
+        group = Group(self.tensors, [base.view(-1, columns)], rows, self.part)
+        return group, [out.view(-1, columns) for out in outs]
 
 
 class Loader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from .compatibility import plan as plan_tensors
 from .loader import Loader
 from .parallel import workers
 from .plan import Plan, PlannedTensor
-from .processes import Journal, NoJournal, ProcessGroup, SingleProcess, assign
-from .schedule import Pass, Step, run_in_groups, run_on_threads, work_list
+from .processes import Journal, NoJournal, ProcessGroup, SingleProcess
+from .schedule import Pass, Step, run_in_groups, run_on_threads, shares, work_list
 from .spill import FactorStore
 from .state_dicts import device_of
 
@@ -67,7 +66,6 @@ class RunOptions:
         backend: ``"auto"``, or a backend by name, which then never falls back.
         memory_budget: bytes, or text such as "4GiB", for tensors in flight, factors and inputs that are kept.
         spill_directory: takes the factors that exceed the budget; ``None``: the system's temporary one.
-        progress: told of every tensor.
         processes: who shares the work.
         journal: who writes down what is found.
     """
@@ -76,7 +74,6 @@ class RunOptions:
     backend: str = "auto"
     memory_budget: int | str | None = None
     spill_directory: str | Path | None = None
-    progress: Progress | None = None
     processes: ProcessGroup | None = None
     journal: Journal | None = None
 
@@ -107,11 +104,8 @@ class Run:
         self.processes, self.journal = options.processes or SingleProcess(), options.journal or NoJournal()
         self.loader = Loader(inputs, self.device)
         self.records: dict[str, StepRecord] = {}
-        uses = Counter(
-            tensor.name for one in passes(self.plan, config, self.backend.operators) for tensor in one.tensors
-        )
-        costs = budget.costs(self.plan.tensors, uses, inputs, config)
-        self._share = assign(costs, self.processes.size)[self.processes.index]
+        known = passes(self.plan, config, self.backend.operators)
+        self._share = shares(self.plan, known, inputs, config, self.processes.size)[self.processes.index]
         free = _free_bytes(self.device, limit)
         self.memory = budget.split(
             limit,

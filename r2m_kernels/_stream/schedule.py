@@ -6,17 +6,19 @@ that takes more than its share of the memory is worked on in parts, where the st
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import MergeConfig
 from . import budget
 from .budget import Inputs, Memory
 from .loader import Group, Loader
 from .parallel import for_each, workers
-from .plan import PlannedTensor
-from .processes import Journal
+from .plan import Plan, PlannedTensor
+from .processes import Journal, assign
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Pass:
     name: str
     tensors: Sequence[PlannedTensor]
     block_elements: Callable[[PlannedTensor], int | None] = lambda tensor: None
+
+
+def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConfig, processes: int) -> list[set[str]]:
+    """Names of the tensors that each process works on, by what they cost over all passes."""
+    uses = Counter(tensor.name for one in passes for tensor in one.tensors)
+    return assign(budget.costs(plan.tensors, uses, inputs, config), processes)
 
 
 class Step:
