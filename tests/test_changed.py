@@ -57,6 +57,8 @@ def test_backends_that_are_loaded_by_name_count():
 
 def test_helpers_of_tests_count_and_other_files_do_not():
     assert "tests/kernels/test_golden.py" in changed.select(["tests/kernels/cases.py"]).tests
+    # Through a helper that starts the command.
+    assert "tests/demo/test_faces.py" in changed.select(["r2m_kernels/truncation.py"]).tests
     assert changed.select(["tests/r2m/test_naming.py"]).tests == {"tests/r2m/test_naming.py"}
     assert changed.select(["LICENSE"]).tests == set()
     assert changed.select([]).commands() == [["make", "check"]]

@@ -22,6 +22,8 @@ METHODS = {
     "average": MergeConfig.weight_average(),
     "TIES": MergeConfig.ties(),
     "DARE": MergeConfig.dare(),
+    "TIES by column": MergeConfig.ties().replace(scale="column"),
+    "DARE by column": MergeConfig.dare().replace(scale="column"),
     "excluded": MergeConfig.r2m(exclude=("wide",)),
 }
 BUDGET = 2**20  # a part of any of the large tensors below is one granule

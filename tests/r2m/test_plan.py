@@ -107,6 +107,34 @@ def test_the_command_shows_it_and_does_nothing(command: Callable[..., Result]) -
     assert sorted(os.listdir()) == before
 
 
+def test_the_list_is_the_work_that_is_done(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    from r2m_kernels._stream import run
+
+    done: dict[str, list[tuple[str, int]]] = {}
+    made = run.work_list
+
+    def noted(over: Any, *rest: Any) -> Any:
+        works = made(over, *rest)
+        done[over.name] = [(work.tensors[0].name, len(work.parts)) for work in works]
+        return works
+
+    monkeypatch.setattr(run, "work_list", noted)
+    words = ["--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "out"]
+    words += ["--method", "r2m_truncated", "--memory-budget", "10MiB"]
+    listed = command("plan", *words, "--list").out
+    shown: dict[str, list[tuple[str, int]]] = {}
+    for line in listed.splitlines():
+        if heading := re.fullmatch(r"(.+): \d+ pieces? of work", line):
+            works = shown[heading[1]] = []
+        elif piece := re.fullmatch(r"  (\S+) \[[\d, ]+\], \w+, (?:in (\d+) parts|beside others|on all threads)", line):
+            works.append((piece[1], int(piece[2] or 0)))
+    assert command("merge", *words, "--quiet").code == 0
+    assert list(shown) == ["task Gram", "truncation", "combination"]
+    assert shown == done
+    assert any(parts for _, parts in shown["combination"])
+    assert not any(parts for _, parts in shown["truncation"])
+
+
 def test_what_does_not_suffice_is_said_with_code_1(
     command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
