@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -33,15 +34,39 @@ class Traits(NamedTuple):
     gap_basis: str
 
 
+class Grams(NamedTuple):
+    """Of L tensors, from one read.
+
+    Attributes:
+        tasks: (L, N, N) float64, ⟨τ_li, τ_lj⟩, symmetric up to rounding; NaN and Inf in an input show in it.
+        base: (L,) float64, ‖θ₀‖² to 1e-5 of itself.
+    """
+
+    tasks: Tensor
+    base: Tensor
+
+
+class RowGrams(NamedTuple):
+    """Of the rows of L tensors of one shape; P = N(N+1)/2 pairs, (i, j ≤ i) at i(i+1)/2 + j.
+
+    Attributes:
+        rows: (L, P, m) float64, products of row r of τ_li and of τ_lj.
+        base: (L,) float64, ‖θ₀‖² to 1e-5 of itself.
+    """
+
+    rows: Tensor
+    base: Tensor
+
+
 class ShiftedFactors(NamedTuple):
     """Truncated residuals of L tensors, F_li = left_li right_li.
 
     Attributes:
         left: (L, N, m, r).
         right: (L, N, r, n); the factor on the short side has orthonormal vectors.
-        products: (L, N, N) float64 on the CPU, ⟨F_li, F_lj⟩; None where they are not cheap here.
-        trusted: (L, N) bool on the CPU, whether each truncation can be relied on.
-        gap: (L, N) float64 on the CPU, an estimate of the energy that the best truncation would keep beyond this one's;
+        products: (L, N, N) float64, ⟨F_li, F_lj⟩; None where they are not cheap here.
+        trusted: (L, N) bool, whether each truncation can be relied on.
+        gap: (L, N) float64, an estimate of the energy that the best truncation would keep beyond this one's;
             NaN where there is none.
     """
 
@@ -94,8 +119,8 @@ class Operators(Protocol):
         """What is particular about this backend."""
         ...
 
-    def task_gram(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
-        """⟨τ_li, τ_lj⟩, (L, N, N) float64 on the CPU, symmetric up to rounding; NaN and Inf show in it.
+    def task_gram(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Grams:
+        """⟨τ_li, τ_lj⟩ and ‖θ₀‖².
 
         Args:
             bases, experts: of any shapes, which may differ between the L tensors.
@@ -105,6 +130,49 @@ class Operators(Protocol):
 
     def gram_panel_elements(self, precise: bool) -> int:
         """Elements of a panel: the Gram of a flat tensor is the sum of its panels' in their order, to the bit."""
+        ...
+
+    def row_grams(self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> RowGrams:
+        """Products of rows of the task vectors, differences and sums in float64.
+
+        A row's numbers depend on that row alone: a tensor may come in parts of whole rows.
+        """
+        ...
+
+    def sum_rows(self, rows: Tensor) -> Tensor:
+        """Σ_r of (L, P, m) float64: (L, P), in an order that depends on m alone and not on L."""
+        ...
+
+    def row_coefficients(
+        self,
+        rows: Tensor,
+        core: Tensor,
+        mixing: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        eta: float,
+        power: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Coefficients of θ₀ + Σ_j core_j τ_j + eta Σ_i W_i ∘ X_i, W_ri ∝ weights_i ‖row r of scales_i X_i‖^power.
+
+        K_rj = core_j + eta Σ_i mixing_ji W_ri with Σ_i W_ri = 1, and W_ri = weights_i where nobody has a residual. The
+        matching scales enter the weights alone: there they keep one generator from dominating, and residuals stay as
+        long as they are. float64 inside; a row's numbers depend on that row alone.
+
+        Args:
+            rows: (L, P, m) of :meth:`row_grams`; ‖row r of X_i‖² = m_iᵀ G_r m_i, at least 0.
+            core: (N,) λ c.
+            mixing: (N, N) M, X_i = Σ_j M_ji τ_j.
+            weights: (N,) w, summing to 1.
+            scales: (N,) s.
+            eta: η.
+            power: p ≥ 0.
+            dtype: of the result, what the tensors are computed in.
+
+        Returns:
+            (L, m, N), for :meth:`combine`.
+        """
         ...
 
     def residual_matmul(
@@ -140,67 +208,158 @@ class Operators(Protocol):
         """The fast method for step 3."""
         ...
 
+    def weigh_rows(self, left: Tensor, right: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+        """Left factors with row r times the share W_ri of :meth:`row_coefficients`, X_i being left_i right_i.
+
+        Args:
+            left, right: (L, N, m, r) and (L, N, r, n).
+            weights, scales, power: see there.
+
+        Returns:
+            (L, N, m, r), in the factors' dtype.
+        """
+        ...
+
     def combine(
         self,
         bases: Sequence[Tensor],
         experts: Sequence[Sequence[Tensor]],
-        core: Tensor,
+        coefficients: Tensor,
         left: Tensor | None,
         right: Tensor | None,
         scale: Tensor | None,
         outs: Sequence[Tensor],
-    ) -> None:
-        """θ₀ + Σ_j core_j τ_lj + Σ_i scale_i · left_li right_li into each out, rounded once to its dtype.
+    ) -> Tensor:
+        """θ₀ + Σ_j c_j τ_lj + Σ_i scale_i · left_li right_li into each out, rounded once to its dtype.
 
-        An expert whose coefficient is 0 is not read.
+        An expert whose coefficient is 0 for all of a group is not read.
 
         Args:
             bases, experts: tensors of one shape.
-            core: (N,).
+            coefficients: (N,), or (L, m, N) in the compute dtype: one of each row.
             left, right, scale: (L, N, m, r), (L, N, r, n) and (N,), or None all three.
             outs: L tensors of that shape, of any dtype and layout; one may be an input of its own tensor.
-        """
-        ...
 
-    def combine_rows(
-        self,
-        base: Tensor,
-        experts: Sequence[Tensor],
-        core: Tensor,
-        mixing: Tensor,
-        weights: Tensor,
-        scales: Tensor,
-        eta: float,
-        power: float,
-        out: Tensor,
-    ) -> None:
-        """θ₀ + Σ_j core_j τ_j + eta Σ_i W_i ∘ X_i with row r's weights W_ri ∝ weights_i ‖row r of scales_i X_i‖^power.
-
-        Σ_i W_ri = 1. The matching scales enter the weights alone: there they keep one generator from dominating, and
-        residuals stay as long as they are.
-
-        Args:
-            base, experts: θ₀ and N θ_j of one shape (m, …); rows are slices of the first dimension.
-            core: (N,) λ c.
-            mixing: (N, N) M, X_i = Σ_j M_ji τ_j.
-            weights: (N,) w, summing to 1.
-            scales: (N,) s.
-            eta: η.
-            power: p > 0.
-            out: where to write, contiguous; rounded once to its dtype.
+        Returns:
+            (L,) largest magnitudes, as of all operators that write.
         """
         ...
 
     def match_columns(
-        self, base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, out: Tensor
-    ) -> None:
-        """Every column of the merged change scaled to Σ_j counts_j ‖column of τ_j‖ / Σ_j counts_j.
+        self,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        merged: Sequence[Tensor],
+        counts: Tensor,
+        outs: Sequence[Tensor],
+    ) -> Tensor:
+        """Every column of the merged changes scaled to Σ_j counts_j ‖column of τ_lj‖ / Σ_j counts_j.
 
         Args:
-            base, experts: θ₀ and N θ_j of one shape (m, …); columns are indices of all dimensions but the first.
-            merged: θ* in the dtype that θ₀ and θ_j are computed in, contiguous; overwritten.
+            bases, experts: tensors of one shape (m, …); columns are indices of all dimensions but the first.
+            merged: L θ* in the compute dtype, contiguous; may be overwritten.
             counts: (N,), none negative.
-            out: where to write, contiguous. A factor is at most :data:`r2m_kernels.update_scale.MOST`; a column that
-                did not change stays.
+            outs: L contiguous tensors. A factor is at most :data:`r2m_kernels.update_scale.MOST`; a column that did not
+                change stays.
+
+        Returns:
+            (L,) largest magnitudes.
+        """
+        ...
+
+    def count_magnitudes(
+        self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], upper: Tensor | None, counts: Tensor
+    ) -> None:
+        """Add to counts how many elements of the task vectors there are of each magnitude.
+
+        Args:
+            bases, experts: of any shapes, which may differ between the L tensors.
+            upper: None: count the upper 16 bits of |τ| as float32; (N,) int64: the lower 16 bits of those elements of
+                expert j whose upper ones are upper_j.
+            counts: (N, 65536) int64 on the inputs' device, written to by one call at a time.
+        """
+        ...
+
+    def combine_ties(
+        self,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        weights: Tensor,
+        scale: float,
+        thresholds: Tensor,
+        outs: Sequence[Tensor],
+    ) -> Tensor:
+        """θ₀ + scale · the weighted mean, element by element, of those τ_j that agree in sign with their sum.
+
+        Elements with |τ_j| (as float32) below the threshold count as 0; what is no multiple of the sum's sign is not in
+        the mean, and where none is, it is 0.
+
+        Args:
+            weights: (N,) w, summing to 1: of sum and mean.
+            scale: λ.
+            thresholds: (N,) float32.
+            outs: L contiguous tensors.
+
+        Returns:
+            (L,) largest magnitudes.
+        """
+        ...
+
+    def combine_dare(
+        self,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        weights: Tensor,
+        scale: float,
+        density: float,
+        keys: Tensor,
+        first: int,
+        outs: Sequence[Tensor],
+    ) -> Tensor:
+        """θ₀ + scale · Σ_j w_j τ_j / density over the elements that the masks keep.
+
+        Element e of expert j is kept where hash(keys_lj, e) < ⌊density · 2³²⌋, the upper 32 bits of splitmix64: with
+        z = key + 0x9E3779B97F4A7C15 · (e + 1) modulo 2⁶⁴, z = (z ^ z >> 30) · 0xBF58476D1CE4E5B9, z = (z ^ z >> 27) ·
+        0x94D049BB133111EB, z ^= z >> 31. Every backend and the reference draw the same.
+
+        Args:
+            weights: (N,) w, summing to 1.
+            scale: λ.
+            density: share of elements that are kept, in (0, 1].
+            keys: (L, N) int64.
+            first: place in the whole tensor of these tensors' first element.
+            outs: L contiguous tensors.
+
+        Returns:
+            (L,) largest magnitudes.
+        """
+        ...
+
+    def weighted_sum(
+        self, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], coefficients: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Σ_j coefficients_j τ_lj of tensors of one shape, (L, m, n), differences and sums in ``dtype``."""
+        ...
+
+    def add(self, bases: Sequence[Tensor], changes: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        """θ₀ + change, (L, m, n) float32 or float64, summed in the wider of its dtype and the compute dtype.
+
+        Returns:
+            (L,) largest magnitudes of the contiguous ``outs``.
+        """
+        ...
+
+    def mean(self, experts: Sequence[Sequence[Tensor]], weights: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        """Σ_j weights_j θ_lj with sums in float64.
+
+        θ₀ plus rounded differences could turn a variance negative.
+
+        Args:
+            experts: N sequences of L tensors of one shape.
+            weights: (N,) w, summing to 1.
+            outs: L contiguous tensors.
+
+        Returns:
+            (L,) largest magnitudes.
         """
         ...

@@ -67,32 +67,26 @@ class CombinationStep(Step):
         first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
         if first.role == "copied":
             return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors]
-        dtypes = [self._specs[name].dtype for name in group.names]
+        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
+        outs = [
+            torch.empty(theta.shape, dtype=self._specs[name].dtype, device=theta.device)
+            for theta, name in zip(group.experts[0], group.names, strict=True)
+        ]
         if first.role in ("statistic", "extra"):
-            weights = self._terms.findings.real.weights
-            means = (loader.mean_of_experts(tensor, weights, group.part) for tensor in group.tensors)
-            outs = [mean.to(dtype) for mean, dtype in zip(means, dtypes, strict=True)]
+            largest = self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
+        elif first.role == "matrix" and self._terms.single:
+            singles = [(group.single(index), [out]) for index, out in enumerate(outs)]
+            written = [self._terms.of(one.tensors).write(self._operators, one, out) for one, out in singles]
+            largest = torch.cat(written)
         else:
-            # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
-            outs = [
-                torch.empty(theta.shape, dtype=dtype, device=theta.device)
-                for theta, dtype in zip(group.bases, dtypes, strict=True)
-            ]
-            if first.role == "matrix" and self._terms.single:
-                for index, out in enumerate(outs):
-                    single = group.single(index)
-                    self._terms.of(single.tensors).write(self._operators, single, [out])
-            else:
-                self._terms.of(group.tensors).write(self._operators, group, outs)
-        _refuse_out_of_range(group.names, outs)
+            largest = self._terms.of(group.tensors).write(self._operators, group, outs)
+        _refuse_out_of_range(group.names, outs, largest)
         return outs
 
 
-def _refuse_out_of_range(names: list[str], merged: list[Tensor]) -> None:
-    # Smallest and largest are NaN or Inf if any element is, and take one read. One wait for the device.
-    extremes = torch.stack([torch.stack(torch.aminmax(tensor)) for tensor in merged]).tolist()
-    for name, tensor, bounds in zip(names, merged, extremes, strict=True):
-        if not all(map(math.isfinite, bounds)):
+def _refuse_out_of_range(names: list[str], merged: list[Tensor], largest: Tensor) -> None:
+    for name, tensor, bound in zip(names, merged, largest.tolist(), strict=True):
+        if not math.isfinite(bound):
             raise NotFinite(
                 f"tensor {quoted(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
                 "dtype or smaller core_scale and eta"

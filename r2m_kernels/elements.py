@@ -7,22 +7,23 @@ statistic of |τ| as float32, from counts of the upper and then the lower half o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._interface import Operators
+from ._stream.blocks import BLOCK_ELEMENTS
 from ._stream.loader import Group
-from ._stream.plan import Plan, PlannedTensor
+from ._stream.plan import Plan
 from ._stream.processes import ProcessGroup
 from ._stream.run import Progress, Run
 from ._stream.schedule import Pass, Step
-from ._stream.tensors import compute_dtype, tensor_key
+from ._stream.tensors import tensor_key
 from .config import MergeConfig
 
-BLOCK = 2**18  # elements of a tensor worked on at once, and masked by one generator
 HALF = 2**16
 
 
@@ -39,41 +40,41 @@ class Magnitudes:
         # The rank, from 1, of the smallest element that is kept: as the authors of TIES count it.
         self._order = max(1, elements - int(elements * density))
         self._counts = torch.zeros(experts, HALF, dtype=torch.int64)
-        self._lock = threading.Lock()
-        self._upper: list[int] | None = None
+        self._start()
+        self._upper: Tensor | None = None
         self._below = [0] * experts
 
-    def count(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """Count one tensor's elements; from any thread, since sums of integers have no order."""
-        for theta, *thetas in _blocks(base, experts):
-            for j, other in enumerate(thetas):
-                bits = (other - theta).abs().float().view(torch.int32)
-                upper = bits >> 16
-                halves = upper if self._upper is None else bits[upper == self._upper[j]] & (HALF - 1)
-                counts = torch.bincount(halves, minlength=HALF).cpu()
-                with self._lock:
-                    self._counts[j] += counts
+    def count(self, operators: Operators, group: Group) -> None:
+        """Count a group's elements; from any thread, since sums of integers have no order."""
+        counts = getattr(self._of_thread, "counts", None)
+        if counts is None:
+            counts = self._of_thread.counts = torch.zeros_like(self._counts, device=group.bases[0].device)
+            self._counted.append(counts)
+        operators.count_magnitudes(group.bases, group.experts, self._upper, counts)
 
     def gather(self, processes: ProcessGroup) -> None:
-        """Add up what all processes counted."""
+        """Add up what all threads and processes counted."""
+        for counted in self._counted:
+            self._counts += counted.cpu()
+        self._start()
         counts = processes.gather({str(processes.index): self._counts})
         self._counts = torch.stack([counts[str(index)] for index in range(processes.size)]).sum(dim=0)
 
     def narrow(self) -> None:
         """After the first pass: only elements with the upper half of the threshold's bits matter now."""
-        self._upper = []
-        for j, counts in enumerate(self._counts):
-            upper, below = _nth(counts, self._order)
-            self._upper.append(upper)
-            self._below[j] = below
+        found = [_nth(counts, self._order) for counts in self._counts]
+        self._upper, self._below = torch.tensor([upper for upper, _ in found]), [below for _, below in found]
         self._counts = torch.zeros_like(self._counts)
 
     def thresholds(self) -> Tensor:
         """After the second pass: (N,) float32, the smallest magnitude that is kept."""
         assert self._upper is not None
-        pairs = zip(self._upper, self._counts, self._below, strict=True)
+        pairs = zip(self._upper.tolist(), self._counts, self._below, strict=True)
         bits = [(upper << 16) + _nth(counts, self._order - below)[0] for upper, counts, below in pairs]
         return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+    def _start(self) -> None:
+        self._of_thread, self._counted = threading.local(), list[Tensor]()
 
 
 def _nth(counts: Tensor, order: int) -> tuple[int, int]:
@@ -88,14 +89,13 @@ class CountStep(Step):
 
     journaled = False
 
-    def __init__(self, over: Pass, magnitudes: Magnitudes) -> None:
+    def __init__(self, over: Pass, run: Run, magnitudes: Magnitudes) -> None:
         super().__init__(over)
-        self._magnitudes = magnitudes
+        self._operators, self._magnitudes = run.backend.operators, magnitudes
 
     def work(self, group: Group) -> list[Any]:
         """Nothing is found for a tensor by itself."""
-        for index in range(len(group.tensors)):
-            self._magnitudes.count(*group.inputs(index))
+        self._magnitudes.count(self._operators, group)
         return [None] * len(group.tensors)
 
 
@@ -104,7 +104,7 @@ def count_passes(plan: Plan, config: MergeConfig) -> list[Pass]:
     if config.elementwise != "ties":
         return []
     tensors = plan.of("matrix", "vector")
-    return [Pass(name, tensors, lambda tensor: BLOCK) for name in ("magnitudes", "thresholds")]
+    return [Pass(name, tensors, lambda tensor: BLOCK_ELEMENTS) for name in ("magnitudes", "thresholds")]
 
 
 def thresholds(run: Run, config: MergeConfig, progress: Progress | None) -> Tensor | None:
@@ -121,10 +121,10 @@ def thresholds(run: Run, config: MergeConfig, progress: Progress | None) -> Tens
     elements = sum(tensor.spec.numel for tensor in passes[0].tensors)
     magnitudes = Magnitudes(elements, config.density, len(run.inputs.experts))
     upper, lower = passes
-    run.each(CountStep(upper, magnitudes), progress)
+    run.each(CountStep(upper, run, magnitudes), progress)
     magnitudes.gather(processes)
     magnitudes.narrow()
-    run.each(CountStep(lower, magnitudes), progress)
+    run.each(CountStep(lower, run, magnitudes), progress)
     magnitudes.gather(processes)
     smallest = magnitudes.thresholds()
     if processes.index == 0:
@@ -153,52 +153,24 @@ class Rule:
 
 
 def combine(
-    tensor: PlannedTensor,
-    base: Tensor,
-    experts: Sequence[Tensor],
-    out: Tensor,
-    weights: Tensor,
-    scale: float,
-    rule: Rule,
-    first: int = 0,
-) -> None:
-    """θ₀ + scale · the mean of what is left of the task vectors, into ``out``.
+    operators: Operators, group: Group, outs: Sequence[Tensor], weights: Tensor, scale: float, rule: Rule
+) -> Tensor:
+    """θ₀ + scale · the mean of what is left of the task vectors, into ``outs``.
 
     Args:
-        tensor: random masks depend on (seed, name, shape), the expert's place and the block.
-        base, experts: θ₀ and N θ_j of one shape, whole or a run of elements.
-        out: where to write.
+        group: tensors of one shape, or a part of one.
+        outs: where to write.
         weights: (N,) w, summing to 1.
         scale: λ.
-        rule: what is left.
-        first: place of the first element in the tensor, a multiple of ``BLOCK``.
+        rule: what is left; random masks depend on (seed, name, shape), the expert's place and the element's.
+
+    Returns:
+        (L,) largest magnitudes.
     """
-    written = out.view(-1)
-    start = 0
-    for theta, *thetas in _blocks(base, experts):
-        rows = torch.stack([other - theta for other in thetas])
-        weight = weights.to(rows).unsqueeze(1)
-        if rule.thresholds is not None:
-            rows *= rows.abs().float() >= rule.thresholds.to(rows.device).unsqueeze(1)
-            sums = (rows * weight).sum(dim=0)
-            agree = rows * sums > 0
-            total = (agree * weight).sum(dim=0)
-            merged = (rows * weight * agree).sum(dim=0) / torch.where(total > 0, total, 1.0)
-        else:
-            # A generator a block, so that a tensor can be merged in parts.
-            block, shape = (first + start) // BLOCK, tensor.spec.shape or (1,)
-            keys = [tensor_key(rule.seed, f"{tensor.name}\0{j}\0{block}", shape) for j in range(len(experts))]
-            draws = [torch.rand(len(theta), generator=torch.Generator().manual_seed(key)) for key in keys]
-            kept = torch.stack(draws) < rule.density
-            merged = (rows * weight * kept.to(rows.device)).sum(dim=0) / rule.density
-        written[start : start + len(theta)] = theta + scale * merged
-        start += len(theta)
-
-
-def _blocks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Base and experts flat, a block at a time, in float32 (float64 where one of them is)."""
-    tensors = [base, *experts]
-    dtype = compute_dtype(tensors)
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, base.numel(), BLOCK):
-        yield [tensor[start : start + BLOCK].to(dtype) for tensor in flat]
+    if rule.thresholds is not None:
+        return operators.combine_ties(group.bases, group.experts, weights, scale, rule.thresholds, outs)
+    names = [[f"{tensor.name}\0{j}" for j in range(len(group.experts))] for tensor in group.tensors]
+    shape = group.tensors[0].spec.shape or (1,)
+    keys = torch.tensor([[tensor_key(rule.seed, name, shape) for name in of_tensor] for of_tensor in names])
+    first = 0 if group.part is None else group.part.start
+    return operators.combine_dare(group.bases, group.experts, weights, scale, rule.density, keys, first, outs)

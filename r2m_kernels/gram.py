@@ -27,7 +27,7 @@ def task_grams(
         precise: compute in float64. For tensors that are merged without factors (vectors, full rank) the Gram is the
             only source of their residual norms, and a difference of nearly equal numbers needs the digits.
     """
-    grams = operators.task_gram(bases, experts, precise=precise)
+    grams = operators.task_gram(bases, experts, precise=precise).tasks.cpu()
     return list((grams + grams.mT) / 2)
 
 
@@ -50,10 +50,10 @@ def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *
     panels = [
         operators.task_gram(
             [base[start : start + panel]], [[expert[start : start + panel]] for expert in experts], precise=precise
-        )[0]
+        ).tasks
         for start in starts
     ]
-    return torch.stack(panels)
+    return torch.cat(panels).cpu()
 
 
 def from_panels(panels: Tensor) -> Tensor:
@@ -65,7 +65,11 @@ def from_panels(panels: Tensor) -> Tensor:
 def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     """Everything but what is copied; statistics and extras are only looked at for NaN and Inf."""
     tensors = plan.of("matrix", "vector", "statistic", "extra")
-    return Pass("task Gram", tensors, lambda tensor: operators.gram_panel_elements(_precise(tensor, config)))
+
+    def block_elements(tensor: PlannedTensor) -> int:
+        return operators.gram_panel_elements(_precise(tensor, config))
+
+    return Pass("task Gram", tensors, block_elements, base_of=("matrix", "vector", "statistic"))
 
 
 def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
@@ -82,9 +86,8 @@ class GramStep(Step):
     def work(self, group: Group) -> list[Any]:
         """(N, N) each; of a part its panels'; ``None`` for what takes no part in the subspace."""
         first, operators = group.tensors[0], self._operators
-        if not group.bases:
-            for tensor in group.tensors:
-                self._loader.refuse_non_finite(tensor, group.part)
+        if first.role not in ("matrix", "vector"):
+            self._look_at(group)
             return [None] * len(group.tensors)
         precise = _precise(first, self._config)
         if group.part is not None:
@@ -99,6 +102,15 @@ class GramStep(Step):
             return None
         panels = torch.tensor([panel for part in parts for panel in part], dtype=torch.float64)
         return self._finite(tensor, from_panels(panels)).tolist()
+
+    def _look_at(self, group: Group) -> None:
+        """Refuse NaN and Inf in what is only averaged; what is finite may be as large as it is."""
+        bases = group.bases or group.experts[0]
+        grams = self._operators.task_gram(bases, group.experts, precise=True).tasks
+        finite = torch.isfinite(grams).flatten(1).all(dim=1).tolist()
+        for tensor, fine in zip(group.tensors, finite, strict=True):
+            if not fine:
+                self._loader.refuse_non_finite(tensor, group.part)
 
     def _finite(self, tensor: PlannedTensor, gram: Tensor) -> Tensor:
         """A Gram matrix as it is, or why it holds NaN or Inf."""

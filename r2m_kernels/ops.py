@@ -41,7 +41,7 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
     for index, tensor in enumerate(base):
         _check_inputs(tensor, [expert[index] for expert in experts], f" {index}")
         tensor_checks.same_device(f"base tensor {index}", tensor, base[0].device)
-    return _backends.choose(backend, base[0].device).operators.task_gram(base, experts)
+    return _backends.choose(backend, base[0].device).operators.task_gram(base, experts).tasks.cpu()
 
 
 @deterministic
@@ -174,8 +174,8 @@ def combine_rows(
 
     Returns:
         ``out``. With a_rj = core_j + eta Σ_i mixing_ji W_ri: |error| ≤ ½ ulp + (N + 4)·2⁻²⁴ · (|θ₀| + Σ|a_j||τ_j|)
-        + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (N + 3)·2⁻²⁴ · max_i ‖row of
-        Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖ is how well the length of a row is known.
+        + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (n + 2N + 8)·2⁻⁵³ · max_i (‖row of
+        Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖)² is how well the length of a row of n elements is known.
     """
     _check_inputs(base, experts)
     tensor_checks.matrix_like("base", base)
@@ -187,7 +187,13 @@ def combine_rows(
     power = checks.number("power", power, minimum=0.0)
     numbers = (core.double(), mixing.double(), weights.double(), scales.double(), checks.number("eta", eta), power)
     operators = _backends.choose(backend, base.device).operators
-    return _written(_output(base, out), lambda target: operators.combine_rows(base, experts, *numbers, target))
+    bases, group, dtype = [base], [[expert] for expert in experts], compute_dtype([base, *experts])
+
+    def write(target: Tensor) -> None:
+        coefficients = operators.row_coefficients(operators.row_grams(bases, group).rows, *numbers, dtype)
+        operators.combine(bases, group, coefficients, None, None, None, [target])
+
+    return _written(_output(base, out), write)
 
 
 @deterministic
@@ -222,9 +228,12 @@ def match_columns(
     tensor_checks.same_shape("counts", counts, (len(experts),))
     change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
     operators = _backends.choose(backend, base.device).operators
-    return _written(
-        _output(base, out), lambda target: operators.match_columns(base, experts, change, counts.double(), target)
-    )
+    group, counts = [[expert] for expert in experts], counts.double()
+
+    def write(target: Tensor) -> None:
+        operators.match_columns([base], group, [change], counts, [target])
+
+    return _written(_output(base, out), write)
 
 
 def _output(base: Tensor, out: Tensor | None) -> Tensor:

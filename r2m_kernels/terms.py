@@ -18,10 +18,8 @@ from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor
-from ._stream.tensors import compute_dtype
 from .config import MergeConfig
 from .findings import Findings, Residuals
-from .row_weights import weighted_factors
 from .update_scale import gain
 
 
@@ -33,8 +31,8 @@ class Term:
         """Elements of the blocks it is made in; ``None`` where the tensor is needed whole."""
         return BLOCK_ELEMENTS
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once."""
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once; (L,) largest magnitudes."""
         raise NotImplementedError
 
 
@@ -44,8 +42,8 @@ class Linear(Term):
 
     coefficients: Tensor
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        return operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,19 @@ class LowRank(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return row_block_elements(*tensor.matrix_shape)
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         if not self.factors:
-            Linear(self.coefficients).write(operators, group, outs)
-            return
-        device, lefts = group.bases[0].device, [factors.left for factors in self.factors]
+            return Linear(self.coefficients).write(operators, group, outs)
+        device = group.bases[0].device
+        left = stacked([factors.left.to(device).mT for factors in self.factors]).mT  # rows, as kernels have them
+        right = stacked([factors.right.to(device) for factors in self.factors])
         if self.rows is not None:
-            rule = (self.rows.weights, self.rows.scales, self.rows.power)
-            lefts = [weighted_factors(factors.left, factors.right, *rule) for factors in self.factors]
+            left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
         if group.part is not None:
             columns = group.tensors[0].matrix_shape[1]
-            lefts = [left[:, group.part.start // columns : group.part.stop // columns] for left in lefts]
+            left = left[:, :, group.part.start // columns : group.part.stop // columns]
         group, outs = group.in_rows(outs)
-        left = stacked([one.to(device).mT for one in lefts]).mT  # rows, as kernels have them
-        right = stacked([factors.right.to(device) for factors in self.factors])
-        operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
+        return operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
 
 
 @dataclass(frozen=True)
@@ -111,12 +107,12 @@ class ByRows(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return row_block_elements(*tensor.matrix_shape)
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         group, outs = group.in_rows(outs)
-        weights, scales, power = self.rows.weights, self.rows.scales, self.rows.power
-        for index, out in enumerate(outs):
-            base, experts = group.inputs(index)
-            operators.combine_rows(base, experts, self.core, self.mixing, weights, scales, self.eta, power, out)
+        rule = (self.rows.weights, self.rows.scales, self.eta, self.rows.power, group.compute_dtype)
+        grams = operators.row_grams(group.bases, group.experts)
+        coefficients = operators.row_coefficients(grams.rows, self.core, self.mixing, *rule)
+        return operators.combine(group.bases, group.experts, coefficients, None, None, None, outs)
 
 
 @dataclass(frozen=True)
@@ -129,11 +125,9 @@ class Flat(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return None
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        for index, out in enumerate(outs):
-            base, experts = group.inputs(index)
-            change = spectra.flattened(base, experts, self.coefficients)
-            out.copy_((base.double() + change.view(base.shape)).to(out.dtype))
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        changes = [spectra.flattened(*group.inputs(index), self.coefficients) for index in range(len(outs))]
+        return operators.add(group.bases, torch.stack(changes), outs)
 
 
 @dataclass(frozen=True)
@@ -146,13 +140,10 @@ class ByElements(Term):
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        return elements.BLOCK
+        return BLOCK_ELEMENTS
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        first = 0 if group.part is None else group.part.start
-        for index, (tensor, out) in enumerate(zip(group.tensors, outs, strict=True)):
-            base, experts = group.inputs(index)
-            elements.combine(tensor, base, experts, out, self.weights, self.core_scale, self.rule, first)
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        return elements.combine(operators, group, outs, self.weights, self.core_scale, self.rule)
 
 
 @dataclass(frozen=True)
@@ -166,11 +157,10 @@ class MatchedColumns(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return None
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> None:
-        (base, experts), (out,) = group.inputs(0), outs
-        merged = torch.empty(out.shape, dtype=compute_dtype([base, *experts]), device=out.device)
-        self.term.write(operators, group, [merged])
-        operators.match_columns(base, experts, merged, self.counts, out)
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        merged = [torch.empty(out.shape, dtype=group.compute_dtype, device=out.device) for out in outs]
+        self.term.write(operators, group, merged)
+        return operators.match_columns(group.bases, group.experts, merged, self.counts, outs)
 
 
 def kind_of(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:

@@ -69,16 +69,18 @@ def truncate_residuals(
     if textbook:
         return [_textbook(name, base, others, mixing, rank, config, operators) for name, base, others in of_tensor]
     if grams is None:
-        grams = list(operators.task_gram(bases, experts))
+        grams = list(operators.task_gram(bases, experts).tasks.cpu())
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base, _ in of_tensor])
     energies = torch.stack([(mixing.T @ gram.to(mixing) @ mixing).diag().clamp_min(0) for gram in grams])
     effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
     shifted = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort)
+    trusted, gaps = shifted.trusted.all(dim=1).tolist(), shifted.gap.cpu()
+    all_products = None if shifted.products is None else shifted.products.cpu()
     factors = []
     for index, (name, base, others) in enumerate(of_tensor):
-        if bool(shifted.trusted[index].all()):
-            left, right, gap = shifted.left[index], shifted.right[index], shifted.gap[index]
-            products = None if shifted.products is None else shifted.products[index]
+        if trusted[index]:
+            left, right, gap = shifted.left[index], shifted.right[index], gaps[index]
+            products = None if all_products is None else all_products[index]
             factors.append(Factors(left, right, operators.traits.orders_components, products, gap, "shifted"))
         else:
             factors.append(_textbook(name, base, others, mixing, rank, config, operators))

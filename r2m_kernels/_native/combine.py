@@ -10,7 +10,9 @@ from torch import Tensor
 from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, row_panels
 from .._stream.tensors import compute_dtype
+from .._torch.combine import combine as portable
 from .._torch.combine import side_by_side
+from .._torch.largest import magnitudes
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
 
 COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, POINTER, POINTER)
@@ -19,15 +21,19 @@ COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, POINTER, PO
 def combine(
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
-    core: Tensor,
+    coefficients: Tensor,
     left: Tensor | None,
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
-) -> None:
+) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`; coefficients of rows are the portable backend's."""
+    if coefficients.ndim == 3:
+        return portable(bases, experts, coefficients, left, right, scale, outs)
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
-        _combine(base, [expert[index] for expert in experts], core, lefts, rights, scale, out)
+        _combine(base, [expert[index] for expert in experts], coefficients, lefts, rights, scale, out)
+    return magnitudes(outs)
 
 
 def _combine(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._interface import Grams
 from .._stream import parallel
 from .._stream.tensors import compute_dtype
 from .library import LONG, POINTER, declare, flat, loaded, matrices
@@ -21,10 +22,12 @@ def gram_panel_elements(precise: bool) -> int:
     return PANEL
 
 
-def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Grams:
     """``precise``: differences and sums in float64."""
     of_tensor = zip(bases, zip(*experts, strict=True), strict=True)
-    return torch.stack([_gram(base, others, precise) for base, others in of_tensor])
+    tasks = torch.stack([_gram(base, others, precise) for base, others in of_tensor])
+    squares = [torch.linalg.vector_norm(base, dtype=torch.float64).square() for base in bases]
+    return Grams(tasks, torch.stack(squares))
 
 
 def _gram(base: Tensor, experts: Sequence[Tensor], precise: bool) -> Tensor:

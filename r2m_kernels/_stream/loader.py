@@ -7,7 +7,7 @@ one. Inputs that fit stay in memory for the steps that follow.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import NotFinite, quoted
 from .budget import Inputs
 from .plan import PlannedTensor
 from .state_dicts import StateDictSource
-from .tensors import PartialSource, TensorSource
+from .tensors import PartialSource, TensorSource, compute_dtype
 
 # Bytes of a tensor looked at together in search of NaN.
 WINDOW = 2**24
@@ -25,10 +25,10 @@ WINDOW = 2**24
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one role, shape and rank with their inputs on the device; no inputs for roles that are not computed.
+    """Tensors of one role, shape and rank with their inputs on the device; without them where the base is copied.
 
     Attributes:
-        bases: L tensors.
+        bases: L tensors; none of extras.
         experts: N lists of L tensors.
         part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
     """
@@ -37,6 +37,11 @@ class Group:
     bases: list[Tensor] = field(default_factory=list)
     experts: list[list[Tensor]] = field(default_factory=list)
     part: slice | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the tensors are computed in; all of a group have the same dtypes."""
+        return compute_dtype([*self.bases[:1], *(expert[0] for expert in self.experts)])
 
     @property
     def names(self) -> list[str]:
@@ -77,32 +82,31 @@ class Loader:
         self.inputs, self.device = inputs, device
         self.read_bytes = 0
         self.kept: frozenset[str] = frozenset()
-        self._at_hand: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._at_hand: dict[str, list[Tensor]] = {}
         self._lock = threading.Lock()
         self._pinned = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
 
-    def load(self, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
-        """A group's inputs on the device, or a part of a single tensor's; roles that are not computed come without."""
-        if tensors[0].role not in ("matrix", "vector"):
+    def load(self, tensors: Sequence[PlannedTensor], part: slice | None = None, *, with_base: bool = True) -> Group:
+        """A group's inputs on the device, or a part of a single tensor's; copied ones come without."""
+        if tensors[0].role == "copied":
             return Group(tensors, part=part)
-        if part is not None:
-            base, *others = self._part(tensors[0], part)
-            return Group(tensors, [base], [[other] for other in others], part)
-        loaded = [self.whole(tensor) for tensor in tensors]
-        experts = [[others[j] for _, others in loaded] for j in range(len(self.inputs.experts))]
-        return Group(tensors, [base for base, _ in loaded], experts)
+        sources = self.inputs.sources if with_base else self.inputs.experts
+        loaded = [
+            self.whole(tensor, sources) if part is None else self._part(tensor, sources, part) for tensor in tensors
+        ]
+        of_sources = [list(of_source) for of_source in zip(*loaded, strict=True)]
+        return Group(tensors, of_sources[0] if with_base else [], of_sources[1:] if with_base else of_sources, part)
 
-    def load_ahead(self, tensors: Sequence[PlannedTensor]) -> tuple[Group, torch.cuda.Event | None]:
+    def ahead(self, load: Callable[[], Group]) -> tuple[Group, torch.cuda.Event | None]:
         """A group, and the event after which kernels may use it."""
         if self._stream is None:
-            return self.load(tensors), None
+            return load(), None
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            group = self.load(tensors)
-            return group, self._stream.record_event()
+            return load(), self._stream.record_event()
 
     def await_group(self, group: Group, ready: torch.cuda.Event | None) -> None:
-        """Let the kernels that follow wait for what :meth:`load_ahead` copies."""
+        """Let the kernels that follow wait for what :meth:`ahead` copies."""
         if ready is None:
             return
         compute = torch.cuda.current_stream(self.device)
@@ -110,23 +114,22 @@ class Loader:
         for tensor in (*group.bases, *(one for expert in group.experts for one in expert)):
             tensor.record_stream(compute)  # its memory is not reused before these kernels are done
 
-    def whole(self, tensor: PlannedTensor) -> tuple[Tensor, list[Tensor]]:
-        """The base's tensor and the experts' on the device."""
+    def whole(self, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> list[Tensor]:
+        """Each source's tensor on the device; of one that is kept all sources are asked for."""
         if tensor.name in self._at_hand:
             return self._at_hand[tensor.name]
-        tensors = [self.read(source, tensor) for source in self.inputs.sources]
+        tensors = [self.read(source, tensor) for source in sources]
         if self._pinned:
             tensors = [one.contiguous().pin_memory() if one.device.type == "cpu" else one for one in tensors]
-        base, *experts = (one.to(self.device, non_blocking=self._pinned) for one in tensors)
+        tensors = [one.to(self.device, non_blocking=self._pinned) for one in tensors]
         if tensor.name in self.kept:
-            self._at_hand[tensor.name] = (base, experts)
-        return base, experts
+            self._at_hand[tensor.name] = tensors
+        return tensors
 
-    def _part(self, tensor: PlannedTensor, part: slice) -> list[Tensor]:
+    def _part(self, tensor: PlannedTensor, sources: Sequence[TensorSource], part: slice) -> list[Tensor]:
         if tensor.name in self.kept:
-            base, experts = self._at_hand[tensor.name]
-            return [one.reshape(-1)[part] for one in (base, *experts)]
-        return [self.read(source, tensor, part).to(self.device) for source in self.inputs.sources]
+            return [one.reshape(-1)[part] for one in self._at_hand[tensor.name]]
+        return [self.read(source, tensor, part).to(self.device) for source in sources]
 
     def read(self, source: TensorSource, tensor: PlannedTensor, part: slice | None = None) -> Tensor:
         """One input of a tensor, or a run of its elements; counted."""
@@ -138,23 +141,6 @@ class Loader:
         with self._lock:
             self.read_bytes += read.nbytes
         return read
-
-    def mean_of_experts(self, tensor: PlannedTensor, weights: Tensor, part: slice | None = None) -> Tensor:
-        """Weighted mean of the experts' tensors: θ₀ plus rounded differences could turn a variance negative.
-
-        Args:
-            tensor: what to read.
-            weights: (N,) w, summing to 1.
-            part: which elements; ``None``: all, in the tensor's shape.
-
-        Returns:
-            float64 on the CPU.
-        """
-        shape = tensor.spec.shape if part is None else (part.stop - part.start,)
-        total = torch.zeros(shape, dtype=torch.float64)
-        for weight, source in zip((weights * len(weights)).tolist(), self.inputs.experts, strict=True):
-            total += self.read(source, tensor, part).to("cpu", torch.float64) * weight
-        return total / len(self.inputs.experts)
 
     def on_device(self, tensor: PlannedTensor) -> bool:
         """Whether nothing has to be brought for this tensor."""

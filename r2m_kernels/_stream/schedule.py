@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..config import MergeConfig
 from . import budget
 from .budget import Inputs, Memory
 from .loader import Group, Loader
 from .parallel import for_each, workers
-from .plan import Plan, PlannedTensor
+from .plan import Plan, PlannedTensor, Role
 from .processes import Journal, assign
 
 
@@ -30,11 +32,17 @@ class Pass:
         tensors: those it is for, largest first: the last thread to finish then has a small one in hand.
         block_elements: elements of which a part of a tensor holds a multiple, with the same bits as whole; ``None``
             where all of it is needed at once.
+        base_of: roles whose base is read, beside the experts.
     """
 
     name: str
     tensors: Sequence[PlannedTensor]
     block_elements: Callable[[PlannedTensor], int | None] = lambda tensor: None
+    base_of: tuple[Role, ...] = ("matrix", "vector")
+
+    def load(self, loader: Loader, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
+        """What is needed of a group, or of a part of a single tensor."""
+        return loader.load(tensors, part, with_base=tensors[0].role in self.base_of)
 
 
 def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConfig, processes: int) -> list[set[str]]:
@@ -154,11 +162,11 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
         if work.parts:
             yield work.tensors, [_in_parts(work, step, loader, memory, ahead)]
         elif not work.shared:
-            yield work.tensors, step.work(loader.load(work.tensors))
+            yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
     largest = max((loader.inputs.working_bytes(work.tensors[0]) for work in shared), default=1)
     limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max(1, largest)))
-    each = for_each(lambda work: step.work(loader.load(work.tensors)), shared, limit)
+    each = for_each(lambda work: step.work(step.over.load(loader, work.tensors)), shared, limit)
     yield from zip((work.tensors for work in shared), each, strict=True)
 
 
@@ -168,12 +176,16 @@ def run_in_groups(works: Sequence[Work], step: Step, loader: Loader, memory: Mem
         if work.parts:
             yield work.tensors, [_in_parts(work, step, loader, memory, ahead=1)]
     groups = [work.tensors for work in works if not work.parts]
+
+    def ahead(group: Sequence[PlannedTensor]) -> tuple[Group, torch.cuda.Event | None]:
+        return loader.ahead(lambda: step.over.load(loader, group))
+
     with ThreadPoolExecutor(1, "r2m-load") as pool:
-        waiting = [pool.submit(loader.load_ahead, group) for group in groups[:1]]
+        waiting = [pool.submit(ahead, group) for group in groups[:1]]
         for index in range(len(groups)):
             group, ready = waiting.pop().result()
             if index + 1 < len(groups):
-                waiting.append(pool.submit(loader.load_ahead, groups[index + 1]))
+                waiting.append(pool.submit(ahead, groups[index + 1]))
             loader.await_group(group, ready)
             yield group.tensors, step.work(group)
 
@@ -182,10 +194,10 @@ def _in_parts(work: Work, step: Step, loader: Loader, memory: Memory, ahead: int
     """One tensor's value from its parts, which are spread over threads."""
     (tensor,) = work.tensors
     if tensor.name in loader.kept:
-        loader.whole(tensor)
+        loader.whole(tensor, loader.inputs.sources)
 
     def value_of(part: slice) -> Any:
-        (value,) = step.work(loader.load([tensor], part))
+        (value,) = step.work(step.over.load(loader, [tensor], part))
         return value
 
     # A block may take more than a thread's share: then fewer parts are begun at once.

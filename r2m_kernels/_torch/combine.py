@@ -17,60 +17,73 @@ from .._stream.blocks import (
     row_panels,
 )
 from .._stream.tensors import compute_dtype
+from .largest import largest_of, magnitude, representable
 
 
 def combine(
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
-    core: Tensor,
+    coefficients: Tensor,
     left: Tensor | None,
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
-) -> None:
+) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`."""
+    largest = []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
-        _combine(base, [expert[index] for expert in experts], core, lefts, rights, scale, out)
+        core = coefficients[index] if coefficients.ndim == 3 else coefficients
+        largest.append(_combine(base, [expert[index] for expert in experts], core, lefts, rights, scale, out))
+    return torch.stack(largest)
 
 
 def _combine(
     base: Tensor,
     experts: Sequence[Tensor],
-    core: Tensor,
+    coefficients: Tensor,
     left: Tensor | None,
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor:
     dtype = compute_dtype([base, *experts])
     low_rank = None
     if left is not None and right is not None and scale is not None:
         low_rank = side_by_side(left, right, scale, dtype)
+    by_rows = coefficients.ndim == 2
     # Tensors without a low-rank part have no rows to speak of: they are walked through as one column.
-    view = as_matrix if low_rank else as_column
+    view = as_matrix if low_rank or by_rows else as_column
     theta, thetas = view(base), [view(expert) for expert in experts]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     merged = target.view(theta.shape)
-    largest = torch.finfo(dtype).max  # torch refuses a Python number beyond it; an overflow shows in the result
-    weights = [min(max(float(weight), -largest), largest) for weight in core]
+    weights = [] if by_rows else representable(coefficients, dtype)
+    of_rows = coefficients.to(base.device, dtype) if by_rows else None
 
-    def merge_panel(panel: list[slice]) -> None:
+    def merge_panel(panel: list[slice]) -> Tensor:
+        largest = []
         for rows in panel:
             for columns in column_slices(theta.shape[1]):
                 block = theta[rows, columns].to(dtype)
                 total = block.clone()
-                for weight, expert in zip(weights, thetas, strict=True):
-                    if weight != 0.0:
-                        total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weight)
+                for j, expert in enumerate(thetas):
+                    if of_rows is not None:
+                        change = torch.sub(expert[rows, columns].to(dtype), block)
+                        total.addcmul_(of_rows[rows, j].unsqueeze(1), change)
+                    elif weights[j] != 0.0:
+                        total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weights[j])
                 if low_rank:
                     total.addmm_(low_rank[0][rows], low_rank[1][:, columns])
-                merged[rows, columns] = total  # the one rounding to the storage dtype
+                rounded = total.to(out.dtype)  # the one rounding to the storage dtype
+                largest.append(magnitude(rounded))
+                merged[rows, columns] = rounded
+        return largest_of(largest, base.device)
 
-    panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
-    for _ in parallel.for_each(merge_panel, panels, panel_limit(base.device)):
-        pass
+    panels = row_panels(*theta.shape) if low_rank or by_rows else element_panels(theta.numel())
+    largest = largest_of(parallel.for_each(merge_panel, panels, panel_limit(base.device)), base.device)
     if target is not out:
         out.copy_(target)
+    return largest
 
 
 def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,17 @@
 """The Triton backend: fused kernels for CUDA and ROCm. See :mod:`r2m_kernels.ops`."""
 
 from .._interface import Traits
-from .._torch import combine_rows as combine_rows
+from .._torch import add as add
+from .._torch import combine_dare as combine_dare
+from .._torch import combine_ties as combine_ties
+from .._torch import count_magnitudes as count_magnitudes
 from .._torch import match_columns as match_columns
+from .._torch import mean as mean
+from .._torch import row_coefficients as row_coefficients
+from .._torch import row_grams as row_grams
+from .._torch import sum_rows as sum_rows
+from .._torch import weigh_rows as weigh_rows
+from .._torch import weighted_sum as weighted_sum
 from .combine import combine as combine
 from .orthonormalize import orthonormalize as orthonormalize
 from .residual_matmul import residual_matmul as residual_matmul

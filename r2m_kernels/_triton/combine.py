@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._torch.combine import combine as portable
+from .._torch.largest import magnitudes
 from . import launch
 from .addresses import (
     ELEMENT_TYPES,
@@ -120,21 +122,21 @@ def combine_vector_kernel(
 def combine(
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
-    core: Tensor,
+    coefficients: Tensor,
     left: Tensor | None,
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
-) -> None:
-    """Write the merged tensors of a group into ``outs``; see :func:`r2m_kernels.ops.combine`."""
-    if bases[0].numel() == 0:
-        return
+) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`; coefficients of rows are the portable backend's."""
+    if coefficients.ndim == 3 or bases[0].numel() == 0:
+        return portable(bases, experts, coefficients, left, right, scale, outs)
     row = bases[0].numel() if left is None else bases[0].numel() // bases[0].shape[0]
     group = Group(bases, experts, row)
     targets, fits = _targets(group, outs, row)
     dtype = group.compute_dtype
     largest = torch.finfo(dtype).max  # a coefficient beyond the type becomes its largest number, not Inf · 0
-    weights = core.double().clamp(-largest, largest).to(group.device, dtype)
+    weights = coefficients.double().clamp(-largest, largest).to(group.device, dtype)
     if left is None or right is None or scale is None:
         _without_factors(group, weights, targets, fits)
     else:
@@ -144,6 +146,7 @@ def combine(
     for out, tensor in zip(outs, targets, strict=True):
         if tensor is not out:
             out.copy_(tensor)
+    return magnitudes(outs)
 
 
 def _targets(group: Group, outs: Sequence[Tensor], row: int) -> tuple[list[Tensor], bool]:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._interface import Grams
 from . import launch
 from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
 from .sums import sum_tiles
@@ -97,31 +98,35 @@ def gram_panel_elements(precise: bool) -> int:
     return PANEL
 
 
-def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
-    """(L, N, N) float64 on the CPU; see :func:`r2m_kernels.ops.task_gram`. All of it is ``precise``."""
+def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Grams:
+    """See :class:`r2m_kernels._interface.Operators`. All of it is ``precise``."""
     count = len(experts)
-    result = torch.zeros(len(bases), count, count, dtype=torch.float64)
-    groups: dict[tuple[int, tuple[torch.dtype, ...]], list[int]] = {}
+    alike: dict[tuple[int, tuple[torch.dtype, ...]], list[int]] = {}
     for index, base in enumerate(bases):
         dtypes = tuple(tensor.dtype for tensor in (base, *(expert[index] for expert in experts)))
-        groups.setdefault((base.numel(), dtypes), []).append(index)
-    for (elements, _), indices in groups.items():
+        alike.setdefault((base.numel(), dtypes), []).append(index)
+    result = torch.zeros(len(bases), count, count, dtype=torch.float64, device=bases[0].device)
+    for (elements, _), indices in alike.items():
         group_bases, group_experts = [bases[i] for i in indices], [[expert[i] for i in indices] for expert in experts]
-        if elements <= PANEL:
-            result[indices] = _panel_grams(group_bases, group_experts)
-            continue
-        for start in range(0, elements, PANEL):
-            panel = slice(start, start + PANEL)
-            cut = [[tensor.reshape(-1)[panel] for tensor in expert] for expert in group_experts]
-            result[indices] += _panel_grams([tensor.reshape(-1)[panel] for tensor in group_bases], cut)
-    return result
+        total = _panel_grams(group_bases, group_experts, slice(0, min(elements, PANEL)))
+        for start in range(PANEL, elements, PANEL):
+            total += _panel_grams(group_bases, group_experts, slice(start, start + PANEL))
+        if len(alike) == 1:
+            result = total
+        else:
+            result[indices] = total
+    squares = [torch.linalg.vector_norm(base, dtype=torch.float64).square() for base in bases]
+    return Grams(result, torch.stack(squares))
 
 
-def _panel_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> Tensor:
-    elements = bases[0].numel()
+def _panel_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], panel: slice) -> Tensor:
+    elements = min(bases[0].numel(), panel.stop) - panel.start
     if elements == 0:
-        return torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64)
-    return _grams(Group(bases, experts, elements), elements, len(experts)).cpu()
+        return torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64, device=bases[0].device)
+    if elements < bases[0].numel():
+        bases = [tensor.reshape(-1)[panel] for tensor in bases]
+        experts = [[tensor.reshape(-1)[panel] for tensor in expert] for expert in experts]
+    return _grams(Group(bases, experts, elements), elements, len(experts))
 
 
 def _grams(group: Group, elements: int, count: int) -> Tensor:

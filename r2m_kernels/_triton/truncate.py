@@ -67,10 +67,11 @@ def shifted_truncation(
         basis = _orthonormal(basis)
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)
-    products = inner_products(left, right).cpu()
+    products = inner_products(left, right)
+    energies = energies.to(products.device, non_blocking=True)
     final = products.diagonal(dim1=1, dim2=2)
     trusted = ~((energies > 0) & ~(energies - final >= STEEP * energies))  # NaN is not
-    gap = _left_to_gain([*(energies * one.cpu() for one in kept[-2:]), final])
+    gap = _left_to_gain([*(energies * one for one in kept[-2:]), final])
     return ShiftedFactors(left.transpose(-1, -2), right, products, trusted, gap)
 
 

@@ -10,7 +10,9 @@ from cases import TRUNCATED, checkpoints, distance, floating
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
+from r2m_kernels import InvalidInput, MergeConfig, _torch, analyze, merge
+from r2m_kernels._stream.loader import Group
+from r2m_kernels._stream.processes import SingleProcess
 from r2m_kernels.config import METHODS, make_config
 from r2m_kernels.elements import Magnitudes
 
@@ -127,7 +129,9 @@ def test_thresholds_are_the_exact_order_statistic_over_all_tensors(sizes, densit
     magnitudes = Magnitudes(elements, density, 2)
     for _ in range(2):
         for tensor in tensors:
-            magnitudes.count(torch.zeros(tensor.shape[1]), list(tensor))
+            experts = [[expert] for expert in tensor]
+            magnitudes.count(_torch, Group([], [torch.zeros(tensor.shape[1])], experts))
+        magnitudes.gather(SingleProcess())
         if magnitudes._upper is None:
             magnitudes.narrow()
     expected = torch.cat(tensors, dim=1).abs().sort(dim=1).values[:, max(1, elements - int(elements * density)) - 1]

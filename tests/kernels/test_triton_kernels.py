@@ -60,7 +60,7 @@ def mixing_of(count):
 
 def check_task_gram(task_gram, shape, dtype, count, offset):
     bases, experts, tau = inputs(shape, dtype, count, offset)
-    gram = task_gram(bases, experts)
+    gram = task_gram(bases, experts).tasks
     # Everything is float64: well inside the 16·2⁻²⁴ that backends promise for float32.
     assert ((gram - tau @ tau.mT).abs() <= 2.0**-44 * tau.abs() @ tau.abs().mT).all()
 
@@ -164,7 +164,7 @@ def test_dtypes_mixed_between_experts_are_computed_in_the_widest():
     experts[2] = [tensor.half() for tensor in experts[2]]
     wide = [[tensor.float() for tensor in expert] for expert in experts]
     rhs = torch.randn(2, 3, 24, 5, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(_triton.task_gram(bases, experts), _triton.task_gram(bases, wide))
+    assert torch.equal(_triton.task_gram(bases, experts).tasks, _triton.task_gram(bases, wide).tasks)
     arguments = (mixing_of(3), rhs)
     assert torch.equal(
         _triton.residual_matmul(bases, experts, *arguments), _triton.residual_matmul(bases, wide, *arguments)
@@ -223,9 +223,9 @@ def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
     last, others = bases[2:], [expert[2:] for expert in experts]
     # Nor on whether another tensor of the group lies at an odd address, as a view into a flat buffer may.
     odd = [bases[0], embedded(bases[1], offset=1), bases[2]]
-    together = _triton.task_gram(bases, experts)
-    assert torch.equal(together[2:], _triton.task_gram(last, others))
-    assert torch.equal(together, _triton.task_gram(odd, experts))
+    together = _triton.task_gram(bases, experts).tasks
+    assert torch.equal(together[2:], _triton.task_gram(last, others).tasks)
+    assert torch.equal(together, _triton.task_gram(odd, experts).tasks)
     rhs = torch.randn(3, 3, 136, 20, generator=torch.Generator().manual_seed(1))
     for precision in ("tf32", "tf32x3", "ieee"):
         options = (mixing_of(3), rhs, False, precision)
@@ -268,13 +268,13 @@ def test_the_language_is_patched_once_a_launch_restored_and_no_bit_changes(monke
     patched, patch = [], interpreter._patch_builtin
     monkeypatch.setattr(interpreter, "_patch_builtin", lambda *rest: patched.append(rest[0]) or patch(*rest))
     before = tl.load, tl.range, tl.tensor.__add__
-    quick = _triton.task_gram(bases, experts)
+    quick = _triton.task_gram(bases, experts).tasks
     assert (tl.load, tl.range, tl.tensor.__add__) == before
     once = len(patched)
     # Two launches: four parts of the language each, and both its modules anew where a function of Triton's knows both.
     assert once <= 2 * 11
     monkeypatch.setattr(interpreter, "_patch_lang", PATCH)
-    assert torch.equal(quick, _triton.task_gram(bases, experts))
+    assert torch.equal(quick, _triton.task_gram(bases, experts).tasks)
     assert len(patched) > 10 * once
 
 
