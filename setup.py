@@ -32,7 +32,7 @@ VARIANTS = {
 }
 SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PLAIN = ["r2m_native.cpp", "kernels_portable.cpp"]
-HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "convert.h"]
+HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "convert.h", "merged.h", "elements.h"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 wish = os.environ.get("R2M_NATIVE", "auto")

@@ -1,6 +1,7 @@
 // The kernels, written once. A variant includes this file after `#define R2M_NAMESPACE …`, and is compiled for its own
 // instructions; nothing here may be shared between variants by the linker, so all of it is static but the table.
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,16 +61,23 @@ static void add_multiple(T factor, const T *R2M_RESTRICT x, int64_t count, T *R2
   for (int64_t k = 0; k < count; ++k) out[k] += factor * x[k];
 }
 
-// The task vectors τ_j of a chunk, a row of CHUNK numbers each. `taus` has room for count + 2 rows.
+// The task vectors τ_j of a chunk, a row of CHUNK numbers each, and θ0 itself. `taus` has room for count + 2 rows.
 template <typename T>
-static void task_vectors(int64_t count, const r2m_matrix *inputs, int64_t row, int64_t column, int64_t length,
-                         T *taus) {
+static const T *task_vectors(int64_t count, const r2m_matrix *inputs, int64_t row, int64_t column, int64_t length,
+                             T *taus) {
   T *scratch = taus + count * CHUNK;
   const T *base = read(inputs[0], row, column, length, scratch);
   for (int64_t j = 0; j < count; ++j) {
-    const T *expert = read(inputs[1 + j], row, column, length, scratch + CHUNK);
-    subtract(expert, base, length, taus + j * CHUNK);
+    const r2m_matrix &input = inputs[1 + j];
+    if (sizeof(T) == sizeof(double) && input.dtype == R2M_FLOAT32) {  // widened in registers, which is twice as fast
+      const float *R2M_RESTRICT expert = (const float *)address(input, row, column);
+      T *R2M_RESTRICT tau = taus + j * CHUNK;
+      for (int64_t k = 0; k < length; ++k) tau[k] = (T)expert[k] - base[k];
+    } else {
+      subtract(read(input, row, column, length, scratch + CHUNK), base, length, taus + j * CHUNK);
+    }
   }
+  return base;
 }
 
 // A register of numbers. Compilers do not see one in an array of LANES sums.
@@ -98,49 +106,153 @@ static void mix(int64_t count, const T *weights, const T *R2M_RESTRICT taus, int
   }
 }
 
-// Adds Σ a b over a chunk to `sums`, a lane each. Both are padded with zeros to whole steps.
-template <typename T>
-static void add_product(const T *a, const T *b, int64_t steps, double *R2M_RESTRICT sums) {
+// Adds Σ τ_i τ_j over a chunk to `sums`, a lane each, for EXPERTS rows of `a` and as many of `b`: all pairs where they
+// are the same rows (i ≥ j, in that order), else every pair. Rows are padded with zeros to whole steps. Each number is
+// loaded once for all of its products: loads are what this would wait for.
+template <typename T, int EXPERTS, bool SAME>
+static void add_products(const T *a, const T *b, int64_t steps, double *R2M_RESTRICT sums) {
   constexpr int64_t L = LANES<T>;
-  double chunk[L] = {};
+  constexpr int PAIRS = SAME ? EXPERTS * (EXPERTS + 1) / 2 : EXPERTS * EXPERTS;
+  typedef typename Vector<T>::type Register;
+  double chunk[PAIRS][L] = {};
   for (int64_t step = 0; step < steps; ++step, a += TERMS * L, b += TERMS * L) {
-    typename Vector<T>::type lanes = {};
-    for (int64_t term = 0; term < TERMS; ++term) lanes += Vector<T>::load(a + term * L) * Vector<T>::load(b + term * L);
-    for (int64_t l = 0; l < L; ++l) chunk[l] += (double)lanes[l];
+    Register lanes[PAIRS] = {};
+    for (int64_t term = 0; term < TERMS; ++term) {
+      Register left[EXPERTS], right[EXPERTS];
+      for (int i = 0; i < EXPERTS; ++i) left[i] = Vector<T>::load(a + i * CHUNK + term * L);
+      for (int j = 0; j < EXPERTS; ++j) right[j] = SAME ? left[j] : Vector<T>::load(b + j * CHUNK + term * L);
+      int pair = 0;
+      for (int i = 0; i < EXPERTS; ++i)
+        for (int j = 0; j < (SAME ? i + 1 : EXPERTS); ++j, ++pair) lanes[pair] += left[i] * right[j];
+    }
+    for (int pair = 0; pair < PAIRS; ++pair)
+      for (int64_t l = 0; l < L; ++l) chunk[pair][l] += (double)lanes[pair][l];
   }
-  for (int64_t l = 0; l < L; ++l) sums[l] += chunk[l];
+  for (int pair = 0; pair < PAIRS; ++pair)
+    for (int64_t l = 0; l < L; ++l) sums[pair * L + l] += chunk[pair][l];
+}
+
+// The same for every pair i ≥ j of `count` rows.
+template <typename T>
+static void add_pairs(int64_t count, const T *tau, int64_t steps, double *sums) {
+  if (count == 2) return add_products<T, 2, true>(tau, tau, steps, sums);
+  if (count == 3) return add_products<T, 3, true>(tau, tau, steps, sums);
+  if (count == 4) return add_products<T, 4, true>(tau, tau, steps, sums);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j, sums += LANES<T>)
+      add_products<T, 1, false>(tau + i * CHUNK, tau + j * CHUNK, steps, sums);
 }
 
 template <typename T>
-static int32_t task_gram(int64_t count, const r2m_matrix *inputs, int64_t first, int64_t last, double *gram) {
-  constexpr int64_t L = LANES<T>, STEP = L * TERMS;
+static double energy_of(const T *x, int64_t length) {
+  constexpr int64_t L = LANES<double>;
+  double lanes[L] = {}, total = 0;
+  int64_t k = 0;
+  for (; k + L <= length; k += L)
+    for (int64_t l = 0; l < L; ++l) lanes[l] += (double)x[k + l] * (double)x[k + l];
+  for (; k < length; ++k) total += (double)x[k] * (double)x[k];
+  for (int64_t l = 0; l < L; ++l) total += lanes[l];
+  return total;
+}
+
+// Sums of products over a run of one row, in memory that a call gets once.
+template <typename T>
+struct GramSums {
+  static constexpr int64_t L = LANES<T>, STEP = L * TERMS;
   static_assert(CHUNK % STEP == 0, "a chunk is whole steps");
-  const int64_t pairs = count * (count + 1) / 2, lanes = pairs * L;
-  Workspace taus((count + 2) * CHUNK * (int64_t)sizeof(T)), sums(2 * lanes * (int64_t)sizeof(double));
-  if (!taus.memory || !sums.memory) return R2M_NO_MEMORY;
-  T *tau = (T *)taus.memory;
+  int64_t count, lanes;
+  Workspace taus, sums;
+  explicit GramSums(int64_t experts)
+      : count(experts),
+        lanes(experts * (experts + 1) / 2 * L),
+        taus((experts + 2) * CHUNK * (int64_t)sizeof(T)),
+        sums(2 * lanes * (int64_t)sizeof(double)) {}
+  bool usable() const { return taus.memory && sums.memory; }
+
+  // Of columns [first, last) of a row; returns Σ θ0². Afterwards `total(pair)` has what was summed.
   // A sum of n terms one after another is off by up to n roundings; of groups, by those of a group and of their number.
-  double *group = (double *)sums.memory, *sum = group + lanes;
-  memset(group, 0, (size_t)(2 * lanes) * sizeof(double));
-  for (int64_t column = first; column < last; column += CHUNK) {
-    const int64_t length = smaller(CHUNK, last - column), steps = (length + STEP - 1) / STEP;
-    task_vectors(count, inputs, 0, column, length, tau);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t k = length; k < steps * STEP; ++k) tau[j * CHUNK + k] = 0;
-    double *pair = group;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j <= i; ++j, pair += L) add_product(tau + i * CHUNK, tau + j * CHUNK, steps, pair);
-    if ((column - first) / CHUNK % GROUP == GROUP - 1 || column + CHUNK >= last) {
-      for (int64_t l = 0; l < lanes; ++l) sum[l] += group[l], group[l] = 0;
+  double add_up(const r2m_matrix *inputs, int64_t row, int64_t first, int64_t last) {
+    T *tau = (T *)taus.memory;
+    double *group = (double *)sums.memory, *sum = group + lanes, squares = 0;
+    memset(group, 0, (size_t)(2 * lanes) * sizeof(double));
+    for (int64_t column = first; column < last; column += CHUNK) {
+      const int64_t length = smaller(CHUNK, last - column), steps = (length + STEP - 1) / STEP;
+      squares += energy_of(task_vectors(count, inputs, row, column, length, tau), length);
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t k = length; k < steps * STEP; ++k) tau[j * CHUNK + k] = 0;
+      add_pairs(count, tau, steps, group);
+      if ((column - first) / CHUNK % GROUP == GROUP - 1 || column + CHUNK >= last) {
+        for (int64_t l = 0; l < lanes; ++l) sum[l] += group[l], group[l] = 0;
+      }
+    }
+    return squares;
+  }
+
+  double total(int64_t pair) const {
+    const double *sum = (const double *)sums.memory + lanes + pair * L;
+    double total = 0;
+    for (int64_t l = 0; l < L; ++l) total += sum[l];
+    return total;
+  }
+};
+
+template <typename T>
+static int32_t task_gram(int64_t count, const r2m_matrix *inputs, int64_t first, int64_t last, double *gram,
+                         double *squares) {
+  GramSums<T> sums(count);
+  if (!sums.usable()) return R2M_NO_MEMORY;
+  *squares = sums.add_up(inputs, 0, first, last);
+  int64_t pair = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j) gram[i * count + j] = gram[j * count + i] = sums.total(pair++);
+  return R2M_OK;
+}
+
+template <typename T>
+static int32_t row_grams(int64_t count, const r2m_matrix *inputs, int64_t rows, int64_t columns, double *grams,
+                         int64_t stride, double *squares) {
+  GramSums<T> sums(count);
+  if (!sums.usable()) return R2M_NO_MEMORY;
+  *squares = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    *squares += sums.add_up(inputs, row, 0, columns);
+    for (int64_t pair = 0; pair < count * (count + 1) / 2; ++pair) grams[pair * stride + row] = sums.total(pair);
+  }
+  return R2M_OK;
+}
+
+// squares_i = m_iᵀ G_r m_i; shares relative to the longest residual, so that no power leaves double's range.
+template <typename T>
+static int32_t row_coefficients(int64_t count, const double *grams, int64_t stride, int64_t rows, const double *core,
+                                const double *mixing, const double *weights, const double *scales, double eta,
+                                double power, void *out) {
+  Workspace memory((count * count + count) * (int64_t)sizeof(double));
+  if (!memory.memory) return R2M_NO_MEMORY;
+  double *gram = (double *)memory.memory, *share = gram + count * count;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0, pair = 0; i < count; ++i)
+      for (int64_t j = 0; j <= i; ++j, ++pair) gram[i * count + j] = gram[j * count + i] = grams[pair * stride + row];
+    double longest = 0, sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      double square = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        double product = 0;
+        for (int64_t k = 0; k < count; ++k) product += gram[j * count + k] * mixing[k * count + i];
+        square += mixing[j * count + i] * product;
+      }
+      share[i] = scales[i] * sqrt(square > 0 ? square : square == square ? 0 : square);
+      if (!(share[i] <= longest)) longest = share[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      share[i] = weights[i] * (longest > 0 || longest != longest ? pow(share[i] / longest, power) : 1.0);
+      sum += share[i];
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      double mixed = 0;
+      for (int64_t i = 0; i < count; ++i) mixed += mixing[j * count + i] * (share[i] / sum);
+      ((T *)out)[row * count + j] = (T)(core[j] + eta * mixed);
     }
   }
-  const double *pair = sum;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j <= i; ++j, pair += L) {
-      double total = 0;
-      for (int64_t l = 0; l < L; ++l) total += pair[l];
-      gram[i * count + j] = gram[j * count + i] = total;
-    }
   return R2M_OK;
 }
 
@@ -160,18 +272,6 @@ static int32_t residual(int64_t count, const r2m_matrix *inputs, const void *wei
       }
     }
   return R2M_OK;
-}
-
-template <typename T>
-static double energy_of(const T *x, int64_t length) {
-  constexpr int64_t L = LANES<double>;
-  double lanes[L] = {}, total = 0;
-  int64_t k = 0;
-  for (; k + L <= length; k += L)
-    for (int64_t l = 0; l < L; ++l) lanes[l] += (double)x[k + l] * (double)x[k + l];
-  for (; k < length; ++k) total += (double)x[k] * (double)x[k];
-  for (int64_t l = 0; l < L; ++l) total += lanes[l];
-  return total;
 }
 
 // Rows of X go, with their signs, to four rows of the sketch each. Columns are the outer loop: a strip of all sketches
@@ -244,30 +344,9 @@ static int32_t sketch(int64_t count, const r2m_matrix *inputs, const void *weigh
                 (const T *)signs, sketch, energy);
 }
 
-template <typename T>
-static int32_t combine(int64_t count, const r2m_matrix *inputs, const void *core, int64_t rows, int64_t columns,
-                       const r2m_matrix *low_rank, const r2m_matrix *out) {
-  Workspace chunks(4 * CHUNK * (int64_t)sizeof(T));
-  if (!chunks.memory) return R2M_NO_MEMORY;
-  T *total = (T *)chunks.memory, *scratch = total + CHUNK;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < columns; column += CHUNK) {
-      const int64_t length = smaller(CHUNK, columns - column);
-      const T *base = read(inputs[0], row, column, length, scratch);
-      memcpy(total, base, (size_t)length * sizeof(T));
-      for (int64_t j = 0; j < count; ++j) {
-        const T *expert = read(inputs[1 + j], row, column, length, scratch + CHUNK);
-        const T factor = ((const T *)core)[j];
-        for (int64_t k = 0; k < length; ++k) total[k] += factor * (expert[k] - base[k]);
-      }
-      if (low_rank) {
-        const T *term = (const T *)address(*low_rank, row, column);
-        for (int64_t k = 0; k < length; ++k) total[k] += term[k];
-      }
-      write(total, *out, row, column, length);
-    }
-  return R2M_OK;
-}
+#include "merged.h"
+// In this order.
+#include "elements.h"
 
 #define R2M_ENTRY(NAME) {NAME<float>, NAME<double>},
 const Kernels KERNELS = {R2M_OPERATORS(R2M_ENTRY)};

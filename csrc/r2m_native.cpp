@@ -13,6 +13,8 @@
 namespace {
 
 constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
+// Of a sketch and of what is sketched: sizes in bytes are products with these, and must not overflow.
+constexpr int64_t MOST_WIDE = int64_t{1} << 40;
 
 int32_t capabilities() {
   int32_t found = 1 << R2M_PORTABLE;
@@ -59,10 +61,31 @@ int32_t r2m_abi_version(void) { return R2M_ABI_VERSION; }
 int32_t r2m_capabilities(void) { return capabilities(); }
 
 int32_t r2m_task_gram(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t first,
-                      int64_t last, double *gram) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !gram) return R2M_BAD_ARGUMENT;
+                      int64_t last, double *gram, double *squares) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !gram || !squares)
+    return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
-  return table ? table->task_gram[compute_double != 0](count, inputs, first, last, gram) : R2M_NO_VARIANT;
+  return table ? table->task_gram[compute_double != 0](count, inputs, first, last, gram, squares) : R2M_NO_VARIANT;
+}
+
+int32_t r2m_row_grams(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t rows,
+                      int64_t columns, double *grams, int64_t stride, double *squares) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || rows < 0 || columns < 0 || !grams || stride < rows || !squares)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->row_grams[compute_double != 0](count, inputs, rows, columns, grams, stride, squares);
+}
+
+int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, int64_t count, const double *grams,
+                             int64_t stride, int64_t rows, const double *core, const double *mixing,
+                             const double *weights, const double *scales, double eta, double power, void *out) {
+  if (count < 1 || !grams || rows < 0 || stride < rows || !core || !mixing || !weights || !scales || !out)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->row_coefficients[compute_double != 0](count, grams, stride, rows, core, mixing, weights, scales, eta,
+                                                      power, out);
 }
 
 int32_t r2m_residual(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
@@ -81,8 +104,8 @@ int32_t r2m_sketch(int32_t variant, int32_t compute_double, int64_t count, const
                    int64_t width, int64_t long_side, const int32_t *offsets, const void *signs,
                    const r2m_matrix *sketch, double *energy) {
   if (!usable(count < 1 ? 0 : count + 1, inputs) || !usable(count, sketch) || !weights || columns < 0 ||
-      first_row < 0 || last_row < first_row || width < 1 || long_side < (along_rows ? last_row : columns) || !offsets ||
-      !signs || !energy)
+      first_row < 0 || last_row < first_row || width < 1 || width > MOST_WIDE || long_side < 0 ||
+      long_side > MOST_WIDE || long_side < (along_rows ? last_row : columns) || !offsets || !signs || !energy)
     return R2M_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; ++i)
     if (sketch[i].dtype != compute_dtype(compute_double)) return R2M_BAD_ARGUMENT;
@@ -94,13 +117,85 @@ int32_t r2m_sketch(int32_t variant, int32_t compute_double, int64_t count, const
                                             long_side, offsets, signs, sketch, energy);
 }
 
-int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, const void *core,
-                    int64_t rows, int64_t columns, const r2m_matrix *low_rank, const r2m_matrix *out) {
+int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                    const void *coefficients, int64_t stride, int64_t rows, int64_t columns, const r2m_matrix *low_rank,
+                    const r2m_matrix *out, double *largest) {
   // Without experts the result is the base, in another dtype perhaps.
-  if (!usable(count < 0 ? 0 : count + 1, inputs) || (count > 0 && !core) || rows < 0 || columns < 0 ||
-      (low_rank && (!low_rank->data || low_rank->dtype != compute_dtype(compute_double))) || !usable(1, out))
+  if (!usable(count < 0 ? 0 : count + 1, inputs) || (count > 0 && !coefficients) || stride < 0 || rows < 0 ||
+      columns < 0 || (low_rank && (!low_rank->data || low_rank->dtype != compute_dtype(compute_double))) ||
+      !usable(1, out) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
-  return table->combine[compute_double != 0](count, inputs, core, rows, columns, low_rank, out);
+  return table->combine[compute_double != 0](count, inputs, coefficients, stride, rows, columns, low_rank, out,
+                                             largest);
+}
+
+int32_t r2m_count_magnitudes(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                             int64_t first, int64_t last, const int64_t *upper, int64_t *counts) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !counts) return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->count_magnitudes[compute_double != 0](count, inputs, first, last, upper, counts);
+}
+
+int32_t r2m_combine_ties(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                         const void *weights, const float *thresholds, double scale, int64_t first, int64_t last,
+                         const r2m_matrix *out, double *largest) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || !weights || !thresholds || first < 0 || last < first ||
+      !usable(1, out) || !largest)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->combine_ties[compute_double != 0](count, inputs, weights, thresholds, scale, first, last, out, largest);
+}
+
+int32_t r2m_combine_dare(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                         const void *weights, const int64_t *keys, double scale, double density, int64_t place,
+                         int64_t first, int64_t last, const r2m_matrix *out, double *largest) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || !weights || !keys || !(density > 0 && density <= 1) || place < 0 ||
+      first < 0 || last < first || !usable(1, out) || !largest)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->combine_dare[compute_double != 0](count, inputs, weights, keys, scale, density, place, first, last, out,
+                                                  largest);
+}
+
+int32_t r2m_mean(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *experts,
+                 const double *weights, int64_t first, int64_t last, const r2m_matrix *out, double *largest) {
+  if (!usable(count, experts) || !weights || first < 0 || last < first || !usable(1, out) || !largest)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->mean[compute_double != 0](count, experts, weights, first, last, out, largest);
+}
+
+int32_t r2m_column_squares(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                           int64_t rows, int64_t columns, const r2m_matrix *merged, double *squares) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || rows < 0 || columns < 0 || !usable(1, merged) ||
+      merged->dtype != compute_dtype(compute_double) || !squares)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->column_squares[compute_double != 0](count, inputs, rows, columns, merged, squares);
+}
+
+int32_t r2m_scale_columns(int32_t variant, int32_t compute_double, const r2m_matrix *base, const r2m_matrix *change,
+                          const void *factors, int64_t rows, int64_t columns, const r2m_matrix *out, double *largest) {
+  if (!usable(1, base) || !usable(1, change) || change->dtype != compute_dtype(compute_double) || !factors ||
+      rows < 0 || columns < 0 || !usable(1, out) || !largest)
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->scale_columns[compute_double != 0](base, change, factors, rows, columns, out, largest);
+}
+
+int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
+                         const void *coefficients, int64_t rows, int64_t columns, const r2m_matrix *out) {
+  if (!usable(count < 1 ? 0 : count + 1, inputs) || !coefficients || rows < 0 || columns < 0 || !usable(1, out))
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->weighted_sum[compute_double != 0](count, inputs, coefficients, rows, columns, out);
 }

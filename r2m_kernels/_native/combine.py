@@ -1,8 +1,11 @@
-"""Step 5: the merged tensor in one read of each input and one write."""
+"""Step 5: the merged tensor in one read of each input and one write, and how large it gets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,12 +13,11 @@ from torch import Tensor
 from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, row_panels
 from .._stream.tensors import compute_dtype
-from .._torch.combine import combine as portable
 from .._torch.combine import side_by_side
-from .._torch.largest import magnitudes
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
 
-COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, POINTER, POINTER)
+COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
+T = TypeVar("T")
 
 
 def combine(
@@ -27,57 +29,70 @@ def combine(
     scale: Tensor | None,
     outs: Sequence[Tensor],
 ) -> Tensor:
-    """See :class:`r2m_kernels._interface.Operators`; coefficients of rows are the portable backend's."""
-    if coefficients.ndim == 3:
-        return portable(bases, experts, coefficients, left, right, scale, outs)
+    """See :class:`r2m_kernels._interface.Operators`."""
+    largest = []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
-        _combine(base, [expert[index] for expert in experts], coefficients, lefts, rights, scale, out)
-    return magnitudes(outs)
+        chosen = coefficients[index] if coefficients.ndim == 3 else coefficients
+        largest.append(_combine(base, [expert[index] for expert in experts], chosen, lefts, rights, scale, out))
+    return torch.stack(largest)
 
 
 def _combine(
     base: Tensor,
     experts: Sequence[Tensor],
-    core: Tensor,
+    coefficients: Tensor,
     left: Tensor | None,
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor:
     if base.numel() == 0:
-        return
+        return torch.zeros((), dtype=torch.float64)
     library, dtype = loaded(), compute_dtype([base, *experts])
-    read = [j for j, weight in enumerate(core.tolist()) if weight != 0.0]
-    weights = core.cpu()[read].to(dtype)
     low_rank = None
     if left is not None and right is not None and scale is not None:
         low_rank = side_by_side(left, right, scale, dtype)
-    # Tensors without a low-rank part have no rows to speak of: they are walked through as one.
-    theta, *thetas = (
-        rows_of(as_matrix(tensor)) if low_rank else flat(tensor) for tensor in (base, *(experts[j] for j in read))
-    )
+    by_rows = coefficients.ndim == 2
+    read = list(range(len(experts))) if by_rows else [j for j, one in enumerate(coefficients.tolist()) if one != 0.0]
+    weights = weights_of(coefficients if by_rows else coefficients[read], dtype)
+    # Tensors without a low-rank part and rows of their own are walked through as one.
+    rowwise = by_rows or low_rank is not None
+    chosen = [base, *(experts[j] for j in read)]
+    theta, *thetas = (rows_of(as_matrix(tensor)) if rowwise else flat(tensor) for tensor in chosen)
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     merged = target.view(theta.shape)
 
-    def of_rows(rows: slice, columns: slice, term: Tensor | None) -> None:
+    def of_rows(rows: slice, columns: slice, term: Tensor | None) -> float:
         inputs = matrices([tensor[rows, columns] for tensor in (theta, *thetas)])
         added = None if term is None else matrices([term])
-        view = merged[rows, columns]
+        view, largest = merged[rows, columns], ctypes.c_double()
+        factors, stride = (weights[rows], weights.shape[1]) if by_rows else (weights, 0)
         library.call(
-            *(COMBINE, dtype, len(thetas), inputs, weights.data_ptr()),
-            *(*view.shape, added, matrices([view])),
+            *(COMBINE, dtype, len(thetas), inputs, factors.data_ptr(), stride),
+            *(*view.shape, added, matrices([view]), ctypes.byref(largest)),
         )
+        return largest.value
 
-    def of_panel(panel: list[slice]) -> None:
-        for run in panel:
-            if low_rank:
-                of_rows(run, slice(None), low_rank[0][run] @ low_rank[1])
-            else:
-                of_rows(slice(None), run, None)
+    def of_run(run: slice) -> float:
+        if not rowwise:
+            return of_rows(slice(None), run, None)
+        return of_rows(run, slice(None), None if low_rank is None else low_rank[0][run] @ low_rank[1])
 
-    panels = row_panels(*theta.shape) if low_rank else element_panels(theta.numel())
-    for _ in parallel.for_each(of_panel, panels):
-        pass
+    largest = over(row_panels(*theta.shape) if rowwise else element_panels(theta.numel()), of_run, out)
     if target is not out:
         out.copy_(target)
+    return largest
+
+
+def over(panels: Iterable[list[T]], write: Callable[[T], float], out: Tensor) -> Tensor:
+    """``write`` every run of the panels; the largest magnitude of all, rounded as ``out`` is, NaN if one is."""
+    found = [one for panel in parallel.for_each(lambda panel: [write(run) for run in panel], panels) for one in panel]
+    largest = math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+    return torch.tensor(largest, dtype=torch.float64).to(out.dtype).double()
+
+
+def weights_of(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous coefficients in a compute type, those beyond it as its largest number: an overflow is to show."""
+    largest = torch.finfo(dtype).max
+    return numbers.cpu().double().clamp(-largest, largest).to(dtype).contiguous()

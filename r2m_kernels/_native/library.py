@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, BadOption
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 POLICIES = ("auto", "require", "off")
 # By the bit of r2m_capabilities, slowest first.
 VARIANTS = ("portable", "avx2", "avx512")
@@ -26,7 +26,7 @@ BFLOAT16_PRODUCTS = 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FAILURES = {1: "out of memory", 2: "bad argument", 3: "this CPU lacks the variant's instructions"}
 
-INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+INT, LONG, DOUBLE, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 # Types of every function's arguments after variant and compute type: operators declare theirs.
 DECLARED: dict[str, tuple[Any, ...]] = {}
 
