@@ -3,23 +3,23 @@
 The library is loaded by :func:`r2m_kernels._native.library.load`, not by importing this package.
 """
 
-from .._torch import add as add
-from .._torch import combine_dare as combine_dare
-from .._torch import combine_ties as combine_ties
-from .._torch import count_magnitudes as count_magnitudes
-from .._torch import match_columns as match_columns
-from .._torch import mean as mean
 from .._torch import orthonormalize as orthonormalize
-from .._torch import row_coefficients as row_coefficients
-from .._torch import row_grams as row_grams
 from .._torch import sum_rows as sum_rows
 from .._torch import traits as portable
 from .._torch import truncation_width as truncation_width
 from .._torch import weigh_rows as weigh_rows
-from .._torch import weighted_sum as weighted_sum
 from .combine import combine as combine
+from .elements import add as add
+from .elements import combine_dare as combine_dare
+from .elements import combine_ties as combine_ties
+from .elements import count_magnitudes as count_magnitudes
+from .elements import match_columns as match_columns
+from .elements import mean as mean
+from .elements import weighted_sum as weighted_sum
 from .residual_matmul import residual_matmul as residual_matmul
 from .task_gram import gram_panel_elements as gram_panel_elements
+from .task_gram import row_coefficients as row_coefficients
+from .task_gram import row_grams as row_grams
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
 

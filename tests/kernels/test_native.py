@@ -200,7 +200,7 @@ def test_it_runs_on_cpus_alone():
 def test_a_library_of_another_abi_is_refused(tmp_path, monkeypatch):
     stale = compiled("int r2m_abi_version(void) { return 0; }", tmp_path / "stale.so")
     monkeypatch.setenv("R2M_NATIVE_LIBRARY", str(stale))
-    sentence = "has ABI 0, and this version of r2m_kernels needs 1; install the package again"
+    sentence = f"has ABI 0, and this version of r2m_kernels needs {library.ABI_VERSION}; install the package again"
     with pytest.raises(BackendUnavailable, match=f"backend 'native': the native library '.*stale.so' {sentence}"):
         _backends.choose("native", CPU)
     chosen = _backends.choose("auto", CPU)
