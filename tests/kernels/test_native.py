@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import checkpoints, distance, padded, same_bits
 
-from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, analyze, merge, ops
+from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, _native, _torch, analyze, merge, ops
 from r2m_kernels._native import library
 from r2m_kernels._native.residuals import NativeResiduals
 from r2m_kernels._torch.residuals import Residuals, SignMatrix
@@ -254,3 +254,143 @@ def test_the_library_refuses_what_is_no_argument(name, number):
     arguments = [None if kind is library.POINTER else number for kind in library.DECLARED[name]]
     with pytest.raises(RuntimeError, match=f"{name}: bad argument"):
         library.load().call(name, torch.float32, *arguments)
+
+
+def group_of(shape, dtype, around=fenced):
+    base, experts = inputs(shape, dtype, around=around)
+    return [base], [[expert] for expert in experts]
+
+
+def written_by(operators, name, arguments, shape, dtype, **more):
+    """What an operator writes, between sentinels, and how large it says that is."""
+    buffer = torch.full((math.prod(shape) + 2,), 7.0, dtype=dtype)
+    out = buffer[1:-1].view(shape)
+    largest = getattr(operators, name)(*arguments, **more, outs=[out])
+    assert float(buffer[0]) == float(buffer[-1]) == 7.0
+    assert float(largest) == float(out.abs().double().max())
+    return out.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("around", [fenced, padded], ids=["contiguous", "strided"])
+def test_gram_matrices_of_rows(variant, shape, dtype, around):
+    for count in (1, 3, 6):
+        base, experts = inputs(shape, dtype, count, around)
+        found = _native.row_grams([base], [[expert] for expert in experts])
+        tau = torch.stack([expert.double() - base.double() for expert in experts])
+        for i in range(count):
+            for j in range(i + 1):
+                exact = (tau[i] * tau[j]).sum(1)
+                # Differences and products are rounded in double, and so are the sums.
+                bound = (2 * shape[1] + 4) * 2.0**-53 * (tau[i] * tau[j]).abs().sum(1)
+                assert ((found.rows[0, i * (i + 1) // 2 + j] - exact).abs() <= bound).all()
+        assert float(found.base) == pytest.approx(float(base.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_coefficients_of_rows(variant, dtype):
+    base, experts = inputs((33, 51), torch.float32, 4)
+    base[5], experts[2][5] = 0.0, 0.0
+    for expert in experts:
+        expert[7] = base[7]  # nobody has a residual there
+    rows = _native.row_grams([base], [[expert] for expert in experts]).rows
+    numbers = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = numbers[0] / numbers[0].sum()
+    rule = (numbers[1], torch.eye(4, dtype=torch.float64) - numbers, weights, numbers[3], 0.7, 3.0)
+    ours, plain = (operators.row_coefficients(rows, *rule, dtype) for operators in (_native, _torch))
+    assert ours.dtype == dtype
+    # A power of 3 of square roots of sums of 16 products: rounded in double, then once.
+    assert ((ours - plain).abs() <= (2.0**-23 if dtype == torch.float32 else 2.0**-44) * plain.abs().max()).all()
+    nobody = rule[0] + 0.7 * rule[1] @ weights
+    assert torch.allclose(ours[0, 7].double(), nobody, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("around", [fenced, padded], ids=["contiguous", "strided"])
+def test_elements_that_ties_and_dare_leave(variant, shape, dtype, around):
+    bases, experts = group_of(shape, dtype, around)
+    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    # Task vectors are the same to the bit, and so is what is counted of them and kept.
+    counts = {}
+    for operators in (_native, _torch):
+        counts[operators] = torch.zeros(2, 3, 2**16, dtype=torch.int64)
+        operators.count_magnitudes(bases, experts, None, counts[operators][0])
+        upper = counts[operators][0].argmax(dim=1)
+        operators.count_magnitudes(bases, experts, upper, counts[operators][1])
+    assert torch.equal(counts[_native], counts[_torch])
+    assert int(counts[_native][0].sum()) == 3 * math.prod(shape)
+    # No sum of a few 16-bit numbers, times these, cancels to rounding, which has a sign of either.
+    weights = torch.tensor([0.50317, 0.21179, 0.28504], dtype=torch.float64)
+    thresholds = torch.tensor([0.05, 0.1, 0.0])
+    keys = torch.tensor([[3, -(2**62), 2**61 + 5]])
+    for name, rule in (("combine_ties", (0.8, thresholds)), ("combine_dare", (0.8, 0.3, keys, 11))):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ours, plain = (
+            written_by(operators, name, (bases, experts, weights, *rule), shape, wide)
+            for operators in (_native, _torch)
+        )
+        size = bases[0].double().abs() + sum((e[0].double() - bases[0].double()).abs() for e in experts) / 0.3
+        assert ((ours - plain).abs() <= 12 * unit * size).all()
+        if wide == torch.float32:  # torch rounds float64 to bfloat16 twice
+            rounded = written_by(_native, name, (bases, experts, weights, *rule), shape, torch.bfloat16)
+            assert torch.equal(rounded, ours.bfloat16().double())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("around", [fenced, padded], ids=["contiguous", "strided"])
+def test_sums_means_and_columns(variant, shape, dtype, around):
+    bases, experts = group_of(shape, dtype, around)
+    base, tau = bases[0].double(), torch.stack([expert[0].double() - bases[0].double() for expert in experts])
+    unit, weights = (2.0**-53 if dtype == torch.float64 else 2.0**-24), torch.tensor([0.5, -0.2, 0.7]).double()
+    mean = written_by(_native, "mean", (experts, weights), shape, torch.float64)
+    thetas = tau + base
+    assert ((mean - torch.einsum("j,jmn->mn", weights, thetas)).abs() <= 2.0**-50 * thetas.abs().sum(0)).all()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    change = _native.weighted_sum(bases, experts, weights, wide)
+    exact = torch.einsum("j,jmn->mn", weights, tau)
+    assert change.dtype == wide
+    assert change.shape == (1, *shape)
+    assert ((change[0] - exact).abs() <= 5 * unit * tau.abs().sum(0)).all()
+    added = written_by(_native, "add", (bases, change), shape, wide)
+    assert ((added - (base + change[0])).abs() <= unit * (base.abs() + change[0].abs())).all()
+    counts = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    merged = (base + exact).to(wide)
+    ours, plain = (
+        written_by(operators, "match_columns", (bases, experts, [merged.clone()], counts), shape, wide)
+        for operators in (_native, _torch)
+    )
+    assert ((ours - plain).abs() <= 16 * unit * (base.abs() + 4 * tau.abs().sum(0) + 4 * exact.abs())).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_writes_tells_of_nan_and_inf(variant, bad):
+    for position in (0, 130, 299):
+        bases, experts = group_of((1, 300), torch.float32)
+        experts[1][0][0, position] = bad
+        weights, out = torch.full((3,), 1 / 3, dtype=torch.float64), torch.empty(1, 300)
+        keys = torch.zeros(1, 3, dtype=torch.int64)
+        told = [
+            _native.combine(bases, experts, weights, None, None, None, [out]),
+            _native.combine_ties(bases, experts, weights, 1.0, torch.zeros(3), [out]),
+            _native.combine_dare(bases, experts, weights, 1.0, 0.5, keys, 0, [out]),
+            _native.mean(experts, weights, [out]),
+        ]
+        assert not any(bool(torch.isfinite(one).any()) for one in told)
+    large = torch.full((1, 4), 6e4)
+    half = torch.empty(1, 4, dtype=torch.float16)
+    assert float(_native.combine([large], [[2 * large]], torch.ones(1).double(), None, None, None, [half])) == math.inf
+
+
+@pytest.mark.parametrize(("width", "long"), [(2**61, 8), (16, 2**61), (2**63 - 1, 2**63 - 1)])
+def test_sketches_beyond_memory_are_refused(width, long):
+    base = torch.zeros(8, 8)
+    entries, numbers = library.matrices([base, base]), torch.zeros(64)
+    offsets, energy = torch.zeros(64, dtype=torch.int32), torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="bad argument"):
+        library.load().call(
+            *("r2m_sketch", torch.float32, 1, entries, numbers.data_ptr(), 8, 0, 8, 0, width, long),
+            *(offsets.data_ptr(), numbers.data_ptr(), library.matrices([base]), energy.data_ptr()),
+        )
