@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from ._stream.blocks import BLOCK_ELEMENTS
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
 from ._stream.run import Run
-from ._stream.schedule import Pass, Step
-from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name
+from ._stream.schedule import Found, Pass, Step
+from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .terms import Terms, kind_of
@@ -51,43 +50,54 @@ class CombinationStep(Step):
         self._terms, self._loader, self._operators = terms, run.loader, run.backend.operators
         self._sink, self._specs = sink, specs
 
-    def work(self, group: Group) -> list[Any]:
-        """Nothing is found: written tensors are remembered by name."""
+    def work(self, group: Group) -> Tensor | None:
+        """The largest magnitude of each tensor that was computed, (L,)."""
+        outs, largest = self._merged(group)
         tied = self._terms.findings.plan.tied
-        for tensor, merged in zip(group.tensors, self._merged(group), strict=True):
+        for tensor, merged in zip(group.tensors, outs, strict=True):
             for name in (tensor.name, *tied.get(tensor.name, ())):
                 if group.part is None:
                     self._sink.write(name, merged)
                 else:
                     assert isinstance(self._sink, PartialSink)
                     self._sink.write_elements(name, group.part.start, merged.reshape(-1))
-        return [None] * len(group.tensors)
+        return largest
 
-    def _merged(self, group: Group) -> list[Tensor]:
+    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
+        """The largest of all parts."""
+        return None if parts[0] is None else torch.stack(parts).amax(dim=0)
+
+    def settled(self, found: Found) -> list[Sequence[Any]]:
+        """No values: written tensors are remembered by name.
+
+        Raises:
+            NotFinite: one of them was written as NaN or Inf.
+        """
+        computed = [(tensors, largest) for tensors, largest in found if largest is not None]
+        largest = torch.cat(fetched([largest for _, largest in computed])) if computed else torch.empty(0)
+        if not bool(torch.isfinite(largest).all()):
+            written = [tensor for tensors, _ in computed for tensor in tensors]
+            first = written[int((~torch.isfinite(largest)).nonzero()[0])]
+            raise NotFinite(
+                f"tensor {quoted(first.name)}: merged values exceed the range of "
+                f"{dtype_name(self._specs[first.name].dtype)}; ask for a wider dtype or smaller core_scale and eta"
+            )
+        return super().settled(found)
+
+    def _merged(self, group: Group) -> tuple[list[Tensor], Tensor | None]:
         first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
         if first.role == "copied":
-            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors]
+            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors], None
         # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
             torch.empty(theta.shape, dtype=self._specs[name].dtype, device=theta.device)
             for theta, name in zip(group.experts[0], group.names, strict=True)
         ]
         if first.role in ("statistic", "extra"):
-            largest = self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
-        elif first.role == "matrix" and self._terms.single:
+            return outs, self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
+        if first.role == "matrix" and self._terms.single:
             singles = [(group.single(index), [out]) for index, out in enumerate(outs)]
-            written = [self._terms.of(one.tensors).write(self._operators, one, out) for one, out in singles]
-            largest = torch.cat(written)
-        else:
-            largest = self._terms.of(group.tensors).write(self._operators, group, outs)
-        _refuse_out_of_range(group.names, outs, largest)
-        return outs
-
-
-def _refuse_out_of_range(names: list[str], merged: list[Tensor], largest: Tensor) -> None:
-    for name, tensor, bound in zip(names, merged, largest.tolist(), strict=True):
-        if not math.isfinite(bound):
-            raise NotFinite(
-                f"tensor {quoted(name)}: merged values exceed the range of {dtype_name(tensor.dtype)}; ask for a wider "
-                "dtype or smaller core_scale and eta"
+            return outs, torch.cat(
+                [self._terms.of(one.tensors).write(self._operators, one, out) for one, out in singles]
             )
+        return outs, self._terms.of(group.tensors).write(self._operators, group, outs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,10 +92,9 @@ class CountStep(Step):
         super().__init__(over)
         self._operators, self._magnitudes = run.backend.operators, magnitudes
 
-    def work(self, group: Group) -> list[Any]:
+    def work(self, group: Group) -> None:
         """Nothing is found for a tensor by itself."""
         self._magnitudes.count(self._operators, group)
-        return [None] * len(group.tensors)
 
 
 def count_passes(plan: Plan, config: MergeConfig) -> list[Pass]:

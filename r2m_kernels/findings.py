@@ -91,6 +91,7 @@ class Findings:
         experts: their names, in order.
         plan: every tensor and its role.
         grams: tensor name → (N, N) float64 Gram matrix of every matrix and vector tensor.
+        base_squares: tensor name → ‖θ₀‖² of each of them, to 1e-5 of itself.
         real: coefficients of the core, the mixing, eigenvalues and gap.
         truncated: tensor name → what is known of its truncation.
         thresholds: (N,) float32, the smallest magnitude that TIES keeps of each expert; ``None`` for other methods.
@@ -100,6 +101,7 @@ class Findings:
     experts: list[str]
     plan: Plan
     grams: Mapping[str, Tensor]
+    base_squares: Mapping[str, float]
     real: RealSubspace
     truncated: Mapping[str, Truncated]
     thresholds: Tensor | None

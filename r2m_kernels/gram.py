@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._interface import Operators
+from ._interface import Grams, Operators, RowGrams
+from ._stream.blocks import row_block_elements
 from ._stream.loader import Group
-from ._stream.plan import Plan, PlannedTensor
+from ._stream.plan import Plan, PlannedTensor, by_rows
+from ._stream.processes import Journal
 from ._stream.run import Run
-from ._stream.schedule import Pass, Step
+from ._stream.schedule import Found, Pass, Step
+from ._stream.tensors import fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .real_subspace import layer_weights
-
-
-def task_grams(
-    bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], operators: Operators, *, precise: bool
-) -> list[Tensor]:
-    """G_l = A_l A_lᵀ of L tensors of one shape, (N, N) float64 each, exactly symmetric.
-
-    Args:
-        precise: compute in float64. For tensors that are merged without factors (vectors, full rank) the Gram is the
-            only source of their residual norms, and a difference of nearly equal numbers needs the digits.
-    """
-    grams = operators.task_gram(bases, experts, precise=precise).tasks.cpu()
-    return list((grams + grams.mT) / 2)
 
 
 def ordered_sum(grams: Sequence[Tensor], count: int) -> Tensor:
@@ -39,27 +31,38 @@ def ordered_sum(grams: Sequence[Tensor], count: int) -> Tensor:
     return total
 
 
-def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *, precise: bool, panel: int) -> Tensor:
-    """What the panels of a part of a tensor add to its Gram: (panels, N, N), for :func:`from_panels`.
+def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *, precise: bool, panel: int) -> Grams:
+    """Those of the panels of a part of a tensor, whose ordered sum is the tensor's, to the bit.
 
     Args:
         base, experts: (elements,) runs that start at a multiple of ``panel`` in the tensor.
         panel: the operators' ``gram_panel_elements``.
     """
-    starts = range(0, base.numel(), panel)
-    panels = [
-        operators.task_gram(
-            [base[start : start + panel]], [[expert[start : start + panel]] for expert in experts], precise=precise
-        ).tasks
-        for start in starts
-    ]
-    return torch.cat(panels).cpu()
+    runs = [slice(start, start + panel) for start in range(0, base.numel(), panel)]
+    grams = [operators.task_gram([base[run]], [[expert[run]] for expert in experts], precise=precise) for run in runs]
+    return Grams(*map(torch.cat, zip(*grams, strict=True)))
 
 
-def from_panels(panels: Tensor) -> Tensor:
-    """A tensor's Gram, bit for bit that of :func:`task_grams`, from all its panels' in order."""
-    total = ordered_sum(list(panels), panels.shape[1])
-    return (total + total.mT) / 2
+@dataclass(frozen=True)
+class TaskGram:
+    """What step 1 finds of one matrix or vector tensor.
+
+    Attributes:
+        tasks: (N, N) float64 ⟨τ_i, τ_j⟩, exactly symmetric.
+        base: ‖θ₀‖².
+    """
+
+    tasks: Tensor
+    base: float
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for journals."""
+        return {"tasks": self.tasks.tolist(), "base": self.base}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> TaskGram:
+        """From :meth:`plain`."""
+        return cls(torch.tensor(value["tasks"], dtype=torch.float64), value["base"])
 
 
 def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
@@ -67,64 +70,111 @@ def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     tensors = plan.of("matrix", "vector", "statistic", "extra")
 
     def block_elements(tensor: PlannedTensor) -> int:
+        if by_rows(tensor, config):
+            return row_block_elements(*tensor.matrix_shape)
         return operators.gram_panel_elements(_precise(tensor, config))
 
     return Pass("task Gram", tensors, block_elements, base_of=("matrix", "vector", "statistic"))
 
 
 def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    """Whether the Gram is computed in float64.
+
+    Of tensors that are merged without factors (vectors, full rank) it is the only source of their residual norms, and a
+    difference of nearly equal numbers needs the digits.
+    """
     return config.svd == "exact" or tensor.role != "matrix" or tensor.full_rank
 
 
 class GramStep(Step):
-    """Gram matrices as rows of numbers; refuses NaN and Inf, which a Gram matrix cannot hide."""
+    """A :class:`TaskGram` of each matrix and vector; refuses NaN and Inf, which a Gram matrix cannot hide.
+
+    Of tensors whose residuals are weighted by rows the rows' Gram matrices are kept for the combination.
+    """
 
     def __init__(self, run: Run, config: MergeConfig) -> None:
         super().__init__(gram_pass(run.plan, config, run.backend.operators))
-        self._config, self._operators, self._loader = config, run.backend.operators, run.loader
+        self._config, self._operators = config, run.backend.operators
+        self._loader, self._kept = run.loader, run.factors
 
-    def work(self, group: Group) -> list[Any]:
-        """(N, N) each; of a part its panels'; ``None`` for what takes no part in the subspace."""
+    def work(self, group: Group) -> Grams | RowGrams:
+        """The group's :class:`Grams`; of a part its panels', or its rows'."""
         first, operators = group.tensors[0], self._operators
-        if first.role not in ("matrix", "vector"):
-            self._look_at(group)
-            return [None] * len(group.tensors)
+        if by_rows(first, self._config):
+            rows, _ = group.in_rows([])
+            grams = operators.row_grams(rows.bases, rows.experts)
+            return grams if group.part is not None else self._summed(group.tensors, grams)
         precise = _precise(first, self._config)
-        if group.part is not None:
+        if group.part is not None and group.bases:
             panel = operators.gram_panel_elements(precise)
-            return [panel_grams(*group.inputs(0), operators, precise=precise, panel=panel).tolist()]
-        grams = task_grams(group.bases, group.experts, operators, precise=precise)
-        return [self._finite(*of_tensor).tolist() for of_tensor in zip(group.tensors, grams, strict=True)]
+            return panel_grams(*group.inputs(0), operators, precise=precise, panel=panel)
+        # Extras have no base: NaN and Inf show in their differences from any of them.
+        return operators.task_gram(group.bases or group.experts[0], group.experts, precise=precise)
 
-    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
-        """The sum of all panels."""
-        if tensor.role not in ("matrix", "vector"):
-            return None
-        panels = torch.tensor([panel for part in parts for panel in part], dtype=torch.float64)
-        return self._finite(tensor, from_panels(panels)).tolist()
+    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Grams:
+        """The sum of all panels, or of all rows."""
+        if by_rows(tensor, self._config):
+            rows, bases = torch.cat([part.rows for part in parts], dim=2), [part.base for part in parts]
+            return self._summed([tensor], RowGrams(rows, torch.stack(bases).sum(dim=0)))
+        tasks, base = (torch.cat(panels) for panels in zip(*parts, strict=True))
+        total = torch.zeros_like(tasks[0])
+        for panel in tasks:
+            total += panel
+        return Grams(total.unsqueeze(0), base.sum().unsqueeze(0))
 
-    def _look_at(self, group: Group) -> None:
-        """Refuse NaN and Inf in what is only averaged; what is finite may be as large as it is."""
-        bases = group.bases or group.experts[0]
-        grams = self._operators.task_gram(bases, group.experts, precise=True).tasks
-        finite = torch.isfinite(grams).flatten(1).all(dim=1).tolist()
-        for tensor, fine in zip(group.tensors, finite, strict=True):
-            if not fine:
-                self._loader.refuse_non_finite(tensor, group.part)
+    def settled(self, found: Found) -> list[Sequence[Any]]:
+        """``None`` for what takes no part in the subspace."""
+        numbers = fetched([one for _, grams in found for one in grams])
+        values: list[Sequence[Any]] = []
+        for (tensors, _), tasks, base in zip(found, numbers[::2], numbers[1::2], strict=True):
+            if not bool(torch.isfinite(tasks).all()):
+                self._refuse(tensors, tasks)
+            if tasks.ndim == 2:
+                tasks = from_pairs(tasks)
+            if tensors[0].role in ("matrix", "vector"):
+                values.append(list(map(TaskGram, (tasks + tasks.mT) / 2, base.tolist())))
+            else:
+                values.append([None] * len(tensors))
+        return values
 
-    def _finite(self, tensor: PlannedTensor, gram: Tensor) -> Tensor:
-        """A Gram matrix as it is, or why it holds NaN or Inf."""
-        if not bool(torch.isfinite(gram).all()):
+    def plain(self, value: Any) -> Any:
+        """See :meth:`TaskGram.plain`."""
+        return None if value is None else value.plain()
+
+    def remembered(self, journal: Journal) -> Mapping[str, Any]:
+        """Gram matrices of a former run; rows' are not written down: the combination finds them again, to the bit."""
+        known = super().remembered(journal)
+        return {name: None if value is None else TaskGram.from_plain(value) for name, value in known.items()}
+
+    def _summed(self, tensors: Sequence[PlannedTensor], grams: RowGrams) -> Grams:
+        """Keeps the rows of whole tensors; their sums, (L, P) as pairs are."""
+        for tensor, rows in zip(tensors, grams.rows, strict=True):
+            self._kept.put_rows(tensor.name, rows)
+        return Grams(self._operators.sum_rows(grams.rows), grams.base)
+
+    def _refuse(self, tensors: Sequence[PlannedTensor], tasks: Tensor) -> None:
+        for tensor, finite in zip(tensors, torch.isfinite(tasks).flatten(1).all(dim=1).tolist(), strict=True):
+            if finite:
+                continue
             self._loader.refuse_non_finite(tensor)
-            raise NotFinite(
-                f"tensor {quoted(tensor.name)}: the differences from the base are too large to be squared and summed"
-            )
-        return gram
+            if tensor.role in ("matrix", "vector"):  # what is only averaged may be as large as it is
+                raise NotFinite(
+                    f"tensor {quoted(tensor.name)}: the differences from the base are too large to be squared and "
+                    "summed"
+                )
 
 
-def as_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """(N, N) float64 for each matrix and vector tensor, from what :class:`GramStep` gives."""
-    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items() if rows is not None}
+def tasks_and_bases(values: Mapping[str, TaskGram | None]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(N, N) Gram matrix and ‖θ₀‖² of each matrix and vector tensor, from what :class:`GramStep` gives."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return {name: one.tasks for name, one in known.items()}, {name: one.base for name, one in known.items()}
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """(L, P) pairs (i, j ≤ i), at i(i+1)/2 + j, as (L, N, N)."""
+    count = math.isqrt(2 * pairs.shape[1])
+    places = [[max(i, j) * (max(i, j) + 1) // 2 + min(i, j) for j in range(count)] for i in range(count)]
+    return pairs[:, torch.tensor(places)]
 
 
 def weighted(grams: Mapping[str, Tensor], plan: Plan, config: MergeConfig, count: int) -> Tensor:

@@ -96,16 +96,18 @@ def analyze(
     options = RunOptions(device, backend, memory_budget, spill_directory, processes, journal)
     run = Run(Inputs(*open_checkpoints(base, experts)), config, options, passes)
     # 1. How the task vectors lie to one another.
-    grams = gram.as_tensors(run.each(gram.GramStep(run, config), progress))
+    found = run.each(gram.GramStep(run, config), progress)
+    grams, squares = gram.tasks_and_bases(found)
     # 2. What they share, and the mixing that leaves the residuals.
     real = real_subspace(gram.weighted(grams, run.plan, config, len(run.inputs.named)), config)
     # 3. Residuals cut to low rank. A mixing that is rounding leaves residuals that are rounding: nothing to truncate.
     truncated: dict[str, Truncated] = {}
     if config.eta != 0 and norm_matching.any_residual(real.mixing):
-        values = run.each(truncation.TruncationStep(run, config, real.mixing, grams), progress)
-        truncated = {name: Truncated.from_plain(value) for name, value in values.items()}
+        truncated = run.each(truncation.TruncationStep(run, config, real.mixing, grams), progress)
     thresholds = elements.thresholds(run, config, progress)  # of TIES, which has another step 3
-    return Analysis(run, Findings(config, list(run.inputs.named), run.plan, grams, real, truncated, thresholds))
+    return Analysis(
+        run, Findings(config, list(run.inputs.named), run.plan, grams, squares, real, truncated, thresholds)
+    )
 
 
 class Analysis:
@@ -117,7 +119,7 @@ class Analysis:
     truncates it, and keeps the factors in memory.
 
     Attributes:
-        config, experts, plan, grams, matrix_gram, vector_gram: of :class:`Findings`.
+        config, experts, plan, grams, base_squares, matrix_gram, vector_gram: of :class:`Findings`.
         real_subspace, gram: coefficients of the core, mixing, eigenvalues and gap; (N, N) float64 G = Σ γ_l G_l.
         backend, device: who computed it, why and where.
     """
@@ -126,6 +128,7 @@ class Analysis:
         self._run, self._findings, self._factors = run, findings, truncation.ResidualFactors(findings, run)
         self.config, self.experts, self.plan = findings.config, findings.experts, findings.plan
         self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, dict(findings.grams)
+        self.base_squares = dict(findings.base_squares)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
         self.backend, self.device = run.backend, run.device
 
@@ -157,7 +160,7 @@ class Analysis:
         # 4. One norm for all residuals.
         residuals = self.residuals(config)
         # 5. What each tensor is made of, and made.
-        terms = Terms(self._findings, residuals, config, self._factors.of)
+        terms = Terms(self._findings, residuals, config, self._factors.of, run.factors.rows)
         specs = self.plan.output_specs(run.inputs.base.specs, dtype)
         run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
         run.each(combination.CombinationStep(run, terms, sink, specs), progress)

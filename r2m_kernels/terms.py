@@ -17,7 +17,7 @@ from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
-from ._stream.plan import PlannedTensor
+from ._stream.plan import PlannedTensor, by_rows
 from .config import MergeConfig
 from .findings import Findings, Residuals
 from .update_scale import gain
@@ -96,22 +96,36 @@ class LowRank(Term):
 
 @dataclass(frozen=True)
 class ByRows(Term):
-    """θ₀ + λ τ_core + η Σ_i W_i ∘ X_i: whole residuals X_i = Σ_j M_ji τ_j, weighted by row; (N,) core λ c, mixing M."""
+    """θ₀ + λ τ_core + η Σ_i W_i ∘ X_i: whole residuals X_i = Σ_j M_ji τ_j, weighted by row.
+
+    Attributes:
+        core: (N,) λ c.
+        mixing: (N, N) M.
+        rows: how rows are weighted.
+        eta: η.
+        grams: (P, m) Gram matrices of each tensor's rows, as step 1 left them; ``None`` where it did not.
+    """
 
     core: Tensor
     mixing: Tensor
     rows: RowWeights
     eta: float
+    grams: Sequence[Tensor | None]
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
         return row_block_elements(*tensor.matrix_shape)
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        known = [rows.to(outs[0].device, non_blocking=True) for rows in self.grams if rows is not None]
+        if group.part is not None:
+            columns = group.tensors[0].matrix_shape[1]
+            known = [rows[:, group.part.start // columns : group.part.stop // columns] for rows in known]
         group, outs = group.in_rows(outs)
+        whole = len(known) == len(outs)
+        grams = stacked(known) if whole else operators.row_grams(group.bases, group.experts).rows
         rule = (self.rows.weights, self.rows.scales, self.eta, self.rows.power, group.compute_dtype)
-        grams = operators.row_grams(group.bases, group.experts)
-        coefficients = operators.row_coefficients(grams.rows, self.core, self.mixing, *rule)
+        coefficients = operators.row_coefficients(grams, self.core, self.mixing, *rule)
         return operators.combine(group.bases, group.experts, coefficients, None, None, None, outs)
 
 
@@ -181,7 +195,7 @@ def _unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
         return Linear
     if not tensor.full_rank:
         return LowRank
-    return ByRows if config.row_power > 0 else Linear
+    return ByRows if by_rows(tensor, config) else Linear
 
 
 @dataclass(frozen=True)
@@ -193,12 +207,14 @@ class Terms:
         residuals: of step 4.
         config: of the merge.
         factors: the low-rank factors of a tensor; ``None`` where it has none.
+        rows: Gram matrices of a tensor's rows, by its name; ``None`` where they are not known.
     """
 
     findings: Findings
     residuals: Residuals
     config: MergeConfig
     factors: Callable[[PlannedTensor], Factors | None]
+    rows: Callable[[str], Tensor | None]
 
     @property
     def single(self) -> bool:
@@ -228,7 +244,7 @@ class Terms:
         # Where η came out as 0 nothing is weighted: the residual term is rounding.
         rows = RowWeights(weights, scales, config.row_power) if config.row_power > 0 and eta != 0 else None
         if kind is ByRows and rows is not None:
-            return ByRows(core, real.mixing, rows, eta)
+            return ByRows(core, real.mixing, rows, eta, [self.rows(tensor.name) for tensor in tensors])
         # Where nothing is truncated: λ c + η M (w s).
         coefficients = core + eta * (real.mixing @ (weights * scales)) if first.full_rank else core
         if kind is Flat:

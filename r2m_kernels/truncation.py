@@ -15,7 +15,7 @@ from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
 from ._stream.run import Run
-from ._stream.schedule import Pass, Step
+from ._stream.schedule import Found, Pass, Step
 from ._stream.tensors import compute_dtype, tensor_key
 from .config import MergeConfig
 from .findings import Findings, Truncated
@@ -191,20 +191,27 @@ class TruncationStep(Step):
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
         """Factors are not written down: a tensor that is not merged yet is truncated again, the same to the bit."""
         merged, truncated = journal.known("combination"), journal.known(self.over.name)
-        return {name: value for name, value in truncated.items() if name in merged}
+        return {name: Truncated.from_plain(value) for name, value in truncated.items() if name in merged}
+
+    def plain(self, value: Any) -> Any:
+        """See :meth:`Truncated.plain`."""
+        return value.plain()
+
+    def settled(self, found: Found) -> list[Sequence[Any]]:
+        """See :class:`r2m_kernels.findings.Truncated`."""
+        return [values for _, values in found]
 
     def work(self, group: Group) -> list[Any]:
-        """See :class:`r2m_kernels.findings.Truncated`."""
+        """Factors go into the store."""
         known = [self._grams[name] for name in group.names]
         rank, operators = group.tensors[0].rank, self._run.backend.operators
         factors = truncate_residuals(
             group.names, group.bases, group.experts, self._mixing, rank, self._config, operators, known
         )
-        dtype = compute_dtype([group.bases[0], *(expert[0] for expert in group.experts)])
-        factors = map_spectra(factors, self._config, dtype)
+        factors = map_spectra(factors, self._config, group.compute_dtype)
         for name, of_tensor in zip(group.names, factors, strict=True):
             self._run.factors.put(name, of_tensor)
-        return [Truncated.of(of_tensor).plain() for of_tensor in factors]
+        return [Truncated.of(of_tensor) for of_tensor in factors]
 
 
 class ResidualFactors:

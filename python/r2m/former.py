@@ -55,7 +55,9 @@ def specialists(checkpoint: Path) -> int:
 
 def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:
     """The content of a merge's ``r2m_state.json``, from which :func:`grams` takes what another one need not find."""
-    grams: dict[str, Any] = {name: gram.tolist() for name, gram in analysis.grams.items()}
+    grams: dict[str, Any] = {
+        name: {"tasks": gram.tolist(), "base": analysis.base_squares[name]} for name, gram in analysis.grams.items()
+    }
     grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
     return json.dumps({"state": state, "grams": dict(sorted(grams.items()))}).encode()
 
@@ -91,5 +93,6 @@ def _of_the_same(before: dict[str, Any], known: dict[str, Any], now: dict[str, A
         return {}
     places = [names.index(name) for name in order]
     return {
-        name: None if rows is None else [[rows[i][j] for j in places] for i in places] for name, rows in known.items()
+        name: gram if gram is None else {**gram, "tasks": [[gram["tasks"][i][j] for j in places] for i in places]}
+        for name, gram in known.items()
     }

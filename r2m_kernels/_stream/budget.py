@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from ..config import MergeConfig
-from .plan import PlannedTensor
+from .plan import PlannedTensor, by_rows
 from .tensors import PartialSource, TensorSource
 
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
@@ -62,8 +64,11 @@ class Inputs:
         """Whether a tensor can be read in parts."""
         return all(isinstance(source, PartialSource) for source in self.read_for(tensor))
 
-    def factor_bytes(self, tensor: PlannedTensor) -> int:
-        """Bytes of a truncated tensor's factors; 0 for others."""
+    def factor_bytes(self, tensor: PlannedTensor, config: MergeConfig) -> int:
+        """Bytes of what is kept of a tensor between steps: low-rank factors, or Gram matrices of its rows."""
+        if by_rows(tensor, config):
+            count = len(self.experts)
+            return count * (count + 1) // 2 * tensor.matrix_shape[0] * torch.float64.itemsize
         if not tensor.truncated:
             return 0
         width = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
@@ -77,8 +82,8 @@ class Memory:
     Attributes:
         flight: inputs, intermediate results and outputs of what is at work.
         piece: what one tensor, or the part of it at work, may take of ``flight``.
-        factors: low-rank factors that stay in memory.
-        spill: low-rank factors that do not fit there.
+        factors: low-rank factors, and Gram matrices of rows, that stay in memory.
+        spill: those that do not fit there.
         kept: tensors whose inputs stay in memory from the first pass to the last.
         group: inputs of tensors that are taken together.
     """
@@ -123,7 +128,7 @@ def split(
         return Memory(None, None, None, 0, _kept(stay, tensors, inputs, brought), group)
     largest = max(map(inputs.working_bytes, tensors), default=0)
     flight = min(budget // 2, AHEAD * threads * largest)
-    needed = sum(map(inputs.factor_bytes, tensors))
+    needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
     factors = min(budget - flight, needed)
     stay = budget - flight - factors if device is None else stay
     spill = needed - factors if config.eta != 0 else 0

@@ -83,6 +83,12 @@ def fits(names: Iterable[str], globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
+def by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    """Whether a tensor's whole residuals are weighted row by row, by their lengths in the rows' Gram matrices."""
+    whole = tensor.full_rank and config.elementwise == "none" and config.core_spectrum != "flat"
+    return whole and config.eta != 0 and config.row_power > 0
+
+
 def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:
     """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
     smaller = min(shape[0], math.prod(shape[1:]))

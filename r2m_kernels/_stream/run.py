@@ -22,7 +22,7 @@ from .loader import Loader
 from .parallel import workers
 from .plan import Plan, PlannedTensor
 from .processes import Journal, NoJournal, ProcessGroup, SingleProcess
-from .schedule import Pass, Step, run_in_groups, run_on_threads, shares, work_list
+from .schedule import Found, Pass, Step, run_in_groups, run_on_threads, shares, work_list
 from .spill import FactorStore
 from .state_dicts import device_of
 
@@ -151,15 +151,28 @@ class Run:
         on_device = self.loader.on_device if grouped else None
         works = work_list(over, left, self.inputs, self.memory, workers(), on_device)
         trouble: Exception | None = None
-        try:
-            for group, results in (run_in_groups if grouped else run_on_threads)(works, step, self.loader, self.memory):
+        # Where a device is not to be waited for, what was found is fetched when all is done; but what is written down,
+        # and what threads find, is settled at once.
+        later = grouped and (isinstance(self.journal, NoJournal) or not step.journaled)
+        waiting: list[tuple[Sequence[PlannedTensor], Any]] = []
+
+        def settle(found: Found) -> None:
+            for (group, _), results in zip(found, step.settled(found), strict=True):
                 for tensor, value in zip(group, results, strict=True):
                     values[tensor.name] = value
-                    if step.journaled:
-                        self.journal.record(over.name, tensor.name, value)
-                    bytes_done, tensors_done = bytes_done + self.inputs.nbytes(tensor), tensors_done + 1
+                    if step.journaled and not later:
+                        self.journal.record(over.name, tensor.name, step.plain(value))
+
+        try:
+            for group, found in (run_in_groups if grouped else run_on_threads)(works, step, self.loader, self.memory):
+                if later:
+                    waiting.append((group, found))
+                else:
+                    settle([(group, found)])
+                bytes_done, tensors_done = bytes_done + sum(map(self.inputs.nbytes, group)), tensors_done + len(group)
                 if progress is not None:
                     progress(ProgressEvent(over.name, tensors_done, len(left), bytes_done, total))
+            settle(waiting)
         except (R2MError, OSError) as error:
             trouble = error
         read = self.loader.read_bytes - read_before

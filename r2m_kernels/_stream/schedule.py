@@ -51,8 +51,11 @@ def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConf
     return assign(budget.costs(plan.tensors, uses, inputs, config), processes)
 
 
+Found = Sequence[tuple[Sequence[PlannedTensor], Any]]
+
+
 class Step:
-    """What is done to tensors on a pass: from a group to a plain value for each, which journals and processes read.
+    """What is done to tensors on a pass: from a group to a value for each, which journals and processes read.
 
     Attributes:
         over: the pass.
@@ -64,13 +67,25 @@ class Step:
     def __init__(self, over: Pass) -> None:
         self.over = over
 
-    def work(self, group: Group) -> Sequence[Any]:
-        """The values of a group's tensors, or of a part."""
+    def work(self, group: Group) -> Any:
+        """What is found of a group's tensors, or of a part; it may still be on the device, which nobody waits for."""
         raise NotImplementedError
 
     def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
-        """A tensor's value from its parts' values, in their order."""
+        """What :meth:`work` finds of a tensor, from what it found of all its parts, in their order."""
         return None
+
+    def settled(self, found: Found) -> list[Sequence[Any]]:
+        """The values of each group's tensors, on the CPU, from what :meth:`work` found: one copy from the device.
+
+        Raises:
+            NotFinite: they show NaN or Inf.
+        """
+        return [[None] * len(tensors) for tensors, _ in found]
+
+    def plain(self, value: Any) -> Any:
+        """A value as a journal takes it."""
+        return value
 
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
         """Values of a former run that need not be worked out again."""
@@ -152,15 +167,15 @@ def _groups(
     return [group for groups in alike.values() for group in groups]
 
 
-Done = Iterator[tuple[Sequence[PlannedTensor], Sequence[Any]]]
+Done = Iterator[tuple[Sequence[PlannedTensor], Any]]
 
 
 def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Memory) -> Done:
-    """Tensors with their values, one after the other, several at work at once."""
+    """Tensors with what was found, one after the other, several at work at once."""
     ahead = budget.AHEAD * workers() if loader.device.type == "cpu" else 1
     for work in works:
         if work.parts:
-            yield work.tensors, [_in_parts(work, step, loader, memory, ahead)]
+            yield work.tensors, _in_parts(work, step, loader, memory, ahead)
         elif not work.shared:
             yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
@@ -171,10 +186,10 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
 
 
 def run_in_groups(works: Sequence[Work], step: Step, loader: Loader, memory: Memory) -> Done:
-    """Groups with their values; the next one is loaded while one is worked on."""
+    """Groups with what was found; the next one is loaded while one is worked on."""
     for work in works:
         if work.parts:
-            yield work.tensors, [_in_parts(work, step, loader, memory, ahead=1)]
+            yield work.tensors, _in_parts(work, step, loader, memory, ahead=1)
     groups = [work.tensors for work in works if not work.parts]
 
     def ahead(group: Sequence[PlannedTensor]) -> tuple[Group, torch.cuda.Event | None]:
@@ -191,14 +206,13 @@ def run_in_groups(works: Sequence[Work], step: Step, loader: Loader, memory: Mem
 
 
 def _in_parts(work: Work, step: Step, loader: Loader, memory: Memory, ahead: int) -> Any:
-    """One tensor's value from its parts, which are spread over threads."""
+    """What is found of one tensor from its parts, which are spread over threads."""
     (tensor,) = work.tensors
     if tensor.name in loader.kept:
         loader.whole(tensor, loader.inputs.sources)
 
     def value_of(part: slice) -> Any:
-        (value,) = step.work(step.over.load(loader, [tensor], part))
-        return value
+        return step.work(step.over.load(loader, [tensor], part))
 
     # A block may take more than a thread's share: then fewer parts are begun at once.
     first = work.parts[0]

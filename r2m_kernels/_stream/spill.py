@@ -1,4 +1,4 @@
-"""Keeps the low-rank factors between truncation and combination: in memory up to a budget, then on disk."""
+"""Keeps what one step makes for another, factors and Gram matrices of rows: in memory up to a budget, then on disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Spilled:
 
 
 class FactorStore:
-    """Factors by tensor name; written and read from several threads.
+    """Factors, and Gram matrices of rows, by tensor name; written and read from several threads.
 
     Args:
-        budget: bytes of factors held in memory; ``None``: all of them. What exceeds it goes to an unnamed temporary
+        budget: bytes of tensors held in memory; ``None``: all of them. What exceeds it goes to an unnamed temporary
             file in ``directory`` (default: the system's), which the operating system removes with the process.
         on_device: bytes of them that may stay on the device where they were made; ``None``: all.
     """
@@ -38,14 +38,15 @@ class FactorStore:
         self._budget = budget
         self._on_device = on_device
         self._directory = directory
-        self._held: dict[str, Factors] = {}
-        self._spilled: dict[str, tuple[_Spilled, _Spilled, Factors]] = {}
+        self._held: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+        self._spilled: dict[tuple[str, str], tuple[_Spilled, ...]] = {}
+        self._factors: dict[str, Factors] = {}  # without their tensors
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held or name in self._spilled
+        return name in self._factors
 
     def reserve(self, size: int) -> None:
         """Make the temporary file now with room for ``size`` bytes: a full disk is found before the work.
@@ -62,26 +63,40 @@ class FactorStore:
                 raise self._about_directory(error) from error
 
     def put(self, name: str, factors: Factors) -> None:
-        """Keep the factors of one tensor; once per name."""
-        size = factors.left.nbytes + factors.right.nbytes
-        with self._lock:
-            if self._budget is None or self._held_bytes + size <= self._budget:
-                if self._on_device is not None and self._held_bytes + size > self._on_device:
-                    factors = replace(factors, left=factors.left.cpu(), right=factors.right.cpu())
-                self._held[name] = factors
-                self._held_bytes += size
-                return
-            nothing = torch.empty(0)
-            rest = replace(factors, left=nothing, right=nothing)
-            self._spilled[name] = (self._append(factors.left), self._append(factors.right), rest)
+        """Keep the factors of one tensor, in place of former ones."""
+        self._keep(("factors", name), (factors.left, factors.right))
+        nothing = torch.empty(0)
+        self._factors[name] = replace(factors, left=nothing, right=nothing)
 
     def get(self, name: str) -> Factors:
         """The factors of a tensor, bit for bit; KeyError if there are none."""
-        held = self._held.get(name)
-        if held is not None:
-            return held
-        left, right, rest = self._spilled[name]
-        return replace(rest, left=self._load(left), right=self._load(right))
+        left, right = self._fetch(("factors", name))
+        return replace(self._factors[name], left=left, right=right)
+
+    def put_rows(self, name: str, rows: Tensor) -> None:
+        """Keep the (P, m) Gram matrices of one tensor's rows."""
+        self._keep(("rows", name), (rows,))
+
+    def rows(self, name: str) -> Tensor | None:
+        """Those of a tensor, bit for bit; ``None`` if there are none."""
+        key = ("rows", name)
+        return self._fetch(key)[0] if key in self._held or key in self._spilled else None
+
+    def _keep(self, key: tuple[str, str], tensors: tuple[Tensor, ...]) -> None:
+        size = sum(tensor.nbytes for tensor in tensors)
+        with self._lock:
+            self._held_bytes -= sum(tensor.nbytes for tensor in self._held.pop(key, ()))
+            if self._budget is None or self._held_bytes + size <= self._budget:
+                if self._on_device is not None and self._held_bytes + size > self._on_device:
+                    tensors = tuple(tensor.cpu() for tensor in tensors)
+                self._held[key] = tensors
+                self._held_bytes += size
+            else:
+                self._spilled[key] = tuple(self._append(tensor) for tensor in tensors)
+
+    def _fetch(self, key: tuple[str, str]) -> tuple[Tensor, ...]:
+        held = self._held.get(key)
+        return tuple(self._load(one) for one in self._spilled[key]) if held is None else held
 
     def close(self) -> None:
         """Give the temporary file back now."""

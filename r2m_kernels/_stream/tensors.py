@@ -28,6 +28,13 @@ def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers of one device in float64 on the CPU, all with one copy and one wait."""
+    flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors]).cpu() if tensors else torch.empty(0)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors]) if tensors else ()
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:
     """63 bits, a function of (seed, tensor name, shape) alone: all that is random about a tensor."""
     key = f"{seed}\0{name}\0{shape[0]}x{math.prod(shape[1:])}".encode()
