@@ -6,6 +6,7 @@ statistics are always averaged. Results are float64.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -117,6 +118,44 @@ def ties(
         kept = torch.where(tau[name].abs() >= smallest[:, None, None], tau[name], 0.0)
         agree = w[:, None, None] * (kept * mixed(w, kept) > 0)
         change[name] = scale * ((agree * kept).sum(0) / agree.sum(0)).nan_to_num(0.0)
+    return changed(base, change)
+
+
+def splitmix64(key: int, place: int) -> int:
+    """Number ``place`` (from 1) of the sequence of 64-bit numbers that ``key`` starts (Steele, Lea & Flood 2014)."""
+    most = 2**64 - 1
+    z = (key + 0x9E3779B97F4A7C15 * place) & most
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & most
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & most
+    return z ^ z >> 31
+
+
+def dare(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    density: float,
+    scale: float,
+    seed: int = 0,
+    weights: Weights = None,
+) -> dict[str, Tensor]:
+    """θ₀ + scale · Σ τ with a random ``density`` of each τ's elements, divided by it (arXiv 2311.03099).
+
+    Element e of expert j's tensor is kept where the upper 32 bits of number e + 1 of its sequence are below
+    ⌊density · 2³²⌋; the sequence starts at 63 bits of BLAKE2b of "seed, name, j, rows x the rest", NUL between them.
+    """
+    count, w = len(experts), mean_weights(weights, len(experts))
+    matrices, vectors, statistics = kinds(base)
+    tau = task_vectors(base, experts, matrices, [*vectors, *statistics])
+    change = {name: mixed(w, tau[name]) for name in statistics}
+    for name in (*matrices, *vectors):
+        rows, elements = (base[name].shape or (1,))[0], base[name].numel()
+        kept = torch.zeros(count, elements, dtype=torch.float64)
+        for j in range(count):
+            text = f"{seed}\0{name}\0{j}\0{rows}x{elements // max(1, rows)}".encode()
+            key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+            numbers = (splitmix64(key, place) >> 32 for place in range(1, elements + 1))
+            kept[j] = torch.tensor([number < int(density * 2**32) for number in numbers])
+        change[name] = scale * count * mixed(w, kept.view(tau[name].shape) * tau[name]) / density
     return changed(base, change)
 
 

@@ -45,6 +45,8 @@ METHODS = {
     "TSV-M": (MergeConfig.tsv_m(0.7), partial(others.tsv_m, scale=0.7)),
     "Iso-C": (MergeConfig.iso_c(0.7), partial(others.iso_c, scale=0.7)),
     "TIES": (MergeConfig.ties(0.3, 0.7), partial(others.ties, density=0.3, scale=0.7)),
+    "DARE": (MergeConfig.dare(0.3, 0.7).replace(seed=5), partial(others.dare, density=0.3, scale=0.7, seed=5)),
+    "DARE, everything kept": (MergeConfig.dare(1.0, 0.4), partial(others.dare, density=1.0, scale=0.4)),
     "TIES, everything kept": (MergeConfig.ties(1.0, 1.2), partial(others.ties, density=1.0, scale=1.2)),
 }
 CONFIGS |= {name: config.to_dict() for name, (config, _) in METHODS.items()}
