@@ -38,7 +38,7 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
         return {"fusion-bench TSV-M, one block": [*fusion, "tsvm", *files, to("tsvm.safetensors")]} if peers else {}
     script = [sys.executable, "-m", "bench.rivals"]
     by_name = {
-        "r2m": [*merge, "--method", "r2m_truncated", "--out", to("r2m")],
+        "r2m": [*merge, "--out", to("r2m")],
         "r2m --method weight_average": [*merge, "--method", "weight_average", "--out", to("r2m_average")],
         "script: load, average, save": [*script, "average", *files, to("script_average.safetensors")],
         "script: svd_lowrank": [*script, "svd_lowrank", *files, to("script_lowrank.safetensors")],

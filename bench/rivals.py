@@ -52,7 +52,7 @@ def textbook_products(residuals: Sequence[Tensor], ranks: Sequence[int]) -> None
 
 def rank_of(tensor: Tensor) -> int:
     """The rank of a matrix: a tenth of the short side, rounded up."""
-    return math.ceil(float(MergeConfig.r2m_truncated().rank) * min(tensor.shape))
+    return math.ceil(float(MergeConfig.r2m().rank) * min(tensor.shape))
 
 
 def residuals_of(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def plain_merge(base: StateDict, experts: Sequence[StateDict], truncate: Truncat
     term = math.sqrt(
         sum(float(torch.einsum("i,imn->mn", scales / count, rows).square().sum()) for rows in kept.values())
     )
-    eta = MergeConfig.r2m_truncated().eta * math.sqrt(shared) / term
+    eta = 0.6 * math.sqrt(shared) / term
     return {
         name: tensor + parts[name][1] + torch.einsum("i,imn->mn", eta / count * scales, kept[name])
         for name, tensor in base.items()

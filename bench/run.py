@@ -39,7 +39,7 @@ from r2m_kernels.truncation import truncate_residuals
 
 CPU = torch.device("cpu")
 ERROR_BAR = 1.02  # of the optimum, the contract of the default settings
-TRUNCATED = MergeConfig.r2m_truncated()
+TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
 
 
 @dataclass
@@ -107,7 +107,7 @@ def blocks(repeats: int) -> Result:
         best = [optimum(x, rank) for x in rows]
         truncations: dict[str, list[tuple[Tensor, Tensor]]] = {
             "r2m_kernels": our_truncation(list(rows), rank, TRUNCATED, name),
-            "textbook": our_truncation(list(rows), rank, MergeConfig.r2m_truncated(svd="textbook"), name),
+            "textbook": our_truncation(list(rows), rank, TRUNCATED.replace(svd="textbook"), name),
             "svd_lowrank": [rivals.svd_lowrank(x, rank) for x in rows],
         }
         for method, factors in truncations.items():
@@ -131,7 +131,7 @@ def blocks(repeats: int) -> Result:
         {
             "r2m_kernels": lambda: merge(base, experts, TRUNCATED),
             "textbook's products alone": lambda: rivals.textbook_products(matrices, ranks),
-            'r2m_kernels, svd="textbook"': lambda: merge(base, experts, MergeConfig.r2m_truncated(svd="textbook")),
+            'r2m_kernels, svd="textbook"': lambda: merge(base, experts, TRUNCATED.replace(svd="textbook")),
             "torch.svd_lowrank": lambda: rivals.plain_merge(base, experts, rivals.svd_lowrank),
             "r2m_kernels, default (rows)": lambda: merge(base, experts),
             "r2m_kernels, weight average": lambda: merge(base, experts, MergeConfig.weight_average()),

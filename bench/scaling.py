@@ -34,7 +34,7 @@ from r2m_kernels import MergeConfig
 from r2m_kernels.streaming import TensorSpec
 
 EXPERTS = 3
-METHODS = {"r2m": MergeConfig.r2m(), "r2m_truncated": MergeConfig.r2m_truncated()}
+METHODS = {"r2m": MergeConfig.r2m(), "rows": MergeConfig.r2m(rank=1.0, row_power=3.0)}
 PROCESSES = (1, 2, 3, 4)
 FORECAST = (1, 2, 4, 8, 16, 32, 64)
 BUDGET = "2GiB"

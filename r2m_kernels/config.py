@@ -7,6 +7,7 @@ and help, the schema of recipes and the tables of the READMEs come from here.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ FILES, METHOD, REAL, TRUNCATION, STRENGTH = SECTIONS = (
     "Strength of the residuals",
 )
 _NO_FLAG = ""  # methods set it
+# What the public kit and its sister project truncate where they truncate.
+ATTENTION_AND_MLP = ("*attn*", "*attention*", "*mlp*")
 _RANDOMIZED = ("svd", "power_iterations", "oversampling", "tolerance", "seed")
 
 
@@ -47,7 +50,7 @@ class MergeConfig:
         "core", REAL, "What a task vector loses: the core, or its own part in the subspace (τ_i − Πτ_i)."
     )
     rank: float | int = option(
-        1.0,
+        0.1,
         TRUNCATION,
         "Of each residual matrix: with a point a share of min(m, n), rounded up (0.1; 1.0: all), without one a rank "
         "(16); in star a share of the nuclear norm.",
@@ -76,7 +79,7 @@ class MergeConfig:
     )
     norm_match: bool = option(True, STRENGTH, "Rescale every expert's residual to their mean norm first.", free=True)
     row_power: float = option(
-        3.0,
+        0.0,
         STRENGTH,
         "In each row of a matrix (an output neuron), weigh an expert's residual by the P-th power of its length there; "
         "0: all alike. Not with a relative eta.",
@@ -134,6 +137,22 @@ class MergeConfig:
         check=checks.ranks,
         flag="rank-of",
         free=True,
+    )
+    truncate: tuple[str, ...] = option(
+        (),
+        TRUNCATION,
+        "Truncate the residuals of these matrices alone, by name; those of the others stay whole.",
+        unset="all",
+    )
+    rank_rounding: Literal["up", "down"] = option(
+        "up", _NO_FLAG, "What a share of min(m, n) that is no whole number becomes; never less than 1."
+    )
+    head: Literal["mean", "merge"] = option(
+        "mean",
+        _NO_FLAG,
+        "What becomes of the classifier: the plain mean of the experts', out of subspace, norms and λ, or it is merged "
+        "like the rest.",
+        "It is found by names and shapes (r2m_kernels.heads); the report lists what was taken.",
     )
     exclude: tuple[str, ...] = option(
         (), REAL, "Tensors to keep out of subspace and truncation, by name; they are merged as vectors are."
@@ -207,36 +226,50 @@ class MergeConfig:
     @classmethod
     @method("R²M", "arXiv 2509.24367", uses=(REAL, TRUNCATION, STRENGTH))
     def r2m(cls, **overrides: Any) -> MergeConfig:
-        """R²M (arXiv 2509.24367) with the defaults of this package; ``overrides`` are fields.
+        """R²M (arXiv 2509.24367) with the defaults of this package, which the fields have; ``overrides`` are fields.
 
-        They are what detected best on docs/quality.md's fresh runs: whole residuals weighted row by row, and a core
-        with half of the length restored that averaging took from it.
+        The Real component is the mean task vector's part in the top singular direction of the task vectors, with half
+        of the length restored that averaging took from it. Residuals are truncated layer by layer to a tenth of full
+        rank, matched to one norm and averaged. The head is the mean of the heads.
         """
         return cls().replace(**overrides)
 
     @classmethod
-    @method("R²M with residuals truncated to low rank", uses=(REAL, TRUNCATION, STRENGTH))
-    def r2m_truncated(cls, rank: float | int = 0.1, **overrides: Any) -> MergeConfig:
-        """R²M with residuals truncated to ``rank``, one norm each, and 0.6 of the core's norm together.
+    @method("R²M as the authors' public script has it", uses=(REAL, TRUNCATION, STRENGTH))
+    def r2m_paper(cls, **overrides: Any) -> MergeConfig:
+        """R²M as the authors' public kit computes it; ``overrides`` are fields.
 
-        It denoises, at the cost of a truncation per residual; docs/quality.md has what that did to detectors.
+        Task vectors are not centred; tensors with "ln" or "bias" in their names take no part in the subspace, so that
+        their core is the mean; residuals are τ_i − core, whole unless a ``rank`` is given, which then is that of
+        attention and MLP matrices, max(1, ⌊rank · min(m, n)⌋); one norm per specialist; η = 0.6 · ‖core‖, which is not
+        scale-free; the head is the mean of the heads. The kit weighs layers by √P_l/‖A_l‖_F unless told "none", and
+        multiplies by that once too often, which makes cores 100 to 10,000 times too long: here it is none.
         """
-        fields = {"rank": rank, "core_mode": "mean", "eta": 0.6, "eta_mode": "relative", "row_power": 0.0}
+        kit = {"exclude": ("*ln*", "*bias*"), "truncate": ATTENTION_AND_MLP, "rank_rounding": "down"}
+        return cls(**{"core_mode": "mean", "rank": 1.0, "eta": 0.6, "eta_mode": "core_norm", **kit, **overrides})
+
+    @classmethod
+    @method("R²M as summaries of the paper have it: centred, own residuals", uses=(REAL, TRUNCATION, STRENGTH))
+    def r2m_centred(cls, **overrides: Any) -> MergeConfig:
+        """R²M by centred task vectors and residuals τ_i − Πτ_i, as summaries of the paper have it.
+
+        Centring makes the core a contrast between specialists, next to nothing of their mean, and η = 0.6 · ‖core‖ with
+        it: the merge is nearly the base, and the report says to how many per cent.
+        """
+        fields = {"center": True, "residual": "own", "core_mode": "mean", "eta": 0.6, "eta_mode": "core_norm"}
         return cls(**{**fields, **overrides})
 
     @classmethod
-    @method("R²M with the paper's settings as far as they are known", uses=(REAL, TRUNCATION, STRENGTH))
-    def r2m_paper(cls, **overrides: Any) -> MergeConfig:
-        """R²M as summaries of the paper and the authors' public script have it; ``overrides`` are fields.
-
-        Settled: the top right singular vector of the task vectors as the Real subspace, residuals truncated layer by
-        layer, one norm per specialist, heads averaged. Uncertain, since the paper's body was not at hand: centring
-        (summaries have it, the script does not), residuals as τ_i − Πτ_i (the script: τ_i − core), the rank (0.05, 0.1
-        and 0.2 occur in the script's file names), and η (the script: 0.4, 0.6 or 0.8 times ‖core‖, which is not
-        scale-free). docs/quality.md has what these settings did here.
-        """
-        fields = {"center": True, "residual": "own", "rank": 0.1, "eta": 0.6, "eta_mode": "core_norm"}
-        return cls(**{"core_mode": "mean", "row_power": 0.0, **fields, **overrides})
+    @method(
+        "R²M with a relative eta",
+        uses=(REAL, TRUNCATION, STRENGTH),
+        instead="r2m with eta_mode=relative, eta=0.6, core_mode=mean and head=merge",
+    )
+    def r2m_truncated(cls, rank: float | int = 0.1, **overrides: Any) -> MergeConfig:
+        """``r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")``, which is to be written instead."""
+        warnings.warn(METHODS["r2m_truncated"].former, FutureWarning, stacklevel=2)
+        fields = {"rank": rank, "core_mode": "mean", "eta": 0.6, "eta_mode": "relative", "head": "merge"}
+        return cls(**{**fields, **overrides})
 
     @classmethod
     @method("mean of the experts", "model soups, arXiv 2203.05482", uses=("core_scale", "scale_by"))
@@ -247,7 +280,7 @@ class MergeConfig:
     @classmethod
     def _averaged(cls, **fields: Any) -> MergeConfig:
         """The mean as the core, without anything that R²M adds, on top of which are ``fields``."""
-        plain = {"real_rank": None, "core_mode": "mean", "eta": 0.0, "norm_match": False, "row_power": 0.0}
+        plain = {"real_rank": None, "rank": 1.0, "core_mode": "mean", "eta": 0.0, "norm_match": False, "head": "merge"}
         return cls(**{**plain, **fields})
 
     @classmethod
@@ -344,6 +377,7 @@ _SCALE = Option("scale", float, None, False, METHOD, "Factor of the sum, in ties
 # Those that the command has, by its flags' names.
 FLAGS: dict[str, Option] = {"scale": _SCALE} | {one.key: one for one in OPTIONS.values() if one.section}
 METHODS: dict[str, Method] = read_methods(MergeConfig, FLAGS, common=FILES)
+OFFERED = {name: one for name, one in METHODS.items() if not one.instead}  # in help and documentation
 
 
 def make_config(name: str, options: Mapping[str, Any]) -> MergeConfig:
@@ -356,5 +390,7 @@ def make_config(name: str, options: Mapping[str, Any]) -> MergeConfig:
     Raises:
         BadOption: an unknown method, an option that the method does not use, or a bad value.
     """
-    config: MergeConfig = METHODS[checks.choice("method", name, tuple(METHODS))].configure(options)
+    with warnings.catch_warnings():  # who asks by name is told by who asked: `Method.former`
+        warnings.simplefilter("ignore", FutureWarning)
+        config: MergeConfig = METHODS[checks.choice("method", name, tuple(METHODS))].configure(options)
     return config

@@ -57,12 +57,14 @@ class Strength:
         eta: η.
         core_norm: ‖λ τ_core‖ over matrix tensors.
         residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding.
+        cancelled: whether residuals cancel so far that a relative eta is kept from blowing up what is left.
     """
 
     core_scale: float
     eta: float
     core_norm: float
     residual_norm: float
+    cancelled: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from .update_scale import gain
 # A residual shorter than this fraction of the longest task vector is rounding: the Gram, and with it core and mixing,
 # is known to GRAM_ERROR only; four times that leaves room for forming the residual itself.
 NEGLIGIBLE = 4 * GRAM_ERROR
+# Residuals that cancel leave little but what truncation happened to cut: a relative η counts their sum as this part of
+# their mean length at least, and so lengthens no residual beyond 16 times eta · ‖core‖.
+LEAST_SHARE = 16.0
 
 
 def any_residual(mixing: Tensor) -> bool:
@@ -77,14 +80,15 @@ def strength(findings: Findings, products: Tensor, scales: Tensor, config: Merge
     residual = float((weighted @ products @ weighted).clamp_min(0).sqrt())
     if residual <= NEGLIGIBLE * _longest(findings.matrix_gram) * float(weighted.sum()):
         residual = 0.0
+    floor = float(weighted @ products.diag().clamp_min(0).sqrt()) / LEAST_SHARE
     eta = config.eta
     if config.eta_mode == "sum":
         eta *= count
     elif config.eta_mode == "core_norm":
         eta *= core_norm
     elif config.eta_mode == "relative":
-        eta = eta * core_norm / residual if residual > 0 else 0.0
-    return Strength(core_scale, eta, core_norm, residual)
+        eta = eta * core_norm / max(residual, floor) if residual > 0 else 0.0
+    return Strength(core_scale, eta, core_norm, residual, config.eta_mode == "relative" and 0 < residual < floor)
 
 
 def _longest(squares: Tensor) -> float:

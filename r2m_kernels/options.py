@@ -99,6 +99,8 @@ class Option:
         """A value as help and tables have it; what is empty is not shown."""
         if value is None or value == ():
             return self.unset
+        if isinstance(value, tuple):
+            return ", ".join(map(str, value))
         if isinstance(value, bool):
             return ("" if value else "no-") + self.flag
         return f"{value:g}" if self.kind is float else str(value)
@@ -167,6 +169,7 @@ class Method:
         options: all that it uses, by key.
         formula: what it computes, in a few words.
         paper: its name in the field, and where it is from.
+        instead: what is to be written today; a method that has it is in no help.
     """
 
     name: str
@@ -174,6 +177,12 @@ class Method:
     options: Mapping[str, Option]
     formula: str
     paper: str = ""
+    instead: str = ""
+
+    @property
+    def former(self) -> str:
+        """Why nobody should ask for it any more; empty where nothing is against it."""
+        return f"the method {self.name} goes: write {self.instead} instead" if self.instead else ""
 
     @property
     def title(self) -> str:
@@ -206,16 +215,16 @@ def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
 
 
-def method(formula: str, paper: str = "", uses: Iterable[str] = ()) -> Callable[[T], T]:
+def method(formula: str, paper: str = "", uses: Iterable[str] = (), instead: str = "") -> Callable[[T], T]:
     """Marks a function that makes a configuration, under ``classmethod``.
 
     Args:
-        formula, paper: of :class:`Method`.
+        formula, paper, instead: of :class:`Method`.
         uses: keys or sections of options that it uses beside its parameters.
     """
 
     def mark(function: T) -> T:
-        setattr(function, _DECLARED, (formula, paper, tuple(uses)))
+        setattr(function, _DECLARED, (formula, paper, tuple(uses), instead))
         return function
 
     return mark
@@ -233,9 +242,9 @@ def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> 
     for name, value in vars(cls).items():
         declared = getattr(getattr(value, "__func__", None), _DECLARED, None)
         if declared is not None:
-            formula, paper, uses = declared
+            formula, paper, uses, instead = declared
             make = getattr(cls, name)
             words = {common, *uses, *_parameters(make)}
             used = {key: one for key, one in options.items() if key in words or one.section in words}
-            methods[name] = Method(name, make, used, formula, paper)
+            methods[name] = Method(name, make, used, formula, paper, instead)
     return methods

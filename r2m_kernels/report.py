@@ -19,6 +19,7 @@ from ._stream.tensors import dtype_name
 from ._version import __version__
 from .config import MergeConfig
 from .findings import Findings, Residuals
+from .norm_matching import LEAST_SHARE
 from .real_subspace import GRAM_ERROR
 
 # Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality.md.
@@ -87,11 +88,13 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
             "scales": _by_name(names, residuals.scales) if with_residuals else None,
             "eta_used": strength.eta,
             "norm": residual_term if with_residuals else 0.0,
+            "cancelled": strength.cancelled,
             "norm_ratio_to_core": (
                 residual_term / strength.core_norm if residual_term is not None and strength.core_norm > 0 else None
             ),
         },
         "tensors": tensor_rows(findings, residuals.products, config, run.backend),
+        "head": list(findings.plan.heads),
         "tied": dict(findings.plan.aliases),
         "dropped": list(findings.plan.dropped),
         "steps": [
@@ -225,6 +228,11 @@ def _warnings(findings: Findings, config: MergeConfig, numbers: dict[str, Any]) 
     elif without:
         listed = ", ".join(f"'{name}'" for name in without)
         warnings.append(f"no residual beyond rounding for expert {listed}: it enters through the core alone")
+    if residual["cancelled"]:
+        warnings.append(
+            f"the residuals cancel: their sum has less than 1/{LEAST_SHARE:.0f} of their mean length, and a relative "
+            f"eta counts it as so long (η {residual['eta_used']:.3g}), lest truncation's leavings be blown up"
+        )
     strength = residual["norm_ratio_to_core"]
     if strength is not None and len(without) < count and strength < CLOSE_TO_CORE:
         warnings.append(f"the residual term has {strength:.1e} of the core's norm: the merge is close to its core")

@@ -29,7 +29,7 @@ from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels.truncation import truncate_residuals
 
-TRUNCATED = MergeConfig.r2m_truncated()
+TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
 SVDS = {"full_svd": (rivals.full_svd, 1), "svd_lowrank": (rivals.svd_lowrank, 5)}  # and how often it is timed
 # Of the time left, what a rival may take to be measured whole instead of on one block.
 SHARE_OF_TIME = 0.1

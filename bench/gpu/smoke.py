@@ -53,7 +53,7 @@ def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
 
         def truncated(m: int = m, n: int = n) -> float:
             group = GroupOf.made(session, (m, n), Job(3, dtype, session.target), 2)
-            truncation = (group.mixing, group.k, MergeConfig.r2m_truncated(), _triton)
+            truncation = (group.mixing, group.k, MergeConfig.r2m(), _triton)
             factors = truncate_residuals(["a", "b"], group.bases, group.experts, *truncation)
 
             def of_tensor(index: int) -> float:

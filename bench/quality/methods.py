@@ -73,17 +73,20 @@ def ours() -> list[Method]:
     r2m = MergeConfig.r2m
     return [
         _fixed("R2M", r2m(), "ours"),
+        _fixed("R2M, rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
         _fixed("R2M, paper's settings", MergeConfig.r2m_paper(), "ours"),
+        _fixed("R2M, centred as summaries have it", MergeConfig.r2m_centred(), "ours"),
         Method(
-            "R2M as the paper truncates, tuned",
+            "R2M with a relative eta, tuned",
             {
-                f"rank {r:g}, η {e:g}": MergeConfig.r2m_truncated(rank=r, eta=e)
+                f"rank {r:g}, η {e:g}": r2m(rank=r, eta=e, eta_mode="relative", core_mode="mean", head="merge")
                 for r in (0.1, 0.2, 0.4, 1.0)
                 for e in (0.3, 0.6)
             },
             "ours",
         ),
-        _fixed("R2M, weights alike", r2m(row_power=0.0), "ablation"),
+        _fixed("R2M, whole residuals", r2m(rank=1.0), "ablation"),
+        _fixed("R2M, head merged", r2m(head="merge"), "ablation"),
         _fixed("R2M, core not restored", r2m(core_mode="mean"), "ablation"),
         _fixed("R2M, residuals at rank 0.2", r2m(rank=0.2), "ablation"),
         _fixed("R2M without residuals", r2m(eta=0.0), "ablation"),

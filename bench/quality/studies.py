@@ -184,7 +184,7 @@ def identities(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     """What must hold whatever is merged: distances of weights relative to the update, and a difference of AUC."""
     base, experts = Models(run).trained()
     average = merge(base, experts, MergeConfig.weight_average())
-    whole = MergeConfig.r2m_truncated(rank=1.0, eta=1.0, eta_mode="constant", norm_match=False)
+    whole = MergeConfig.r2m(rank=1.0, core_mode="mean", norm_match=False)
     distance = _distance(base, merge(base, experts, whole), average)
     groups = groups_of(run)
     numbers: Numbers = {"full rank, η = 1, no matching: distance to the average": distance}

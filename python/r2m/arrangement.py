@@ -15,10 +15,8 @@ from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput, quoted
+from r2m_kernels.heads import head_names
 from r2m_kernels.streaming import TensorSpec, plan_tensors
-
-# How classifiers' names begin or go on.
-HEADS = ("head", "fc", "classifier", "last_linear", "_fc", "logits", "projection_head")
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,9 @@ def fitting(
     return None
 
 
-def head_names(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Names that look like a classifier's, its matrices first."""
-    heads = [name for name in specs if set(name.split(".")[:-1]) & set(HEADS)]
-    return sorted(heads, key=lambda name: -len(specs[name].shape))
+def classifier(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Names of the classifier's tensors in a checkpoint, its matrices first."""
+    return head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
 
 
 def literal(name: str) -> str:
@@ -128,7 +125,10 @@ def _arranged(
         arranged = _in_layout_of_experts(arranged)
     if arrangement.head_features is not None and (arrangement.head or "").partition(":")[0] != "refit":
         raise BadOption("head_features: are for head: refit alone")
-    return arranged if arrangement.head is None else _with_head(arranged, arrangement.head, arrangement)
+    rule = arrangement.head
+    if rule is None and arrangement.head_tensors and config.head == "mean":  # of which it says where they are
+        rule = "mean"
+    return arranged if rule is None else _with_head(arranged, rule, arrangement)
 
 
 def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = None) -> View:
@@ -221,9 +221,11 @@ def _folded(view: View, beginnings: Iterable[str]) -> View:
 
 
 def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arranged:
-    """What ``rule`` says of the classifier: averaged, or one that is kept."""
-    base, config = arranged.base, arranged.config
+    """What ``rule`` says of the classifier: averaged, merged like the rest, or one that is kept."""
+    base, config = arranged.base, arranged.config.replace(head="merge")
     kind, chosen = _head_rule(rule, arranged.experts)
+    if kind == "merge":
+        return replace(arranged, config=config)
     owner = base if kind == "base" else arranged.experts[chosen if kind == "expert" else next(iter(arranged.experts))]
     names = _classifier(owner, arrangement.head_tensors)
     exact = [literal(name) for name in names]
@@ -247,9 +249,15 @@ def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arran
 def _head_rule(rule: str, experts: Iterable[str]) -> tuple[str, str]:
     """``"expert:NAME"`` as its two halves."""
     kind, _, chosen = rule.partition(":")
-    known = {"mean": not chosen, "base": not chosen, "expert": bool(chosen), "refit": chosen in ("", *refit.RULES)}
+    known = {
+        "mean": not chosen,
+        "merge": not chosen,
+        "base": not chosen,
+        "expert": bool(chosen),
+        "refit": chosen in ("", *refit.RULES),
+    }
     if not known.get(kind, False):
-        raise BadOption(f"head: expected mean, base, expert:NAME, refit or refit:logistic, got {quoted(rule)}")
+        raise BadOption(f"head: expected mean, merge, base, expert:NAME, refit or refit:logistic, got {quoted(rule)}")
     if kind == "expert" and chosen not in experts:
         raise BadOption(f"head: no expert is called {quoted(chosen)}{checks.did_you_mean(chosen, experts)}")
     return kind, chosen
@@ -258,7 +266,7 @@ def _head_rule(rule: str, experts: Iterable[str]) -> tuple[str, str]:
 def _classifier(view: View, globs: tuple[str, ...]) -> list[str]:
     """Names of a classifier's tensors: those that fit a glob, or that look like one's."""
     chosen = [name for name in view.specs if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
-    names = [name for name in (chosen if globs else head_names(view.specs)) if view.specs[name].dtype.is_floating_point]
+    names = [name for name in (chosen if globs else classifier(view.specs)) if view.specs[name].dtype.is_floating_point]
     if not names:
         meant = f"fits {', '.join(map(quoted, globs))}" if globs else "looks like a classifier; name it (head_tensors)"
         raise BadOption(f"head: no tensor of {view.label} {meant}")

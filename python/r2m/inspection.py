@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r2m.arrangement import Arranged, arrange, head_names
+from r2m.arrangement import Arranged, arrange, classifier
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.naming import name_experts
@@ -60,7 +60,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
-        "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in head_names(specs)[:4]),
+        "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in classifier(specs)[:4]),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
     return [title, *(f"  {row:<8}{text}" for row, text in rows.items() if text)]

@@ -9,7 +9,7 @@ import click
 
 from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
-from r2m_kernels.config import METHODS, OPTIONS, MergeConfig
+from r2m_kernels.config import OFFERED, OPTIONS, MergeConfig
 
 _WIDTH = 120
 BEGIN, END = "<!-- {}:begin, written by `python -m r2m.manual` -->", "<!-- {}:end -->"
@@ -29,14 +29,14 @@ def commands() -> str:
 
 def methods() -> str:
     """What there is, for who merges."""
-    return _table(["`--method`", "result"], [[f"`{name}`", one.title] for name, one in METHODS.items()])
+    return _table(["`--method`", "result"], [[f"`{name}`", one.title] for name, one in OFFERED.items()])
 
 
 def configurations() -> str:
     """The same for who reads the maths: each by what it changes in R²M, or in the mean, whichever is less."""
-    made = {name: one.make().to_dict() for name, one in METHODS.items()}
+    made = {name: one.make().to_dict() for name, one in OFFERED.items()}
     rows = []
-    for name, one in METHODS.items():
+    for name, one in OFFERED.items():
         changes = {
             other: [f"{key}={value!r}" for key, value in made[name].items() if value != made[other][key]]
             for other in ("r2m", "weight_average")

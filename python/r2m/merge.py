@@ -318,12 +318,16 @@ def complete(
     }
     report: dict[str, Any] = {
         "method": recipe.method,
+        "notes": list(recipe.notes),
         **analysis.report(job.arranged.config),
         "specialists": job.specialists,
         "preprocessing": job.preprocessing.plain() if job.preprocessing else None,
         "arrangement": {
             "preset": recipe.arrangement.preset,
-            "head": {"rule": recipe.arrangement.head, "tensors": job.arranged.head},
+            "head": {
+                "rule": recipe.arrangement.head or job.arranged.config.head,
+                "tensors": job.arranged.head or list(analysis.plan.heads),
+            },
             "folded": job.arranged.folded,
         },
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},

@@ -17,7 +17,7 @@ from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS, Preset, Rules
 from r2m_kernels.checks import did_you_mean
-from r2m_kernels.config import FILES, FLAGS, MergeConfig, make_config
+from r2m_kernels.config import FILES, FLAGS, METHODS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
 from r2m_kernels.options import Option, flag, option, read_options
 
@@ -30,7 +30,8 @@ class Arrangement:
 
     Attributes:
         rename: what names of tensors begin with → what instead, None: left out; in every checkpoint, before the preset.
-        preset, head, head_tensors, head_features: as their sentences say; no head: it is merged like the rest.
+        preset, head, head_tensors, head_features: as their sentences say; no head: what the method
+            does with it.
 
     Raises:
         BadOption: no such preset.
@@ -46,13 +47,13 @@ class Arrangement:
     head: str | None = option(
         None,
         FILES,
-        "What becomes of the classifier: mean of the experts', base, expert:NAME, or refit (refit:logistic) on "
-        "features of the merged model.",
+        "What becomes of the classifier: mean of the experts', merge (like the rest), base, expert:NAME, or refit "
+        "(refit:logistic) on features of the merged model.",
         metavar="RULE",
-        unset="merged like the rest",
+        unset="mean in r2m and its kin, merge in others",
     )
     head_tensors: tuple[str, ...] = option(
-        (), FILES, "The classifier's names.", flag="head-tensor", unset="names with head, fc, classifier…"
+        (), FILES, "The classifier's names.", flag="head-tensor", unset="where the network ends"
     )
     head_features: str | None = option(
         None, FILES, "For refit: a file with tensors features (n, d) and labels (n,).", metavar="PATH"
@@ -107,6 +108,7 @@ class Recipe:
         dtype, format: of the output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
+        notes: what who asked for it has to know, once; no part of what is written.
 
     Raises:
         BadOption: no such dtype or format.
@@ -127,6 +129,7 @@ class Recipe:
     )
     arrangement: Arrangement = field(default_factory=Arrangement)
     preprocessing: Preprocessing | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():
@@ -148,6 +151,7 @@ class Recipe:
             Expert.each(name_experts(given["expert"])),
             make_config(method, {key: value for key, value in given.items() if key in FLAGS}),
             method,
+            notes=tuple(filter(None, [METHODS[method].former])),
             arrangement=Arrangement.from_options(given),
             **{one.name: given[one.key] for one in OUTPUT.values() if one.key in given},
         )

@@ -1,7 +1,7 @@
 """Merges described in a file, in mergekit's words where they exist; every merge leaves one that repeats it.
 
     base_model: base.safetensors
-    merge_method: r2m_truncated
+    merge_method: r2m
     models:
       - model: fs.safetensors
       - model: fr.safetensors
@@ -37,11 +37,19 @@ from r2m.places import read_small
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
 from r2m_kernels import MergeConfig, checks
-from r2m_kernels.config import METHODS, OPTIONS, make_config
+from r2m_kernels.config import METHODS, OFFERED, OPTIONS, make_config
 from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quoted
 from r2m_kernels.options import Option
 
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
+# Parameters of 0.1.0: all but the younger ones. A recipe that lists them was written by a merge and means what it did.
+FORMER_FIELDS = OPTIONS.keys() - {"head", "truncate", "rank_rounding"}
+# What is different in recipes without parameters.
+_CHANGED = {
+    "r2m": "rank 0.1 and one weight for all rows instead of whole residuals by row, and the head is averaged",
+    "r2m_paper": "the authors' public kit (uncentred, residual τ − core) instead of the summaries' reading, which is "
+    "r2m_centred, and the head is averaged",
+}
 
 
 class _Keys(BaseModel):
@@ -85,7 +93,7 @@ class _Special(_Keys):
 
     base_model: str = Field(min_length=1, description="the checkpoint all experts started from")
     models: list[_Expert] = Field(min_length=1, description="the experts")
-    merge_method: str = Field("r2m", description="how they are merged", json_schema_extra={"enum": list(METHODS)})
+    merge_method: str = Field("r2m", description="how they are merged", json_schema_extra={"enum": list(OFFERED)})
     parameters: dict[str, Any] = Field(default_factory=dict, description="on top of what the method is")
     rename: dict[str, str | None] = Field(
         default_factory=dict,
@@ -106,7 +114,14 @@ class _Special(_Keys):
             **{name: plain.pop(name) for name in OUTPUT},
             arrangement=Arrangement(self.rename, **plain),
             preprocessing=self.preprocessing.read() if self.preprocessing else None,
+            notes=() if self.parameters.keys() >= FORMER_FIELDS else self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """Where words that somebody wrote mean something else than they once did."""
+        method = self.merge_method
+        changed = f"merge_method: {method} is another than in 0.1.0: {_CHANGED[method]}" if method in _CHANGED else ""
+        return tuple(filter(None, [changed, METHODS[method].former]))
 
     def _config(self) -> MergeConfig:
         parameters = dict(self.parameters)
@@ -115,6 +130,8 @@ class _Special(_Keys):
             if parameters.get("weights") is not None:
                 raise BadOption("weights: given both with the models and as a parameter")
             parameters["weights"] = [1.0 if weight is None else weight for weight in weights]
+        if parameters.keys() >= FORMER_FIELDS:  # written by a merge before there was a rule for the head
+            parameters.setdefault("head", "merge")
         try:
             return make_config(self.merge_method, {}).replace(**_fields(parameters))
         except InvalidInput as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from r2m.arrangement import Arranged, arrange, fitting, head_names
+from r2m.arrangement import Arranged, arrange, classifier, fitting
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
@@ -18,7 +18,7 @@ from r2m.preprocessing import beside, common
 from r2m.presets import PRESETS
 from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig
-from r2m_kernels.config import METHODS
+from r2m_kernels.config import OFFERED
 from r2m_kernels.errors import InvalidInput, printable
 
 
@@ -50,16 +50,16 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         lines.append("    # weight: 2  # counts as two specialists")
     lines += [
         "merge_method: r2m",
-        *(f"#   {name}: {method.title}" for name, method in METHODS.items()),
+        *(f"#   {name}: {method.title}" for name, method in OFFERED.items()),
         "parameters: {}",
-        "#   rank: 0.2  # of r2m_truncated; or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
+        "#   rank: 0.2  # or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
         "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",
         *(f"# {name}: {one.choices[1]}  # {one.sentence}" for name, one in OUTPUT.items()),
     ]
     lines.append(f"preset: {preset}  # {PRESETS[preset].title}" if preset else "# preset: df40  # `r2m merge --help`")
-    heads = head_names(next(iter(arranged.experts.values())).specs)
+    heads = classifier(next(iter(arranged.experts.values())).specs)
     what = f"{printable(heads[0])}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
-    lines.append(f"# head: mean  # or base, or expert:NAME; the classifier: {what}")
+    lines.append(f"# head: mean  # or merge, base, expert:NAME; the classifier: {what}")
     lines.append(_preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)}))
     return "\n".join(lines) + "\n"
 

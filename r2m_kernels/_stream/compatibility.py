@@ -10,6 +10,7 @@ import torch
 from .. import checks
 from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, quoted
+from ..heads import head_names
 from .plan import Plan, PlannedTensor, fits, residual_rank
 from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
 
@@ -39,8 +40,11 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     tied: dict[str, list[str]] = {}
     for alias, first in aliases.items():
         tied.setdefault(first, []).append(alias)
+    heads = _heads(base, extras, aliases, config)
     tensors = [
-        _planned(name, spec, config, [name, *tied.get(name, ())], len(experts))
+        PlannedTensor(name, spec, "statistic")
+        if name in heads
+        else _planned(name, spec, config, [name, *tied.get(name, ())], len(experts))
         for name, spec in base.specs.items()
         if name not in aliases
     ]
@@ -51,7 +55,20 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     if config.extra == "average":
         tensors += [PlannedTensor(name, spec, "extra") for name, spec in extras.items()]
     dropped = tuple(extras) if config.extra == "drop" else ()
-    return Plan(tuple(tensors), aliases, tied, dropped)
+    return Plan(tuple(tensors), aliases, tied, dropped, tuple(heads))
+
+
+def _heads(
+    base: TensorSource, extras: Mapping[str, TensorSpec], aliases: Mapping[str, str], config: MergeConfig
+) -> list[str]:
+    """The classifier's tensors where they are averaged; one that is tied to another layer's is that layer."""
+    if config.head != "mean":
+        return []
+    specs = {**base.specs, **extras}
+    names = head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
+    shared = {*aliases, *aliases.values()}
+    merged = base.specs if config.extra == "drop" else specs
+    return [name for name in names if name in merged and name not in shared and not fits([name], config.keep)]
 
 
 def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str], count: int) -> PlannedTensor:

@@ -55,12 +55,16 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic."""
+    """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic.
+
+    ``heads`` are the classifier's tensors, which are statistics or extras, where ``head="mean"`` found any.
+    """
 
     tensors: tuple[PlannedTensor, ...]
     aliases: Mapping[str, str]
     tied: Mapping[str, Sequence[str]]
     dropped: tuple[str, ...]
+    heads: tuple[str, ...] = ()
 
     def of(self, *roles: Role) -> list[PlannedTensor]:
         """The tensors of some roles, largest first: the order in which threads take them."""
@@ -94,7 +98,11 @@ def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: i
     smaller = min(shape[0], math.prod(shape[1:]))
     if config.spectrum == "rescale":
         return smaller
+    if config.truncate and not fits([name], config.truncate):
+        return smaller
     rank = next((rank for glob, rank in config.ranks if fits([name], [glob])), config.rank)
+    if config.rank_rounding == "down" and isinstance(rank, float):
+        rank = max(1, math.floor(rank * smaller * (1 + 1e-12)))
     return truncation_rank(rank, shape, smaller // count if config.spectrum == "orthogonal" else None)
 
 

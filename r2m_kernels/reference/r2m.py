@@ -20,23 +20,29 @@ def merge(
     real_rank: int | None = 1,
     center: bool = False,
     residual: str = "core",
-    rank: float | int = 1.0,
+    rank: float | int = 0.1,
     core_scale: float = 1.0,
     core_mode: str = "restored",
     eta: float = 1.0,
     eta_mode: str = "constant",
     norm_match: bool = True,
-    row_power: float = 3.0,
+    row_power: float = 0.0,
     layer_weight: str = "none",
     weights: Sequence[float] | None = None,
     ranks: Sequence[tuple[str, float | int]] = (),
+    truncate: Sequence[str] = (),
+    rank_rounding: str = "up",
     exclude: Sequence[str] = (),
+    head: Sequence[str] = (),
     keep: Sequence[str] = (),
     average: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Options mean what :class:`r2m_kernels.MergeConfig` says; the result is float64, other types as in the base."""
+    """Options mean what :class:`r2m_kernels.MergeConfig` says; the result is float64, other types as in the base.
+
+    ``head`` are the names of the classifier's tensors where their mean is taken: where a network ends is no formula.
+    """
     count, w = len(experts), mean_weights(weights, len(experts))
-    matrices, vectors, statistics = kinds(base, exclude, keep, average)
+    matrices, vectors, statistics = kinds(base, exclude, keep, [*average, *head])
 
     # Step 1. Task vectors: what each specialist learned. (N, m, n) a tensor, (N, elements) of all matrices.
     tau = task_vectors(base, experts, matrices, [*vectors, *statistics])
@@ -52,7 +58,10 @@ def merge(
     fake = {name: tau[name] - mixed(removed.T, tau[name]) for name in matrices}
     for name, residuals in fake.items():
         share = next((one for glob, one in ranks if fits(name, [glob])), rank)
-        r = share if isinstance(share, int) else math.ceil(share * min(residuals.shape[1:]) * (1 - 1e-12))
+        if truncate and not fits(name, truncate):
+            share = 1.0
+        rounded, hair = (math.floor, 1e-12) if rank_rounding == "down" else (math.ceil, -1e-12)
+        r = share if isinstance(share, int) else max(1, rounded(share * min(residuals.shape[1:]) * (1 + hair)))
         u, s, vh = torch.linalg.svd(residuals, full_matrices=False)
         fake[name] = u[..., :r] * s[:, None, :r] @ vh[:, :r]
     fake |= {name: tau[name] - mixed(w, tau[name]) for name in vectors}
@@ -70,7 +79,8 @@ def merge(
     core_norm = abs(core_scale) * float((core @ whole).norm())
     term_norm = float((w * scales @ side_by_side([fake[name] for name in matrices], count)).norm())
     nothing = term_norm <= 64 * ROUNDING * float(whole.norm(dim=1).max()) * float(w @ scales)
-    relative = 0.0 if nothing else core_norm / term_norm
+    of_residuals = w * scales @ side_by_side([fake[name] for name in matrices], count).norm(dim=1)
+    relative = 0.0 if nothing else core_norm / max(term_norm, float(of_residuals) / 16)  # lest what cancels be blown up
     eta *= {"constant": 1.0, "sum": count, "core_norm": core_norm, "relative": relative}[eta_mode]
     change = {name: mixed(w, tau[name]) for name in statistics}
     for name, residuals in fake.items():

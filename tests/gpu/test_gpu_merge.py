@@ -13,7 +13,7 @@ from r2m_kernels._stream.plan import truncation_rank
 
 # Under the default, "relative", merges may differ by more than their truncations: the experts' residuals nearly cancel,
 # and what is left is scaled up. Here the residual term is the mean of the truncated residuals as they are.
-PLAIN = MergeConfig.r2m_truncated(eta=1.0, eta_mode="constant", norm_match=False).to_dict()
+PLAIN = MergeConfig.r2m(core_mode="mean", norm_match=False, head="merge").to_dict()
 
 
 def truncation_allowance(base, experts, rank, excess):

@@ -12,8 +12,10 @@ from r2m_kernels import MergeConfig
 
 StateDict = dict[str, Tensor]
 
-# R²M with truncated residuals, as the paper has it but not centred: what goes through every step.
-TRUNCATED = MergeConfig.r2m_truncated()
+# R²M with a relative eta, which goes through every step and needs all that they find.
+TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+# R²M with whole residuals weighted by row.
+ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge")
 
 # 1-D, 0-d, odd non-square, 3-D, 4-D convolution, a single row, statistics and an integer counter.
 SHAPES: dict[str, tuple[int, ...]] = {

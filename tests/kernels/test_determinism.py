@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import TRUNCATED, checkpoints, same_bits
+from cases import ROWS, TRUNCATED, checkpoints, same_bits
 
 from r2m_kernels import MergeConfig, analyze, merge
 from r2m_kernels._stream import parallel
@@ -16,10 +16,11 @@ from r2m_kernels._stream import parallel
 SHAPES = {"big": (3000, 1500), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
 CONFIGS = {
     "default": MergeConfig(),
+    "rows": ROWS,
     "truncated": TRUNCATED,
     "centred": TRUNCATED.replace(center=True, residual="own", layer_weight="frobenius"),
     "full rank": TRUNCATED.replace(rank=1.0),
-    "rows truncated": MergeConfig(rank=0.1, scale="column"),
+    "rows truncated": ROWS.replace(rank=0.1, scale="column"),
 }
 
 

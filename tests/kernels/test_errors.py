@@ -56,7 +56,7 @@ def message(error):
         ),
         ({"row_power": -1}, "row_power: expected a finite number of at least 0, got -1"),
         (
-            {"eta_mode": "relative"},
+            {"eta_mode": "relative", "row_power": 3.0},
             "eta_mode: 'relative' needs the residual term's norm, which row_power=3 makes as rows pass; expected "
             "row_power=0 with it, or eta_mode='constant'",
         ),
@@ -94,9 +94,10 @@ def test_numpy_scalars_and_lists_are_taken():
 def test_config_is_frozen_and_has_the_documented_defaults():
     config = MergeConfig.r2m()
     assert config == MergeConfig()
-    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 1.0)
+    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 0.1)
     assert (config.eta_mode, config.eta, config.norm_match) == ("constant", 1.0, True)
-    assert (config.core_mode, config.core_scale, config.row_power, config.scale) == ("restored", 1.0, 3.0, "none")
+    assert (config.core_mode, config.core_scale, config.row_power, config.scale) == ("restored", 1.0, 0.0, "none")
+    assert (config.head, config.truncate, config.rank_rounding) == ("mean", (), "up")
     assert (config.power_iterations, config.oversampling) == (2, 8)
     with pytest.raises(AttributeError):
         config.rank = 0.2

@@ -10,11 +10,13 @@ import torch
 from cases import TRUNCATED, checkpoints, distance, floating
 
 from r2m_kernels import MergeConfig, analyze, merge, reference
+from r2m_kernels.heads import head_names
 from r2m_kernels.reference import others
 
 PAPER = TRUNCATED.to_dict()
 CONFIGS = {
     "default": {},
+    "rows": {"rank": 1.0, "row_power": 3.0},
     "truncated": PAPER,
     "centred": {**PAPER, "center": True, "real_rank": 2},
     "own": {**PAPER, "residual": "own"},
@@ -28,13 +30,15 @@ CONFIGS = {
     "ranks by name": {**PAPER, "ranks": [["conv*", 4], ["tall.*", 1.0], ["tall.weight", 2]]},
     "kept and averaged": {**PAPER, "keep": ("tall.*", "encoder.bias"), "average": ("conv.*", "class_token")},
     "restored, relative": {**PAPER, "core_mode": "restored", "core_scale": 1.1},
-    "rows, own": {"row_power": 3.5, "residual": "own", "norm_match": False},
-    "rows of task vectors": {"row_power": 4, "real_rank": 0, "eta": 1.15},
-    "rows, truncated": {"rank": 0.2, "eta": 0.8, "eta_mode": "sum"},
-    "rows, own, truncated": {"rank": 3, "residual": "own", "core_scale": 1.2, "core_mode": "mean"},
+    "rows, own": {"rank": 1.0, "row_power": 3.5, "residual": "own", "norm_match": False},
+    "rows of task vectors": {"rank": 1.0, "row_power": 4, "real_rank": 0, "eta": 1.15},
+    "rows, truncated": {"rank": 0.2, "row_power": 3.0, "eta": 0.8, "eta_mode": "sum"},
+    "rows, own, truncated": {"rank": 3, "row_power": 3.0, "residual": "own", "core_scale": 1.2, "core_mode": "mean"},
     "layers scaled": {**PAPER, "scale": "layer"},
     "columns scaled": {**PAPER, "scale": "column"},
-    "rows, columns scaled": {"row_power": 1.0, "scale": "column"},
+    "rows, columns scaled": {"rank": 1.0, "row_power": 1.0, "scale": "column"},
+    "some truncated, rounded down": {**PAPER, "truncate": ("enc*", "conv.*"), "rank_rounding": "down", "rank": 0.1},
+    "authors' kit": MergeConfig.r2m_paper(rank=0.2, truncate=("enc*", "conv.*"), exclude=("*1d*", "*bias*")).to_dict(),
 }
 # Other methods: their configuration, and who defines it.
 METHODS = {
@@ -52,6 +56,7 @@ METHODS = {
 CONFIGS |= {name: config.to_dict() for name, (config, _) in METHODS.items()}
 WEIGHTED = (
     "default",
+    "rows",
     "centred",
     "own",
     "full rank",
@@ -79,7 +84,10 @@ def definition(base, experts, options, name=""):
     known = inspect.signature(reference.merge).parameters
     unknown = [key for key in options if key not in known and key not in ENGINE_ONLY]
     assert all(options[key] == DEFAULTS[key] for key in unknown)  # R²M has no other options
-    merged = reference.merge(base, experts, **{key: value for key, value in options.items() if key in known})
+    given = {key: value for key, value in options.items() if key in known}
+    head = head_names({name: tensor.shape for name, tensor in base.items()})
+    given["head"] = head if options.get("head", "mean") == "mean" else ()
+    merged = reference.merge(base, experts, **given)
     scale = options.get("scale", "none")
     if scale == "layer":
         return others.layers_scaled(base, experts, merged, weights)
@@ -133,7 +141,9 @@ def test_exact_svd_is_as_near_where_the_subspace_is_barely_determined(options):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["default", "truncated", "centred", "own", "full rank", "rows, truncated", "CART"])
+@pytest.mark.parametrize(
+    "name", ["default", "rows", "truncated", "centred", "own", "full rank", "rows, truncated", "CART"]
+)
 def test_16_bit_outputs_are_rounded_once(name, dtype, count):
     base, experts = checkpoints(count, dtype=dtype, seed=count)
     options = {**CONFIGS[name], "svd": "exact"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TRUNCATED
+from cases import ROWS, TRUNCATED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2m_kernels import analyze
@@ -63,11 +63,11 @@ def test_the_recorder_sees_a_stored_residual():
     assert seen.largest == 300 * 300 * 4
 
 
-def test_nor_by_the_default_merge():
+def test_nor_by_a_merge_of_whole_residuals():
     base = {"w": torch.randn(8192, 512)}
     experts = [{"w": base["w"] + 0.01 * torch.randn(8192, 512)} for _ in range(2)]
     with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
-        analysis = analyze(base, experts)
+        analysis = analyze(base, experts, ROWS)
     assert 0 < seen.largest < 8192 * 512 * 4
     with LargestStorage([base["w"], *(expert["w"] for expert in experts)]) as seen:
         analysis.merge()

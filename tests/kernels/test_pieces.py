@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import same_bits
+from cases import ROWS, TRUNCATED, same_bits
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels._stream.state_dicts import StateDictSink, StateDictSource
@@ -14,17 +14,18 @@ from r2m_kernels._stream.tensors import TensorSpec
 
 METHODS = {
     "R2M": MergeConfig.r2m(),
-    "by one weight": MergeConfig.r2m(row_power=0.0),
-    "scaled by layer": MergeConfig.r2m(scale="layer"),
-    "scaled by column": MergeConfig.r2m(scale="column"),
-    "truncated": MergeConfig.r2m_truncated(),
-    "truncated by rows": MergeConfig.r2m(rank=0.1),
+    "by rows": ROWS,
+    "whole": MergeConfig.r2m(rank=1.0),
+    "by rows, scaled by layer": ROWS.replace(scale="layer"),
+    "by rows, scaled by column": ROWS.replace(scale="column"),
+    "truncated": TRUNCATED,
+    "truncated by rows": ROWS.replace(rank=0.1),
     "average": MergeConfig.weight_average(),
     "TIES": MergeConfig.ties(),
     "DARE": MergeConfig.dare(),
     "TIES by column": MergeConfig.ties().replace(scale="column"),
     "DARE by column": MergeConfig.dare().replace(scale="column"),
-    "excluded": MergeConfig.r2m(exclude=("wide",)),
+    "excluded": ROWS.replace(exclude=("wide",)),
 }
 BUDGET = 2**20  # a part of any of the large tensors below is one granule
 

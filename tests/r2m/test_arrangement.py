@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from r2m.arrangement import head_names, literal
+from r2m.arrangement import literal
 from r2m.presets import PRESETS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -162,9 +162,9 @@ def test_the_head_is_what_was_asked_for(rule: str, files: list[str], command: Co
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--head median", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'median'"),
-        ("--head expert:", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'expert:'"),
-        ("--head mean:fs", "head: expected mean, base, expert:NAME, refit or refit:logistic, got 'mean:fs'"),
+        ("--head median", "head: expected mean, merge, base, expert:NAME, refit or refit:logistic, got 'median'"),
+        ("--head expert:", "head: expected mean, merge, base, expert:NAME, refit or refit:logistic, got 'expert:'"),
+        ("--head mean:fs", "head: expected mean, merge, base, expert:NAME, refit or refit:logistic, got 'mean:fs'"),
         ("--head expert:ef", "head: no expert is called 'ef'; did you mean 'efs'?"),
         ("--head base", "head: no tensor of base (clip.safetensors) looks like a classifier; name it (head_tensors)"),
         ("--head mean --head-tensor top.*", "head: no tensor of expert 'fs' (fs.pth) fits 'top.*'"),
@@ -265,18 +265,6 @@ def test_tensors_are_left_out_by_the_beginning_of_their_names(command: Command) 
     assert load_file("merged/model.safetensors").keys() == kept
     assert command("merge", "merged/r2m_config.yaml", "--out", "again").code == 0
     assert Path("merged/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
-
-
-def test_a_head_by_its_name() -> None:
-    names = ["backbone.fc1.weight", "head.bias", "head.weight", "model.classifier.1.weight", "header.weight"]
-    specs = {name: detector(1)["head.bias" if name.endswith("bias") else "head.weight"] for name in names}
-    found = head_names({name: _Spec(tuple(tensor.shape)) for name, tensor in specs.items()})  # type: ignore[misc]
-    assert found == ["head.weight", "model.classifier.1.weight", "head.bias"]
-
-
-class _Spec:
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
 
 
 def test_a_literal_glob_fits_its_name_alone() -> None:

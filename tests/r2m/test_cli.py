@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig
-from r2m_kernels.config import FLAGS, METHODS, OPTIONS, make_config
+from r2m_kernels.config import FLAGS, METHODS, OFFERED, OPTIONS, make_config
 from r2m_kernels.errors import BackendUnavailable, BadCheckpoint
 from r2m_kernels.options import flag
 
@@ -41,7 +41,7 @@ HELP = {option.name: option for option in merge.params if isinstance(option, cli
 
 
 def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) -> None:
-    result = command("merge", *checkpoints.arguments, "--out", "a/merged")
+    result = command("merge", *checkpoints.arguments, "--row-power", "3", "--out", "a/merged")
     report = json.loads(Path("a/merged/r2m_report.json").read_text())
     assert result.code == 0
     where, coefficients, norms = result.out.splitlines()
@@ -53,8 +53,7 @@ def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) 
         f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, λ {report['core']['scale_used']:.3g}, "
         f"η {report['residual']['eta_used']:.3g}"
     )
-    words = ["--row-power", "0", "--out", "a/alike"]
-    norms = command("merge", *checkpoints.arguments, *words).out.splitlines()[2]
+    norms = command("merge", *checkpoints.arguments, "--out", "a/alike").out.splitlines()[2]
     report = json.loads(Path("a/alike/r2m_report.json").read_text())
     assert norms.endswith(f", ‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}")
     assert result.err.startswith("task Gram: 4 tensors, ")
@@ -180,7 +179,7 @@ def test_every_option_reaches_the_configuration(configuration: Callable[..., dic
         ("--no-center --norm-match", MergeConfig.r2m()),
         ("--seed 0", MergeConfig.r2m()),
         ("--rank 0.2 --row-power 2", MergeConfig.r2m(rank=0.2, row_power=2.0)),
-        ("--method r2m_truncated --eta 0.3", MergeConfig.r2m_truncated(eta=0.3)),
+        ("--method r2m_truncated --eta 0.3", make_config("r2m_truncated", {}).replace(eta=0.3)),
         ("--method r2m_paper --rank 0.05", MergeConfig.r2m_paper(rank=0.05)),
         ("--method weight_average --scale-by column", replace(MergeConfig.weight_average(), scale="column")),
     ],
@@ -207,7 +206,7 @@ def test_the_help_states_choices_and_the_defaults_of_every_method() -> None:
         if declared.choices:
             assert isinstance(shown.type, click.Choice)
             assert tuple(shown.type.choices) == declared.choices
-        for name, method in METHODS.items():
+        for name, method in OFFERED.items():
             default = method.default(key) if key in method.options else None
             if default is not None and default != ():
                 assert declared.shown(default) in shown.help.partition("[default: ")[2], (key, name)
@@ -220,16 +219,17 @@ def test_the_help_states_choices_and_the_defaults_of_every_method() -> None:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("rank", "1.0; 0.1 in r2m_truncated, r2m_paper"),  # others may follow
+        ("rank", "0.1; 1.0 in r2m_paper"),  # others may follow
         ("scale", "0.3 in task_arithmetic"),
         ("density", "0.2]"),
-        ("center", "no-center; center in r2m_paper"),
+        ("center", "no-center; center in r2m_centred"),
         ("tolerance", "never]"),
+        ("exclude", "*ln*, *bias* in r2m_paper]"),
     ],
 )
 def test_defaults_in_the_help(key: str, text: str) -> None:
     assert (HELP[key].help or "").partition("  [default: ")[2].startswith(text)
-    assert "[default" not in (HELP["exclude"].help or "")
+    assert "[default" not in (HELP["keep"].help or "")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "r2m"])
@@ -358,7 +358,7 @@ BAD_INPUT = {
     ),
     "method": (
         FILES.format("fs.safetensors") + " --method slerp",
-        "Invalid value for '--method': 'slerp' is not one of 'r2m', 'r2m_truncated', 'r2m_paper', 'weight_average'",
+        "Invalid value for '--method': 'slerp' is not one of 'r2m', 'r2m_paper', 'r2m_centred', 'r2m_truncated'",
     ),
     "unused option": (
         FILES.format("fs.safetensors") + " --method weight_average --eta 1",

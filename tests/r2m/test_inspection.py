@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from r2m.arrangement import head_names
+from r2m.arrangement import classifier
 from r2m.inspection import FAMILIES, family
 from safetensors.torch import load_file, save_file
 
@@ -85,7 +85,7 @@ def test_families_are_known_by_a_name_and_its_shape(ending: str, prefix: str) ->
     assert found.startswith(FAMILIES[ending])
     assert "64 wide" in found
     assert family({"something.else": (1,)}) is None
-    assert head_names(specs) == []
+    assert classifier(specs) == []
 
 
 def test_what_cannot_be_read_is_refused(checkpoints: Checkpoints, command: Command) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from r2m.commands.main import r2m
 from r2m.manual import pages
 
-from r2m_kernels.config import METHODS, OPTIONS
+from r2m_kernels.config import OFFERED, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,5 +21,5 @@ def test_the_pages_are_current() -> None:
 
 def test_every_option_and_method_has_its_row() -> None:
     maths = (ROOT / "r2m_kernels" / "README.md").read_text()
-    assert all(f"\n| `{name}` | " in maths for name in [*METHODS, *OPTIONS])
-    assert all(f"\n| `{name}` | {one.title} |" in (ROOT / "README.md").read_text() for name, one in METHODS.items())
+    assert all(f"\n| `{name}` | " in maths for name in [*OFFERED, *OPTIONS])
+    assert all(f"\n| `{name}` | {one.title} |" in (ROOT / "README.md").read_text() for name, one in OFFERED.items())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXPERTS = {"a": "a.safetensors", "b": "b.safetensors"}
 METHODS = {
     "r2m": MergeConfig.r2m(),
-    "r2m_truncated": MergeConfig.r2m_truncated(),
+    "rows": MergeConfig.r2m(rank=1.0, row_power=3.0),
     "ties": MergeConfig.ties(),
     "weight_average": MergeConfig.weight_average(),
 }
@@ -78,8 +78,8 @@ def test_what_is_read_written_and_spilled_is_what_was_said(method: str, budget: 
         assert (found.in_parts, found.shares[0].spill) == (0, 0)
     if budget == "1MiB":
         assert found.in_parts > 0
-        assert (found.shares[0].spill > 0) == (method == "r2m_truncated")
-        assert found.enough == (method != "r2m_truncated")
+        assert (found.shares[0].spill > 0) == (method == "r2m")
+        assert found.enough == (method != "r2m")
 
 
 def test_processes_share_what_one_has() -> None:
@@ -120,7 +120,7 @@ def test_the_list_is_the_work_that_is_done(command: Callable[..., Result], monke
 
     monkeypatch.setattr(run, "work_list", noted)
     words = ["--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "out"]
-    words += ["--method", "r2m_truncated", "--memory-budget", "10MiB"]
+    words += ["--memory-budget", "10MiB"]
     listed = command("plan", *words, "--list").out
     shown: dict[str, list[tuple[str, int]]] = {}
     for line in listed.splitlines():
@@ -139,7 +139,7 @@ def test_what_does_not_suffice_is_said_with_code_1(
     command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--base", "base.safetensors", "--expert", "a.safetensors", "--out", "out"]
-    result = command("plan", *words, "--method", "r2m_truncated", "--memory-budget", "1MiB")
+    result = command("plan", *words, "--memory-budget", "1MiB")
     assert result.code == 1
     assert "over the budget: 'square' and 2 more cannot be merged in parts" in result.out
     monkeypatch.setattr("r2m.machine.free_disk", lambda directory: 1000)

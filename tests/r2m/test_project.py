@@ -20,6 +20,7 @@ from r2m.recipe import Expert, Recipe
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import MergeConfig, analyze
+from r2m_kernels.config import make_config
 from r2m_kernels.streaming import sources_digest
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def test_a_sweep_is_one_analysis_merged_again_and_again(
     result = command("sweep", "out", "--to", "swept", *options)
     assert result.code == 0, result.err
     assert result.out == f"{len(points)} merges in swept, in swept/sweep.csv what they are\n"
-    config = {"r2m_truncated": MergeConfig.r2m_truncated(), "r2m": MergeConfig.r2m()}[method]
+    config = {"r2m_truncated": make_config("r2m_truncated", {}), "r2m": MergeConfig.r2m()}[method]
     largest = max((rank for rank, _ in points if rank is not None), default=config.rank)
     analysis = analyze(checkpoints.base, checkpoints.experts, config, rank=largest)
     rows = list(csv.DictReader(Path("swept/sweep.csv").read_text().splitlines()))

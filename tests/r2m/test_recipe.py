@@ -17,7 +17,7 @@ from r2m.recipe import ARRANGEMENT, OUTPUT, Expert
 from r2m.recipe_file import dump, read_recipe, schema
 
 from r2m_kernels import InvalidInput, MergeConfig
-from r2m_kernels.config import METHODS
+from r2m_kernels.config import METHODS, make_config
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -55,7 +55,7 @@ def test_everything_a_recipe_can_say() -> None:
     assert recipe.experts == Expert.each(
         {"fs.safetensors": "project/fs.safetensors", "reenactment": "project/sub/fr.safetensors"}
     )
-    assert recipe.config == MergeConfig.r2m_truncated(rank=0.2, exclude=("head.*",), weights=(1.0, 2.0))
+    assert recipe.config == make_config("r2m_truncated", {}).replace(rank=0.2, exclude=("head.*",), weights=(1.0, 2.0))
     assert (recipe.method, recipe.dtype) == ("r2m_truncated", "bfloat16")
 
 

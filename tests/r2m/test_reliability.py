@@ -24,7 +24,8 @@ from r2m.options import Options
 from r2m.recipe import Expert, Recipe
 from safetensors.torch import load_file, save_file
 
-from r2m_kernels import InvalidInput, MergeConfig, ProgressEvent
+from r2m_kernels import InvalidInput, ProgressEvent
+from r2m_kernels.config import make_config
 from r2m_kernels.streaming import sources_digest
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def stopped_in(step: str, done: int = 1) -> Callable[[ProgressEvent], None]:
 
 def merged(out: str = "out", **options: Any) -> dict[str, Any]:
     experts = Expert.each({"a": "a.safetensors", "b": "b.safetensors"})
-    described = {"config": MergeConfig.r2m_truncated()}
+    described = {"config": make_config("r2m_truncated", {})}
     described |= {name: options.pop(name) for name in ("config", "dtype", "method") if name in options}
     progress = options.pop("progress", None)
     return merge_files(Recipe("base.safetensors", experts, **described), out, Options(**options), progress=progress)
@@ -207,7 +208,7 @@ def test_resume_without_earlier_work_starts(here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"config": MergeConfig.r2m_truncated(eta=0.5)}, "parameters eta was 0.6 and is 0.5"),
+        ({"config": make_config("r2m_truncated", {}).replace(eta=0.5)}, "parameters eta was 0.6 and is 0.5"),
         ({"dtype": "bfloat16"}, 'dtype was null and is "bfloat16"'),
         ({"max_shard_size": "1MB"}, "max_shard_size was 5000000000 and is 1000000"),
         ({"backend": "torch"}, "backend was "),

@@ -67,7 +67,7 @@ def merged(checkpoints: Checkpoints, command: Command, *options: str) -> dict[st
 
 
 def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: Command) -> None:
-    report = merged(checkpoints, command, "--method", "r2m_truncated")
+    report = merged(checkpoints, command)
     Path("kept.json").write_text(json.dumps(report))
     result = command("report", "out")
     assert (result.code, result.out) == (0, "out.report/report.html, and 10 files beside it\n")
@@ -99,7 +99,7 @@ def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: C
 
 
 def test_the_page_stands_alone(checkpoints: Checkpoints, command: Command) -> None:
-    merged(checkpoints, command)
+    merged(checkpoints, command, "--rank", "1.0")
     assert command("report", "out").code == 0
     text = Path("out.report/report.html").read_text()
     page = Reader(text)
@@ -235,7 +235,7 @@ MEASURE = """<!DOCTYPE html><pre id="found"></pre>
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_real_browser(width: int, checkpoints: Checkpoints, command: Command, tmp_path: Path) -> None:
-    merged(checkpoints, command, "--method", "r2m_truncated")
+    merged(checkpoints, command)
     assert command("report", "out").code == 0
     Path("measure.html").write_text(MEASURE.format(width=width))
 

@@ -84,7 +84,8 @@ def test_the_schema_knows_what_recipes_know(command: Command) -> None:
     assert parameters.keys() == MergeConfig().to_dict().keys()
     assert all(one["description"] for one in parameters.values())
     assert parameters["eta"]["default"] == 1.0
-    assert found["properties"]["merge_method"]["enum"][:2] == ["r2m", "r2m_truncated"]
+    assert found["properties"]["merge_method"]["enum"][:2] == ["r2m", "r2m_paper"]
+    assert "r2m_truncated" not in found["properties"]["merge_method"]["enum"]  # read, not offered
     assert all("description" in one for one in found["properties"].values())
 
 

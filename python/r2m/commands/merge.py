@@ -11,7 +11,7 @@ from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import exit_code, settle_memory
 from r2m.options import OPTIONS, RUN
 from r2m.recipe import ARRANGEMENT, OUTPUT
-from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
+from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS, OFFERED
 
 
 @click.command(
@@ -51,7 +51,8 @@ from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS
     METHOD,
     "--method",
     type=click.Choice(list(METHODS)),
-    help="; ".join(f"{name}: {method.title}" for name, method in METHODS.items()) + ".  [default: r2m]",
+    metavar=f"[{'|'.join(OFFERED)}]",  # a former method is still understood
+    help="; ".join(f"{name}: {method.title}" for name, method in OFFERED.items()) + ".  [default: r2m]",
 )
 @flags(FLAGS.values())
 @flags(one for one in OPTIONS.values() if one.section == RUN)
@@ -114,6 +115,8 @@ def tell(report: dict[str, Any], out: str, quiet: bool) -> None:
         return
     for line in _summary(report, out):
         click.echo(line)
+    for note in report.get("notes", ()):
+        click.echo(f"Note: {note}", err=True)
     for warning in report["warnings"]:
         click.echo(f"Warning: {warning}", err=True)
 
@@ -133,7 +136,17 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
         f"Merged {count} expert{'s' if count > 1 else ''} into {out}: {size} in {seconds:.1f} s",
         f"core coefficients: {coefficients}",
         ", ".join(numbers),
+        *_head(report.get("arrangement", {}).get("head", {})),
     ]
+
+
+def _head(head: dict[str, Any]) -> list[str]:
+    """What became of the classifier, and what was taken for it; nothing where it was merged like the rest."""
+    from r2m_kernels.errors import printable
+
+    if head.get("rule") in (None, "merge") or not head["tensors"]:
+        return []
+    return [f"head ({printable(head['rule'])}): {', '.join(map(printable, head['tensors']))}"]
 
 
 def _number(value: float | None) -> str:

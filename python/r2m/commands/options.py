@@ -9,7 +9,7 @@ import click
 
 from r2m.options import RUN
 from r2m.recipe import ARRANGEMENT
-from r2m_kernels.config import FLAGS, METHODS
+from r2m_kernels.config import FLAGS, OFFERED
 from r2m_kernels.options import Option
 
 
@@ -100,7 +100,7 @@ def defaults_of(declared: Option) -> str:
     if declared not in FLAGS.values():  # no method's
         return "" if declared.default is False else declared.shown(declared.default)
     shown: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
+    for name, method in OFFERED.items():
         if declared.key in method.options:
             shown.setdefault(declared.shown(method.default(declared.key)), []).append(name)
     usual = next((text for text, names in shown.items() if "r2m" in names or len(shown) == 1), None)

@@ -1,0 +1,99 @@
+"""Where a network ends: the tensors of its classifier, told by names and shapes alone (README §1).
+
+A classifier is a linear layer, or a convolution of one pixel, whose outputs no later layer takes. Layers are called
+``fc`` or ``head`` in many other places, inside attention and squeeze-and-excitation, in pooling and before the last
+layer, so that a name alone says little; and files are often sorted by name, so that order says less.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+# A part of a name that is a classifier's wherever it stands, but for a conv_head and a language model's.
+_STRONG = re.compile(
+    r"heads?|(?!conv_|lm_)\w+_heads?|heads?_\w+|(\w+_)?classif(ier)?(_\w+)?|(last|final)_(linear|layer|fc)|to_logits"
+)
+# And one that is where nothing takes the outputs.
+_WEAK = re.compile(r"_?fc\d?|\w+_fc|linear|logits|score")
+# What may follow inside of a classifier.
+_AFTER = re.compile(r"\d+|l|mlp|layers|dense|out_proj|projection|conv[123]?d?")
+# Where a layer of one of these names is not the last.
+_INNER = re.compile(
+    r"\w*attn|\w*attention|e?se|se_module|\w*mlp\w*|ffn|rnn\w*|lstm|merger|aux\d|AuxLogits|aux_logits|pre_logits"
+)
+FEW = 8  # outputs of a classifier that has no such name
+
+
+class _Layer(NamedTuple):
+    path: list[str]  # of the module
+    outputs: int
+    inputs: int
+    word: int | None  # place of the classifier's word in the path
+
+
+def head_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Names of the classifier's tensors, its matrices first; none where the network has no classifier.
+
+    Several where it has several, such as a distilled transformer's two. Of a classifier in several layers the last
+    alone: what is before it makes features.
+
+    Args:
+        shapes: of all tensors by name, in the checkpoint's order.
+    """
+    layers = {name.removesuffix(".weight"): one for name, shape in shapes.items() if (one := _layer(name, shape))}
+    patterns = [re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in layers]
+    repeated = {module for module, one in zip(layers, patterns, strict=True) if patterns.count(one) > 1}
+    named = {
+        module: one
+        for module, one in layers.items()
+        if one.word is not None and not (module in repeated and any(map(str.isdigit, one.path[: one.word])))
+    }
+    found = [module for module, one in named.items() if _is_last(module, one, named, shapes)]
+    if not found:
+        found = _unnamed(layers, shapes)
+    there = [f"{module}.weight" for module in found] + [f"{module}.bias" for module in found]
+    return [name for name in there if name in shapes]
+
+
+def _layer(name: str, shape: Sequence[int]) -> _Layer | None:
+    """A linear layer or a convolution of one pixel that may be the last, by the name of its weight."""
+    *path, last = name.split(".")
+    if last != "weight" or not path or len(shape) < 2 or any(size != 1 for size in shape[2:]) or shape[0] == shape[1]:
+        return None
+    word = None
+    for place in reversed(range(len(path))):
+        if _STRONG.fullmatch(path[place]) or _WEAK.fullmatch(path[place]):
+            word = place
+        elif not _AFTER.fullmatch(path[place]):
+            break
+    if any(_INNER.fullmatch(part) for part in path[:word]):
+        return None
+    return _Layer(path, shape[0], shape[1], word)
+
+
+def _is_last(module: str, layer: _Layer, named: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether nothing takes the outputs of a layer with a classifier's name."""
+    if any(other.inputs == layer.outputs for other in named.values()):
+        return False
+    assert layer.word is not None
+    inside = ".".join([*layer.path[: layer.word + 1], ""])
+    strong = any(map(_STRONG.fullmatch, layer.path[layer.word :]))
+    for name, shape in shapes.items():
+        if name in (f"{module}.weight", f"{module}.bias"):
+            continue
+        normalized = len(shape) == 1 and name.endswith(".weight") and shape[0] == layer.outputs
+        if normalized and (name.startswith(inside) or not strong):
+            return False
+        # Few outputs are as many as a group of channels somewhere has.
+        if not strong and layer.outputs > FEW and len(shape) > 1 and shape[1] == layer.outputs:
+            return False
+    return True
+
+
+def _unnamed(layers: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The last layer of a sequence without names, if it is one of very few outputs and all else is wider."""
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    few = [module for module, one in layers.items() if one.outputs <= FEW and 8 * one.outputs <= one.inputs]
+    return few if len(few) == 1 and matrices[-1] == f"{few[0]}.weight" else []
