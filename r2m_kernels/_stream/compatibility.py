@@ -66,9 +66,13 @@ def _heads(
         return []
     specs = {**base.specs, **extras}
     names = head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
-    shared = {*aliases, *aliases.values()}
     merged = base.specs if config.extra == "drop" else specs
-    return [name for name in names if name in merged and name not in shared and not fits([name], config.keep)]
+    shared = {name.rpartition(".")[0] for name in (*aliases, *aliases.values())}
+    return [
+        name
+        for name in names
+        if name in merged and name.rpartition(".")[0] not in shared and not fits([name], config.keep)
+    ]
 
 
 def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str], count: int) -> PlannedTensor:

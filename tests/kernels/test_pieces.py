@@ -90,13 +90,13 @@ def test_the_budget_touches_no_bit(made, method, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_budget_touches_no_bit_of_other_types(dtype):
     base, experts = checkpoints(2, dtype)
-    assert same_bits(merge(base, experts, memory_budget=BUDGET), merge(base, experts))
+    assert same_bits(merge(base, experts, ROWS, memory_budget=BUDGET), merge(base, experts, ROWS))
 
 
 def test_large_tensors_are_read_in_parts(made):
     base, experts = made
     sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
-    analyze(sources[0], sources[1:], memory_budget=BUDGET).merge()
+    analyze(sources[0], sources[1:], ROWS, memory_budget=BUDGET).merge()
     for source in sources:
         assert not source.whole.keys() & {"tall", "wide", "vector"}
         assert 0 < source.largest <= 2**20 + 2**16  # a panel of the native Gram, or a block of rows
@@ -128,7 +128,7 @@ def test_a_strided_tensor_is_cut_like_its_copy(made):
     base, experts = made
     strided = {**base, "tall": base["tall"].T.contiguous().T}
     assert not strided["tall"].is_contiguous()
-    assert same_bits(merge(strided, experts, memory_budget=BUDGET), merge(base, experts))
+    assert same_bits(merge(strided, experts, ROWS, memory_budget=BUDGET), merge(base, experts, ROWS))
 
 
 @pytest.mark.parametrize("name", ["tall", "vector", "bn.running_var"])
@@ -138,7 +138,7 @@ def test_a_nan_in_a_tensor_in_parts_is_named_and_counted(made, name):
     broken[name].view(-1)[[3, 100, 400_000]] = torch.nan
     size = broken[name].numel()
     with pytest.raises(InvalidInput, match=rf"expert 'b': tensor '{name}' holds NaN or Inf in 3 of {size} elements"):
-        merge(base, {"a": experts[0], "b": broken}, memory_budget=BUDGET)
+        merge(base, {"a": experts[0], "b": broken}, ROWS, memory_budget=BUDGET)
 
 
 def test_a_part_out_of_range_is_named(made):
@@ -147,16 +147,16 @@ def test_a_part_out_of_range_is_named(made):
     for expert in huge:
         expert["tall"][4000, 5] = 3e6
     with pytest.raises(InvalidInput, match="tensor 'tall': merged values exceed the range of float16"):
-        merge(base, huge, memory_budget=BUDGET, dtype=torch.float16)
+        merge(base, huge, ROWS, memory_budget=BUDGET, dtype=torch.float16)
 
 
 def test_tied_tensors_are_written_in_parts_and_stay_tied():
     base, experts = checkpoints(2)
     for tensors in (base, *experts):
         tensors["again"] = tensors["tall"]
-    merged = merge(base, experts, memory_budget=BUDGET)
+    merged = merge(base, experts, ROWS, memory_budget=BUDGET)
     assert merged["again"].data_ptr() == merged["tall"].data_ptr()
-    assert same_bits(merged, merge(base, experts))
+    assert same_bits(merged, merge(base, experts, ROWS))
 
 
 def test_a_sink_without_parts_gets_whole_tensors(made):
@@ -174,6 +174,6 @@ def test_a_sink_without_parts_gets_whole_tensors(made):
             self.tensors[name] = tensor
 
     sink, whole = Plain(), StateDictSink()
-    analyze(base, experts, memory_budget=BUDGET).write(sink)
-    analyze(base, experts).write(whole)
+    analyze(base, experts, ROWS, memory_budget=BUDGET).write(sink)
+    analyze(base, experts, ROWS).write(whole)
     assert same_bits(sink.tensors, whole.state_dict)
