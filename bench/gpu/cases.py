@@ -85,6 +85,20 @@ def cases(
                 lambda given=given, out=out: ops.combine(*inputs, core, *given, out=out, backend="triton").clone(),
                 lambda merged, given=given: checks.judge_combined(merged, *inputs, core, *given),
             )
+    uneven = torch.linspace(1.0, 2.0, count, dtype=torch.float64)
+    for written in dict.fromkeys((dtype, wide)):
+        rule = (core, mixing, uneven / uneven.sum(), uneven.flip(0), 0.8, 3.0)
+        out = torch.empty(shape, dtype=written, device=device)
+        yield Case(
+            "combine_rows",
+            f"{'' if written == dtype else 'into ' + str(written).removeprefix('torch.') + ' '}{what}",
+            partial(_cloned, ops.combine_rows, *inputs, *rule, out),
+            lambda merged, rule=rule: checks.judge_rows(merged, *inputs, *rule),
+        )
+
+
+def _cloned(operator: Callable[..., Tensor], *arguments: object) -> Tensor:
+    return operator(*arguments, backend="triton").clone()
 
 
 def _judge_product(

@@ -157,6 +157,31 @@ def judge_combined(
     return worst((out.double() - exact).abs(), bound)
 
 
+def judge_rows(
+    out: Tensor,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    mixing: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    eta: float,
+    power: float,
+) -> float:
+    """Against README §6: ½ ulp + (N + 4)u of the terms' magnitudes; coefficients are float64's to a rounding."""
+    tau = task_matrix(base, experts).reshape(len(experts), base.shape[0], -1)
+    core, mixing, weights, scales = (one.to(tau) for one in (core, mixing, weights, scales))
+    lengths = scales.unsqueeze(1) * torch.einsum("ji,jrk->irk", mixing, tau).norm(dim=2)
+    shares = weights.unsqueeze(1) * (lengths / lengths.amax(0)) ** power
+    coefficients = core.unsqueeze(1) + eta * mixing @ (shares / shares.sum(0))
+    exact = base.double().flatten(1) + torch.einsum("jr,jrk->rk", coefficients, tau)
+    magnitude = base.double().flatten(1).abs() + torch.einsum("jr,jrk->rk", coefficients.abs(), tau.abs())
+    bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + (len(experts) + 4) * U * magnitude
+    if out.dtype == torch.float16:
+        bound = bound + 2.0**-25  # half a subnormal
+    return worst((out.double().flatten(1) - exact).abs(), bound)
+
+
 def truncation_excess(left: Tensor, right: Tensor, x: Tensor) -> float:
     """‖X − F‖ / optimum, the worst of the experts; X is (N, m, n) float64."""
     pairs = zip(x, left.double() @ right.double(), strict=True)

@@ -7,14 +7,14 @@ from .._torch import combine_ties as combine_ties
 from .._torch import count_magnitudes as count_magnitudes
 from .._torch import match_columns as match_columns
 from .._torch import mean as mean
-from .._torch import row_coefficients as row_coefficients
-from .._torch import row_grams as row_grams
 from .._torch import sum_rows as sum_rows
 from .._torch import weigh_rows as weigh_rows
 from .._torch import weighted_sum as weighted_sum
 from .combine import combine as combine
 from .orthonormalize import orthonormalize as orthonormalize
 from .residual_matmul import residual_matmul as residual_matmul
+from .rows import row_coefficients as row_coefficients
+from .rows import row_grams as row_grams
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation

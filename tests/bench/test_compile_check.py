@@ -37,6 +37,7 @@ def choosable(target):
     found = set()
     for aligned in (True, False):
         found.add(("combine_vector_kernel", launch.combine_vector(target, aligned)))
+        found.add(("combine_rows_kernel", launch.combine_vector(target, aligned)))
         found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
         for compute in (torch.float32, torch.float64):
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
@@ -45,10 +46,11 @@ def choosable(target):
             compute = torch.promote_types(dtype, torch.float32)
             for count in range(1, 17):
                 found.add(("task_gram_kernel", launch.task_gram(target, dtype, count, aligned)))
+                found.add(("row_grams_kernel", launch.row_grams(target, dtype, count, aligned)))
                 for precision in ("bf16", "tf32", "tf32x3", "ieee"):
                     config = launch.residual_matmul(target, dtype, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
-    return found | {("sum_tiles_kernel", launch.sums())}
+    return found | {("sum_tiles_kernel", launch.sums()), ("row_coefficients_kernel", launch.sums())}
 
 
 def test_every_configuration_that_can_be_chosen_is_compiled():

@@ -268,13 +268,14 @@ def test_the_combination_moves_and_multiplies_what_is_predicted(case):
     if k:
         cost = combine_matrix_cost(m, n, case["tensors"], k, job)
         rows, columns = tiles((m, config["rows"])), tiles((n, config["columns"]))
-        programs = case["experts"] * rows * columns * tiles((k, config["inner"]))
-        assert count["dot_flops"] == programs * tile_flops(config) > cost.flops
+        products, programs = case["experts"] * tiles((k, config["inner"])), rows * columns
+        assert count["dot_flops"] == products * programs * tile_flops(config) > cost.flops
         again = case["experts"] * k * 4 * (m * (columns - 1) + n * (rows - 1))
     else:
-        cost = combine_vector_cost(m * n, case["tensors"], job)
+        cost, programs = combine_vector_cost(m * n, case["tensors"], job), tiles((m * n, config["block"]))
     assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
     assert loads(count) == cost.bytes_read + again
+    assert count["stores"].pop("largest") == 4 * programs * case["tensors"]  # a number a tile
     assert sum(count["stores"].values()) == cost.bytes_written
     assert len(count["launches"]) == cost.launches
 

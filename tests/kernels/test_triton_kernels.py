@@ -336,8 +336,8 @@ def test_a_merged_tensor_written_without_its_mask_is_caught(tmp_path, rank):
     module = mutant(
         tmp_path,
         "combine",
-        "tl.store(out + offsets, total.to(OUTPUT), mask=inside)",
-        "tl.store(out + offsets, total.to(OUTPUT))",
+        "+ offsets, rounded, mask=inside)",
+        "+ offsets, rounded)",
     )
     with pytest.raises(AssertionError):
         check_combine(module.combine, (37, 53), torch.float32, 2, 0, rank)
