@@ -32,6 +32,8 @@ CALIBRATED = {
 WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
+USUAL_UPDATE = (0.001, 0.4)  # ‖task vector‖/‖base‖ outside of these: another base, or no fine-tuning
+CLOSE_TO_MEAN = 1e-3  # ‖update − mean task vector‖/‖mean‖ below this: an average, but for rounding to 16 bits
 CLOSE_TO_CORE = 0.01  # ‖residual term‖/‖core‖ below this: the merge is its core
 # What the estimate of a truncation's distance to the optimum rests on; of a backend's own method the backend says it.
 BASIS = {
@@ -68,6 +70,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
         "task_vectors": {
             "gram": gram.tolist(),
             "norms": _by_name(names, gram.diag().clamp_min(0).sqrt()),
+            "relative_to_base": _relative_to_base(findings),
             "cosines": _cosines(gram),
             "vector_gram": findings.vector_gram.tolist(),
         },
@@ -82,6 +85,8 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
             "eigenvalues": real.eigenvalues.tolist(),
             "gap": real.gap,
             "scale_used": strength.core_scale,
+            "left": _left_of_core(findings, residuals, config),
+            "share_of_update": _share(strength.core_norm, residual_term if with_residuals else 0.0),
         },
         "residual": {
             "norms": _by_name(names, residuals.norms) if with_residuals else None,
@@ -89,6 +94,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
             "eta_used": strength.eta,
             "norm": residual_term if with_residuals else 0.0,
             "cancelled": strength.cancelled,
+            "cut": _cut(findings, residuals) if with_residuals else None,
             "norm_ratio_to_core": (
                 residual_term / strength.core_norm if residual_term is not None and strength.core_norm > 0 else None
             ),
@@ -101,8 +107,83 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
             {"step": step.step, "seconds": step.seconds, "bytes_read": step.bytes_read} for step in run.records.values()
         ],
     }
-    numbers["warnings"] = _warnings(findings, config, numbers)
+    numbers["warnings"] = [
+        *_warnings(findings, config, numbers),
+        *_of_the_update(findings, residuals, config, numbers),
+    ]
     return numbers
+
+
+def _relative_to_base(findings: Findings) -> dict[str, float | None]:
+    """‖τ_i‖/‖θ₀‖ over matrix tensors."""
+    base = math.sqrt(sum(findings.base_squares[tensor.name] for tensor in findings.plan.of("matrix")))
+    norms = findings.matrix_gram.diag().clamp_min(0).sqrt().tolist()
+    return {name: norm / base if base > 0 else None for name, norm in zip(findings.experts, norms, strict=True)}
+
+
+def _share(core_norm: float, residual_term: float | None) -> float | None:
+    """Of the update's energy, the core's: the two are orthogonal but for what truncation and matching change."""
+    if residual_term is None or core_norm == residual_term == 0:
+        return None
+    return core_norm**2 / (core_norm**2 + residual_term**2)
+
+
+def _cut(findings: Findings, residuals: Residuals) -> dict[str, float | None]:
+    """Of the energy of each residual, over matrix tensors, what truncation cut off: there the core alone is added."""
+    names = sorted(residuals.products)
+    kept = sum((residuals.products[name].diag() for name in names), torch.zeros(len(findings.experts)).double())
+    whole = findings.real.mixing.T @ findings.matrix_gram @ findings.real.mixing
+    bounds = [_cancellation(column, findings.matrix_gram) for column in findings.real.mixing.T]
+    return {
+        expert: max(0.0, 1 - float(kept[i] / whole[i, i])) if whole[i, i] > bounds[i] else None
+        for i, expert in enumerate(findings.experts)
+    }
+
+
+def _left_of_core(findings: Findings, residuals: Residuals, config: MergeConfig) -> float | None:
+    """Factor of the core when residuals have taken it away again, as whole ones do; None where they are truncated."""
+    if config.eta == 0 or config.residual != "core" or any(one.truncated for one in findings.matrices(config)):
+        return None
+    taken = 1.0 if config.row_power > 0 else float(findings.real.weights @ residuals.scales)
+    return residuals.strength.core_scale - residuals.strength.eta * taken
+
+
+def _of_the_update(findings: Findings, residuals: Residuals, config: MergeConfig, numbers: dict[str, Any]) -> list[str]:
+    """Warnings of updates that are no R²M: without a core, next to the base or to the mean; of strange lengths."""
+    warnings = []
+    for name, share in numbers["task_vectors"]["relative_to_base"].items():
+        if share and not USUAL_UPDATE[0] <= share <= USUAL_UPDATE[1]:
+            warnings.append(
+                f"the task vector of '{name}' has {share:.2%} of the base's length, and fine-tuning moves "
+                f"{USUAL_UPDATE[0]:.1%} to {USUAL_UPDATE[1]:.0%}: another base, or hardly any?"
+            )
+    core, strength, real = numbers["core"], residuals.strength, findings.real
+    term, mean = numbers["residual"]["norm"], core["mean_norm"]
+    if config.real_rank is None or config.elementwise != "none" or len(findings.experts) == 1 or mean == 0:
+        return warnings
+    left = core["left"]
+    if left is not None and core["norm"] > 0 and abs(left) < abs(strength.core_scale) / 2:
+        warnings.append(
+            f"the core cancels: whole residuals take it away again, and of {strength.core_scale:.3g} times the core "
+            f"{left:.3g} is left; truncated residuals (rank) give it its part"
+        )
+    if term is None or not (residuals.norms > 0).any():
+        return warnings
+    most = (strength.core_norm + term) / mean
+    if most < WEAK_CORE:
+        warnings.append(
+            f"the merge is the base to {1 - most:.0%}: its update has at most {most:.1%} of the mean task vector's norm"
+        )
+    scaled = strength.core_scale * real.core
+    if left is not None and config.row_power == 0:
+        scaled, term = scaled + strength.eta * (real.mixing @ (real.weights * residuals.scales)), 0.0
+    off = scaled - real.weights
+    distance = (float((off @ findings.matrix_gram @ off).clamp_min(0).sqrt()) + term) / mean
+    if distance < CLOSE_TO_MEAN:
+        warnings.append(
+            f"the update is within {distance:.1e} of the plain average's: in matrices the merge is weight_average"
+        )
+    return warnings
 
 
 def tensor_rows(

@@ -100,10 +100,12 @@ def inspect(
 def _norms(arranged: Arranged) -> list[str]:
     report: dict[str, Any] = analyze(arranged.base, dict(arranged.experts), arranged.config).report()
     lengths, cosines = report["task_vectors"]["norms"], report["task_vectors"]["cosines"]
+    relative = report["task_vectors"]["relative_to_base"]
     rows = []
     for name, angles in zip(lengths, cosines, strict=True):
         alike = " ".join("    –" if value is None else f"{value:5.2f}" for value in angles)
-        rows.append(f"  ‖task vector‖ {lengths[name]:<10.4g} cosines {alike}  {name}")
+        share = "" if relative[name] is None else f"{relative[name]:.2%}·‖base‖"
+        rows.append(f"  ‖task vector‖ {lengths[name]:<10.4g} {share:<14} cosines {alike}  {name}")
     return rows
 
 

@@ -42,8 +42,10 @@ from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quot
 from r2m_kernels.options import Option
 
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
-# Parameters of 0.1.0: all but the younger ones. A recipe that lists them was written by a merge and means what it did.
-FORMER_FIELDS = OPTIONS.keys() - {"head", "truncate", "rank_rounding"}
+# What merges did before there were these options. A recipe that lists all others and not these was written by one of
+# 0.1.0, and means what it meant.
+_BEFORE = {"head": "merge", "truncate": (), "rank_rounding": "up"}
+FORMER_FIELDS = OPTIONS.keys() - _BEFORE.keys()
 # What is different in recipes without parameters.
 _CHANGED = {
     "r2m": "rank 0.1 and one weight for all rows instead of whole residuals by row, and the head is averaged",
@@ -130,8 +132,8 @@ class _Special(_Keys):
             if parameters.get("weights") is not None:
                 raise BadOption("weights: given both with the models and as a parameter")
             parameters["weights"] = [1.0 if weight is None else weight for weight in weights]
-        if parameters.keys() >= FORMER_FIELDS:  # written by a merge before there was a rule for the head
-            parameters.setdefault("head", "merge")
+        if parameters.keys() >= FORMER_FIELDS:
+            parameters = {**_BEFORE, **parameters}
         try:
             return make_config(self.merge_method, {}).replace(**_fields(parameters))
         except InvalidInput as error:

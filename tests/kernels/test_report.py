@@ -171,3 +171,80 @@ def test_an_expert_of_another_base_or_with_too_long_an_update_is_named():
     assert "nearly nothing in common: was one of them fine-tuned from another base?" in text
     _, _, _, fine = reported((1.0, 1.4, 1.9))
     assert fine["warnings"] == []
+
+
+def related(count=3, far=0.01, shared=0.4):
+    """A base and experts ``far`` of its length away."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(60, 50, generator=generator, dtype=torch.float64)}
+    common = torch.randn(60, 50, generator=generator, dtype=torch.float64)
+    experts = {}
+    for j in range(count):
+        moved = shared * common + torch.randn(60, 50, generator=generator, dtype=torch.float64)
+        experts[f"e{j}"] = {"w": base["w"] + far * (1 + j / 3) * moved * base["w"].norm() / moved.norm()}
+    return base, experts
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_how_long_task_vectors_are_beside_the_base(backend):
+    base, experts = related()
+    report = analyze(base, experts, backend=backend).report()
+    found = report["task_vectors"]["relative_to_base"]
+    assert list(found.values()) == pytest.approx([0.01, 0.01 * 4 / 3, 0.01 * 5 / 3], rel=1e-5)
+    assert not any("of the base's length" in text for text in report["warnings"])
+    for far, expected in ((1.0, ["100.00%", "133.33%", "166.67%"]), (5e-4, ["0.05%", "0.07%", "0.08%"])):
+        text = analyze(*related(far=far), backend=backend).report()["warnings"]
+        lines = [line for line in text if "of the base's length" in line]
+        assert [line.split(" has ")[1].split(" ")[0] for line in lines] == expected
+
+
+def test_what_truncation_cut_and_what_the_core_has_of_the_update():
+    base, experts = related()
+    analysis = analyze(base, experts, svd="exact")
+    report, mixing = analysis.report(), analysis.real_subspace.mixing
+    taus = torch.stack([expert["w"] - base["w"] for expert in experts.values()])
+    residuals = torch.einsum("ji,jmn->imn", mixing, taus)
+    squares = torch.linalg.svdvals(residuals).square()
+    cut = squares[:, 5:].sum(1) / squares.sum(1)
+    assert list(report["residual"]["cut"].values()) == pytest.approx(cut.tolist(), rel=1e-6)
+    update = torch.as_tensor(analysis.merge()["w"]) - base["w"]
+    core = report["core"]["scale_used"] * torch.einsum("j,jmn->mn", analysis.real_subspace.core, taus)
+    along = (float((update * core).sum()) / float(core.norm() * update.norm())) ** 2
+    assert report["core"]["share_of_update"] == pytest.approx(along, abs=0.05)
+    assert report["core"]["left"] is None
+    assert analyze(base, experts, eta=0.0).report()["core"]["share_of_update"] == 1.0
+
+
+def test_a_core_that_cancels_is_told():
+    base, experts = related()
+    text = analyze(base, experts, rank=1.0, row_power=3.0).report()
+    assert any("the core cancels: whole residuals take it away again" in line for line in text["warnings"])
+    assert text["core"]["left"] == pytest.approx(text["core"]["scale_used"] - 1)
+    assert not any("cancels" in line for line in analyze(base, experts).report()["warnings"])
+
+
+def test_a_merge_that_is_the_average_or_the_base_is_told():
+    base, experts = related()
+    average = analyze(base, experts, rank=1.0, core_mode="mean", norm_match=False).report()["warnings"]
+    assert any("in matrices the merge is weight_average" in line for line in average)
+    assert not any("weight_average" in line for line in analyze(base, experts).report()["warnings"])
+    centred = analyze(base, experts, MergeConfig.r2m_centred()).report()["warnings"]
+    (line,) = [line for line in centred if "the merge is the base to" in line]
+    merged = analyze(base, experts, MergeConfig.r2m_centred()).merge()["w"]
+    mean = torch.stack([expert["w"] - base["w"] for expert in experts.values()]).mean(0)
+    at_most = float(line.split("at most ")[1].partition("%")[0]) / 100
+    assert float((merged - base["w"]).norm() / mean.norm()) <= at_most + 1e-3 < 0.5
+
+
+def test_residuals_that_cancel_are_not_blown_up():
+    base, experts = related(2)
+    lengths = [(expert["w"] - base["w"]).norm() for expert in experts.values()]
+    experts["e1"]["w"] = base["w"] + (experts["e1"]["w"] - base["w"]) * 1.002 * lengths[0] / lengths[1]
+    analysis = analyze(base, experts, TRUNCATED)
+    report, strength = analysis.report(), analysis.residuals().strength
+    assert strength.cancelled
+    assert any("the residuals cancel" in line for line in report["warnings"])
+    # No longer than 16 times eta · ‖core‖ over the residuals' mean length.
+    norms = list(report["residual"]["norms"].values())
+    assert strength.eta <= 16 * 0.6 * strength.core_norm / (sum(norms) / 2) * 1.001
+    assert not analyze(*related(), TRUNCATED).residuals().strength.cancelled

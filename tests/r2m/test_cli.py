@@ -51,11 +51,12 @@ def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) 
     )
     assert norms == (
         f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, λ {report['core']['scale_used']:.3g}, "
-        f"η {report['residual']['eta_used']:.3g}"
+        f"η {report['residual']['eta_used']:.3g}, "
+        f"truncation cut up to {max(report['residual']['cut'].values()):.0%} of a residual"
     )
     norms = command("merge", *checkpoints.arguments, "--out", "a/alike").out.splitlines()[2]
     report = json.loads(Path("a/alike/r2m_report.json").read_text())
-    assert norms.endswith(f", ‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}")
+    assert f", ‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}, truncation cut" in norms
     assert result.err.startswith("task Gram: 4 tensors, ")
 
 

@@ -49,7 +49,7 @@ def test_a_set_that_fits(checkpoints: Checkpoints, command: Command) -> None:
         words = row.split()
         assert float(words[2]) == pytest.approx(float(change.norm()), rel=1e-3)
         wanted = [float(torch.cosine_similarity(change, other, dim=0)) for other in moved]
-        assert [float(word) for word in words[4:-1]] == pytest.approx(wanted, abs=0.006)
+        assert [float(word) for word in words[5:-1]] == pytest.approx(wanted, abs=0.006)
 
 
 def test_a_set_that_does_not_fit(checkpoints: Checkpoints, command: Command) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -253,3 +253,48 @@ def test_a_mutated_recipe_is_read_or_refused(tmp_path: Path, edits: list[tuple[i
     except InvalidInput as error:
         refusal = str(error)
     assert refusal is None or (refusal.startswith("recipe (") and refusal.isprintable()), refusal
+
+
+ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge")
+YOUNGER = ("head", "truncate", "rank_rounding")
+
+
+def of_01(method: str, config: MergeConfig) -> dict[str, Any]:
+    """A recipe as a merge of 0.1.0 left it: all its options, and none of a later time."""
+    parameters = {name: value for name, value in config.to_dict().items() if name not in YOUNGER}
+    return {"base_model": "b", "merge_method": method, "models": [{"model": "e"}], "parameters": parameters}
+
+
+def test_a_recipe_that_a_former_merge_wrote_means_what_it_meant() -> None:
+    centred = MergeConfig.r2m_centred(head="merge")
+    for method, config in (("r2m", ROWS), ("r2m_paper", centred), ("r2m_truncated", make_config("r2m_truncated", {}))):
+        Path("recipe.yaml").write_text(json.dumps(of_01(method, config)))
+        recipe = read_recipe("recipe.yaml")
+        assert recipe.config == config
+        assert recipe.notes == ()
+        again = dump(recipe)
+        assert again["parameters"]["head"] == "merge"
+        Path("again.yaml").write_text(json.dumps(again))
+        assert read_recipe("again.yaml").config == recipe.config
+
+
+@pytest.mark.parametrize("method", ["r2m", "r2m_paper"])
+def test_a_recipe_by_hand_follows_the_new_meaning_and_says_so(method: str) -> None:
+    Path("recipe.yaml").write_text(f"base_model: b\nmerge_method: {method}\nmodels: [{{model: e}}]")
+    recipe = read_recipe("recipe.yaml")
+    assert recipe.config == make_config(method, {})
+    assert recipe.config.head == "mean"
+    (note,) = recipe.notes
+    assert note.startswith(f"merge_method: {method} is another than in 0.1.0: ")
+    Path("recipe.yaml").write_text(json.dumps(dump(recipe)))
+    assert read_recipe("recipe.yaml").notes == ()
+
+
+def test_a_former_method_is_understood_and_says_what_to_write() -> None:
+    Path("recipe.yaml").write_text("base_model: b\nmerge_method: r2m_truncated\nmodels: [{model: e}]")
+    recipe = read_recipe("recipe.yaml")
+    assert recipe.config == MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+    (note,) = recipe.notes
+    assert note.startswith("the method r2m_truncated goes: write r2m with eta_mode=relative, eta=0.6, core_mode=mean")
+    with pytest.warns(FutureWarning, match="r2m_truncated goes: write r2m with"):
+        assert MergeConfig.r2m_truncated(0.1) == recipe.config

@@ -132,6 +132,9 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
     numbers = [f"‖core‖/‖mean‖ {ratio}", f"λ {core['scale_used']:.3g}", f"η {eta}"]
     if residual["norm_ratio_to_core"] is not None:  # made as rows pass otherwise: nobody has seen it
         numbers.append(f"‖residual term‖/‖core‖ {residual['norm_ratio_to_core']:.3g}")
+    cut = [value for value in (residual.get("cut") or {}).values() if value is not None]
+    if cut and max(cut) > 0:
+        numbers.append(f"truncation cut up to {max(cut):.0%} of a residual")
     return [
         f"Merged {count} expert{'s' if count > 1 else ''} into {out}: {size} in {seconds:.1f} s",
         f"core coefficients: {coefficients}",

@@ -248,6 +248,10 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         ("λ, factor of the core", _number(core["scale_used"])),
         ("η, strength of the residuals", _number(residual["eta_used"])),
         ("‖residual term‖ / ‖core‖", _number(residual["norm_ratio_to_core"])),
+        ("share of the update along the core", _number(core.get("share_of_update"))),
+        ("of the residuals, cut by truncation", _by_name(residual.get("cut"))),
+        ("‖task vector‖ / ‖base‖", _by_name(report["task_vectors"].get("relative_to_base"))),
+        ("head, averaged", ", ".join(report.get("head") or ()) or "–"),
         ("computed by", f"{report['backend']['name']} on {report['backend']['device']}"),
         ("r2m_kernels, torch", f"{report['versions']['r2m_kernels']}, {report['versions']['torch']}"),
     ]
@@ -281,6 +285,10 @@ def _of_noise(report: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _by_name(values: Mapping[str, float | None] | None) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in (values or {}).items()) or "–"
 
 
 def _json(path: Path, what: str) -> dict[str, Any]:
