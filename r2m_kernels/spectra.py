@@ -1,34 +1,29 @@
-"""What becomes of singular values beyond truncation: other methods in R²M's form (README §8). Float64, plain torch."""
+"""What becomes of singular values beyond truncation: other methods in R²M's form (README §8). Float64, batched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ._stream.factors import Factors
+from ._stream.factors import GroupFactors
 from .config import MergeConfig
 
 # Directions of a Gram matrix below this share of its largest eigenvalue are rounding: they have no polar factor.
 NOTHING = 1e-13
 
 
-def map_spectra(factors: Sequence[Factors], config: MergeConfig, dtype: torch.dtype) -> list[Factors]:
-    """The configured map on truncated residuals, tensor by tensor, in ``dtype``; as they are for ``"truncate"``."""
-    if config.spectrum == "rescale":
-        return [_in(dtype, rescaled(of_tensor, float(config.rank))) for of_tensor in factors]
-    if config.spectrum == "orthogonal":
-        return [_in(dtype, orthogonalized(of_tensor)) for of_tensor in factors]
-    return list(factors)
+def map_spectra(factors: GroupFactors, config: MergeConfig, dtype: torch.dtype) -> GroupFactors:
+    """The configured map on a group's truncated residuals, in ``dtype``; as they are for ``"truncate"``."""
+    if config.spectrum == "truncate":
+        return factors
+    mapped = rescaled(factors, float(config.rank)) if config.spectrum == "rescale" else orthogonalized(factors)
+    # What came with the factors is not true of these.
+    return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype), products=None)
 
 
-def _in(dtype: torch.dtype, factors: Factors) -> Factors:
-    return replace(factors, left=factors.left.to(dtype), right=factors.right.to(dtype))
-
-
-def rescaled(factors: Factors, share: float) -> Factors:
+def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     """The fewest leading components with ``share`` of the nuclear norm, scaled up to all of it (STAR).
 
     Args:
@@ -36,68 +31,69 @@ def rescaled(factors: Factors, share: float) -> Factors:
         share: of the sum of singular values.
 
     Returns:
-        Factors as wide as the widest expert needs; the others' are padded with zeros.
+        Factors as wide as the widest of all needs; the others' are padded with zeros.
     """
     # Components are orthogonal on both sides: their lengths' products are the singular values.
-    nuclear = factors.left.double().norm(dim=1) * factors.right.double().norm(dim=2)
-    totals = nuclear.sum(dim=1, keepdim=True)
+    nuclear = factors.left.double().norm(dim=2) * factors.right.double().norm(dim=3)
+    totals = nuclear.sum(dim=2, keepdim=True)
     # The first component whose running sum reaches the share is the last one kept. A hair below, for share = 1.
-    before = nuclear.cumsum(dim=1) - nuclear
+    before = nuclear.cumsum(dim=2) - nuclear
     keep = before < share * (1 - 1e-12) * totals
-    keep[:, 0] = True
-    kept = (nuclear * keep).sum(dim=1, keepdim=True)
+    keep[..., 0] = True
+    kept = (nuclear * keep).sum(dim=2, keepdim=True)
     gain = torch.where(kept > 0, totals / torch.where(kept > 0, kept, 1.0), 1.0) * keep
-    width = int(keep.sum(dim=1).max())
-    left = factors.left[:, :, :width] * gain[:, None, :width].to(factors.left)
-    return Factors(left, factors.right[:, :width].contiguous(), gap=factors.gap, method=factors.method)
+    width = int(keep.sum(dim=2).max())
+    left = factors.left[..., :width] * gain[:, :, None, :width].to(factors.left)
+    return replace(factors, left=left, right=factors.right[:, :, :width].contiguous())
 
 
-def orthogonalized(factors: Factors) -> Factors:
+def orthogonalized(factors: GroupFactors) -> GroupFactors:
     """The singular vectors of all experts replaced by the nearest ones that are orthonormal together (TSV-M).
 
     With U = [U_1 … U_N] and V alike, F_i becomes Û_i diag(σ_i) V̂_iᵀ, Û = U (UᵀU)^(−1/2), in float64: where N·r is
     min(m, n), UᵀU has small eigenvalues.
     """
-    count, _, rank = factors.left.shape
-    left, right = factors.left.double(), factors.right.double()
-    us, values, vs = [], [], []
-    for one, other in zip(left, right.mT, strict=True):
-        q, r = torch.linalg.qr(one)
-        p, s = torch.linalg.qr(other)
-        u, sigma, vt = torch.linalg.svd(r @ s.T)
-        us.append(q @ u)
-        values.append(sigma)
-        vs.append(p @ vt.T)
-    u, v = _polar(torch.cat(us, dim=1)), _polar(torch.cat(vs, dim=1))
-    weighted = u * torch.cat(values)
-    made = weighted.view(-1, count, rank).transpose(0, 1), v.T.reshape(count, rank, -1)
-    left, right = (side.contiguous() for side in made)
-    return Factors(left, right, ordered=False, gap=factors.gap, method=factors.method)
+    size, count, _, rank = factors.left.shape
+    left, right = factors.left.double(), factors.right.double().mT
+    # F = U σ Vᵀ from the side that is not orthonormal yet: its triangle is turned, and the other side with it.
+    basis, weighted = (left, right) if factors.basis == "left" else (right, left)
+    q, triangle = torch.linalg.qr(weighted)
+    u, values, vt = _svd(triangle)
+    weighted, basis = q @ u, basis @ vt.mT
+    left, right = (basis, weighted) if factors.basis == "left" else (weighted, basis)
+    left, right = (_polar(side.transpose(1, 2).flatten(2)) for side in (left, right))
+    left = (left * values.view(size, 1, count * rank)).view(size, -1, count, rank).transpose(1, 2).contiguous()
+    right = right.view(size, -1, count, rank).permute(0, 2, 3, 1).contiguous()
+    return replace(factors, left=left, right=right, ordered=False)
 
 
-def flattened(base: Tensor, experts: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """Σ_j coefficients_j · τ_j of one tensor with all singular values set to their mean (Iso-C): (m, n) float64."""
-    matrix = torch.zeros(base.flatten(1).shape, dtype=torch.float64, device=base.device)
-    for coefficient, expert in zip(coefficients.tolist(), experts, strict=True):
-        matrix += coefficient * (expert.double() - base.double()).flatten(1)
-    wide = matrix.shape[0] <= matrix.shape[1]
-    rows = matrix if wide else matrix.T
-    values, vectors = _eigh(rows @ rows.T)
-    flat = values.sqrt().mean() * ((vectors * _inverse_root(values)) @ vectors.T) @ rows
-    return flat if wide else flat.T
+def flattened(changes: Tensor) -> Tensor:
+    """(L, m, n) float64 with all singular values of each matrix set to their mean (Iso-C)."""
+    rows = changes if changes.shape[1] <= changes.shape[2] else changes.mT
+    values, vectors = _eigh(rows @ rows.mT)
+    turn = (vectors * _inverse_root(values).unsqueeze(-2)) @ vectors.mT
+    flat = (values.sqrt().mean(dim=-1).view(-1, 1, 1) * turn) @ rows
+    return flat if rows is changes else flat.mT.contiguous()
 
 
 def _polar(columns: Tensor) -> Tensor:
-    """U (UᵀU)^(−1/2): the matrix of orthonormal columns nearest to U, zero where U has no direction."""
-    values, vectors = _eigh(columns.T @ columns)
-    return columns @ ((vectors * _inverse_root(values)) @ vectors.T)
+    """U (UᵀU)^(−1/2): the matrices of orthonormal columns nearest to U, zero where U has no direction."""
+    values, vectors = _eigh(columns.mT @ columns)
+    return columns @ ((vectors * _inverse_root(values).unsqueeze(-2)) @ vectors.mT)
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram.cpu())  # small: solved on the CPU for every device
-    return values.clamp_min(0).to(gram.device), vectors.to(gram.device)
+# Small problems are solved on the CPU for every device.
+
+
+def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(grams.cpu())
+    return values.clamp_min(0).to(grams.device), vectors.to(grams.device)
+
+
+def _svd(matrices: Tensor) -> tuple[Tensor, ...]:
+    return tuple(one.to(matrices.device) for one in torch.linalg.svd(matrices.cpu()))
 
 
 def _inverse_root(values: Tensor) -> Tensor:
-    kept = values > NOTHING * values.max()
+    kept = values > NOTHING * values.amax(dim=-1, keepdim=True)
     return torch.where(kept, values, 1.0).rsqrt() * kept

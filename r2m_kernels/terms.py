@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import elements, spectra
 from ._interface import Operators
@@ -21,6 +22,9 @@ from ._stream.plan import PlannedTensor, by_rows
 from .config import MergeConfig
 from .findings import Findings, Residuals
 from .update_scale import gain
+
+# Elements of the matrices whose singular values are made equal at once.
+FLAT_ELEMENTS = 2**25
 
 
 class Term:
@@ -83,8 +87,10 @@ class LowRank(Term):
         if not self.factors:
             return Linear(self.coefficients).write(operators, group, outs)
         device = group.bases[0].device
-        left = stacked([factors.left.to(device).mT for factors in self.factors]).mT  # rows, as kernels have them
-        right = stacked([factors.right.to(device) for factors in self.factors])
+        widest = max(factors.left.shape[2] for factors in self.factors)
+        # Rows, as kernels have them; where tensors kept unlike numbers of components, with zeros below.
+        lefts = [_rows(factors.left.to(device).mT, widest) for factors in self.factors]
+        left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
             left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
         if group.part is not None:
@@ -92,6 +98,11 @@ class LowRank(Term):
             left = left[:, :, group.part.start // columns : group.part.stop // columns]
         group, outs = group.in_rows(outs)
         return operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
+
+
+def _rows(factor: Tensor, rank: int) -> Tensor:
+    """(N, r, n) with zeros up to ``rank`` rows."""
+    return functional.pad(factor, (0, 0, 0, rank - factor.shape[1])) if factor.shape[1] < rank else factor
 
 
 @dataclass(frozen=True)
@@ -140,8 +151,15 @@ class Flat(Term):
         return None
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
-        changes = [spectra.flattened(*group.inputs(index), self.coefficients) for index in range(len(outs))]
-        return operators.add(group.bases, torch.stack(changes), outs)
+        largest = []
+        # Of few tensors at once: whole matrices in float64, three of each.
+        size = max(1, FLAT_ELEMENTS // max(1, outs[0].numel()))
+        for start in range(0, len(outs), size):
+            some = slice(start, start + size)
+            bases, experts = group.bases[some], [expert[some] for expert in group.experts]
+            changes = operators.weighted_sum(bases, experts, self.coefficients, torch.float64)
+            largest.append(operators.add(bases, spectra.flattened(changes), outs[some]))
+        return torch.cat(largest)
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ class ByElements(Term):
 
 @dataclass(frozen=True)
 class MatchedColumns(Term):
-    """A term of a single tensor whose change has columns as long as the experts', which count ``counts`` (N,)."""
+    """A term whose change has columns as long as the experts', which count ``counts`` (N,)."""
 
     term: Term
     counts: Tensor
@@ -218,8 +236,8 @@ class Terms:
 
     @property
     def single(self) -> bool:
-        """Whether every matrix has a term of its own, since its change is scaled by numbers of its own."""
-        return self.config.scale != "none"
+        """Whether every matrix has a term of its own, since its change is scaled by a number of its own."""
+        return self.config.scale == "layer"
 
     def of(self, tensors: Sequence[PlannedTensor]) -> Term:
         """The term of tensors of one role, shape and rank; of a single one where :attr:`single` says so."""

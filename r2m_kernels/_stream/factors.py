@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 # How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
 RATE = 4
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,74 @@ class Factors:
         """The same F_i; one side is orthonormal, and the other's Gram has the squared singular values."""
         tall = self.left.shape[1] >= self.right.shape[2]
         weighted = self.left if tall else self.right.transpose(1, 2)
-        rotation = leading_eigenvectors([gram_matrix(block) for block in weighted], weighted.shape[2]).to(weighted)
+        rotation = leading_eigenvectors(gram_matrices(weighted).cpu(), weighted.shape[2]).to(weighted)
         return Factors(torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right))
 
     def inner_products(self) -> Tensor:
-        """⟨F_i, F_j⟩ from the factors alone: (N, N) float64 on the CPU."""
+        """⟨F_i, F_j⟩: (N, N) float64 on the CPU."""
         if self.products is not None:
             return self.products
-        count, rank = len(self.left), self.left.shape[2]
-        products = self.left.new_empty(count, count, dtype=torch.float64)
-        left, right = self.left.mT.double(), self.right.double()
-        # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
-        # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
-        # squares of their own lengths, and products of two roundings.
-        first = 1 if self.ordered else 0
-        if self.ordered:
-            products.diagonal().copy_((left.square().sum(2) * right.square().sum(2)).sum(1))
-        for i in range(count - first):
-            others = slice(i + first, count)
-            pairs = (left[i] @ left[others].flatten(0, 1).T).mul_(right[i] @ right[others].flatten(0, 1).T)
-            products[i, others] = products[others, i] = pairs.view(rank, count - i - first, rank).sum(dim=(0, 2))
-        return products.cpu()
+        return inner_products(self.left.unsqueeze(0), self.right.unsqueeze(0), self.ordered)[0].cpu()
+
+
+@dataclass(frozen=True)
+class GroupFactors:
+    """Truncated residuals of L tensors of one shape, where they were made: nobody has waited for them.
+
+    Attributes:
+        left: (L, N, m, r).
+        right: (L, N, r, n).
+        basis: the side that has orthonormal vectors.
+        ordered, method: of :class:`Factors`.
+        gap: (L, N), of :class:`Factors`.
+        products: (L, N, N) float64, where they came with the factors.
+        trusted: (L, N) bool, whether each can be relied on; ``None``: all.
+    """
+
+    left: Tensor
+    right: Tensor
+    basis: Side
+    ordered: bool
+    method: str
+    gap: Tensor
+    products: Tensor | None = None
+    trusted: Tensor | None = None
+
+    def of(self, index: int) -> Factors:
+        """One tensor's, without the numbers that are still on the device."""
+        return Factors(self.left[index], self.right[index], self.ordered, method=self.method)
+
+    def some(self, places: Sequence[int]) -> GroupFactors:
+        """Those of tensors at some places."""
+        at = list(places)
+        products, trusted = (None if one is None else one[at] for one in (self.products, self.trusted))
+        left, right, gap = self.left[at], self.right[at], self.gap[at]
+        return replace(self, left=left, right=right, gap=gap, products=products, trusted=trusted)
+
+    def inner_products(self) -> Tensor:
+        """⟨F_li, F_lj⟩: (L, N, N) float64."""
+        return inner_products(self.left, self.right, self.ordered) if self.products is None else self.products
+
+
+def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
+    """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are."""
+    size, count, _, rank = left.shape
+    products = left.new_empty(size, count, count, dtype=torch.float64)
+    left, right = left.mT.double(), right.double()
+    # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
+    # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
+    # squares of their own lengths, and products of two roundings.
+    first = 1 if ordered else 0
+    if ordered:
+        products.diagonal(dim1=1, dim2=2).copy_((left.square().sum(3) * right.square().sum(3)).sum(2))
+    for i in range(count - first):
+        others = slice(i + first, count)
+        pairs = left[:, i] @ left[:, others].flatten(1, 2).mT
+        pairs *= right[:, i] @ right[:, others].flatten(1, 2).mT
+        sums = pairs.view(size, rank, count - i - first, rank).sum(dim=(1, 3))
+        products[:, i, others] = sums
+        products[:, others, i] = sums
+    return products
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -72,17 +121,17 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def gram_matrix(product: Tensor) -> Tensor:
-    """(k, k) float64 on the CPU, where small eigenvalue problems are solved for every device."""
+def gram_matrices(product: Tensor) -> Tensor:
+    """(…, k, k) float64 of (…, n, k)."""
     double = product.double()
-    return (double.T @ double).cpu()
+    return double.mT @ double
 
 
-def leading_eigenvectors(grams: Sequence[Tensor], rank: int) -> Tensor:
-    """(N, k, rank), by descending eigenvalue, with signs fixed (the largest entry of a column is positive)."""
-    leading = []
-    for gram in grams:
-        vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)[:, :rank]
-        largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-        leading.append(vectors * torch.where(largest < 0, -1.0, 1.0))
-    return torch.stack(leading)
+def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:
+    """(…, k, rank) of (…, k, k) on the CPU, where small eigenvalue problems are solved for every device.
+
+    By descending eigenvalue, with signs fixed: the largest entry of a column is positive.
+    """
+    vectors: Tensor = torch.linalg.eigh((grams + grams.mT) / 2).eigenvectors.flip(-1)[..., :rank]
+    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)

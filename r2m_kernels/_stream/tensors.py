@@ -29,10 +29,10 @@ def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Numbers of one device in float64 on the CPU, all with one copy and one wait."""
-    flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors]).cpu() if tensors else torch.empty(0)
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors]) if tensors else ()
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    """Numbers in float64 on the CPU: all that are on a device with one copy and one wait."""
+    away = [tensor.double().reshape(-1) for tensor in tensors if tensor.device.type != "cpu"]
+    parts = iter(torch.split(torch.cat(away).cpu(), [len(tensor) for tensor in away]) if away else ())
+    return [tensor.double() if tensor.device.type == "cpu" else next(parts).view(tensor.shape) for tensor in tensors]
 
 
 def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:

@@ -218,3 +218,19 @@ def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
         _backends.choose("triton", gpu)
     with pytest.raises(BackendUnavailable, match="backend 'triton' runs on CUDA and ROCm GPUs and not on 'mps'"):
         _backends.choose("triton", torch.device("mps"))
+
+
+def test_steep_residuals_of_a_group_are_truncated_again_and_the_others_stay():
+    shape, kinds = (100, 90), {"a": "linear", "b": "k^-3", "c": "linear", "d": "k^-3"}
+    values = {name: steep("k^-3", 90) if kind == "k^-3" else spectrum(kind, 90) for name, kind in kinds.items()}
+    base = {name: torch.zeros(shape) for name in kinds}
+    expert = {name: matrix_with(values[name], *shape).float() for name in kinds}
+    analysis = analyze(base, [expert], backend="triton", rank=9, real_rank=0, svd="randomized", eta=1.0)
+    methods = {name: one.method for name, one in analysis._findings.truncated.items()}
+    assert methods == {"a": "shifted", "b": "textbook", "c": "shifted", "d": "textbook"}
+    for name in kinds:
+        alone = factors_of(expert[name], 9, name)
+        kept = analysis._run.factors.get(name)
+        assert torch.equal(kept.left, alone.left)
+        assert torch.equal(kept.right, alone.right)
+        assert torch.equal(analysis._findings.truncated[name].products, alone.inner_products())
