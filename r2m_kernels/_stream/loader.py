@@ -111,8 +111,11 @@ class Loader:
             return
         compute = torch.cuda.current_stream(self.device)
         compute.wait_event(ready)
-        for tensor in (*group.bases, *(one for expert in group.experts for one in expert)):
-            tensor.record_stream(compute)  # its memory is not reused before these kernels are done
+        for index, planned in enumerate(group.tensors):
+            if not self.in_place(planned):  # the memory of what was brought is not reused before these kernels are done
+                for tensors in (group.bases, *group.experts):
+                    for tensor in tensors[index : index + 1]:
+                        tensor.record_stream(compute)
 
     def whole(self, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> list[Tensor]:
         """Each source's tensor on the device; of one that is kept all sources are asked for."""

@@ -69,7 +69,9 @@ class StateDictSource:
 
     def __init__(self, label: str, state_dict: Mapping[str, Tensor]) -> None:
         self.label = label
-        self._tensors = {name: tensor.detach() for name, tensor in state_dict.items()}
+        self._tensors = {
+            name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in state_dict.items()
+        }
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
         }
@@ -77,7 +79,7 @@ class StateDictSource:
         self.devices = {name: tensor.device for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor itself, detached."""
+        """The tensor itself, without its history."""
         return self._tensors[name]
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
