@@ -355,3 +355,24 @@ def test_refit_and_its_features_go_together(files: list[str], command: Command) 
         result = command("merge", *files, "--out", "merged", "--preset", "df40", *options)
         assert result.code == 2
         assert sentence in result.err
+
+
+def test_a_head_is_averaged_unless_it_is_to_be_merged(files: list[str], command: Command) -> None:
+    base = {**tower(0, "backbone."), "head.weight": normal(70, 2, WIDTH), "head.bias": normal(71, 2)}
+    save_file(base, "base.safetensors")
+    for number, name in enumerate(("fs", "fr", "efs"), start=1):
+        moved = {key: tensor + 0.01 * normal(100 * number, *tensor.shape) for key, tensor in base.items()}
+        save_file(moved, f"{name}.safetensors")
+    words = ["merge", "--base", "base.safetensors"]
+    words += [word for name in ("fs", "fr", "efs") for word in ("--expert", f"{name}.safetensors")]
+    said = command(*words, "--out", "mean")
+    assert said.out.splitlines()[-1] == "head (mean): head.weight, head.bias"
+    report = json.loads(Path("mean/r2m_report.json").read_text())
+    assert report["arrangement"]["head"] == {"rule": "mean", "tensors": ["head.weight", "head.bias"]}
+    assert command(*words, "--out", "named", "--head-tensor", "head.weight").code == 0
+    assert json.loads(Path("named/r2m_report.json").read_text())["arrangement"]["head"]["tensors"] == ["head.weight"]
+    assert "head (" not in command(*words, "--out", "merged", "--head", "merge").out
+    heads = [load_file(f"{out}/model.safetensors")["head.weight"] for out in ("mean", "merged")]
+    assert not torch.equal(*heads)
+    assert command("merge", "merged/r2m_config.yaml", "--out", "again", "--quiet").code == 0
+    assert Path("merged/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()

@@ -96,7 +96,7 @@ def help_of(declared: Option) -> str:
 
 
 def defaults_of(declared: Option) -> str:
-    """``"1; 0.6 in r2m_truncated"``: what it is by default, and where it is something else."""
+    """``"1; 0.6 in r2m_paper"``: what it is by default, and where it is something else."""
     if declared not in FLAGS.values():  # no method's
         return "" if declared.default is False else declared.shown(declared.default)
     shown: dict[str, list[str]] = {}
