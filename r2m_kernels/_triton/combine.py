@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._torch import combine as portable
 from . import launch
 from .addresses import (
     ELEMENT_TYPES,
@@ -186,8 +187,8 @@ def combine(
     if bases[0].numel() == 0:
         return torch.zeros(len(bases), device=bases[0].device)
     by_rows = coefficients.ndim == 3
-    if by_rows and left is not None:
-        raise NotImplementedError("coefficients of rows beside factors")  # no method has both
+    if by_rows and left is not None:  # no method has both
+        return portable(bases, experts, coefficients, left, right, scale, outs)
     row = bases[0].numel() // bases[0].shape[0] if by_rows or left is not None else bases[0].numel()
     group = Group(bases, experts, row)
     targets, fits = _targets(group, outs, row)
