@@ -121,12 +121,15 @@ R2M_API int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_
                                  const void *coefficients, int64_t rows, int64_t columns, const r2m_matrix *out);
 
 /* Every function above that a variant has its own code for. */
-#define R2M_OPERATORS(EACH)                                                                                         \
-  EACH(task_gram)                                                                                                   \
-  EACH(row_grams)                                                                                                   \
-  EACH(row_coefficients)                                                                                            \
-  EACH(residual) EACH(sketch) EACH(combine) EACH(count_magnitudes) EACH(combine_ties) EACH(combine_dare) EACH(mean) \
-      EACH(column_squares) EACH(scale_columns) EACH(weighted_sum)
+#define R2M_OPERATORS(EACH) \
+  EACH(task_gram)           \
+  EACH(row_grams)           \
+  EACH(row_coefficients)    \
+  EACH(residual)            \
+  EACH(sketch)              \
+  EACH(combine)             \
+  EACH(count_magnitudes)    \
+  EACH(combine_ties) EACH(combine_dare) EACH(mean) EACH(column_squares) EACH(scale_columns) EACH(weighted_sum)
 
 #ifdef __cplusplus
 }
