@@ -114,7 +114,7 @@ def operators(group: GroupOf) -> Iterator[Timed]:
     yield Timed(
         "task_gram",
         lambda: _triton.task_gram(group.bases, group.experts),
-        lambda grams: group.worst(lambda i: checks.judge_gram(grams[i], *group.tensor(i))),
+        lambda grams: group.worst(lambda i: checks.judge_gram(grams.tasks[i], *group.tensor(i))),
         [cost_model.task_gram_cost(m * n, size, job)],
     )
     keys = torch.arange(1, size + 1, device=inputs.device) * 0x9E3779B97F4A7
