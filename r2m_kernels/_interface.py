@@ -232,7 +232,7 @@ class Operators(Protocol):
     ) -> Tensor:
         """θ₀ + Σ_j c_j τ_lj + Σ_i scale_i · left_li right_li into each out, rounded once to its dtype.
 
-        An expert whose coefficient is 0 for all of a group is not read.
+        An expert whose coefficient is 0 is not read, where there is one coefficient for a whole group.
 
         Args:
             bases, experts: tensors of one shape.

@@ -243,7 +243,8 @@ class MergeConfig:
         their core is the mean; residuals are τ_i − core, whole unless a ``rank`` is given, which then is that of
         attention and MLP matrices, max(1, ⌊rank · min(m, n)⌋); one norm per specialist; η = 0.6 · ‖core‖, which is not
         scale-free; the head is the mean of the heads. The kit weighs layers by √P_l/‖A_l‖_F unless told "none", and
-        multiplies by that once too often, which makes cores 100 to 10,000 times too long: here it is none.
+        multiplies by that once too often, which makes cores 100 to 10,000 times too long: here it is none. Ours, where
+        the kit is silent: no tensor of one dimension takes part, whatever its name, and ‖core‖ is of those that do.
         """
         kit = {"exclude": ("*ln*", "*bias*"), "truncate": ATTENTION_AND_MLP, "rank_rounding": "down"}
         return cls(**{"core_mode": "mean", "rank": 1.0, "eta": 0.6, "eta_mode": "core_norm", **kit, **overrides})
