@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -66,13 +65,10 @@ def _combine(
     def of_rows(rows: slice, columns: slice, term: Tensor | None) -> float:
         inputs = matrices([tensor[rows, columns] for tensor in (theta, *thetas)])
         added = None if term is None else matrices([term])
-        view, largest = merged[rows, columns], ctypes.c_double()
+        view = merged[rows, columns]
         factors, stride = (weights[rows], weights.shape[1]) if by_rows else (weights, 0)
-        library.call(
-            *(COMBINE, dtype, len(thetas), inputs, factors.data_ptr(), stride),
-            *(*view.shape, added, matrices([view]), ctypes.byref(largest)),
-        )
-        return largest.value
+        where = (factors.data_ptr(), stride, *view.shape)
+        return library.largest(COMBINE, dtype, len(thetas), inputs, *where, added, matrices([view]))
 
     def of_run(run: slice) -> float:
         if not rowwise:

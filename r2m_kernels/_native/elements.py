@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +11,8 @@ from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, row_panels
 from .._stream.tensors import compute_dtype
 from ..update_scale import MOST
-from .combine import over, weights_of
-from .library import DOUBLE, LONG, POINTER, Matrix, declare, flat, loaded, matrices, rows_of
+from .combine import COMBINE, over, weights_of
+from .library import DOUBLE, LONG, POINTER, declare, flat, loaded, matrices, rows_of
 
 COUNT_MAGNITUDES = declare("r2m_count_magnitudes", LONG, POINTER, LONG, LONG, POINTER, POINTER)
 COMBINE_TIES = declare("r2m_combine_ties", LONG, POINTER, POINTER, POINTER, DOUBLE, LONG, LONG, POINTER, POINTER)
@@ -92,12 +91,8 @@ def _by_elements(
         inputs, target, shares = matrices(rows), matrices([out.view(1, -1)]), weights_of(weights, dtype)
 
         def write(run: slice) -> float:
-            largest = ctypes.c_double()
-            library.call(
-                *(name, dtype, len(experts), inputs, shares.data_ptr(), *rule(index), run.start, run.stop),
-                *(target, ctypes.byref(largest)),
-            )
-            return largest.value
+            where = (*rule(index), run.start, run.stop)
+            return library.largest(name, dtype, len(experts), inputs, shares.data_ptr(), *where, target)
 
         return over(element_panels(base.numel()), write, out)
 
@@ -113,12 +108,8 @@ def mean(experts: Sequence[Sequence[Tensor]], weights: Tensor, outs: Sequence[Te
         inputs, target = matrices(rows), matrices([out.view(1, -1)])
 
         def write(run: slice) -> float:
-            largest = ctypes.c_double()
-            library.call(
-                *(MEAN, torch.float64, len(rows), inputs, shares.data_ptr(), run.start, run.stop),
-                *(target, ctypes.byref(largest)),
-            )
-            return largest.value
+            where = (run.start, run.stop)
+            return library.largest(MEAN, torch.float64, len(rows), inputs, shares.data_ptr(), *where, target)
 
         return over(element_panels(out.numel()), write, out)
 
@@ -135,13 +126,8 @@ def _added(base: Tensor, change: Tensor, out: Tensor) -> Tensor:
     theta, added, merged = flat(base), flat(change.to(dtype)), out.view(1, -1)
 
     def write(run: slice) -> float:
-        largest = ctypes.c_double()
-        term, target = matrices([added[:, run]]), matrices([merged[:, run]])
-        library.call(
-            *("r2m_combine", dtype, 0, matrices([theta[:, run]]), None, 0, 1, run.stop - run.start),
-            *(term, target, ctypes.byref(largest)),
-        )
-        return largest.value
+        of_base, term, target = (matrices([tensor[:, run]]) for tensor in (theta, added, merged))
+        return library.largest(COMBINE, dtype, 0, of_base, None, 0, 1, run.stop - run.start, term, target)
 
     return over(element_panels(base.numel()), write, out)
 
@@ -204,12 +190,8 @@ def _matched(base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Te
     factors = torch.where(reached > 0, wanted / reached.clamp_min(tiny), 1.0).clamp_max(MOST).to(dtype)
 
     def write(rows: slice) -> float:
-        found = ctypes.c_double()
-        views: list[ctypes.Array[Matrix]] = [matrices([tensor[rows]]) for tensor in (theta, change, target)]
+        of_base, moved, written = (matrices([tensor[rows]]) for tensor in (theta, change, target))
         size = change[rows].shape[0], n
-        library.call(
-            *(SCALE_COLUMNS, dtype, views[0], views[1], factors.data_ptr(), *size, views[2], ctypes.byref(found))
-        )
-        return found.value
+        return library.largest(SCALE_COLUMNS, dtype, of_base, moved, factors.data_ptr(), *size, written)
 
     return over(panels, write, out)

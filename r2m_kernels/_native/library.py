@@ -87,6 +87,12 @@ class Library:
         if code != 0:
             raise RuntimeError(f"{name}: {FAILURES.get(code, f'code {code}')}")
 
+    def largest(self, name: str, dtype: torch.dtype, *arguments: object) -> float:
+        """Run a kernel that writes, and whose last argument is where it tells the largest magnitude of that."""
+        found = ctypes.c_double()
+        self.call(name, dtype, *arguments, ctypes.byref(found))
+        return found.value
+
 
 @functools.cache
 def _library(path: Path) -> Library:
