@@ -136,22 +136,20 @@ def weighted_sum(
     bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], coefficients: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
-    library = loaded()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    factors = weights_of(coefficients, wide)
-    sums = torch.empty(len(bases), *as_matrix(bases[0]).shape, dtype=wide)
+    library, factors = loaded(), weights_of(coefficients, dtype)
+    sums = torch.empty(len(bases), *as_matrix(bases[0]).shape, dtype=dtype)
     for index, (base, out) in enumerate(zip(bases, sums, strict=True)):
         rows = [rows_of(as_matrix(tensor)) for tensor in (base, *(expert[index] for expert in experts))]
 
         def write(run: slice, rows: Sequence[Tensor] = rows, out: Tensor = out) -> None:
             inputs, target = matrices([tensor[run] for tensor in rows]), matrices([out[run]])
             size = run.stop - run.start, out.shape[1]
-            library.call(WEIGHTED_SUM, wide, len(experts), inputs, factors.data_ptr(), *size, target)
+            library.call(WEIGHTED_SUM, dtype, len(experts), inputs, factors.data_ptr(), *size, target)
 
         runs = [run for panel in row_panels(*out.shape) for run in panel] if out.numel() else []
         for _ in parallel.for_each(write, runs):
             pass
-    return sums.to(dtype)
+    return sums
 
 
 def match_columns(

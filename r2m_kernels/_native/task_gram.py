@@ -99,11 +99,11 @@ def row_coefficients(
     library, rows = loaded(), rows if rows.stride(-1) == 1 else rows.contiguous()
     size, _, m = rows.shape
     numbers = [tensor.double().contiguous() for tensor in (core, mixing, weights, scales)]
-    out = torch.empty(size, m, len(core), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out = torch.empty(size, m, len(core), dtype=dtype)
     for grams, coefficients in zip(rows, out, strict=True):
         if m:
             library.call(
-                *(ROW_COEFFICIENTS, out.dtype, len(core), grams.data_ptr(), grams.stride(0), m),
+                *(ROW_COEFFICIENTS, dtype, len(core), grams.data_ptr(), grams.stride(0), m),
                 *(*(one.data_ptr() for one in numbers), eta, power, coefficients.data_ptr()),
             )
     return out
