@@ -15,6 +15,8 @@ namespace {
 constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
 // Of a sketch and of what is sketched: sizes in bytes are products with these, and must not overflow.
 constexpr int64_t MOST_WIDE = int64_t{1} << 40;
+// Of experts where no list of matrices, which has to exist, bounds them: their pairs are counted and have bytes.
+constexpr int64_t MOST_EXPERTS = int64_t{1} << 20;
 
 int32_t capabilities() {
   int32_t found = 1 << R2M_PORTABLE;
@@ -80,7 +82,8 @@ int32_t r2m_row_grams(int32_t variant, int32_t compute_double, int64_t count, co
 int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, int64_t count, const double *grams,
                              int64_t stride, int64_t rows, const double *core, const double *mixing,
                              const double *weights, const double *scales, double eta, double power, void *out) {
-  if (count < 1 || !grams || rows < 0 || stride < rows || !core || !mixing || !weights || !scales || !out)
+  if (count < 1 || count > MOST_EXPERTS || !grams || rows < 0 || stride < rows || !core || !mixing || !weights ||
+      !scales || !out)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;

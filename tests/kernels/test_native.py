@@ -394,3 +394,13 @@ def test_sketches_beyond_memory_are_refused(width, long):
             *("r2m_sketch", torch.float32, 1, entries, numbers.data_ptr(), 8, 0, 8, 0, width, long),
             *(offsets.data_ptr(), numbers.data_ptr(), library.matrices([base]), energy.data_ptr()),
         )
+
+
+@pytest.mark.parametrize("count", [2**20 + 1, 2**31, 2**62])
+def test_more_experts_than_pairs_can_be_counted_of_are_refused(count):
+    # No rows: what is not refused reads nothing.
+    numbers = [torch.zeros(8, dtype=torch.float64).data_ptr()] * 4
+    with pytest.raises(RuntimeError, match="bad argument"):
+        library.load().call(
+            *("r2m_row_coefficients", torch.float32, count, numbers[0], 0, 0, *numbers, 1.0, 3.0, numbers[0])
+        )
