@@ -31,7 +31,7 @@ def render(template: Path, **content: Any) -> str:
 def update(path: Path, text: str, *, check: bool, command: str) -> int:
     """Write a file, or only look whether it is the text; an exit code."""
     if check and path.read_text() != text:
-        print(f"{path.relative_to(ROOT)} is not what bench/results gives; {command}")
+        print(f"{path.relative_to(ROOT)} is not current; {command}")
         return 1
     if not check:
         path.write_text(text)
