@@ -247,7 +247,8 @@ class Terms:
             lengthened = gain(self.findings.grams[first.name], self.findings.real.weights)
             core_scale, eta = lengthened * core_scale, lengthened * eta
         term = self._plain(tensors, core_scale, eta)
-        if kind_of(first, self.config) is MatchedColumns:
+        # Where the core is made of no task vector there is no length to match: the change stays as it is.
+        if kind_of(first, self.config) is MatchedColumns and bool(self.findings.real.core.any()):
             return MatchedColumns(term, self.findings.real.core.abs())
         return term
 

@@ -25,7 +25,12 @@ SHAPES = {
     "head.bias": (2,),
 }
 HEAD, STATISTICS = ("head.weight", "head.bias"), ("bn.running_mean", "bn.running_var")
-SMALL = {name: SHAPES[name] for name in ("blocks.0.attn.proj.weight", "blocks.0.norm1.weight", *HEAD)}
+# For Triton's interpreter, which is slow: beyond 64, below which every truncation is exact, and far below.
+SIDES = {"randomized": (96, 72), "exact": (24, 20)}
+SMALL = {
+    svd: {"blocks.0.attn.proj.weight": shape, "norm.weight": (72,), "head.weight": (2, 30), "head.bias": (2,)}
+    for svd, shape in SIDES.items()
+}
 
 
 def fine_tuned(count, dtype=torch.float32, shapes=SHAPES):
@@ -105,11 +110,16 @@ def written_again(base, experts):
 
 
 # The bars of the issue: a randomized truncation near the optimum, and float32's rounding in an exact one.
-@pytest.mark.parametrize(("svd", "bar"), [("randomized", 3e-2), ("exact", 2e-5)])
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
-def test_the_default_is_what_its_definition_says(backend, count, svd, bar):
-    base, experts = fine_tuned(count, shapes=SMALL if backend == "triton" else SHAPES)
+BARS = {"randomized": 3e-2, "exact": 2e-5}
+DEFAULTS = [(backend, count, svd) for backend in ("torch", "native") for count in (2, 3) for svd in BARS]
+
+
+@pytest.mark.parametrize(
+    ("backend", "count", "svd"), [*DEFAULTS, ("triton", 3, "randomized"), ("triton", 2, "exact")], ids=str
+)
+def test_the_default_is_what_its_definition_says(backend, count, svd):
+    base, experts = fine_tuned(count, shapes=SMALL[svd] if backend == "triton" else SHAPES)
+    bar = BARS[svd]
     expected = written_again(base, experts)
     merged = merge(base, experts, backend=backend, svd=svd)
     assert distance(trunk(merged), trunk(expected)) <= bar * distance(trunk(base), trunk(expected))

@@ -234,6 +234,15 @@ def test_layers_are_scaled_by_half_of_what_averaging_lost():
     assert scaled.norm() > 1.1 * plain.norm()
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_columns_without_a_core_stay_as_they_are(backend):
+    base, experts = checkpoints(2)
+    for options, some in (({"real_rank": 0}, experts), ({"center": True}, experts[:1])):
+        plain, scaled = (merge(base, some, backend=backend, scale=mode, **options) for mode in ("none", "column"))
+        assert distance(base, plain) > 0
+        assert distance(plain, scaled) == 0
+
+
 @pytest.mark.parametrize("mode", ["layer", "column"])
 def test_experts_that_cancel_are_not_blown_up(mode):
     base, (first,) = checkpoints(1, shapes={"w": (40, 30)})
