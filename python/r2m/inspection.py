@@ -15,6 +15,7 @@ from r2m.progress import readable_bytes
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, analyze
 from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.meanings import composites
 from r2m_kernels.streaming import dtype_name, plan_tensors
 
 # The end of a name that a family of models has, and what has it. Its tensor is the first convolution, whose shape says
@@ -61,6 +62,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
         "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in classifier(specs)[:4]),
+        "stored": next((one.sentence for one in composites(specs)), ""),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
     return [title, *(f"  {row:<8}{text}" for row, text in rows.items() if text)]

@@ -11,6 +11,7 @@ from .. import checks
 from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, quoted
 from ..heads import head_names
+from ..meanings import refusal
 from .plan import Plan, PlannedTensor, fits, residual_rank
 from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
 
@@ -107,7 +108,9 @@ def _mismatches(
     config: MergeConfig,
 ) -> str:
     """Everything that does not fit, in one text; empty when all does."""
-    reports = []
+    reports = [text for source in (base, *experts.values()) if (text := _meant_otherwise(source, config))]
+    if reports:  # what else does not fit comes of it
+        return "\n".join(reports)
     merged = {name: spec for name, spec in base.specs.items() if not fits([name], config.keep)}
     unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
@@ -144,6 +147,10 @@ def _mismatches(
             sentence = f"{source.label} does not fit {base.label}"
             reports.append(_report(sentence, kinds, _guess(base, source, extras)))
     return "\n".join(reports)
+
+
+def _meant_otherwise(source: TensorSource, config: MergeConfig) -> str:
+    return refusal(source.label, source.specs, lambda names: all(fits([name], config.keep) for name in names))
 
 
 def _report(sentence: str, kinds: list[list[str]], guess: str) -> str:

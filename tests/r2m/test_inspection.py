@@ -76,6 +76,16 @@ def test_heads_and_ties_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "  tied    tied.weight = embed.weight\n" in result.out
 
 
+def test_a_quantised_weight_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"q.weight": torch.ones(4, 3, dtype=torch.int8), "q.SCB": torch.ones(4)}, "m.pth")
+    assert "  stored  'q.weight' holds the integers of a quantised weight" in command("inspect", "m.pth").out
+    result = command("merge", "--base", "m.pth", "--expert", "m.pth", "--out", "out")
+    assert result.code == 2
+    assert "dequantise it" in result.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("ending", FAMILIES)
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_families_are_known_by_a_name_and_its_shape(ending: str, prefix: str) -> None:

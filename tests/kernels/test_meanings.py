@@ -1,0 +1,120 @@
+"""Weights that are stored as something else than their numbers are refused; look-alikes are merged."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from r2m_kernels import MergeConfig, merge
+from r2m_kernels.errors import DoesNotFit
+
+# Integers and what scales them, as the libraries store a layer of 32 × 16.
+QUANTISED = {
+    "GPTQ or AWQ": {
+        "q.qweight": torch.ones(4, 32, dtype=torch.int32),
+        "q.qzeros": torch.ones(1, 4, dtype=torch.int32),
+        "q.scales": torch.ones(1, 32, dtype=torch.float16),
+        "q.g_idx": torch.zeros(16, dtype=torch.int32),
+    },
+    "bitsandbytes in 4 bits": {
+        "q.weight": torch.ones(256, 1, dtype=torch.uint8),
+        "q.weight.absmax": torch.ones(8),
+        "q.weight.quant_map": torch.linspace(-1, 1, 16),
+    },
+    "bitsandbytes in 8 bits": {"q.weight": torch.ones(32, 16, dtype=torch.int8), "q.SCB": torch.ones(32)},
+    "compressed-tensors": {
+        "q.weight_packed": torch.ones(32, 2, dtype=torch.int32),
+        "q.weight_scale": torch.ones(32, 1),
+        "q.weight_shape": torch.tensor([32, 16]),
+    },
+    "quanto": {"q.weight._data": torch.ones(32, 16, dtype=torch.int8), "q.weight._scale": torch.ones(32, 1)},
+    "HQQ": {"W_q": torch.ones(128, 2, dtype=torch.uint8), "meta": torch.ones(2), "bias": torch.ones(32)},
+    "'q.weight' holds the integers": {"q.weight": torch.ones(32, 16, dtype=torch.int8), "q.bias": torch.ones(32)},
+}
+
+
+def _hooked(wrap):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(wrap(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)).state_dict()
+
+
+class _Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight.triu() + weight.triu(1).mT
+
+
+def _symmetric():
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", _Symmetric())
+    return layer.state_dict()
+
+
+NORMALISED = {
+    "weight_norm": lambda: _hooked(nn.utils.weight_norm),
+    "weight_norm of the whole": lambda: _hooked(lambda layer: nn.utils.weight_norm(layer, dim=None)),
+    "spectral_norm": lambda: _hooked(nn.utils.spectral_norm),
+    "weight_norm parametrized": lambda: _hooked(parametrizations.weight_norm),
+    "spectral_norm parametrized": lambda: _hooked(parametrizations.spectral_norm),
+    "a parametrization": lambda: _hooked(parametrizations.orthogonal),
+    "a parametrization of one's own": _symmetric,
+}
+
+
+@pytest.mark.parametrize("whose", QUANTISED)
+def test_a_quantised_weight_is_refused_with_whose_it_is(whose):
+    state = {**QUANTISED[whose], "norm.weight": torch.ones(16)}
+    with pytest.raises(DoesNotFit, match="quantised") as refused:
+        merge(state, {"fs": state, "fr": state})
+    assert whose in str(refused.value)
+    assert str(refused.value).startswith("base: ")
+    assert len(str(refused.value).splitlines()) == 3  # one for each of them
+
+
+def test_one_quantised_expert_is_named_and_not_what_follows_from_it():
+    plain = {"q.weight": torch.ones(32, 16)}
+    with pytest.raises(DoesNotFit) as refused:
+        merge(plain, {"fs": plain, "fr": QUANTISED["bitsandbytes in 8 bits"]})
+    (line,) = str(refused.value).splitlines()
+    assert "'fr'" in line
+    assert "'q.SCB'" in line
+
+
+@pytest.mark.parametrize("how", NORMALISED)
+def test_a_weight_that_is_a_function_of_several_tensors_is_refused(how):
+    state = NORMALISED[how]()
+    with pytest.raises(DoesNotFit) as refused:
+        merge(state, {"fs": state})
+    assert f"under {how.split(' of ')[0].removesuffix(' parametrized')}," in str(refused.value)
+
+
+def test_what_is_kept_is_the_bases_whatever_it_means():
+    state = {**QUANTISED["bitsandbytes in 8 bits"], **_hooked(nn.utils.weight_norm)}
+    moved = {name: tensor + 1 for name, tensor in state.items()}
+    merged = merge(state, {"fs": moved}, MergeConfig.weight_average().replace(keep=("q.*", "0.*")))
+    assert torch.equal(merged["0.weight_g"], state["0.weight_g"])
+    assert torch.equal(merged["q.SCB"], state["q.SCB"])
+    assert torch.equal(merged["2.weight"], state["2.weight"] + 1)
+    with pytest.raises(DoesNotFit):  # one of the two is not enough
+        merge(state, {"fs": moved}, MergeConfig.weight_average().replace(keep=("q.*", "0.weight_g")))
+
+
+def test_what_looks_alike_is_merged():
+    state = {
+        "attn.logit_scale": torch.ones(4, 1, 1),
+        "attn.relative_position_index": torch.zeros(16, 16, dtype=torch.int64),
+        "embeddings.position_ids": torch.arange(50).unsqueeze(0),
+        "key_g": torch.randn(3, 5),  # no lengths of key_v
+        "key_v": torch.randn(7, 5),
+        "layer.weight_scale": torch.ones(6),
+        "layer.weight": torch.randn(6, 6),
+        "bn.num_batches_tracked": torch.tensor(3),
+    }
+    moved = {name: tensor + 1 for name, tensor in state.items()}
+    merged = merge(state, {"fs": moved}, MergeConfig.weight_average())
+    assert torch.allclose(merged["key_v"], moved["key_v"])
+    assert torch.equal(merged["attn.relative_position_index"], state["attn.relative_position_index"])
