@@ -1,6 +1,6 @@
 """Whole commands on the same files: time, CPU time and peak memory of each, interleaved, every one its own process.
 
-    python -m bench.files DIRECTORY [--blocks 4] [--repeats 3] [--peers .venv-peers]
+    python -m bench.files DIRECTORY [--blocks 4] [--repeats 3] [--peers .venv-peers] [--only NAME…]
 
 Prints JSON, and leaves what was merged in DIRECTORY for ``bench/run.py`` to compare. Imports nothing heavy: on Linux a
 child's peak memory starts with what its parent had when it was made.
@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the commands, by name")
     options = parser.parse_args()
     peers = options.peers if options.peers and (options.peers / "bin/mergekit-pytorch").exists() else None
     write = "from pathlib import Path; from bench.cases import write_checkpoints"
@@ -88,6 +89,7 @@ def main() -> int:
         directory = options.directory / folder
         directory.mkdir(exist_ok=True)
         by_name = commands(directory, peers, tsvm=bool(folder))
+        by_name = {name: command for name, command in by_name.items() if name in (options.only or by_name)}
         if by_name:
             code = f"{write}; write_checkpoints(Path({str(directory)!r}), {blocks}, {EXPERTS})"
             subprocess.run([sys.executable, "-c", code], check=True)

@@ -347,13 +347,18 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers")
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu.json")
     options = parser.parse_args()
+    return run_sections(sections, options.only, options.repeats, options.json)
+
+
+def run_sections(sections: Mapping[str, Callable[[int], Result]], only: str | None, repeats: int, path: Path) -> int:
+    """Sections one after the other, their bars said; into a file where all of them ran and nothing was wrong."""
     content: dict[str, Any] = {"machine": machine(), "bars": []}
     wrong: list[str] = []
     for name, section in sections.items():
-        if options.only in (None, name):
+        if only in (None, name):
             print(f"== {name}", flush=True)
             start = time.monotonic()
-            result = section(options.repeats)
+            result = section(repeats)
             content[name] = {**result.content, "took_seconds": round(time.monotonic() - start, 1)}
             content["bars"] += result.bars
             wrong += result.wrong
@@ -364,11 +369,11 @@ def main() -> int:
     if wrong:
         print("\n".join(["FAILED, nothing written:", *wrong]))
         return 1
-    if options.only:
+    if only:
         print(json.dumps(content, indent=1))
         return 0
-    write_json(options.json, content)
-    print(f"written to {options.json}")
+    write_json(path, content)
+    print(f"written to {path}")
     return 0
 
 
