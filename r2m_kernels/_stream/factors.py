@@ -99,13 +99,15 @@ def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
     """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are."""
     size, count, _, rank = left.shape
     products = left.new_empty(size, count, count, dtype=torch.float64)
-    left, right = left.mT.double(), right.double()
+    left = left.mT
     # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
     # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
     # squares of their own lengths, and products of two roundings.
     first = 1 if ordered else 0
     if ordered:
-        products.diagonal(dim1=1, dim2=2).copy_((left.square().sum(3) * right.square().sum(3)).sum(2))
+        lengths, other = (torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) for side in (left, right))
+        products.diagonal(dim1=1, dim2=2).copy_((lengths * other).square().sum(2))
+    left, right = left.double(), right.double()
     for i in range(count - first):
         others = slice(i + first, count)
         pairs = left[:, i] @ left[:, others].flatten(1, 2).mT
