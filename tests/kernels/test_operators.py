@@ -13,8 +13,17 @@ from r2m_kernels import InvalidInput, ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (13,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3), (16, 3, 5, 5), (700, 900)]
 BACKENDS = ["torch", "native", "triton"]
-# Triton runs in its interpreter here, which is slow: no large shapes; test_triton_kernels.py has more of the small.
-PAIRS = [(backend, shape) for backend in BACKENDS for shape in SHAPES if backend != "triton" or shape != (700, 900)]
+# Triton runs in its interpreter here, which is slow: no large shapes, and in `make test` two dtypes of each and half of
+# the shapes of each dtype; test_triton_kernels.py has all dtypes on rows that are whole vectors and on others.
+CASES = [
+    pytest.param(backend, shape, dtype, marks=pytest.mark.slow if backend == "triton" and (i + j) % 2 else ())
+    for backend in BACKENDS
+    for i, shape in enumerate(SHAPES)
+    for j, dtype in enumerate(DTYPES)
+    if backend != "triton" or shape != (700, 900)
+]
+EVERYWHERE = pytest.mark.parametrize(("backend", "shape", "dtype"), CASES, ids=str)
+OF_MATRICES = pytest.mark.parametrize(("backend", "shape", "dtype"), [one for one in CASES if one.values[1]], ids=str)
 UNIT_DTYPE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}  # what is computed in
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -43,8 +52,7 @@ def rounding(exact, dtype):
     return half_ulp[dtype] * exact.abs() * (1 + 1e-6) + (2.0**-25 if dtype == torch.float16 else 0.0)
 
 
-@pytest.mark.parametrize(("backend", "shape"), PAIRS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERYWHERE
 def test_task_gram_is_within_its_bound(backend, shape, dtype):
     base, experts = inputs(shape, dtype)
     gram = ops.task_gram([base], [[expert] for expert in experts], backend=backend)
@@ -89,8 +97,7 @@ def test_task_gram_cannot_hide_a_non_finite_input(bad, where, backend):
     assert torch.isfinite(gram[0, 0]) == (where == "expert")
 
 
-@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OF_MATRICES
 @pytest.mark.parametrize("transpose", [False, True])
 def test_residual_matmul_is_the_product_with_the_residual(backend, shape, dtype, transpose):
     base, experts = inputs(shape, dtype)
@@ -150,8 +157,7 @@ def test_orthonormalize_of_degenerate_blocks_is_finite(backend):
     assert torch.allclose(q[1] @ (q[1].T @ low), low, atol=1e-4)
 
 
-@pytest.mark.parametrize(("backend", "shape"), PAIRS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERYWHERE
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_combine_is_within_its_bound_and_rounded_once(backend, shape, dtype, rank):
     base, experts = inputs(shape, dtype)
@@ -178,8 +184,7 @@ def test_combine_is_within_its_bound_and_rounded_once(backend, shape, dtype, ran
     assert rest_is_untouched()
 
 
-@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OF_MATRICES
 def test_combine_rows_weights_residuals_by_their_lengths(backend, shape, dtype):
     base, experts = inputs(shape, dtype)
     for expert in experts:
@@ -211,8 +216,7 @@ def test_combine_rows_weights_residuals_by_their_lengths(backend, shape, dtype):
     assert torch.equal(out[0], base[0])
 
 
-@pytest.mark.parametrize(("backend", "shape"), [pair for pair in PAIRS if pair[1]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OF_MATRICES
 def test_match_columns_has_the_specialists_lengths(backend, shape, dtype):
     base, experts = inputs(shape, dtype)
     merged = (base.double() + 0.03 * torch.sin(torch.arange(base.numel()).double()).reshape(shape)).to(
