@@ -1,4 +1,4 @@
-"""The same bits: twice, in any order of tensors, on any number of threads, in any batching, spilled or not."""
+"""The same bits: again, in any order of tensors, on any number of threads, in any batching, spilled or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from r2m_kernels import MergeConfig, analyze, merge
 from r2m_kernels._stream import parallel
 
 # Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
-SHAPES = {"big": (3000, 1500), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
+SHAPES = {"big": (5000, 900), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
 CONFIGS = {
     "default": MergeConfig(),
     "rows": ROWS,
@@ -35,26 +35,30 @@ def inputs():
     return base, experts
 
 
+@pytest.fixture(scope="module")
+def expected(inputs):
+    """The merge of R²M with a relative eta, whatever threads the others have."""
+    return merge(*inputs, TRUNCATED)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_twice_and_on_any_number_of_threads(inputs, config):
+def test_on_any_number_of_threads(inputs, config):
     base, experts = inputs
     results = []
-    for threads in (1, 1, 2, 3):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(merge(base, experts, config))
         assert torch.get_num_threads() == threads
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-def test_in_any_order_of_tensors(inputs):
+def test_in_any_order_of_tensors(inputs, expected):
     base, experts = inputs
     names = list(base)
-    orders = [names[::-1], names[2:] + names[:2]]
-    expected = merge(base, experts, TRUNCATED)
-    for order in orders:
-        turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts], TRUNCATED)
-        assert list(turned) == order
-        assert same_bits(expected, {n: turned[n] for n in names})
+    order = [*names[:1:-1], *names[:2]]
+    turned = merge({n: base[n] for n in order}, [{n: e[n] for n in names} for e in experts], TRUNCATED)
+    assert list(turned) == order
+    assert same_bits(expected, {n: turned[n] for n in names})
 
 
 def test_sums_over_tensors_do_not_depend_on_their_order():
@@ -69,9 +73,8 @@ def test_sums_over_tensors_do_not_depend_on_their_order():
     assert first.residuals().strength == second.residuals().strength
 
 
-def test_spilled_factors_and_small_budgets_change_nothing(inputs, tmp_path):
+def test_spilled_factors_and_small_budgets_change_nothing(inputs, expected, tmp_path):
     base, experts = inputs
-    expected = merge(base, experts, TRUNCATED)
     torch.set_num_threads(2)
     analysis = analyze(base, experts, TRUNCATED, memory_budget="64KiB", spill_directory=tmp_path)
     assert analysis.spilled_bytes > 1e6
@@ -87,11 +90,11 @@ def test_one_tensor_does_not_depend_on_the_others(inputs):
     assert torch.equal(whole["medium"], alone["medium"])
 
 
-def test_the_merge_of_an_analysis_is_the_merge(inputs):
+def test_the_merge_of_an_analysis_is_the_merge(inputs, expected):
     base, experts = inputs
     analysis = analyze(base, experts, TRUNCATED)
-    assert same_bits(analysis.merge(), merge(base, experts, TRUNCATED))
-    for options in ({"eta": 0.2}, {"core_scale": 1.4, "norm_match": False}, {"eta_mode": "constant", "eta": 1.0}):
+    assert same_bits(analysis.merge(), expected)
+    for options in ({"eta": 0.2, "core_scale": 1.4, "norm_match": False}, {"eta_mode": "constant", "eta": 1.0}):
         assert same_bits(analysis.merge(**options), merge(base, experts, TRUNCATED, **options))
     assert same_bits(analysis.merge(rank=0.05), analysis.merge(rank=0.05))
 
@@ -130,9 +133,8 @@ def test_for_each_keeps_order_nests_and_passes_errors_on():
     assert torch.get_num_threads() == 3
 
 
-def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs):
+def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs, expected):
     base, experts = inputs
-    expected = merge(base, experts, TRUNCATED)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # bf16 inside float32 products, on CPUs that can
