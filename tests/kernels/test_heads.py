@@ -69,7 +69,14 @@ NETWORKS = {
     "MesoNet": (["fc2"], {"conv1.weight": (8, 3, 3, 3), **linear("fc1", 16, 1024), **linear("fc2", 2, 16)}),
     "layers in a list": (["4"], linear("0", 256, 784) | linear("2", 128, 256) | linear("4", 2, 128)),
     "timm's DLA": (["fc"], {"base_layer.0.weight": (16, 3, 7, 7), "fc.weight": (2, 1024, 1, 1), "fc.bias": (2,)}),
+    "GoogLeNet": (
+        ["fc"],
+        linear("aux1.fc1", 1024, 2048) | linear("aux1.fc2", 2, 1024) | linear("fc", 2, 1024),
+    ),
     "a bare tower": ([], tower("vision_model.")),
+    "an embedding as wide as its features": ([], {**tower(""), **linear("head", WIDE, WIDE)}),
+    "MobileFaceNet": ([], {"conv.weight": (512, 64, 1, 1), **linear("linear", 128, 512), "bn.weight": (128,)}),
+    "a narrow sequence": ([], linear("0", 16, 100) | linear("2", 3, 16)),
     "a bare tower's projections": (
         [],
         {**tower("vision_model."), "visual_projection.weight": (768, WIDE), "text_projection.weight": (768, 768)},
