@@ -10,7 +10,7 @@ from cases import SHAPES, TRUNCATED, checkpoints, distance, floating
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from r2m_kernels import MergeConfig, TensorSpec, analyze, merge
+from r2m_kernels import MergeConfig, TensorSpec, analyze, merge, reference
 from r2m_kernels._stream.state_dicts import StateDictSink
 
 
@@ -130,6 +130,18 @@ def test_one_expert_gives_that_expert_and_centred_gives_the_base():
     centred = merge(base, experts, TRUNCATED, center=True)
     matrices = [name for name, shape in SHAPES.items() if len(shape) > 1]
     assert all(torch.equal(centred[name], base[name]) for name in matrices)  # a core of 0, no residual to match
+
+
+@pytest.mark.parametrize("rank", [0.2, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_rounding_of_an_expert_between_the_others_is_not_blown_up(backend, rank):
+    base, experts = checkpoints(2)
+    middle = {name: torch.lerp(*(one[name].double() for one in experts), 0.5).to(base[name].dtype) for name in base}
+    # The core is the mean, which it is itself: what differs is the last bit of float32.
+    options = {"real_rank": None, "rank": rank}
+    expected = reference.merge(base, [*experts, middle], **options)
+    merged = merge(base, [*experts, middle], backend=backend, svd="exact", **options)
+    assert distance(merged, expected) <= 2e-5 * distance(base, expected)
 
 
 def test_relative_eta_is_the_residual_terms_share():
