@@ -125,11 +125,6 @@ def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> Gra
     return GramConfig(aligned, aligned and count <= 4, **tiles("task_gram", target, variant))
 
 
-def row_grams(target: str, dtype: torch.dtype, count: int, aligned: bool) -> GramConfig:
-    """As :func:`task_gram`, with as many elements in a step."""
-    return task_gram(target, dtype, count, aligned)
-
-
 def residual_matmul(
     target: str, dtype: torch.dtype, compute: torch.dtype, precision: str, aligned: bool, count: int
 ) -> MatmulConfig:

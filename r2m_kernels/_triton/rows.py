@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interface import RowGrams
-from .._stream.tensors import compute_dtype
 from . import launch
 from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
 from .task_gram import BLOCK_OF_EXPERTS
@@ -140,7 +139,7 @@ def row_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> R
     squares = torch.stack([torch.linalg.vector_norm(base, dtype=torch.float64).square() for base in bases])
     if m * n == 0:
         return RowGrams(out.zero_(), squares)
-    config = launch.row_grams(launch.target_of(group.device), group.dtype, count, group.aligned)
+    config = launch.task_gram(launch.target_of(group.device), group.dtype, count, group.aligned)
     blocks = -(-count // BLOCK_OF_EXPERTS)
     pairs = blocks * (blocks + 1) // 2
     launch.start(
@@ -174,8 +173,7 @@ def row_coefficients(
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     (size, _, m), count = rows.shape, len(core)
-    wide = compute_dtype([torch.empty(0, dtype=dtype)])
-    out = torch.empty(size, m, count, dtype=wide, device=rows.device)
+    out = torch.empty(size, m, count, dtype=dtype, device=rows.device)
     if out.numel() == 0:
         return out
     numbers = torch.cat([core.double(), weights.double(), scales.double(), mixing.double().flatten()])
@@ -192,7 +190,7 @@ def row_coefficients(
         count,
         float(eta),
         float(power),
-        COMPUTE=ELEMENT_TYPES[wide],
+        COMPUTE=ELEMENT_TYPES[dtype],
         BLOCK=config.block,
     )
     return out

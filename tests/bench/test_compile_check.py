@@ -46,7 +46,7 @@ def choosable(target):
             compute = torch.promote_types(dtype, torch.float32)
             for count in range(1, 17):
                 found.add(("task_gram_kernel", launch.task_gram(target, dtype, count, aligned)))
-                found.add(("row_grams_kernel", launch.row_grams(target, dtype, count, aligned)))
+                found.add(("row_grams_kernel", launch.task_gram(target, dtype, count, aligned)))
                 for precision in ("bf16", "tf32", "tf32x3", "ieee"):
                     config = launch.residual_matmul(target, dtype, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
