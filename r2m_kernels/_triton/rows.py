@@ -86,12 +86,10 @@ def row_grams_kernel(
 
 
 @triton.jit(do_not_specialize=["m", "count"])
-def row_coefficients_kernel(
-    grams, numbers, shares, out, m, count, eta, power, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
-):
+def row_coefficients_kernel(grams, numbers, shares, out, m, count, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     """out[l, row, j] = core_j + eta Σ_i mixing_ji W_i, with W from the rows' Gram matrices; see ``ops.combine_rows``.
 
-    numbers: core, weights, scales (N each) and mixing (N, N); shares: room for (L, N, m).
+    numbers, float64: core, weights, scales (N each), mixing (N, N), eta and power; shares: room for (L, N, m).
     """
     tensor = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -99,6 +97,8 @@ def row_coefficients_kernel(
     grams += tensor * (count * (count + 1) // 2) * m + rows
     shares += tensor * count * m + rows
     weights, scales, mixing = numbers + count, numbers + 2 * count, numbers + 3 * count
+    # A kernel's own argument of Python's type float would be one of 32 bits.
+    eta, power = tl.load(mixing + count * count), tl.load(mixing + count * count + 1)
     longest = tl.zeros((BLOCK,), tl.float64)
     for i in range(count):
         square = tl.zeros((BLOCK,), tl.float64)
@@ -117,7 +117,7 @@ def row_coefficients_kernel(
         # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
         relative = tl.load(shares + i * m, mask=inside, other=0.0) / tl.where(longest == 0.0, 1.0, longest)
         raised = tl.where(relative == 0.0, 0.0, tl.exp2(power * tl.log2(tl.where(relative == 0.0, 1.0, relative))))
-        raised = tl.where((longest == 0.0) | (power == 0.0), 1.0, raised)
+        raised = tl.where(longest == 0.0, 1.0, tl.where(power == 0.0, 1.0, raised))
         share = tl.load(weights + i) * raised
         tl.store(shares + i * m, share, mask=inside)
         total += share
@@ -176,7 +176,8 @@ def row_coefficients(
     out = torch.empty(size, m, count, dtype=dtype, device=rows.device)
     if out.numel() == 0:
         return out
-    numbers = torch.cat([core.double(), weights.double(), scales.double(), mixing.double().flatten()])
+    rule = torch.tensor([eta, power], dtype=torch.float64, device=core.device)
+    numbers = torch.cat([core.double(), weights.double(), scales.double(), mixing.double().flatten(), rule])
     config = launch.sums()
     launch.start(
         row_coefficients_kernel,
@@ -188,8 +189,6 @@ def row_coefficients(
         out,
         m,
         count,
-        float(eta),
-        float(power),
         COMPUTE=ELEMENT_TYPES[dtype],
         BLOCK=config.block,
     )
