@@ -182,6 +182,19 @@ def judge_rows(
     return worst((out.double().flatten(1) - exact).abs(), bound)
 
 
+def judge_alike(result: Tensor, expected: Tensor, size: Tensor, count: int, wide: torch.dtype) -> float:
+    """Against what another backend makes of the same N = ``count`` tensors, computed in ``wide``.
+
+    Both round what they write once and some 2N + 8 times before, relative to ``size``; infinite: anything is right.
+    """
+    unit = 2.0**-53 if wide == torch.float64 else U
+    bound = 2 * (2 * count + 8) * unit * size
+    if result.is_floating_point():
+        bound = bound + 2 * HALF_ULP[result.dtype] * expected.double().abs() * (1 + 1e-6)
+        bound = bound + (2.0**-24 if result.dtype == torch.float16 else 0.0)  # two halves of a subnormal
+    return worst((result.double() - expected.double()).abs(), bound.expand(result.shape))
+
+
 def truncation_excess(left: Tensor, right: Tensor, x: Tensor) -> float:
     """‖X − F‖ / optimum, the worst of the experts; X is (N, m, n) float64."""
     pairs = zip(x, left.double() @ right.double(), strict=True)

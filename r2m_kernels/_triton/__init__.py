@@ -1,20 +1,20 @@
 """The Triton backend: fused kernels for CUDA and ROCm. See :mod:`r2m_kernels.ops`."""
 
 from .._interface import Traits
-from .._torch import add as add
-from .._torch import combine_dare as combine_dare
-from .._torch import combine_ties as combine_ties
-from .._torch import count_magnitudes as count_magnitudes
-from .._torch import match_columns as match_columns
-from .._torch import mean as mean
-from .._torch import sum_rows as sum_rows
-from .._torch import weigh_rows as weigh_rows
-from .._torch import weighted_sum as weighted_sum
+from .._torch import weigh_rows as weigh_rows  # some 20 calls a group, two of them batched products
+from .columns import match_columns as match_columns
 from .combine import combine as combine
+from .elements import add as add
+from .elements import combine_dare as combine_dare
+from .elements import combine_ties as combine_ties
+from .elements import count_magnitudes as count_magnitudes
+from .elements import mean as mean
+from .elements import weighted_sum as weighted_sum
 from .orthonormalize import orthonormalize as orthonormalize
 from .residual_matmul import residual_matmul as residual_matmul
 from .rows import row_coefficients as row_coefficients
 from .rows import row_grams as row_grams
+from .sums import sum_rows as sum_rows
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation

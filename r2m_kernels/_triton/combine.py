@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,12 +173,10 @@ def combine(
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     elements, count = bases[0].numel(), len(experts)
-    if elements == 0:
-        return torch.zeros(len(bases), device=bases[0].device)
     by_row = coefficients.ndim == 3
     in_rows = by_row or left is not None
-    n = elements // bases[0].shape[0] if in_rows else elements
-    m = elements // n
+    n = elements // max(1, bases[0].shape[0]) if in_rows else elements
+    m = elements // max(1, n)
     group = Group(bases, experts, n)
     outputs = Outputs(group, outs, n)
     target, dtype = launch.target_of(group.device), group.compute_dtype

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -27,6 +28,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Inputs (beside the base) whose loads a residual kernel unrolls; more are read in a loop.
 UNROLLED_INPUTS = 3
+
+# Of one launch: CUDA's grids have at most 65,535 programs in their second dimension. A multiple of 16, so that parts
+# of arguments start as their wholes do at 16 bytes.
+MOST_TENSORS = 65_520
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,29 @@ Config = GramConfig | MatmulConfig | VectorConfig
 
 
 def start(kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of its first argument. Every launch of this package goes through here."""
+    """Launch a kernel on the device of its first argument. Every launch of this package goes through here.
+
+    A grid's second dimension is the tensors of a group; what there is of each tensor has it as its first dimension,
+    and nothing else is as long as a group of more than a launch may have.
+    """
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, **options(config))
+        for part, some in parts(grid, arguments):
+            kernel[part](*some, **constants, **options(config))
+
+
+def parts(grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """A launch as several, none of more tensors than :data:`MOST_TENSORS`."""
+    if len(grid) == 1 or grid[1] <= MOST_TENSORS:
+        yield grid, arguments
+        return
+    for first in range(0, grid[1], MOST_TENSORS):
+        last = min(first + MOST_TENSORS, grid[1])
+        of_part = (
+            one[first:last] if isinstance(one, torch.Tensor) and one.shape[:1] == grid[1:2] else one
+            for one in arguments
+        )
+        yield (grid[0], last - first), tuple(of_part)
 
 
 def options(config: Config) -> dict[str, Any]:

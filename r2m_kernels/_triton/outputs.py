@@ -30,6 +30,8 @@ def write_rounded(
 ):
     """A program's tile of out[l], a block of one or two dimensions; largest[l, tile] by its bits."""
     tensor = tl.program_id(1).to(tl.int64)
+    if COMPUTE.primitive_bitwidth == 64 and OUTPUT.primitive_bitwidth == 16:
+        values = values.to(tl.float32)  # as PyTorch does; Triton's interpreter knows no other way
     rounded = values.to(OUTPUT)
     tl.store(tensor_at(outputs + tensor, True, OUTPUT, ALIGNED) + offsets, rounded, mask=inside)
     bits = tl.where(inside, magnitude_bits(rounded.to(COMPUTE), COMPUTE), 0)
@@ -85,6 +87,8 @@ class Outputs:
             (L,) largest magnitudes of the outputs.
         """
         group, wide = self._group, self.compute_dtype
+        if tiles == 0:
+            return torch.zeros(len(self._outs), dtype=wide, device=group.device)
         bits = torch.int64 if wide == torch.float64 else torch.int32
         largest = torch.empty(len(self._outs), tiles, dtype=bits, device=group.device)
         launch.start(

@@ -21,6 +21,11 @@ def sum_tiles_kernel(partial, total, tiles, BLOCK: tl.constexpr):
     tl.store(total + index, tl.sum(sums))
 
 
+def sum_rows(rows: Tensor) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`."""
+    return sum_tiles(rows.contiguous())
+
+
 def sum_tiles(partial: Tensor) -> Tensor:
     """(…, tiles) → (…), float64, contiguous."""
     total = torch.empty(partial.shape[:-1], dtype=torch.float64, device=partial.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -66,7 +67,10 @@ print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) fo
     def named(kernel, config):
         return "elementwise" if set(config) == elementwise else kernel, tuple(sorted(config.items()))
 
+    sources = "\n".join(path.read_text() for path in Path(launch.__file__).parent.glob("*.py"))
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
     for target, caught in run(code, *launch.TARGETS).items():
+        assert {kernel for kernel, _ in caught} == kernels, target
         covered = {named(kernel, config) for kernel, config in caught}
         wanted = {named(kernel, asdict(config)) for kernel, config in choosable(target)}
         assert wanted <= covered, target

@@ -17,7 +17,17 @@ from r2m_kernels._backends import choose
 from r2m_kernels.reference.others import splitmix64
 
 SHAPES = [(1,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3)]
-CASES = [(backend, shape, dtype) for backend in BACKENDS for shape in SHAPES for dtype in DTYPES]
+# Triton's interpreter is slow. What another kernel is chosen by: rows of whole 16-byte vectors in every dtype, and of
+# none; a block and several; rows of one element, and of several dimensions.
+OF_TRITON = [
+    *(((36, 72), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+    ((23, 53), torch.float32),
+    ((33, 7, 3), torch.float16),
+    ((13,), torch.bfloat16),
+    ((1,), torch.float64),
+]
+CASES = [(backend, shape, dtype) for backend in ("torch", "native") for shape in SHAPES for dtype in DTYPES]
+CASES += [("triton", shape, dtype) for shape, dtype in OF_TRITON]
 EVERYWHERE = pytest.mark.parametrize(("backend", "shape", "dtype"), CASES, ids=str)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
@@ -228,14 +238,17 @@ def test_a_mean_is_summed_in_float64(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("source", ["base", "expert"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_largest_magnitude_tells_what_is_not_finite(backend, bad):
+def test_the_largest_magnitude_tells_what_is_not_finite(backend, source, bad):
     shape, backend = (9, 11), operators(backend)
     bases, experts = group(shape, torch.float32)
-    bases[1] = bases[1].clone()
-    bases[1][8, 10] = bad
+    tensors = bases if source == "base" else experts[2]
+    tensors[1] = tensors[1].clone()
+    tensors[1][8, 10] = bad  # of the expert an element that DARE drops
     rows, half = torch.full((2, 9, 3), 0.5), torch.full((3,), 0.5, dtype=torch.float64)
-    keys, changes = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, 9, 11)
+    keys, changes = torch.full((2, 3), 3, dtype=torch.int64), torch.zeros(2, 9, 11)
+    assert splitmix64(3, 99) >> 32 >= 2**31
 
     def written(write):
         return write([torch.empty(shape) for _ in range(2)])
@@ -246,8 +259,9 @@ def test_the_largest_magnitude_tells_what_is_not_finite(backend, bad):
         written(lambda outs: backend.combine(bases, experts, rows, None, None, None, outs)),
         written(lambda outs: backend.combine_dare(bases, experts, WEIGHTS, 1.0, 0.5, keys, 0, outs)),
         written(lambda outs: backend.combine_ties(bases, experts, WEIGHTS, 1.0, thresholds, outs)),
-        written(lambda outs: backend.add(bases, changes, outs)),
-        written(lambda outs: backend.mean([bases, bases, bases], WEIGHTS, outs)),
+        written(lambda outs: backend.add(tensors, changes, outs)),
+        written(lambda outs: backend.mean([bases, *experts[1:]], WEIGHTS, outs)),
+        written(lambda outs: backend.match_columns(bases, experts, [base + 1 for base in tensors], WEIGHTS, outs)),
     ]
     for largest in several:
         assert torch.isfinite(largest).tolist() == [True, False]

@@ -17,7 +17,8 @@ import triton.language as tl
 from interpreter import PATCH, multiply_in_tf32
 from triton.runtime import interpreter
 
-from r2m_kernels import _triton
+from bench.gpu.cases import cases
+from r2m_kernels import _torch, _triton
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
 
@@ -237,6 +238,118 @@ def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
     q = _triton.orthonormalize(y)
     assert torch.equal(q[4], _triton.orthonormalize(y[4]))
     assert torch.equal(q[4, 1], _triton.orthonormalize(y[4, 1]))
+
+
+class OfAGroup:
+    """What operators that write or add up make of tensors of one shape, in a group or a part of it."""
+
+    def __init__(self, shape=(36, 72), dtype=torch.float32, size=3):
+        self.bases, self.experts, _ = inputs(shape, dtype, 3, tensors=size)
+        generator = torch.Generator().manual_seed(3)
+        self.merged = [base + 0.1 * torch.randn(shape, generator=generator) for base in self.bases]
+        self.rows = torch.randn(size, shape[0], 3, generator=generator)
+        self.left = torch.randn(size, 3, shape[0], 5, generator=generator)
+        self.right = torch.randn(size, 3, 5, shape[1], generator=generator)
+        self.keys = torch.arange(3 * size).view(size, 3) * 0x9E3779B97F4A7
+
+    def results(self, some=slice(None)):
+        """Name → what is written of each tensor and its largest magnitude, or one result with the tensors first."""
+        bases, experts = self.bases[some], [expert[some] for expert in self.experts]
+        third = torch.full((3,), 1 / 3, dtype=torch.float64)
+        rows, left, right, keys = self.rows[some], self.left[some], self.right[some], self.keys[some]
+        thresholds = torch.tensor([0.02, 0.1, 0.0])
+        found = {"row_grams": _triton.row_grams(bases, experts).rows, "task_gram": _triton.task_gram(bases, experts)[0]}
+        found["sum_rows"] = _triton.sum_rows(found["row_grams"])
+        found["weigh_rows"] = _triton.weigh_rows(left, right, third, third, 3.0)
+        found["weighted_sum"] = _triton.weighted_sum(bases, experts, third, torch.float64)
+        found["row_coefficients"] = _triton.row_coefficients(
+            found["row_grams"], third, mixing_of(3), third, third, 0.7, 3.0, torch.float32
+        )
+        written = {
+            "combine": lambda outs: _triton.combine(bases, experts, third, None, None, None, outs),
+            "by rows": lambda outs: _triton.combine(bases, experts, rows, None, None, None, outs),
+            "factors": lambda outs: _triton.combine(bases, experts, third, left, right, third, outs),
+            "both": lambda outs: _triton.combine(bases, experts, rows, left, right, third, outs),
+            "ties": lambda outs: _triton.combine_ties(bases, experts, third, 0.7, thresholds, outs),
+            "dare": lambda outs: _triton.combine_dare(bases, experts, third, 0.7, 0.5, keys, 0, outs),
+            "mean": lambda outs: _triton.mean(experts, third, outs),
+            "add": lambda outs: _triton.add(bases, torch.stack(self.merged[some]), outs),
+            "match_columns": lambda outs: _triton.match_columns(bases, experts, self.merged[some], third, outs),
+        }
+        for name, write in written.items():
+            outs = [torch.empty_like(base) for base in bases]
+            found[f"largest of {name}"] = write(outs)
+            found[name] = torch.stack(outs)
+        return found
+
+    def counts(self):
+        """Of the whole group: there is nothing of a single tensor."""
+        counts = torch.zeros(3, 2**16, dtype=torch.int64)
+        _triton.count_magnitudes(self.bases, self.experts, None, counts)
+        return counts
+
+
+def test_what_is_written_has_the_same_bits_alone_and_in_a_group():
+    group = OfAGroup()
+    together = group.results()
+    for name, alone in group.results(slice(2, 3)).items():
+        assert torch.equal(together[name][2:], alone), name
+    group.bases[1] = embedded(group.bases[1], offset=1)  # an odd address of another tensor
+    for name, odd in group.results().items():
+        assert torch.equal(together[name], odd), name
+
+
+def test_a_group_of_more_tensors_than_a_grid_takes_is_launched_in_parts(monkeypatch):
+    assert launch.MOST_TENSORS <= 65_535
+    table, keys, shared = torch.arange(140_000).view(70_000, 2), torch.arange(70_000), torch.arange(3)
+    found = list(launch.parts((5, 70_000), (table, shared, 7, keys)))
+    assert [grid for grid, _ in found] == [(5, launch.MOST_TENSORS), (5, 70_000 - launch.MOST_TENSORS)]
+    for index, whole in ((0, table), (3, keys)):
+        assert torch.equal(torch.cat([arguments[index] for _, arguments in found]), whole)
+    assert all(arguments[1] is shared and arguments[2] == 7 for _, arguments in found)
+    assert list(launch.parts((70_000,), (table,))) == [((70_000,), (table,))]  # the first dimension has 2^31
+    group = OfAGroup((6, 16), size=5)
+    whole, counts = group.results(), group.counts()
+    monkeypatch.setattr(launch, "MOST_TENSORS", 2)
+    for name, parts in group.results().items():
+        assert torch.equal(whole[name], parts), name
+    assert torch.equal(group.counts(), counts)
+
+
+def test_no_number_reaches_a_kernel_as_a_float_of_python(monkeypatch):
+    # Triton passes it in 32 bits, and its interpreter does not.
+    passed, start = [], launch.start
+
+    def recorded(kernel, grid, config, *arguments, **constants):
+        passed.append(kernel.__name__)
+        assert not any(isinstance(one, float) for one in arguments), kernel.__name__
+        start(kernel, grid, config, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "start", recorded)
+    group = OfAGroup((4, 8), torch.float64, size=1)
+    group.results()
+    group.counts()
+    assert {"row_coefficients_kernel", "combine_dare_kernel", "count_magnitudes_kernel"} < set(passed)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(("shape", "dtype", "offset"), [((36, 72), torch.bfloat16, 64), ((23, 53), torch.float32, 65)])
+def test_operators_agree_with_the_portable_backend_amid_nan(shape, dtype, offset, count):
+    judged = set()
+    for case in cases(shape, dtype, count, torch.device("cpu"), offset):
+        if case.operator not in {"task_gram", "residual_matmul", "orthonormalize"}:  # tested above
+            assert case.judge(case.call()) <= 1, f"{case.operator} {case.what}"
+            judged.add(case.operator)
+    assert {"combine_ties", "combine_dare", "mean", "add", "weighted_sum", "count_magnitudes", "match_columns"} < judged
+
+
+def test_magnitudes_of_tensors_of_several_shapes_are_counted_together():
+    shapes, counts, expected = [(5, 7), (36, 72), (1,)], *(torch.zeros(2, 2**16, dtype=torch.int64) for _ in range(2))
+    groups = [inputs(shape, torch.float32, 2, tensors=1) for shape in shapes]
+    bases, experts = [group[0][0] for group in groups], [[group[1][j][0] for group in groups] for j in range(2)]
+    _triton.count_magnitudes(bases, experts, None, counts)
+    _torch.count_magnitudes(bases, experts, None, expected)
+    assert torch.equal(counts, expected)
 
 
 @pytest.mark.parametrize("kind", ["equal columns", "zero column", "condition 1e7", "one column", "tiny"])
