@@ -11,6 +11,7 @@ from typing import NamedTuple
 from r2m import refit
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.view import LazyTensor, View, constant, folded, zeros
+from r2m.labels import Agreed, Classes, agree
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, checks
@@ -29,6 +30,7 @@ class Arranged:
         head: names of the tensors that ``head`` was about.
         folded: names of the weights that are sums of factors.
         features: SHA-256 of the features that the head was fitted on.
+        agreed: what the head's outputs stand for, and whose rows were put in that order.
     """
 
     base: View
@@ -37,6 +39,7 @@ class Arranged:
     head: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
     features: str | None = None
+    agreed: Agreed = field(default_factory=lambda: Agreed({}, Classes(), {}))
 
 
 def arrange(
@@ -45,6 +48,7 @@ def arrange(
     config: MergeConfig,
     arrangement: Arrangement,
     renames: Mapping[str, Rules] | None = None,
+    fakes: Mapping[str, int] | None = None,
 ) -> Arranged:
     """Bring checkpoints into one layout.
 
@@ -52,11 +56,12 @@ def arrange(
         base, experts, config: what is merged, and how.
         arrangement: what is asked for.
         renames: of an expert's names alone, before those for all.
+        fakes: where an expert's head has the fake's output, whatever its configuration says.
 
     Raises:
         InvalidInput: names that collide, no such head; or they do not fit, and a preset would help.
     """
-    arranged = _arranged(base, experts, config, arrangement, renames or {})
+    arranged = _arranged(base, experts, config, arrangement, renames or {}, fakes or {})
     if arrangement.preset is not None:
         return arranged
     try:
@@ -91,7 +96,7 @@ def fitting(
     """The first of some presets with which checkpoints fit; other arguments are :func:`arrange`'s."""
     for preset in presets:
         try:
-            arranged = _arranged(base, experts, config, replace(arrangement, preset=preset), renames or {})
+            arranged = _arranged(base, experts, config, replace(arrangement, preset=preset), renames or {}, {})
             plan_tensors(arranged.base, arranged.experts, arranged.config)
         except InvalidInput:
             continue
@@ -115,6 +120,7 @@ def _arranged(
     config: MergeConfig,
     arrangement: Arrangement,
     renames: Mapping[str, Rules],
+    fakes: Mapping[str, int],
 ) -> Arranged:
     origin = renamed(base, arrangement)
     views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
@@ -123,6 +129,7 @@ def _arranged(
         arranged = _unfactored(arranged)
     if arrangement.layout.experts_layout:
         arranged = _in_layout_of_experts(arranged)
+    arranged = _in_one_order(arranged, arrangement, fakes)
     if arrangement.head_features is not None and (arrangement.head or "").partition(":")[0] != "refit":
         raise BadOption("head_features: are for head: refit alone")
     rule = arrangement.head
@@ -146,6 +153,14 @@ def plain(source: Checkpoint, arrangement: Arrangement) -> View:
         return view
     beginnings = _beginnings([view])
     return _folded(view, beginnings).renamed({start + MAIN: start + PLAIN for start in beginnings})
+
+
+def _in_one_order(arranged: Arranged, arrangement: Arrangement, fakes: Mapping[str, int]) -> Arranged:
+    """The outputs of the experts' heads in one order, where it is known what they stand for."""
+    globs = arrangement.head_tensors
+    heads = {name: _classifier(view, globs) for name, view in arranged.experts.items()}
+    agreed = agree(arranged.base, arranged.experts, heads, Classes(fake=arrangement.fake), fakes)
+    return replace(arranged, experts=dict(agreed.experts), agreed=agreed)
 
 
 def _in_layout_of_experts(arranged: Arranged) -> Arranged:
@@ -227,7 +242,7 @@ def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arran
     if kind == "merge":
         return replace(arranged, config=config)
     owner = base if kind == "base" else arranged.experts[chosen if kind == "expert" else next(iter(arranged.experts))]
-    names = _classifier(owner, arrangement.head_tensors)
+    names = _named_classifier(owner, arrangement.head_tensors)
     exact = [literal(name) for name in names]
     if kind == "mean":
         if config.extra == "error" and any(name not in base.specs for name in names):
@@ -266,7 +281,12 @@ def _head_rule(rule: str, experts: Iterable[str]) -> tuple[str, str]:
 def _classifier(view: View, globs: tuple[str, ...]) -> list[str]:
     """Names of a classifier's tensors: those that fit a glob, or that look like one's."""
     chosen = [name for name in view.specs if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
-    names = [name for name in (chosen if globs else classifier(view.specs)) if view.specs[name].dtype.is_floating_point]
+    return [name for name in (chosen if globs else classifier(view.specs)) if view.specs[name].dtype.is_floating_point]
+
+
+def _named_classifier(view: View, globs: tuple[str, ...]) -> list[str]:
+    """The same, for who has asked for it."""
+    names = _classifier(view, globs)
     if not names:
         meant = f"fits {', '.join(map(quoted, globs))}" if globs else "looks like a classifier; name it (head_tensors)"
         raise BadOption(f"head: no tensor of {view.label} {meant}")

@@ -10,6 +10,7 @@ from typing import Any
 from r2m.arrangement import Arranged, arrange, classifier
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.labels import Classes
 from r2m.naming import name_experts
 from r2m.progress import readable_bytes
 from r2m.recipe import Arrangement
@@ -56,12 +57,14 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     begin = Counter(name.partition(".")[0] for name in specs)
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
     title = f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
+    classes = Classes.beside(source.files)
     rows = {
         "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
         "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
         "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in classifier(specs)[:4]),
+        "labels": str(classes) if classes.labels else "",
         "stored": next((one.sentence for one in composites(specs)), ""),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }

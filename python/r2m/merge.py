@@ -15,8 +15,8 @@ import torch
 import yaml
 
 import r2m_kernels
-from r2m import distributed, former, machine, output, preprocessing
-from r2m.arrangement import Arranged, arrange
+from r2m import distributed, former, labels, machine, output, preprocessing
+from r2m.arrangement import Arranged, arrange, classifier
 from r2m.card import card
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
@@ -25,6 +25,7 @@ from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
+from r2m.labels import into_config
 from r2m.options import Options
 from r2m.output import INPUTS, SOURCES, PartialOutput, check_output, difference, partial_output
 from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
@@ -105,6 +106,8 @@ class Job:
         """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
         recipe = dump(self.recipe)
         experts = {model.pop("name"): model for model in recipe.pop("models")}
+        for name, order in self.arranged.agreed.turned.items():
+            experts[name]["order of rows"] = order
         backend = self.backend
         return {
             "r2m_kernels": r2m_kernels.__version__,
@@ -164,7 +167,8 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     if config.weights is None and any(count > 1 for count in counts.values()):
         config = config.replace(weights=tuple(map(float, counts.values())))
     renames = {name: one.rename for name, one in recipe.experts.items()}
-    arranged = arrange(base, experts, config, recipe.arrangement, renames)
+    fakes = {name: one.fake for name, one in recipe.experts.items() if one.fake is not None}
+    arranged = arrange(base, experts, config, recipe.arrangement, renames, fakes)
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
     beside = hub.local(recipe.base)
     copied = {
@@ -307,8 +311,11 @@ def complete(
     recipe, directory = job.recipe, partial.output
     if not job.format.direct:
         job.format.save(open_checkpoint(partial.tensors, "merged tensors"), directory / job.format.output, sink.names)
+    merged = {tensor.name: tensor.spec for tensor in analysis.plan.tensors}
+    heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
+    outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)
     for name, content in job.copied.items():
-        write_file(directory / name, content)
+        write_file(directory / name, into_config(content, agreed.classes, outputs) if name == labels.FILE else content)
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)
@@ -318,7 +325,7 @@ def complete(
     }
     report: dict[str, Any] = {
         "method": recipe.method,
-        "notes": list(recipe.notes),
+        "notes": [*recipe.notes, *agreed.notes],
         **analysis.report(job.arranged.config),
         "specialists": job.specialists,
         "preprocessing": job.preprocessing.plain() if job.preprocessing else None,
@@ -326,8 +333,9 @@ def complete(
             "preset": recipe.arrangement.preset,
             "head": {
                 "rule": recipe.arrangement.head or job.arranged.config.head,
-                "tensors": job.arranged.head or list(analysis.plan.heads),
+                "tensors": heads,
             },
+            "labels": list(agreed.classes.labels or ()) or None,
             "folded": job.arranged.folded,
         },
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},

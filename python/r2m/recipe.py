@@ -30,7 +30,7 @@ class Arrangement:
 
     Attributes:
         rename: what names of tensors begin with → what instead, None: left out; in every checkpoint, before the preset.
-        preset, head, head_tensors, head_features: as their sentences say; no head: what the method
+        preset, head, head_tensors, head_features, fake: as their sentences say; no head: what the method
             does with it.
 
     Raises:
@@ -59,6 +59,14 @@ class Arrangement:
         None, FILES, "For refit: a file with tensors features (n, d) and labels (n,).", metavar="PATH"
     )
 
+    fake: int | None = option(
+        None,
+        FILES,
+        "Which output of the merged head stands for fake, 0 or 1; heads that have it elsewhere are turned.",
+        metavar="INDEX",
+        unset="as the base's or the first expert's config.json says",
+    )
+
     def __post_init__(self) -> None:
         ARRANGEMENT["preset"].checked(self.preset)
 
@@ -83,11 +91,13 @@ class Expert:
         path: where it is.
         rename: as :class:`Arrangement`'s, before that one.
         preprocessing: what it was trained with; None: what its directory says.
+        fake: which output of its head stands for fake; None: what its directory says.
     """
 
     path: str
     rename: Rules = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
+    fake: int | None = None
 
     @classmethod
     def each(cls, paths: Mapping[str, str | Path]) -> dict[str, Expert]:

@@ -75,10 +75,11 @@ class _Expert(_Keys):
     weight: float | int | None = Field(None, description="in all means; 1 where others have one")
     rename: dict[str, str | None] = Field(default_factory=dict, description="as for all, before those")
     preprocessing: _Preprocessing | None = Field(None, description="what it was trained with")
+    fake: int | None = Field(None, description="which output of its head stands for fake, 0 or 1")
 
     def read(self, directory: Path) -> Expert:
         preprocessing = self.preprocessing.read() if self.preprocessing else None
-        return Expert(_beside(directory, self.model), self.rename, preprocessing)
+        return Expert(_beside(directory, self.model), self.rename, preprocessing, self.fake)
 
     @staticmethod
     def written(name: str, expert: Expert) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class _Expert(_Keys):
             "name": name,
             **({"rename": dict(expert.rename)} if expert.rename else {}),
             **({"preprocessing": expert.preprocessing.plain()} if expert.preprocessing else {}),
+            **({} if expert.fake is None else {"fake": expert.fake}),
         }
 
 

@@ -71,7 +71,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
     content = {
         "merge_method": "ties",
         "base_model": "base",
-        "models": [first, {"model": "b", "name": "b", "preprocessing": preprocessing}],
+        "models": [first, {"model": "b", "name": "b", "preprocessing": preprocessing, "fake": 0}],
         "parameters": MergeConfig.ties().replace(weights=(1, 2), keep=("k*",)).to_dict(),
         "dtype": "float16",
         "format": "pth",
@@ -80,6 +80,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "head": "refit:logistic",
         "head_tensors": ["x*"],
         "head_features": "features",
+        "fake": 1,
         "preprocessing": {**preprocessing, "size": 336},
     }
     for name, declared in {**OUTPUT, **ARRANGEMENT}.items():

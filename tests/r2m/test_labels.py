@@ -1,0 +1,194 @@
+"""Heads that count the classes in different ways are brought into one order, or the merge is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from r2m.labels import Classes
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from conftest import Result
+
+Command = Callable[..., "Result"]
+State = dict[str, Tensor]
+WIDTH = 12
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def detector(seed: int, outputs: int = 2) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"block.weight": (WIDTH, WIDTH), "classifier.weight": (outputs, WIDTH), "classifier.bias": (outputs,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def put(name: str, state: State, labels: Sequence[str] | None = None, **config: Any) -> str:
+    Path(name).mkdir()
+    save_file(state, f"{name}/model.safetensors")
+    if labels is not None:
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    Path(name, "config.json").write_text(json.dumps({"model_type": "vit", **config}))
+    return name
+
+
+def in_order(state: State, order: Sequence[int]) -> State:
+    return {name: tensor[list(order)] if "classifier" in name else tensor for name, tensor in state.items()}
+
+
+def expected(command: Command, *experts: State, base: State | None = None) -> State:
+    """What comes of checkpoints that say nothing, so that nothing is turned."""
+    words = ["--base", put("plain_base", base or detector(0, len(experts[0]["classifier.bias"])))]
+    for i, state in enumerate(experts):
+        words += ["--expert", f"e{i}={put(f'plain{i}', state)}"]
+    assert command("merge", *words, "--out", "plain").code == 0
+    return load_file("plain/model.safetensors")
+
+
+def labels_of(out: str) -> list[str]:
+    config = json.loads(Path(out, "config.json").read_text())
+    assert config["label2id"] == {label: int(i) for i, label in config["id2label"].items()}
+    return list(config["id2label"].values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "others", "order"),
+    [
+        (("real", "fake"), ("Fake", "Real"), [1, 0]),
+        (("bona fide", "spoof"), ("AI-generated", "human"), [1, 0]),
+        (("real", "fake"), ("Real", "FAKE"), [0, 1]),
+        (("real", "swap", "reenactment"), ("Swap", "Reenactment", "Real"), [2, 0, 1]),
+    ],
+)
+def test_rows_are_put_in_the_order_of_the_first(
+    labels: Sequence[str], others: Sequence[str], order: list[int], command: Command
+) -> None:
+    count = len(labels)
+    base, first, second = (detector(seed, count) for seed in (0, 1, 2))
+    put("base", base), put("a", first, labels), put("b", second, others)
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 0
+    merged = load_file("out/model.safetensors")
+    turned = expected(command, first, in_order(second, order))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in turned.items())
+    assert labels_of("out") == list(labels)
+    report = json.loads(Path("out/r2m_report.json").read_text())
+    assert report["arrangement"]["labels"] == list(labels)
+    assert any("expert 'b'" in note and others[0] in note for note in report["notes"]) == (order != sorted(order))
+    assert ("its head's rows were put so" in result.err) == (order != sorted(order))
+
+
+def test_the_bases_order_counts_before_that_of_the_experts(command: Command) -> None:
+    put("base", detector(0), ("fake", "real")), put("a", detector(1), ("real", "fake"))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    merged = load_file("out/model.safetensors")
+    turned = expected(command, in_order(detector(1), [1, 0]))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in turned.items())
+    assert labels_of("out") == ["fake", "real"]
+
+
+def test_other_classes_are_refused(command: Command) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake")), put("b", detector(2), ("cat", "dog"))
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 2
+    assert (
+        "expert 'b' (b): its head tells 0 cat, 1 dog apart, expected the same classes as expert 'a' (a)" in result.err
+    )
+    assert not Path("out").exists()
+
+
+def test_a_base_of_other_classes_says_nothing_of_the_experts(command: Command) -> None:
+    put("base", detector(0), ("cat", "dog"), num_labels=2)
+    put("a", detector(1), ("real", "fake"))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    assert labels_of("out") == ["real", "fake"]
+
+
+def test_a_base_with_more_labels_than_outputs_has_none_of_them_in_the_merge(command: Command) -> None:
+    put("base", detector(0), [f"thing {i}" for i in range(1000)], num_labels=1000)
+    put("a", detector(1))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    assert labels_of("out") == ["LABEL_0", "LABEL_1"]
+    assert json.loads(Path("out/config.json").read_text())["num_labels"] == 2
+
+
+def test_a_configuration_that_is_right_stays_as_it_is(command: Command) -> None:
+    put("base", detector(0), ("real", "fake")), put("a", detector(1), ("real", "fake"))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    assert Path("out/config.json").read_bytes() == Path("base/config.json").read_bytes()
+
+
+def test_what_is_said_counts_more_than_files(command: Command) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake"))
+    put("b", detector(2), ("real", "fake")), put("c", detector(3))
+    recipe = {
+        "base_model": "base",
+        "models": [{"model": "a", "name": "a"}, {"model": "b", "name": "b", "fake": 0}, {"model": "c", "fake": 1}],
+        "fake": 0,
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert command("merge", "recipe.yaml", "--out", "out").code == 0
+    merged = load_file("out/model.safetensors")
+    turned = expected(command, in_order(detector(1), [1, 0]), detector(2), in_order(detector(3), [1, 0]))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in turned.items())
+    assert command("merge", "out/r2m_config.yaml", "--out", "again").code == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+    result = command("merge", "recipe.yaml", "--out", "other", "--set", "fake=2")
+    assert result.code == 2
+    assert "fake: expected 0 or 1, for a head of two outputs, got 2" in result.err
+
+
+def test_who_does_not_say_its_labels_is_told(command: Command) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake")), put("b", detector(2), ("LABEL_0", "LABEL_1"))
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 0
+    assert "expert 'b' (b): does not say its labels, taken to be as of expert 'a' (a): 0 real, 1 fake" in result.err
+
+
+def test_one_more_and_one_less_give_the_bytes_of_a_merge_from_scratch(command: Command) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake")), put("b", detector(2), ("fake", "real"))
+    one = ("--base", "base", "--expert", "a=a")
+    assert command("merge", *one, "--head", "merge", "--out", "out").code == 0
+    assert command("add", "out", "--expert", "b=b").code == 0
+    assert command("merge", *one, "--expert", "b=b", "--head", "merge", "--out", "scratch").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("scratch/model.safetensors").read_bytes()
+    put("c", detector(3), ("real", "fake"))
+    assert command("add", "out", "--expert", "c=c").code == 0
+    # The same file in another order is another expert: nothing that was found of it before counts.
+    Path("b/config.json").write_text(Path("a/config.json").read_text())
+    assert command("remove", "out", "--expert", "c").code == 0
+    assert command("merge", *one, "--expert", "b=b", "--head", "merge", "--out", "anew").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("anew/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("labels", "fake"),
+    [
+        (("real", "deepfake"), 1),
+        (("FaceSwap_fake", "original"), 0),
+        (("genuine", "AI generated"), 1),
+        (("main", "other"), None),  # words, and not letters in them
+        (("fake", "spoof"), None),
+        (("LABEL_0", "LABEL_1"), None),
+    ],
+)
+def test_the_fakes_output_is_told_by_words(labels: Sequence[str], fake: int | None) -> None:
+    assert Classes.called(labels).fake == fake
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1]", "{}", '{"id2label": 3}', '{"id2label": {"1": "a"}}', '{"id2label": {"0": 1}}']
+)
+def test_a_configuration_without_labels_says_nothing(text: str) -> None:
+    Path("config.json").write_text(text)
+    assert Classes.beside([Path.cwd() / "model.pth"]) == Classes()
