@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -85,10 +86,7 @@ def select(changed: list[str]) -> Selection:
                 selection.goals.update(goals)
                 selection.slow.update(str(path.relative_to(ROOT)) for test in tests for path in ROOT.glob(test))
     modules = {_module(name) for name in changed if name.endswith(".py")}
-    graph = grimp.build_graph("r2m_kernels", "r2m", "bench", cache_dir=None)
-    for importer, loaded in BY_NAME.items():
-        for module in loaded:
-            graph.add_import(importer=importer, imported=module)
+    graph = _imports()
     touched = modules.union(*(graph.find_downstream_modules(one) for one in modules & graph.modules))
     for test in ROOT.glob("tests/**/test_*.py"):
         path = str(test.relative_to(ROOT))
@@ -99,6 +97,16 @@ def select(changed: list[str]) -> Selection:
     return selection
 
 
+@functools.cache
+def _imports() -> grimp.ImportGraph:
+    """Who imports whom in the packages, those loaded by name included."""
+    graph = grimp.build_graph("r2m_kernels", "r2m", "bench", cache_dir=None)
+    for importer, loaded in BY_NAME.items():
+        for module in loaded:
+            graph.add_import(importer=importer, imported=module)
+    return graph
+
+
 def _module(name: str) -> str:
     """A file's module; of a file of the tests its name, by which others beside it import it."""
     if name.startswith("tests/"):
@@ -106,6 +114,7 @@ def _module(name: str) -> str:
     return ".".join(Path(name.removeprefix("python/")).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
 def _reached(test: Path) -> set[str]:
     """Modules that a test file imports, and those that tests beside it do that it imports."""
     reached: set[str] = {COMMAND} if test.parent.name == "r2m" else set()
