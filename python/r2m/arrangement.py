@@ -245,6 +245,10 @@ def _with_head(arranged: Arranged, rule: str, arrangement: Arrangement) -> Arran
     names = _named_classifier(owner, arrangement.head_tensors)
     exact = [literal(name) for name in names]
     if kind == "mean":
+        if not arrangement.head_tensors:
+            return replace(arranged, config=config.replace(head="mean"), head=names)
+        other = [name for name in names if name in base.specs and base.specs[name].shape != owner.specs[name].shape]
+        arranged, base = replace(arranged, base=base.without(other)), base.without(other)
         if config.extra == "error" and any(name not in base.specs for name in names):
             config = config.replace(extra="average")
         return replace(arranged, config=_with_globs(config, "average", exact), head=names)

@@ -93,7 +93,9 @@ def inspect(
         return text, True
     experts = dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
     try:
-        arranged = arrange(sources[0], experts, MergeConfig.weight_average(), arrangement or Arrangement())
+        arranged = arrange(
+            sources[0], experts, MergeConfig.weight_average().replace(head="mean"), arrangement or Arrangement()
+        )
         plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
         return [*text, f"cannot be merged: {error}"], False

@@ -66,7 +66,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
 
 def _fitting(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str | None, Arranged]:
     """The preset they need, if any."""
-    config = MergeConfig.weight_average()
+    config = MergeConfig()
     try:
         return None, arrange(base, experts, config, Arrangement())
     except InvalidInput:

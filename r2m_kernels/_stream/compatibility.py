@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +31,8 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     if config.weights is not None:
         checks.same_length("weights", config.weights, len(experts))
     extras = _extras(base, experts)
-    problems = _mismatches(base, experts, extras, config)
+    own = _own_heads(base, experts, config)
+    problems = _mismatches(base, experts, extras, own, config)
     if problems:
         raise DoesNotFit(problems)
     aliases = {
@@ -41,22 +43,53 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     tied: dict[str, list[str]] = {}
     for alias, first in aliases.items():
         tied.setdefault(first, []).append(alias)
-    heads = _heads(base, extras, aliases, config)
+    heads = [*own.specs] or _heads(base, extras, aliases, config)
     tensors = [
         PlannedTensor(name, spec, "statistic")
         if name in heads
         else _planned(name, spec, config, [name, *tied.get(name, ())], len(experts))
         for name, spec in base.specs.items()
-        if name not in aliases
+        if name not in aliases and name not in own.replaced
     ]
     if not any(tensor.role != "copied" for tensor in tensors):
         raise DoesNotFit(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
         )
-    if config.extra == "average":
-        tensors += [PlannedTensor(name, spec, "extra") for name, spec in extras.items()]
-    dropped = tuple(extras) if config.extra == "drop" else ()
-    return Plan(tuple(tensors), aliases, tied, dropped, tuple(heads))
+    added = {**(extras if config.extra == "average" else {}), **own.specs}
+    tensors += [PlannedTensor(name, spec, "extra") for name, spec in added.items()]
+    dropped = [name for name in extras if name not in added] if config.extra == "drop" else []
+    dropped += [name for name in own.replaced if name not in own.specs]
+    return Plan(tuple(tensors), aliases, tied, tuple(dropped), tuple(heads))
+
+
+class _OwnHeads(NamedTuple):
+    """A classifier that all experts have and the base does not, as for another number of classes.
+
+    Attributes:
+        specs: of its tensors.
+        replaced: the base's tensors that it stands for.
+    """
+
+    specs: dict[str, TensorSpec]
+    replaced: tuple[str, ...]
+
+
+def _own_heads(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeConfig) -> _OwnHeads:
+    """Where heads are averaged, and nothing says what becomes of this one."""
+    if config.head != "mean" or config.extra == "drop":
+        return _OwnHeads({}, ())
+    names = _head_names(next(iter(experts.values())).specs)
+    specs = {name: spec for name in names if (spec := _common(name, experts)) is not None}
+    new = [name for name, spec in specs.items() if name not in base.specs or base.specs[name].shape != spec.shape]
+    tied = {*base.aliases, *base.aliases.values()} & {*names}
+    if len(specs) < len(names) or not new or tied or fits(names, config.keep):
+        return _OwnHeads({}, ())
+    nowhere = [name for name in _head_names(base.specs) if not any(name in one.specs for one in experts.values())]
+    return _OwnHeads(specs, tuple(name for name in (*specs, *nowhere) if name in base.specs))
+
+
+def _head_names(specs: Mapping[str, TensorSpec]) -> list[str]:
+    return head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
 
 
 def _heads(
@@ -66,7 +99,7 @@ def _heads(
     if config.head != "mean":
         return []
     specs = {**base.specs, **extras}
-    names = head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
+    names = _head_names(specs)
     merged = base.specs if config.extra == "drop" else specs
     shared = {name.rpartition(".")[0] for name in (*aliases, *aliases.values())}
     return [
@@ -90,28 +123,33 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str],
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:
     """Floating-point tensors that every expert has, in one shape, and the base lacks; in the first expert's order."""
-    extras = {}
-    for name, spec in next(iter(experts.values())).specs.items():
-        specs = [source.specs[name] for source in experts.values() if name in source.specs]
-        everywhere = name not in base.specs and len(specs) == len(experts)
-        if everywhere and all(other.dtype in FLOATING and other.shape == spec.shape for other in specs):
-            # The widest dtype: the order of experts must not matter.
-            dtype = functools.reduce(torch.promote_types, (other.dtype for other in specs))
-            extras[name] = TensorSpec(spec.shape, dtype)
-    return extras
+    names = (name for name in next(iter(experts.values())).specs if name not in base.specs)
+    return {name: spec for name in names if (spec := _common(name, experts)) is not None}
+
+
+def _common(name: str, experts: Mapping[str, TensorSource]) -> TensorSpec | None:
+    """Of a floating-point tensor that every expert has in one shape."""
+    specs = [source.specs[name] for source in experts.values() if name in source.specs]
+    if len(specs) < len(experts) or any(one.dtype not in FLOATING or one.shape != specs[0].shape for one in specs):
+        return None
+    # The widest dtype: the order of experts must not matter.
+    return TensorSpec(specs[0].shape, functools.reduce(torch.promote_types, (one.dtype for one in specs)))
 
 
 def _mismatches(
     base: TensorSource,
     experts: Mapping[str, TensorSource],
     extras: Mapping[str, TensorSpec],
+    own: _OwnHeads,
     config: MergeConfig,
 ) -> str:
     """Everything that does not fit, in one text; empty when all does."""
     reports = [text for source in (base, *experts.values()) if (text := _meant_otherwise(source, config))]
     if reports:  # what else does not fit comes of it
         return "\n".join(reports)
-    merged = {name: spec for name, spec in base.specs.items() if not fits([name], config.keep)}
+    merged = {
+        name: spec for name, spec in base.specs.items() if name not in own.replaced and not fits([name], config.keep)
+    }
     unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
         lines = [f"unsupported dtype: {quoted(name)} ({_describe(base.specs[name])})" for name in unsupported]
@@ -128,6 +166,7 @@ def _mismatches(
             f"extra: {quoted(name)} ({_describe(spec)}) is not in the base"
             for name, spec in source.specs.items()
             if name not in base.specs
+            and name not in own.specs
             and (config.extra == "error" or name not in extras)
             and spec.dtype.is_floating_point
         ]
@@ -178,8 +217,16 @@ def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, Tensor
         for prefix in _prefixes(missing):
             if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
                 return f"; its names lack the prefix {quoted(prefix)} of the base's"
+    shapes = [name for name, spec in base.specs.items() if source.specs.get(name, spec).shape != spec.shape]
+    if shapes and not missing and set(shapes) <= {*_head_names(source.specs)}:
+        return "; its classifier has other outputs than the base's: head='mean' (--head mean) averages the experts'"
     if unknown and not missing and all(name in extras for name in unknown):
-        return "; every expert has it: a head the base lacks? extra='average' (--extra average) takes their mean"
+        way = (
+            "head='mean' (--head mean)"
+            if set(unknown) <= {*_head_names(source.specs)}
+            else "extra='average' (--extra average)"
+        )
+        return f"; every expert has it: a head the base lacks? {way} takes their mean"
     widths = {
         (expected.shape[-1], spec.shape[-1])
         for name, spec in source.specs.items()

@@ -76,7 +76,9 @@ class Plan:
         planned = {tensor.name: tensor for tensor in self.tensors}
         specs = {}
         for name in dict.fromkeys((*base, *planned)):
-            tensor = planned[self.aliases.get(name, name)]
+            tensor = planned.get(self.aliases.get(name, name))
+            if tensor is None:  # of a head that the experts have otherwise
+                continue
             keep = dtype is None or tensor.role == "copied"
             specs[name] = tensor.spec if keep else replace(tensor.spec, dtype=dtype or tensor.spec.dtype)
         return specs

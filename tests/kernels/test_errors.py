@@ -215,6 +215,54 @@ def test_integer_tensors_may_be_missing_and_are_the_bases():
     assert list(merge(base, experts)) == ["a", "steps"]
 
 
+class TestHeadsOfTheirOwn:
+    """Another number of classes than the base has."""
+
+    def inputs(self, *, base_head="head"):
+        base, experts = checkpoints(2, shapes={"a": (3, 4)})
+        base = {f"{base_head}.weight": torch.ones(10, 3), f"{base_head}.bias": torch.ones(10), **base}
+        for value, expert in enumerate(experts):
+            expert |= {"head.weight": torch.full((2, 3), float(value)), "head.bias": torch.full((2,), float(value))}
+        return base, experts
+
+    def test_are_averaged_where_heads_are(self):
+        base, experts = self.inputs()
+        analysis = analyze(base, experts)
+        merged = analysis.merge()
+        assert list(merged) == list(base)
+        assert torch.equal(merged["head.weight"], torch.full((2, 3), 0.5))
+        assert torch.equal(merged["head.bias"], torch.full((2,), 0.5))
+        assert analysis.report()["head"] == ["head.weight", "head.bias"]
+        assert analysis.report()["dropped"] == []
+        without = [{name: tensor for name, tensor in one.items() if "head" not in name} for one in (base, *experts)]
+        assert torch.equal(merged["a"], merge(without[0], without[1:])["a"])
+
+    def test_take_the_place_of_a_base_s_by_another_name(self):
+        base, experts = self.inputs(base_head="fc")
+        analysis = analyze(base, experts)
+        assert list(analysis.merge()) == ["a", "steps", "head.weight", "head.bias"]
+        assert analysis.report()["dropped"] == ["fc.weight", "fc.bias"]
+
+    def test_are_refused_where_they_are_merged_or_differ_among_themselves(self):
+        base, experts = self.inputs()
+        with pytest.raises(InvalidInput, match=r"its classifier has other outputs than the base's: head='mean'"):
+            merge(base, experts, head="merge")
+        experts[1] |= {"head.weight": torch.ones(3, 3), "head.bias": torch.ones(3)}
+        with pytest.raises(InvalidInput, match=r"shape: 'head.weight' expected \[10, 3\], got \[2, 3\]"):
+            merge(base, experts)
+
+    def test_are_the_base_s_where_that_is_kept(self):
+        base, experts = self.inputs()
+        merged = merge(base, experts, keep=("head.*",))
+        assert torch.equal(merged["head.weight"], base["head.weight"])
+
+    def test_a_nan_in_it_is_named(self):
+        base, experts = self.inputs()
+        experts[1]["head.weight"][0, 0] = math.nan
+        with pytest.raises(InvalidInput, match=r"expert 'expert1': tensor 'head\.weight' holds NaN or Inf in 1 of 6"):
+            merge(base, experts)
+
+
 class TestExtra:
     def inputs(self):
         base, experts = checkpoints(2, shapes={"a": (3, 4)})
@@ -224,8 +272,12 @@ class TestExtra:
 
     def test_error_offers_the_way_out(self):
         base, experts = self.inputs()
+        with pytest.raises(InvalidInput, match=r"every expert has it: a head the base lacks\? head='mean'"):
+            merge(base, experts, head="merge")
+        for expert in experts:
+            expert["neck.weight"] = torch.ones(2, 3)
         with pytest.raises(InvalidInput, match=r"every expert has it: a head the base lacks\? extra='average'"):
-            merge(base, experts)
+            merge(base, experts, head="merge")
 
     def test_average_appends_the_mean(self):
         base, experts = self.inputs()

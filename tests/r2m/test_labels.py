@@ -122,6 +122,19 @@ def test_a_base_with_more_labels_than_outputs_has_none_of_them_in_the_merge(comm
     assert json.loads(Path("out/config.json").read_text())["num_labels"] == 2
 
 
+@pytest.mark.parametrize("options", [(), ("--method", "weight_average", "--head", "mean")])
+def test_a_base_with_another_head_takes_that_of_the_experts(options: Sequence[str], command: Command) -> None:
+    put("base", detector(0, 1000), [f"thing {i}" for i in range(1000)])
+    put("a", detector(1), ("real", "fake")), put("b", detector(2), ("real", "fake"))
+    words = ("--base", "base", "--expert", "a=a", "--expert", "b=b")
+    assert command("merge", *words, *options, "--out", "out").code == 0
+    merged = load_file("out/model.safetensors")["classifier.bias"]
+    assert torch.equal(merged, (detector(1)["classifier.bias"] + detector(2)["classifier.bias"]) / 2)
+    assert labels_of("out") == ["real", "fake"]
+    assert command("init", "base", "a", "b", "--to", "recipe.yaml").code == 0
+    assert command("inspect", "base", "a", "b").code == 0
+
+
 def test_a_configuration_that_is_right_stays_as_it_is(command: Command) -> None:
     put("base", detector(0), ("real", "fake")), put("a", detector(1), ("real", "fake"))
     assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
