@@ -194,7 +194,7 @@ def test_combine_rows_weights_residuals_by_their_lengths(backend, shape, dtype):
     core = torch.tensor([0.5, 0.2, -0.1], dtype=torch.float64)
     mixing = torch.eye(3, dtype=torch.float64) - torch.tensor([[0.4], [0.3], [0.1]], dtype=torch.float64)
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    scales = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
+    scales = torch.tensor([1.0, 2.5, 0.0], dtype=torch.float64)  # nothing of the last one counts
     eta, power = 0.8, 3.0
     out, rest_is_untouched = strided_output(shape, dtype)
     assert ops.combine_rows(base, experts, core, mixing, weights, scales, eta, power, out, backend) is out
