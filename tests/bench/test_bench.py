@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, files, plot, rivals, run
+from bench import cases, compare, default, files, plot, rivals, run
 from bench.run import TRUNCATED
 from r2m_kernels import merge
 
@@ -83,6 +83,30 @@ def test_a_section_runs_and_holds_its_bars(small, monkeypatch, section):
     assert result.wrong == []
     assert result.bars
     assert all(row["median"] > 0 for row in result.content["timed"].values())
+
+
+@pytest.mark.parametrize("section", [default.passes, default.truncation, default.spectra, default.scaling])
+def test_what_is_timed_in_pairs_is_right_first(small, section):
+    result = section(1)
+    assert result.wrong == []
+    assert result.bars
+    assert all(row["value"] > 0 for row in result.bars)
+
+
+def test_a_pair_is_timed_in_turns_and_its_quotients_median_is_held(monkeypatch):
+    clock, calls = iter(range(1000)), []
+    monkeypatch.setattr(default.time, "perf_counter", lambda: float(next(clock)))
+
+    def work(name, ticks):
+        calls.append(name)
+        for _ in range(ticks):
+            next(clock)
+
+    result = default.started()
+    default.compare(result, "x", lambda: work("ours", 5), lambda: work("other", 2), 3, 2.0)
+    assert calls == ["ours", "other", "ours", "other", "other", "ours", "ours", "other"]
+    assert result.content["x"]["pairs"] == [(6.0, 3.0)] * 3
+    assert result.bars == [{"name": "x", "value": 2.0, "at_most": 2.0, "goal": None, "met": True}]
 
 
 def test_the_optimum_is_that_of_the_singular_values():
