@@ -1,12 +1,5 @@
 // TIES and DARE, element by element. Included by every variant, within its namespace.
 
-// The lines that are read two chunks from now: counting waits for its counters, and would then wait for memory too.
-static inline void fetch_ahead(const r2m_matrix &matrix, int64_t column) {
-  const char *next = address(matrix, 0, column) + 2 * CHUNK * element_bytes(matrix.dtype);
-  for (int64_t byte = 0; byte < CHUNK * element_bytes(matrix.dtype); byte += Workspace::LINE)
-    __builtin_prefetch(next + byte);
-}
-
 template <typename T>
 static inline uint16_t upper_half(T tau) {
   return (uint16_t)(magnitude_bits((float)tau) >> 16);
@@ -62,9 +55,10 @@ static int32_t count_magnitudes(int64_t count, const r2m_matrix *inputs, int64_t
         for (int64_t k = 0; k < length; ++k) half[j * CHUNK + k] = upper_half(of[k]);
       }
     }
-    fetch_ahead(inputs[0], column);
+    // Counting waits for its counters, and would then wait for memory too.
+    fetch(inputs[0], 0, column + 2 * CHUNK, CHUNK);
     for (int64_t j = 0; j < count; ++j) {
-      fetch_ahead(inputs[1 + j], column);
+      fetch(inputs[1 + j], 0, column + 2 * CHUNK, CHUNK);
       int64_t *R2M_RESTRICT of_expert = counts + j * R2M_MAGNITUDES;
       if (upper) {
         count_lower(tau + j * CHUNK, found + j * CHUNK, length, of_expert);

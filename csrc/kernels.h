@@ -51,6 +51,13 @@ struct Workspace {
   Workspace &operator=(const Workspace &) = delete;
 };
 
+// Begins to bring `count` elements from (row, column) on into the cache; they need not be in the matrix.
+static inline void fetch(const r2m_matrix &matrix, int64_t row, int64_t column, int64_t count) {
+  const char *first = address(matrix, row, column);
+  for (int64_t byte = 0; byte < count * element_bytes(matrix.dtype); byte += Workspace::LINE)
+    __builtin_prefetch(first + byte);
+}
+
 template <typename T>
 static void subtract(const T *a, const T *b, int64_t count, T *R2M_RESTRICT out) {
   for (int64_t k = 0; k < count; ++k) out[k] = a[k] - b[k];
@@ -287,6 +294,8 @@ static int32_t sketch_rows(int64_t count, const r2m_matrix *inputs, const T *wei
   for (int64_t column = 0; column < columns; column += STRIP) {
     const int64_t length = smaller(STRIP, columns - column);
     for (int64_t row = first_row; row < last_row; ++row) {
+      // Rows lie pages apart: no hardware fetches the next one's strip.
+      for (int64_t j = 0; j <= count; ++j) fetch(inputs[j], row + 2, column, length);
       task_vectors(count, inputs, row, column, length, tau);
       for (int64_t i = 0; i < count; ++i) {
         mix(count, weights + i * count, tau, length, x);
