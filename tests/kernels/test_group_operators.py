@@ -237,6 +237,24 @@ def test_a_mean_is_summed_in_float64(backend, shape, dtype):
     outputs.check(exact, bound, largest)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((300, 5), torch.float32), ((36, 72), torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_of_tall_matrices_are_matched(backend, shape, dtype):
+    bases, experts = group(shape, dtype)
+    generator, wide = torch.Generator().manual_seed(1), UNIT_DTYPE[dtype]
+    merged = [base.to(wide) + 0.05 * torch.randn(shape, generator=generator) for base in bases]
+    changes = torch.stack([one.double() - base.double() for one, base in zip(merged, bases, strict=True)])
+    outputs, exact, bound, u = Outputs(shape, dtype), [], [], UNIT[dtype]
+    largest = operators(backend).match_columns(bases, experts, merged, WEIGHTS, outputs.outs)
+    for index in range(2):
+        base, others = of_tensor(bases, experts, index)
+        wanted = WEIGHTS @ task_matrix(base, others).view(3, *shape).norm(dim=1)
+        scaled = changes[index] * (wanted / changes[index].norm(dim=0)).clamp_max(4.0)
+        exact.append(base.double() + scaled)
+        bound.append(u * exact[-1].abs() + 8 * u * scaled.abs())  # of ops.match_columns
+    outputs.check(exact, bound, largest)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("source", ["base", "expert"])
 @pytest.mark.parametrize("backend", BACKENDS)
