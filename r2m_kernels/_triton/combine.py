@@ -47,7 +47,7 @@ def merged_inputs(
 def coefficients_of(core, tensor, rows, m, count, BY_ROW: tl.constexpr):
     """Where the coefficients of these rows start: core is (L, m, N) BY_ROW, else (N,)."""
     # Rows beyond the last are given its coefficients, and are written nowhere.
-    return core + (tensor * m + tl.minimum(rows, m - 1)) * count if BY_ROW else core
+    return core + tensor * m * count + tl.minimum(rows, m - 1) * count if BY_ROW else core
 
 
 @triton.jit(do_not_specialize=["elements", "count"])

@@ -179,7 +179,7 @@ def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulCo
 
 def combine_vector(target: str, aligned: bool) -> VectorConfig:
     """Whatever the dtypes."""
-    return VectorConfig(aligned, **tiles("combine_vector", target, "any"))
+    return VectorConfig(aligned, **tiles("combine_vector", target, "aligned" if aligned else "general"))
 
 
 def sums() -> VectorConfig:
