@@ -27,6 +27,15 @@ def task_matrix(base, experts, names):
     )
 
 
+@pytest.mark.parametrize(
+    "config", [MergeConfig.weight_average(), MergeConfig.r2m(rank=1.0, row_power=3.0)], ids=["average", "rows"]
+)
+def test_numbers_of_a_tensor_in_parts_are_those_of_the_whole(config):
+    base, experts = checkpoints(2, shapes={"tall": (3001, 130)})
+    whole, parts = (analyze(base, experts, config, memory_budget=budget).report() for budget in (None, 2**16))
+    assert parts["task_vectors"] == whole["task_vectors"]
+
+
 def test_numbers_are_those_of_the_task_vectors():
     base, experts, _, report = reported((0.5, 1.0, 2.0))
     a = task_matrix(base, experts, MATRICES)

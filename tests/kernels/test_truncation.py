@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import matrix_with, spectrum
@@ -32,6 +34,26 @@ def truncation_error(matrix, rank, **options):
     optimum = float(torch.linalg.svdvals(x.double().flatten(1))[rank:].norm())
     whole = float(x.double().norm())
     return error / optimum if optimum > 1e-6 * whole else error / max(whole, 1e-300)
+
+
+def test_the_backends_method_is_told_every_residuals_energy_and_a_key_of_each_tensor():
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = (torch.randn(2, 70, 80, generator=generator) for _ in range(4))
+    mixing = torch.randn(3, 3, generator=generator).double()
+    told = {}
+
+    def shifted_truncation(bases, experts, mixing, keys, energies, rank, effort):
+        told.update(keys=keys.tolist(), energies=energies)
+        return _torch.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort)
+
+    operators = SimpleNamespace(**{**vars(_torch), "shifted_truncation": shifted_truncation})
+    group = (["a", "b"], list(base), [list(expert) for expert in experts])
+    truncate_residuals(*group, mixing, 7, MergeConfig(), operators)
+    tau = torch.stack([expert.double() - base.double() for expert in experts], dim=1)
+    residuals = torch.einsum("ji,ljmn->limn", mixing, tau)
+    # The Gram is known to 16 roundings of products of lengths, which a mixing of numbers about 1 hardly cancels.
+    assert torch.allclose(told["energies"], residuals.square().sum((2, 3)), rtol=1e-4)
+    assert len(set(told["keys"])) == 2
 
 
 @pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes", "k^-2", "k^-3", "19 spikes"])
