@@ -75,6 +75,12 @@ class Job:
     copied: Mapping[str, bytes]
 
     @property
+    def input_bytes(self) -> int:
+        """Bytes of all tensors."""
+        views = (self.arranged.base, *self.arranged.experts.values())
+        return sum(spec.nbytes for view in views for spec in view.specs.values())
+
+    @property
     def files(self) -> list[Path]:
         """All that are read."""
         return [file for source in self.sources for file in source.files]
@@ -274,6 +280,8 @@ def _merge(
     job: Job, partial: PartialOutput, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
 ) -> tuple[Analysis, SafetensorsSink]:
     """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
+    if job.budget < job.input_bytes:
+        machine.return_buffers()
     sink = job.sink(partial, create=processes.index == 0)
     with closing(FileJournal(partial.directory, processes.index, before=sink.sync)) as journal:
         processes.gather({})  # nobody appends before all have read what former runs wrote

@@ -486,10 +486,10 @@ def huge_checkpoints(mebibytes: int) -> None:
         save_file({"large": base + 0.05 * noise, "small": small + 0.01}, f"{name}.safetensors")
 
 
-def bounded(start: Start, mebibytes: int, budget: int, method: str, threads: int) -> None:
+def bounded(start: Start, mebibytes: int, budget: int, method: str, threads: int, share: float = 1.2) -> None:
     huge_checkpoints(mebibytes)
     taken = peak("bounded", budget, method, threads)
-    assert taken <= 1.2 * budget, f"{taken / 2**20:.0f} MiB"
+    assert taken <= share * budget, f"{taken / 2**20:.0f} MiB"
     script = "import torch; torch.set_num_threads(2)\n" + MEASURE
     with start("unbounded", str(2**40), method, script=script) as child:
         _, err = child.communicate(timeout=300)
@@ -498,12 +498,21 @@ def bounded(start: Start, mebibytes: int, budget: int, method: str, threads: int
 
 
 # What is truncated is held whole, beyond the budget: README, "Not there yet".
-@pytest.mark.parametrize("method", ["rows", pytest.param("ties", marks=pytest.mark.slow), "weight_average"])
+# Half of the budget is for what is in flight, and the rest for nothing here but 1 MiB of inputs that are kept. Without
+# buffers that go back to the system at once, holes between them took .6 to 2.9 of the budget with two threads.
+@pytest.mark.parametrize(
+    ("method", "threads"),
+    [
+        ("rows", 2),
+        ("weight_average", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("rows", 1), ("ties", 1), ("ties", 2)]),
+    ],
+)
 def test_memory_stays_within_the_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start, method: str, threads: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bounded(start, 128, 64 * 2**20, method, threads=1)
+    bounded(start, 128, 64 * 2**20, method, threads, share=0.55)
 
 
 @pytest.mark.slow
