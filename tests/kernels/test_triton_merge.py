@@ -9,7 +9,17 @@ import torch
 from cases import TRUNCATED, checkpoints, distance, floating, matrix_with, same_bits, spectrum
 from interpreter import multiply_in_tf32
 
-from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, _backends, _triton, analyze, merge, reference
+from r2m_kernels import (
+    BackendUnavailable,
+    InvalidInput,
+    MergeConfig,
+    _backends,
+    _triton,
+    analyze,
+    merge,
+    reference,
+    truncation,
+)
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import truncate
 from r2m_kernels.truncation import truncate_residuals
@@ -241,3 +251,16 @@ def test_steep_residuals_of_a_group_are_truncated_again_and_the_others_stay():
         assert torch.equal(kept.left, alone.left)
         assert torch.equal(kept.right, alone.right)
         assert torch.equal(analysis._findings.truncated[name].products, alone.inner_products())
+
+
+@pytest.mark.usefixtures("fewer_steps")
+def test_spectra_of_a_group_with_a_steep_residual_are_mapped_each_for_itself(monkeypatch):
+    monkeypatch.setattr(truncation, "EXACT_UP_TO", 8)
+    shape, kinds = (30, 26), {"a": "linear", "b": "k^-6", "c": "linear"}
+    base = {name: torch.zeros(shape) for name in kinds}
+    values = {name: steep(kind, 26) if kind == "k^-6" else spectrum(kind, 26) for name, kind in kinds.items()}
+    experts = [{name: matrix_with(values[name], *shape, seed=seed).float() for name in kinds} for seed in (1, 2)]
+    whole = merge(base, experts, MergeConfig.tsv_m(), backend="triton")
+    for name in kinds:
+        of_one = ({name: base[name]}, [{name: expert[name]} for expert in experts])
+        assert torch.equal(merge(*of_one, MergeConfig.tsv_m(), backend="triton")[name], whole[name])
