@@ -236,9 +236,8 @@ def files(pairs: int) -> Result:
         peers = ROOT / ".venv-peers"
         command = [sys.executable, "-m", "bench.files", temporary, "--repeats", str(pairs), "--peers", str(peers)]
         command += ["--only", default, average, "mergekit linear"]
-        result = Result(
-            content=json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
-        )
+        result = started()
+        result.content |= json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
         out = Path(temporary)
         states = [load_file(out / f"{name}.safetensors") for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))]
         for name, config in (("r2m", MergeConfig.r2m()), ("r2m_average", AVERAGE)):
