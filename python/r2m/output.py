@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
 from r2m.journal import PREFIX
-from r2m.places import MOST_RECORD, PARTIAL, as_seen, new_file, read_mapping, sync
+from r2m.places import MOST_RECORD, PARTIAL, UNKNOWN_THERE, FileSystemWarning, as_seen, new_file, read_mapping, sync
 from r2m_kernels.errors import BadFile, InvalidInput
 from r2m_kernels.streaming import FACTORS_PREFIX
 
@@ -167,9 +168,12 @@ def _lock(out: str | Path, directory: Path) -> int:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)
             raise BadFile(f"out ({out}): another merge is writing it, process {holder}") from None
-        except OSError:
-            os.close(lock)
-            raise
+        except OSError as error:
+            if error.errno not in UNKNOWN_THERE:
+                os.close(lock)
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            text = f"{path}: its file system has no locks; no other merge may write to {out} now"
+            warnings.warn(text, FileSystemWarning, stacklevel=2)
         # Who had it may have removed the file between our opening and our locking it.
         if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
             os.ftruncate(lock, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,9 +20,15 @@ from typing import Any, BinaryIO
 from r2m_kernels.errors import BadFile, InvalidInput, printable
 
 MOST_CONFIG = 2**24  # bytes of a small file that others wrote: a configuration, a card
+# Of a file system that does not have what it is asked for: network and container mounts.
+UNKNOWN_THERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 # Of what is not whole yet: a run that was killed leaves it.
 PARTIAL = re.compile(r"\.r2m-[0-9a-f]{16}\.partial")
 MOST_RECORD = 2**28  # of one that a merge wrote: a report with a row for every tensor, a state with its Gram matrices
+
+
+class FileSystemWarning(UserWarning):
+    """Something that a file system does not have, and without which work goes on."""
 
 
 @contextlib.contextmanager
@@ -162,11 +170,19 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a directory to the disk; an ``OSError`` has ``filename`` set."""
+    """Bring a file or a directory to the disk; an ``OSError`` has ``filename`` set.
+
+    Some file systems do not know how for a directory: that is told, and no reason to throw work away.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with naming(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNKNOWN_THERE or not path.is_dir():
+            raise
+        text = f"{path}: its file system cannot sync directories; a power cut may lose what is new"
+        warnings.warn(text, FileSystemWarning, stacklevel=2)
     finally:
         os.close(descriptor)
 

@@ -10,6 +10,7 @@ import click
 
 from r2m.commands.given import take_options
 from r2m.commands.merge import tell
+from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option, read_rank
 from r2m.commands.process import settle_memory
 from r2m.options import OPTIONS, SWEPT
@@ -89,7 +90,7 @@ def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
     with reporting(quiet=quiet) as progress:
         rows = run(out, values, to, take_options(given), progress=progress)
     if not quiet:
-        click.echo(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are")
+        done(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are")
 
 
 COMMANDS = (add, remove, sweep)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import only_given
+from r2m.commands.messages import done
 from r2m.commands.options import SectionedCommand, flags, option
 from r2m.evaluation.request import REQUEST, Request
 from r2m.options import RUN
@@ -28,8 +29,7 @@ def evaluate(out: str | None, overwrite: bool, quiet: bool, **given: Any) -> Non
     from r2m.evaluation.command import evaluate as run
 
     request = Request(**only_given({name: given[one.key] for name, one in REQUEST.items()}))
-    for line in run(request, out, overwrite=overwrite, quiet=quiet):
-        click.echo(line)
+    done("\n".join(run(request, out, overwrite=overwrite, quiet=quiet)))
 
 
 COMMANDS = (evaluate,)

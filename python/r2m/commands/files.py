@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import only_given
+from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, names
 from r2m.recipe import DTYPES, Arrangement
 
@@ -26,7 +27,7 @@ def init(base: str, experts: tuple[str, ...], to: str) -> None:
         new_file(Path(to), text.encode(), replace=False)
     except FileExistsError:
         raise click.UsageError(f"{to}: exists already; --to names another file.") from None
-    click.echo(f"{to}: r2m merge {to} --out merged")
+    done(f"{to}: r2m merge {to} --out merged")
 
 
 @click.command()
@@ -58,9 +59,7 @@ def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pic
 
     arrangement = Arrangement.from_options(only_given(given))
     chosen = OUTPUT_DTYPES[dtype] if dtype else None
-    click.echo(
-        write(source, out, arrangement=arrangement, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle)
-    )
+    done(write(source, out, arrangement=arrangement, dtype=chosen, overwrite=overwrite, allow_pickle=allow_pickle))
 
 
 @click.command()

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import only_given
+from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, names
 from r2m.recipe import Arrangement
 
@@ -54,7 +55,7 @@ def card(out: str, evaluation: str | None, licence: str | None) -> None:
             raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
     text = text_of(Path(out), evaluation=measured, licence=licence, hashes=True)
     new_file(Path(out) / CARD_FILE, text.encode(errors="backslashreplace"))
-    click.echo(f"{out}/{CARD_FILE}")
+    done(f"{out}/{CARD_FILE}")
     for warning in warnings(text):
         click.echo(f"Warning: {warning}", err=True)
 
@@ -81,7 +82,7 @@ def report(out: str, to: str | None, evaluation: str | None, swept: str | None, 
 
     target = to or f"{out.rstrip('/')}.report"
     files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra)
-    click.echo(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
+    done(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
 
 
 COMMANDS = (inspect, card, report)

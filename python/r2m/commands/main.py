@@ -6,13 +6,12 @@ Exit codes: 0 done; 1 the machine refused (no space, no permission); 2 the input
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Sequence
 
 import click
 
 from r2m.commands import again, evaluate, files, look, merge
+from r2m.commands.messages import settled
 from r2m.commands.process import exit_code
 
 
@@ -47,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; default: those of the process.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    with settled():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         result = r2m.main(args=arguments, prog_name="r2m", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import recipe_of, take_options
+from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import exit_code, settle_memory
 from r2m.options import OPTIONS, RUN
@@ -113,8 +114,7 @@ def tell(report: dict[str, Any], out: str, quiet: bool) -> None:
     """What a merge did, in three lines, and its warnings."""
     if quiet:
         return
-    for line in _summary(report, out):
-        click.echo(line)
+    done("\n".join(_summary(report, out)))
     for note in report.get("notes", ()):
         click.echo(f"Note: {note}", err=True)
     for warning in report["warnings"]:

@@ -1,0 +1,78 @@
+"""What the command says, which is never a reason for its work to end: a terminal may be gone, a log's disk full."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import click
+
+from r2m.places import FileSystemWarning
+
+
+class _Unfailing(io.RawIOBase):
+    """A descriptor that takes everything, and loses what cannot be written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return os.write(self._descriptor, data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Within the block messages cannot fail, and Python's warnings are told like ours.
+
+    A standard descriptor that is closed is opened on nothing first: the next file would get its number, and what a
+    library prints there would be written into a checkpoint.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115, it stays
+    if sys.stderr is None or _number(sys.stderr) == 2:
+        stream = io.BufferedWriter(_Unfailing(2))
+        sys.stderr = io.TextIOWrapper(stream, encoding="utf-8", line_buffering=True, write_through=True)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FileSystemWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
+
+
+def done(text: str) -> None:
+    """Say what was done, on stdout; if nobody can be told, it is done all the same."""
+    try:
+        click.echo(text)
+    except OSError:
+        # What is left in the buffer would fail again when Python ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _number(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):  # of who captures it
+        return None
