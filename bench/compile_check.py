@@ -38,9 +38,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bench.gpu.cases import cases
-from r2m_kernels import _backends
+from r2m_kernels import _backends, _triton
+from r2m_kernels._interface import Effort
 from r2m_kernels._triton import launch
-from r2m_kernels._triton.residual_matmul import matrix_group, sketch
 
 CPU = torch.device("cpu")
 
@@ -128,10 +128,11 @@ def situations() -> Iterator[Callable[[], object]]:
         for count in (3, 8):
             for shape in ((32, 64), (31, 63)):  # of the second neither rows nor the whole are 16-byte vectors
                 yield from (case.call for case in cases(shape, dtype, count, CPU))
-                bases, experts = [torch.zeros(shape, dtype=dtype)], [[torch.zeros(shape, dtype=dtype)]] * count
-                for transpose in (False, True):  # and the one kernel that truncation alone launches
-                    group, keys = matrix_group(bases, experts), torch.zeros(1, dtype=torch.int64)
-                    yield functools.partial(sketch, group, torch.eye(count), keys, 16, transpose)
+                for sides in (shape, shape[::-1]):  # and those kernels that truncation alone launches
+                    base, mixing = torch.zeros(sides, dtype=dtype), torch.eye(count, dtype=torch.float64)
+                    numbers = (mixing, torch.zeros(1, dtype=torch.int64), torch.ones(1, count, dtype=torch.float64))
+                    group = ([base], [[base]] * count, *numbers, 16, Effort(2, 0, None))
+                    yield functools.partial(_triton.shifted_truncation, *group)
 
 
 def launches(target: str) -> list[Launch]:

@@ -196,8 +196,7 @@ def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
     pairs = [(row, column) for row in range(len(blocks)) for column in range(row + 1)]
     plane = job.plane(tensors * elements)
     fetched = plane * sum(1 + blocks[row] + (blocks[column] if row != column else 0) for row, column in pairs)
-    # A program leaves the products of two blocks, needed or not.
-    sums = BLOCK_OF_EXPERTS**2 * SUM_BYTES * tensors * len(pairs)
+    sums = (job.experts**2 + 1) * SUM_BYTES * tensors  # the last is of the base
     inputs, partial_sums = (job.experts + 1) * plane, sums * _tiles(elements, config.steps * config.block)
     flops = tensors * elements * job.experts * (job.experts + 1)
     read, written = inputs + partial_sums, partial_sums + sums
@@ -215,10 +214,9 @@ def residual_matmul_cost(
     inputs = (job.experts + 1) * job.plane(m * n * tensors)
     bases = job.experts * k * FACTOR_BYTES * tensors  # bytes of all vectors of length 1
     squares = job.experts * row_tiles * column_tiles * SUM_BYTES * tensors
-    read = inputs + squares + (0 if variant == "signs" else bases * inner) + (bases * outer) * (variant == "shifted")
-    written = bases * outer + squares + job.experts * SUM_BYTES * tensors
+    read = inputs + (0 if variant == "signs" else bases * inner) + (bases * outer) * (variant == "shifted")
     flops = 2 * m * n * k * job.experts * tensors
-    return StepCost(step, _kind(config), flops, read, written, inputs, inputs * times, launches=2)
+    return StepCost(step, _kind(config), flops, read, bases * outer + squares, inputs, inputs * times, launches=1)
 
 
 def vectors_gram_cost(step: str, k: int, length: int, blocks: int) -> StepCost:
@@ -227,11 +225,11 @@ def vectors_gram_cost(step: str, k: int, length: int, blocks: int) -> StepCost:
     return StepCost(step, "fp64", blocks * length * k * k, read, written, launches=1)
 
 
-def orthonormalize_costs(k: int, length: int, blocks: int, job: Job) -> list[StepCost]:
-    """CholeskyQR twice, ``blocks`` of k rows: Gram matrices, their inverse factors (library), triangular products."""
+def orthonormalize_costs(k: int, length: int, blocks: int, job: Job, passes: int = 2) -> list[StepCost]:
+    """CholeskyQR of ``blocks`` of k rows: Gram matrices, their inverse factors, triangular products."""
     gram = vectors_gram_cost("orthonormalize: Gram", k, length, blocks)
-    square, cubes = 2 * blocks * k * k * SUM_BYTES, 2 * blocks * k**3 // 3  # factor and inverse, a third each
-    factor = StepCost("orthonormalize: factor", "fp64", cubes, square, square, launches=2)
+    square, cubes = blocks * k * k * SUM_BYTES, 2 * blocks * k**3 // 3  # factor and inverse, a third each
+    factor = StepCost("orthonormalize: factor", "fp64", cubes, square, square, launches=1)
     config = launch.triangular_product(job.target, torch.float32, job.aligned)
     # A tile of rows meets the rows of the triangle up to its last one, in whole steps.
     starts = range(0, k, config.rows)
@@ -239,15 +237,16 @@ def orthonormalize_costs(k: int, length: int, blocks: int, job: Job) -> list[Ste
     triangle = sum(min(config.rows, k - i) * depth for i, depth in zip(starts, depths, strict=True))
     read = gram.bytes_read + triangle * blocks * SUM_BYTES
     product = StepCost("orthonormalize: product", _kind(config), gram.flops, read, gram.bytes_read, launches=1)
-    return [cost.times(2) for cost in (gram, factor, product)]
+    return [cost.times(passes) for cost in (gram, factor, product)]
 
 
 def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
-    """⟨F_i, F_j⟩ from the Gram matrices of all experts' factors together: their product, laid out anew, and summed."""
-    left, right = (vectors_gram_cost("inner products", job.experts * rank, size, tensors) for size in (m, n))
-    square, total = left.bytes_written, tensors * job.experts**2 * SUM_BYTES
-    rest = StepCost("inner products", "fp64", 0, 4 * square, 2 * square + total, launches=3)
-    return left.plus(right).plus(rest)
+    """⟨F_i, F_j⟩ of half of the pairs, from the products of their components on both sides; no Gram is stored."""
+    pairs, vectors = job.experts * (job.experts + 1) // 2, job.experts * tensors * rank * (m + n) * FACTOR_BYTES
+    total = tensors * job.experts**2 * SUM_BYTES
+    sums = total * _tiles(rank, launch.vectors_gram(job.target, job.aligned).rows) ** 2
+    flops = 2 * pairs * tensors * rank**2 * (m + n)
+    return StepCost("inner products", "fp64", flops, vectors + sums, sums + total, launches=2)
 
 
 def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
@@ -292,12 +291,13 @@ def merge_costs(
     for m, n, count in matrices:
         k, tall = truncation_rank(rank, (m, n)), n <= m  # A is X where tall, else Xᵀ: V lies on the short side
         multiply = functools.partial(residual_matmul_cost, m=m, n=n, tensors=count, k=k, job=job)
-        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job)
+        # Once after the sketch and every step, twice at the end.
+        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job, passes=2 + power_iterations)
         costs += [
             multiply("sketch V = AᵀS", transpose=tall, variant="signs"),
             multiply("steps Y = AV", transpose=not tall).times(power_iterations),
             multiply("steps V = AᵀY − shift·V", transpose=tall, variant="shifted").times(power_iterations),
-            *(cost.times(1 + power_iterations) for cost in orthonormalize),
+            *orthonormalize,
             multiply("final Y = AV", transpose=not tall, variant="full"),
             inner_products_cost(m, n, count, k, job),
             combine_matrix_cost(m, n, count, k, job),

@@ -129,11 +129,11 @@ def blocks(repeats: int) -> Result:
     ranks = [rivals.rank_of(x) for x in matrices]
     timed = interleaved(
         {
+            "r2m_kernels, default": lambda: merge(base, experts),
             "r2m_kernels": lambda: merge(base, experts, TRUNCATED),
             "textbook's products alone": lambda: rivals.textbook_products(matrices, ranks),
             'r2m_kernels, svd="textbook"': lambda: merge(base, experts, TRUNCATED.replace(svd="textbook")),
             "torch.svd_lowrank": lambda: rivals.plain_merge(base, experts, rivals.svd_lowrank),
-            "r2m_kernels, default (rows)": lambda: merge(base, experts),
             "r2m_kernels, weight average": lambda: merge(base, experts, MergeConfig.weight_average()),
             'r2m_kernels, backend="torch"': lambda: merge(base, experts, TRUNCATED, backend="torch"),
         },

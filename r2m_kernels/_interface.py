@@ -52,10 +52,12 @@ class RowGrams(NamedTuple):
     Attributes:
         rows: (L, P, m) float64, products of row r of τ_li and of τ_lj.
         base: (L,) float64, ‖θ₀‖² to 1e-5 of itself.
+        sums: (L, P), what ``sum_rows`` gives of the rows, where it came with them.
     """
 
     rows: Tensor
     base: Tensor
+    sums: Tensor | None = None
 
 
 class ShiftedFactors(NamedTuple):

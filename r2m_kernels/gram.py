@@ -150,7 +150,8 @@ class GramStep(Step):
         """Keeps the rows of whole tensors; their sums, (L, P) as pairs are."""
         for tensor, rows in zip(tensors, grams.rows, strict=True):
             self._kept.put_rows(tensor.name, rows)
-        return Grams(self._operators.sum_rows(grams.rows), grams.base)
+        sums = self._operators.sum_rows(grams.rows) if grams.sums is None else grams.sums
+        return Grams(sums, grams.base)
 
     def _refuse(self, tensors: Sequence[PlannedTensor], tasks: Tensor) -> None:
         for tensor, finite in zip(tensors, torch.isfinite(tasks).flatten(1).all(dim=1).tolist(), strict=True):

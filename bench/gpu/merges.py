@@ -1,4 +1,4 @@
-"""How fast are whole merges on a GPU, beside full SVDs, ``svd_lowrank`` and our torch backend? Right results first.
+"""How fast is the default merge on a GPU, beside full SVDs, ``svd_lowrank``, our torch backend? Right results first.
 
     python -m bench.gpu --only merges
 
@@ -29,7 +29,7 @@ from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels.truncation import truncate_residuals
 
-TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+DEFAULT = MergeConfig.r2m()  # of these models no matrix is a head
 SVDS = {"full_svd": (rivals.full_svd, 1), "svd_lowrank": (rivals.svd_lowrank, 5)}  # and how often it is timed
 # Of the time left, what a rival may take to be measured whole instead of on one block.
 SHARE_OF_TIME = 0.1
@@ -91,21 +91,21 @@ def checked(session: Session, model: Transformer, base: StateDict, experts: list
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.monotonic()
-    first = merge(base, experts, TRUNCATED, backend="triton")
+    first = merge(base, experts, DEFAULT, backend="triton")
     session.synchronize()
     row: dict[str, Any] = {}
     if not session.rehearsal:
         row["first_run_seconds"] = round(time.monotonic() - start, 2)  # it compiles
         row["peak_bytes_beside_inputs"] = torch.cuda.max_memory_allocated() - before
-    row["bit_identical"] = same_bits(first, merge(base, experts, TRUNCATED, backend="triton"))
+    row["bit_identical"] = same_bits(first, merge(base, experts, DEFAULT, backend="triton"))
     row["finite"] = all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
     mixing = analyze(base, experts, backend="triton", eta=0).real_subspace.mixing
     excess: dict[str, float] = {}
     for shape, name in _one_of_each(list(model.shapes.values()), base).items():
         thetas = [expert[name] for expert in experts]
-        rank = truncation_rank(TRUNCATED.rank, shape)
+        rank = truncation_rank(DEFAULT.rank, shape)
         group = ([name], [base[name]], [[theta] for theta in thetas])
-        (factors,) = truncate_residuals(*group, mixing, rank, TRUNCATED, _triton)
+        (factors,) = truncate_residuals(*group, mixing, rank, DEFAULT, _triton)
         x = checks.residuals(base[name], thetas, mixing)
         excess["x".join(map(str, shape))] = checks.truncation_excess(factors.left, factors.right, x)
     row["truncation_over_optimum"] = excess
@@ -118,7 +118,7 @@ def svd_block(session: Session, model: Transformer, base: StateDict, expert: Sta
     rows: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "truncation_over_optimum": 0.0} for name in SVDS}
     shapes = list(model.shapes.values())
     for shape, name in _one_of_each(shapes, base).items():
-        x, rank = expert[name].float() - base[name].float(), truncation_rank(TRUNCATED.rank, shape)
+        x, rank = expert[name].float() - base[name].float(), truncation_rank(DEFAULT.rank, shape)
         for method, (truncate, repeats) in SVDS.items():
             left, right = truncate(x, rank)  # also what loads the library
             excess = checks.truncation_excess(left.unsqueeze(0), right.unsqueeze(0), x.double().unsqueeze(0))
@@ -132,17 +132,17 @@ def svd_block(session: Session, model: Transformer, base: StateDict, expert: Sta
 def torch_backend(session: Session, model: Transformer, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
     """Seconds of ``backend="torch"`` for the whole model, measured on one block where all of them take too long."""
     part = first_blocks(base, 1), [first_blocks(expert, 1) for expert in experts]
-    one = seconds(session, lambda: merge(*part, TRUNCATED, backend="torch"), repeats=1)
+    one = seconds(session, lambda: merge(*part, DEFAULT, backend="torch"), repeats=1)
     if one is None or one * model.blocks > SHARE_OF_TIME * session.left():
         return {"seconds": None if one is None else one * model.blocks, "extrapolated_from_blocks": 1}
-    whole = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="torch"), repeats=1, warmups=0)
+    whole = seconds(session, lambda: merge(base, experts, DEFAULT, backend="torch"), repeats=1, warmups=0)
     return {"seconds": whole}
 
 
 def from_host(session: Session, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
     """Inputs in the CPU's memory, computed on the GPU; and what copying as many bytes from pinned memory takes."""
     host = [{name: tensor.cpu() for name, tensor in state.items()} for state in (base, *experts)]
-    took = seconds(session, lambda: merge(host[0], host[1:], TRUNCATED, device="cuda", backend="triton"), repeats=2)
+    took = seconds(session, lambda: merge(host[0], host[1:], DEFAULT, device="cuda", backend="triton"), repeats=2)
     block = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     into = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     copy = seconds(session, lambda: into.copy_(block, non_blocking=True), repeats=5)
@@ -188,7 +188,7 @@ def one_job(
     row["input_bytes"] = sum(tensor.nbytes for state in (base, *experts) for tensor in state.values())
     if not row["passed"]:
         return row  # no time for a wrong result
-    ours = row["seconds"] = seconds(session, lambda: merge(base, experts, TRUNCATED, backend="triton"), repeats=5)
+    ours = row["seconds"] = seconds(session, lambda: merge(base, experts, DEFAULT, backend="triton"), repeats=5)
     row["rivals"] = beside_rivals(session, model, (base, experts), blocks)
     if ours is None:
         return row
@@ -198,7 +198,7 @@ def one_job(
     if chip is not None:
         shapes = cost_model.Shapes.of(model.name, [tuple(tensor.shape) for tensor in base.values()])
         job = cost_model.Job(count, dtype, session.target)
-        costs = cost_model.merge_costs(shapes, job, TRUNCATED.rank, group_bytes=DEVICE_GROUP_BYTES)
+        costs = cost_model.merge_costs(shapes, job, DEFAULT.rank, group_bytes=DEVICE_GROUP_BYTES)
         row["floor_seconds"] = cost_model.floor_seconds(costs, chip)
         row["over_floor"] = ours / row["floor_seconds"]
     if (model, count, dtype) == jobs(session)[0] and session.left() > 30:

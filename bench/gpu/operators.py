@@ -26,7 +26,7 @@ from bench.gpu.record import Record, Session, Stopwatch, caught_launches, chip_o
 from r2m_kernels import _triton
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
-from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
 
 RANK = 0.1
 
@@ -82,16 +82,17 @@ def operators(group: GroupOf) -> Iterator[Timed]:
     m, n = group.bases[0].shape
     tall = m >= n
     inputs = matrix_group(group.bases, group.experts)
-    mixing = group.mixing.to(inputs.device, torch.float32)
+    mixing = group.mixing.to(inputs.device)
     cost = functools.partial(cost_model.residual_matmul_cost, m=m, n=n, tensors=size, k=k, job=job)
 
     def product(step: str, transpose: bool, variant: cost_model.Variant) -> Timed:
         rhs, other = (group.product, group.basis) if transpose == tall else (group.basis, group.product)
-        shift = torch.full((size, job.experts), 0.25, device=inputs.device) if variant == "shifted" else None
+        half = torch.full((size, job.experts, 1), 0.5, dtype=torch.float64, device=inputs.device)
+        shift = Shift(half, 0.5, other) if variant == "shifted" else None  # by a quarter of what is left beside a half
         precision = job.product(variant == "full").precision
 
         def judge(result: tuple[Tensor, Tensor]) -> float:
-            rows, squares = result[0].double(), result[1]
+            rows, squares = result[0].double(), result[1].sum(dim=2)
             # Subtracting a shift rounds once more: nothing beside the rounding of the fast product's operands.
             rows = rows if shift is None else rows + 0.25 * other.double()
 
@@ -107,7 +108,7 @@ def operators(group: GroupOf) -> Iterator[Timed]:
             return group.worst(of_tensor)
 
         def call() -> tuple[Tensor, Tensor]:
-            return multiply(inputs, mixing, rhs, transpose, precision, shift, None if shift is None else other)
+            return multiply(inputs, mixing, rhs, transpose, precision, shift)
 
         return Timed(step, call, judge, [cost(step, transpose=transpose, variant=variant)])
 
@@ -133,7 +134,6 @@ def operators(group: GroupOf) -> Iterator[Timed]:
         lambda: orthonormal_rows(rows),
         lambda basis: checks.judge_basis(basis[:: len(basis) - 1].mT, rows[:: len(rows) - 1].mT),
         cost_model.orthonormalize_costs(k, min(m, n), size * job.experts, job),
-        kernels_only=False,
     )
     left, right = (group.product, group.basis) if tall else (group.basis, group.product)
     yield Timed(
@@ -141,7 +141,6 @@ def operators(group: GroupOf) -> Iterator[Timed]:
         lambda: inner_products(left, right),
         lambda products: group.worst(lambda i: checks.judge_inner_products(products[i], left[i].mT, right[i])),
         [cost_model.inner_products_cost(m, n, size, k, job)],
-        kernels_only=False,
     )
     core = torch.linspace(0.2, 0.5, job.experts, dtype=torch.float64)
     scale = torch.linspace(0.01, 0.02, job.experts, dtype=torch.float64)

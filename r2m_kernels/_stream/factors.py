@@ -119,8 +119,21 @@ def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Those of several tensors as one; of a single one without a copy."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    """Those of several tensors as one, to be read; without a copy where they are parts of one, evenly spaced."""
+    first, *others = tensors
+    if not others:
+        return first.unsqueeze(0)
+    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    step = others[0].storage_offset() - start
+    together = step >= 0 and all(
+        one.untyped_storage().data_ptr() == memory
+        and one.storage_offset() == start + place * step
+        and (one.shape, one.stride(), one.dtype) == (first.shape, first.stride(), first.dtype)
+        for place, one in enumerate(others, 1)
+    )
+    if together:
+        return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+    return torch.stack(list(tensors))
 
 
 def gram_matrices(product: Tensor) -> Tensor:

@@ -192,6 +192,11 @@ def vectors_gram(target: str, aligned: bool) -> MatmulConfig:
     return MatmulConfig("ieee", aligned, **tiles("vectors_gram", target, "float64"))
 
 
+def inverse_factor() -> VectorConfig:
+    """Blocks of ``block`` rows and columns: a matrix lies in the L2 cache, and there are as many as programs."""
+    return VectorConfig(False, block=32, warps=4, stages=1)
+
+
 def triangular_product(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
     """Triangular matrices times blocks of vectors."""
     if compute == torch.float64:

@@ -1,7 +1,8 @@
 """Orthonormal bases of blocks of vectors: CholeskyQR twice, all blocks at once (Fukaya et al. 2014; README §4).
 
 The Gram matrices and their factors are float64, so that the first pass survives any conditioning that float32 vectors
-can have; the second removes what rounding the product to float32 left.
+can have; the second removes what rounding the product to float32 left. Every step is one launch for all blocks, and a
+block's numbers are its own: libraries choose another algorithm for single matrices than for batches of them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,6 @@ from .sums import sum_tiles
 # Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least
 # this, and four times its rounding √m · k · 2⁻⁵³ where that is more; far below what the second pass can repair.
 RELATIVE_SHIFT = 1e-11
-# Of the inner products' Gram matrices at once; three of them are in use.
-PRODUCTS_BYTES = 2**27
-# Libraries have other algorithms for single matrices and small batches, and bits would depend on the batch: smaller
-# ones are filled up to this (CUDA's triangular solve loops over fewer than 8 matrices).
-SMALLEST_BATCH = 16
 
 
 @triton.jit(do_not_specialize=["length", "k", "stride", "pairs"])
@@ -53,6 +49,145 @@ def vectors_gram_kernel(
     inside = (rows < k)[:, None] & (columns < k)[None, :]
     tl.store(gram + block * k * k + rows[:, None] * k + columns[None, :], total, mask=inside)
     tl.store(gram + block * k * k + columns[None, :] * k + rows[:, None], total, mask=inside)
+
+
+@triton.jit
+def eliminated(block, size, least, SIDE: tl.constexpr):
+    """W with W block Wᵀ = I, lower triangular, of the leading ``size`` rows and columns; the others are the identity's.
+
+    No pivot is below ``least``: where the matrix is known to have none, it is what rounding took.
+    """
+    places = tl.arange(0, SIDE)
+    inverse = tl.where(places[:, None] == places[None, :], 1.0, 0.0).to(tl.float64)
+    for step in range(size):
+        in_row, in_column = (places == step)[:, None], (places == step)[None, :]
+        row = tl.sum(tl.where(in_row, block, 0.0), axis=0)
+        column = tl.sum(tl.where(in_column, block, 0.0), axis=1)
+        made = tl.sum(tl.where(in_row, inverse, 0.0), axis=0)
+        pivot = tl.sum(tl.where(places == step, row, 0.0), axis=0)
+        pivot = tl.where(pivot < least, least, pivot)  # not tl.maximum: a NaN is to stay one
+        factor = tl.where(places > step, column / pivot, 0.0)
+        block -= factor[:, None] * row[None, :]
+        inverse = tl.where(in_row, inverse / tl.sqrt(pivot), inverse - factor[:, None] * made[None, :])
+    return inverse
+
+
+@triton.jit(do_not_specialize=["k"])
+def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, SIDE: tl.constexpr):
+    """out[b] = T with T gram[b] Tᵀ = I, lower triangular: a matrix a program, by blocks of SIDE rows and columns.
+
+    The matrix of unit vectors, ``shift`` on its diagonal, is eliminated in place, and out[b] with it, which begins as
+    what made them unit vectors: lengths[b], which are 0 for vectors whose square is not above SMALLEST.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    gram, out, lengths = gram + matrix * k * k, out + matrix * k * k, lengths + matrix * k
+    places, blocks = tl.arange(0, SIDE), tl.cdiv(k, SIDE)
+    for i in range(blocks):
+        rows = i * SIDE + places
+        square = tl.load(gram + rows * (k + 1), mask=rows < k, other=1.0)
+        absent = square <= SMALLEST  # a NaN is not
+        tl.store(lengths + rows, tl.where(absent, 0.0, 1.0 / tl.sqrt(tl.where(absent, 1.0, square))), mask=rows < k)
+    tl.debug_barrier()
+    for i in range(blocks):
+        rows = i * SIDE + places
+        left = tl.load(lengths + rows, mask=rows < k, other=0.0)
+        for j in range(blocks):
+            columns = j * SIDE + places
+            where, same = rows[:, None] * k + columns[None, :], rows[:, None] == columns[None, :]
+            inside = (rows < k)[:, None] & (columns < k)[None, :]
+            if j <= i:
+                right = tl.load(lengths + columns, mask=columns < k, other=0.0)
+                unit = tl.load(gram + where, mask=inside, other=0.0) * left[:, None] * right[None, :]
+                # In this order: arguments are float32, where 1 + shift would be 1. A NaN stays one.
+                tl.store(gram + where, tl.where(same, unit * 0.0 + 1.0 + shift, unit), mask=inside)
+            tl.store(out + where, tl.where(same, left[:, None], 0.0), mask=inside)
+    tl.debug_barrier()
+    for j in range(blocks):
+        pivots = j * SIDE + places
+        at_pivots = (pivots < k)[:, None] & (pivots < k)[None, :]
+        block = tl.load(gram + pivots[:, None] * k + pivots[None, :], mask=at_pivots, other=0.0)
+        inverse = eliminated(block, tl.minimum(SIDE, k - j * SIDE), shift, SIDE)
+        for p in range(j + 1):
+            columns = p * SIDE + places
+            inside, where = (pivots < k)[:, None] & (columns < k)[None, :], pivots[:, None] * k + columns[None, :]
+            made = tl.load(out + where, mask=inside, other=0.0)
+            tl.store(out + where, tl.dot(inverse, made, input_precision="ieee", out_dtype=tl.float64), mask=inside)
+        for i in range(j + 1, blocks):
+            rows = i * SIDE + places
+            inside, where = (rows < k)[:, None] & (pivots < k)[None, :], rows[:, None] * k + pivots[None, :]
+            below = tl.load(gram + where, mask=inside, other=0.0)
+            factor = tl.dot(below, tl.trans(inverse), input_precision="ieee", out_dtype=tl.float64)
+            tl.store(gram + where, factor, mask=inside)
+        tl.debug_barrier()
+        for i in range(j + 1, blocks):
+            rows = i * SIDE + places
+            inside = (rows < k)[:, None] & (pivots < k)[None, :]
+            factor = -tl.load(gram + rows[:, None] * k + pivots[None, :], mask=inside, other=0.0)
+            for p in range(i + 1):
+                columns = p * SIDE + places
+                inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
+                if p <= j:  # out_ip −= L_ij out_jp
+                    at = pivots[:, None] * k + columns[None, :]
+                    of_pivots = tl.load(out + at, mask=(pivots < k)[:, None] & (columns < k)[None, :], other=0.0)
+                    target = out
+                else:  # gram_ip −= L_ij L_pjᵀ
+                    at = columns[None, :] * k + pivots[:, None]
+                    of_pivots = tl.load(gram + at, mask=(pivots < k)[:, None] & (columns < k)[None, :], other=0.0)
+                    target = gram
+                rest = tl.load(target + where, mask=inside, other=0.0)
+                rest = tl.dot(factor, of_pivots, rest, input_precision="ieee", out_dtype=tl.float64)
+                tl.store(target + where, rest, mask=inside)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["m", "n", "rank", "count", "left_stride", "right_stride", "tiles"])
+def factor_products_kernel(
+    left,
+    right,
+    partial,
+    m,
+    n,
+    rank,
+    count,
+    left_stride,
+    right_stride,
+    tiles,
+    ALIGNED: tl.constexpr,
+    SIDE: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """partial[l, i, j, tile] = Σ over a tile of (left_i left_jᵀ) ∘ (right_i right_jᵀ), float64, and [l, j, i, tile].
+
+    left (L, N, rank, m), right (L, N, rank, n); a tile is SIDE components of i by as many of j.
+    """
+    tensor = tl.program_id(1).to(tl.int64)
+    tile, pair = tl.program_id(0) % (tiles * tiles), tl.program_id(0) // (tiles * tiles)
+    i, j = pair * 0, pair
+    while j > i:
+        i += 1
+        j -= i
+    left_stride, right_stride = known_multiple(left_stride, 16), known_multiple(right_stride, 16)
+    if ALIGNED:
+        m, n = known_multiple(m, 4), known_multiple(n, 4)
+    rows, columns = tile // tiles * SIDE + tl.arange(0, SIDE), tile % tiles * SIDE + tl.arange(0, SIDE)
+    of_rows, of_columns = (tensor * count + i) * rank + rows[:, None], (tensor * count + j) * rank + columns[:, None]
+    lefts, rights = tl.zeros((SIDE, SIDE), tl.float64), tl.zeros((SIDE, SIDE), tl.float64)
+    for start in range(0, m, INNER):
+        depth = (start + tl.arange(0, INNER))[None, :]
+        here, there = (rows < rank)[:, None] & (depth < m), (columns < rank)[:, None] & (depth < m)
+        a = tl.load(left + of_rows * left_stride + depth, mask=here, other=0.0).to(tl.float64)
+        b = tl.load(left + of_columns * left_stride + depth, mask=there, other=0.0).to(tl.float64)
+        lefts = tl.dot(a, tl.trans(b), lefts, input_precision="ieee", out_dtype=tl.float64)
+    for start in range(0, n, INNER):
+        depth = (start + tl.arange(0, INNER))[None, :]
+        here, there = (rows < rank)[:, None] & (depth < n), (columns < rank)[:, None] & (depth < n)
+        a = tl.load(right + of_rows * right_stride + depth, mask=here, other=0.0).to(tl.float64)
+        b = tl.load(right + of_columns * right_stride + depth, mask=there, other=0.0).to(tl.float64)
+        rights = tl.dot(a, tl.trans(b), rights, input_precision="ieee", out_dtype=tl.float64)
+    total = tl.sum(tl.sum(lefts * rights, axis=1), axis=0)
+    of_tensor = partial + tensor * count * count * tiles * tiles + tile
+    tl.store(of_tensor + (i * count + j) * tiles * tiles, total)
+    tl.store(of_tensor + (j * count + i) * tiles * tiles, total)
 
 
 @triton.jit(do_not_specialize=["length", "k", "stride", "row_tiles", "column_tiles"])
@@ -101,29 +236,45 @@ def orthonormalize(y: Tensor) -> Tensor:
     return orthonormal_rows(rows).reshape(*leading, k, m).transpose(-1, -2)
 
 
-def orthonormal_rows(vectors: Tensor) -> Tensor:
-    """Orthonormal rows spanning those of every block: (B, k, length) → the same; rows left with nothing are zero."""
+def orthonormal_rows(vectors: Tensor, passes: int = 2) -> Tensor:
+    """Orthonormal rows spanning those of every block: (B, k, length) → the same; rows left with nothing are zero.
+
+    One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
+    """
     vectors = padded_rows(vectors)
     # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
     smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
-    for _ in range(2):
+    for _ in range(passes):
         vectors = _triangular_product(_inverse_factor(_gram(vectors), smallest, vectors.shape[-1]), vectors)
     return vectors
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over (left_i left_jᵀ) ∘ (right_i right_jᵀ), for rows (L, N, r, m) and (L, N, r, n): (L, N, N) float64."""
-    size, count, rank, _ = left.shape
-    dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-    total = torch.empty(size, count, count, dtype=torch.float64, device=left.device)
-    # A few tensors at a time: their Gram matrices, all experts' rows in one, grow with N²r².
-    step = max(1, PRODUCTS_BYTES // (8 * (count * rank) ** 2))
-    for start in range(0, size, step):
-        some = slice(start, start + step)
-        lefts, rights = (_gram(padded_rows(rows[some].to(dtype).flatten(1, 2))) for rows in (left, right))
-        products = lefts.mul_(rights).view(-1, count, rank, count, rank).transpose(2, 3)
-        total[some] = sum_tiles(products.flatten(3))
-    return total
+    (size, count, rank, m), n = left.shape, right.shape[-1]
+    left, right = padded_rows(left), padded_rows(right)
+    config = launch.vectors_gram(launch.target_of(left.device), vectors_fit(m) and vectors_fit(n))
+    tiles = -(-rank // config.rows)
+    partial = torch.empty(size, count, count, tiles * tiles, dtype=torch.float64, device=left.device)
+    launch.start(
+        factor_products_kernel,
+        (count * (count + 1) // 2 * tiles * tiles, size),
+        config,
+        left,
+        right,
+        partial,
+        m,
+        n,
+        rank,
+        count,
+        left.stride(-2),
+        right.stride(-2),
+        tiles,
+        ALIGNED=config.aligned,
+        SIDE=config.rows,
+        INNER=config.inner,
+    )
+    return sum_tiles(partial)
 
 
 def _gram(vectors: Tensor) -> Tensor:
@@ -150,21 +301,22 @@ def _gram(vectors: Tensor) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor, smallest: float, length: int) -> Tensor:
-    """T with T G Tᵀ = I, lower triangular, (B, k, k) float64, by one batched call a step: no loop over matrices."""
+    """T with T G Tᵀ = I, lower triangular, (B, k, k) float64; the Gram matrices of vectors so long are overwritten."""
     count, k, _ = gram.shape
-    shift = max(RELATIVE_SHIFT, 4 * math.sqrt(length) * k * 2.0**-53)
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    present = ~(squares <= smallest)  # not "squares > smallest": a NaN is to stay one
-    lengths = torch.where(present, squares, 1.0).rsqrt() * present  # 1/‖row‖, and 0 for rows without anything
-    unit = gram * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    unit.diagonal(dim1=-2, dim2=-1).copy_(torch.where(squares.isnan(), squares, 1.0 + shift))
-    if count < SMALLEST_BATCH:
-        unit = torch.cat([unit, unit[:1].expand(SMALLEST_BATCH - count, k, k)])
-    factor, failed = torch.linalg.cholesky_ex(unit)
-    factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)  # never a half-done factor
-    identity = torch.eye(k, dtype=torch.float64, device=gram.device).expand_as(factor)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)[:count]
-    return (inverse * lengths.unsqueeze(-2)).contiguous()  # rows: LAPACK's order is by columns
+    out, config = torch.empty_like(gram), launch.inverse_factor()
+    launch.start(
+        inverse_factor_kernel,
+        (count,),
+        config,
+        gram,
+        torch.empty(count, k, dtype=torch.float64, device=gram.device),
+        out,
+        k,
+        max(RELATIVE_SHIFT, 4 * math.sqrt(length) * k * 2.0**-53),
+        SMALLEST=smallest,
+        SIDE=config.block,
+    )
+    return out
 
 
 def _triangular_product(triangle: Tensor, vectors: Tensor) -> Tensor:

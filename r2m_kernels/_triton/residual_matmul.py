@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from .addresses import (
     tensor_at,
     vectors_fit,
 )
-from .sums import sum_tiles
+from .sums import summed
 
 
 @triton.jit
@@ -53,21 +54,24 @@ def random_signs(key, rows, columns):
     return 1.0 - 2.0 * (bits >> 31).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["m", "n", "k", "count", "rhs_stride", "out_stride"])
+@triton.jit(do_not_specialize=["m", "n", "k", "count", "mixing_stride", "rhs_stride", "out_stride", "energy_tiles"])
 def residual_matmul_kernel(
     table,
     mixing,
     rhs,
     out,
-    shift,
-    shifted,
     squares,
+    energies,
+    shifted,
+    damping,
     m,
     n,
     k,
     count,
+    mixing_stride,
     rhs_stride,
     out_stride,
+    energy_tiles,
     TYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -82,10 +86,11 @@ def residual_matmul_kernel(
     INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out[l, i] = (X_li rhs[l, i]ᵀ − shift[l, i] · shifted[l, i]ᵀ)ᵀ for a block of experts i; X_liᵀ with TRANSPOSE.
+    """out[l, i] = (X_li rhs[l, i]ᵀ − shift_li · shifted[l, i]ᵀ)ᵀ for a block of experts i; X_liᵀ with TRANSPOSE.
 
-    table (L, N + 1), mixing (L, N, N), rhs (L, N, k, inner), out and shifted (L, N, k, outer), shift (L, N);
-    squares[l, i, column tile, row tile] = sum of the squares of the tile before the shift, float64.
+    table (L, N + 1), mixing (N, N) for each tensor, rhs (L, N, k, inner), out and shifted (L, N, k, outer);
+    squares[l, i, column tile, row tile] = sum of the squares of the tile before the shift, float64;
+    shift_li = damping · (1 − Σ energies[l, i]), 0 where that is negative, energies (L, N, energy_tiles).
     INPUTS > 0 unrolls the loop over inputs (N ≤ INPUTS), so that all their loads are in flight at once.
     SIGNS: rhs holds L keys instead, and row c of every expert's right-hand side is the random signs of column c.
     """
@@ -101,14 +106,14 @@ def residual_matmul_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
 
-    slots, mixing = table + tensor * (count + 1), mixing + tensor * count * count
+    slots, mixing = table + tensor * (count + 1), mixing + tensor * mixing_stride
     base = tensor_at(slots, True, TYPE, ALIGNED)
     inputs, weights, sums = (), (), ()
     for j in tl.static_range(INPUTS):
         inputs += (tensor_at(slots + 1 + j, j < count, TYPE, ALIGNED),)
         for i in tl.static_range(EXPERTS):
             known = (j < count) & (first + i < count)
-            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0),)
+            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0).to(COMPUTE),)
     for _ in tl.static_range(EXPERTS):
         sums += (tl.zeros((ROWS, COLUMNS), COMPUTE),)
 
@@ -139,7 +144,7 @@ def residual_matmul_kernel(
                 mixed = ()
                 for i in tl.static_range(EXPERTS):
                     weight = tl.load(mixing + j * count + first + i, mask=first + i < count, other=0.0)
-                    mixed += (residuals[i] + weight * tau,)
+                    mixed += (residuals[i] + weight.to(COMPUTE) * tau,)
                 residuals = mixed
         products = ()
         for i in tl.static_range(EXPERTS):
@@ -165,10 +170,25 @@ def residual_matmul_kernel(
             tl.store(squares + slot, tl.sum(tl.sum(result * result, axis=1).to(tl.float64)))
             where = (expert * k + columns[None, :]) * out_stride + rows[:, None]
             here = (rows < outer)[:, None] & (columns < k)[None, :]
-            amount = tl.load(shift + expert)
-            if amount != 0.0:
-                result -= amount.to(COMPUTE) * tl.load(shifted + where, mask=here, other=0.0)
+            if damping != 0.0:
+                amount = damping * (1.0 - summed(energies + expert * energy_tiles, energy_tiles, ROWS))
+                amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
+                result -= amount * tl.load(shifted + where, mask=here, other=0.0)
             tl.store(out + where, result, mask=here)
+
+
+class Shift(NamedTuple):
+    """What a product is shifted by: max(0, damping · (1 − energy_li)) · of_li.
+
+    Attributes:
+        squares: (L, N, tiles) float64, whose sums are the energies: of what :func:`multiply` gave.
+        damping: not 0.
+        of: rows as the result's.
+    """
+
+    squares: Tensor
+    damping: float
+    of: Tensor
 
 
 def residual_matmul(
@@ -198,7 +218,7 @@ def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool) 
         keys: (L,) int64.
     """
     precision = launch.fast_precision(launch.target_of(group.device), group.dtype)
-    return _launch(group, mixing, keys.to(group.device), k, transpose, precision, None, None)[0]
+    return _launch(group, mixing, keys.to(group.device, non_blocking=True), k, transpose, precision, None)[0]
 
 
 def multiply(
@@ -207,34 +227,25 @@ def multiply(
     rhs: Tensor,
     transpose: bool,
     precision: str,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch: (X_li rhs_liᵀ)ᵀ − shift_li · shifted_li as rows, and the sum of squares of each before the shift.
+    """One launch: (X_li rhs_liᵀ)ᵀ, shifted, as rows, and the sums of squares of its tiles before the shift.
 
     Args:
         mixing: (N, N), or (L, N, N) with one for each tensor.
         rhs: (L, N, k, n); (L, N, k, m) with ``transpose``.
-        shift: (L, N) in the compute dtype.
-        shifted: shaped as the result.
+        shift: what is subtracted.
 
     Returns:
-        (L, N, k, m) ((L, N, k, n) with ``transpose``) and (L, N) float64, both on the device.
+        (L, N, k, m) ((L, N, k, n) with ``transpose``) and (L, N, tiles) float64, both on the device.
     """
     wide = torch.promote_types(group.compute_dtype, rhs.dtype) == torch.float64
-    rhs = padded_rows(rhs.to(group.device, torch.float64 if wide else torch.float32))
-    return _launch(group, mixing, rhs, rhs.shape[2], transpose, precision, shift, shifted)
+    rhs = padded_rows(rhs.to(group.device, torch.float64 if wide else torch.float32, non_blocking=True))
+    return _launch(group, mixing, rhs, rhs.shape[2], transpose, precision, shift)
 
 
 def _launch(
-    group: Group,
-    mixing: Tensor,
-    rhs: Tensor,
-    k: int,
-    transpose: bool,
-    precision: str,
-    shift: Tensor | None,
-    shifted: Tensor | None,
+    group: Group, mixing: Tensor, rhs: Tensor, k: int, transpose: bool, precision: str, shift: Shift | None
 ) -> tuple[Tensor, Tensor]:
     signs = rhs.dtype == torch.int64
     dtype = group.compute_dtype if signs else rhs.dtype
@@ -243,33 +254,35 @@ def _launch(
     outer = n if transpose else m
     out = empty_rows((size, count, k), outer, dtype, group.device)
     if out.numel() == 0 or m * n == 0:
-        return out.zero_(), torch.zeros(size, count, dtype=torch.float64, device=group.device)
+        return out.zero_(), torch.zeros(size, count, 1, dtype=torch.float64, device=group.device)
     target = launch.target_of(group.device)
     aligned = group.aligned and vectors_fit(m)
     config = launch.residual_matmul(target, group.dtype, dtype, precision, aligned, count)
     operand = tl.bfloat16 if config.precision == "bf16" else ELEMENT_TYPES[dtype]
     tiles, column_tiles = -(-outer // config.rows), -(-k // config.columns)
-    if shift is None or shifted is None:
-        shift, shifted = torch.zeros(size, count, dtype=dtype, device=group.device), out
     squares = torch.empty(size, count, column_tiles * tiles, dtype=torch.float64, device=group.device)
-    blocks = -(-count // config.experts)
+    energies, damping, shifted = shift or Shift(squares, 0.0, out)
+    mixing = mixing.to(group.device, torch.float64, non_blocking=True).contiguous()
     launch.start(
         residual_matmul_kernel,
-        (tiles * blocks * column_tiles, size),
+        (tiles * -(-count // config.experts) * column_tiles, size),
         config,
         group.table,
-        mixing.to(group.device, dtype).expand(size, count, count).contiguous(),
+        mixing,
         rhs,
         out,
-        shift.contiguous(),
-        padded_rows(shifted),
         squares,
+        energies,
+        padded_rows(shifted),
+        damping,
         m,
         n,
         k,
         count,
+        0 if mixing.ndim == 2 else count * count,
         0 if signs else rhs.stride(-2),
         out.stride(-2),
+        energies.shape[-1],
         TYPE=ELEMENT_TYPES[group.dtype],
         COMPUTE=ELEMENT_TYPES[dtype],
         OPERAND=operand,
@@ -285,4 +298,4 @@ def _launch(
         INNER=config.inner,
         COLUMNS=config.columns,
     )
-    return out, sum_tiles(squares)
+    return out, squares

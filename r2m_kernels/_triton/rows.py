@@ -16,6 +16,7 @@ from torch import Tensor
 from .._interface import RowGrams
 from . import launch
 from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
+from .sums import sum_tiles
 from .task_gram import BLOCK_OF_EXPERTS
 
 ROWS = 4  # of a program: what its sums take in registers
@@ -25,6 +26,7 @@ ROWS = 4  # of a program: what its sums take in registers
 def row_grams_kernel(
     table,
     out,
+    squares,
     m,
     n,
     count,
@@ -35,7 +37,7 @@ def row_grams_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out[l, pair, row] = Σ over the row of τ_i τ_j, of a block of four experts and another; in float64."""
+    """out[l, pair, row] = Σ over the row of τ_i τ_j, of a block of four experts and another; squares[l, row] of θ₀²."""
     VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
     tensor = tl.program_id(1).to(tl.int64)
     tile, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
@@ -55,6 +57,7 @@ def row_grams_kernel(
             rights += (tensor_at(slots + 1 + other * 4 + a, other * 4 + a < count, TYPE, ALIGNED),)
         for _ in tl.static_range(a + 1 if DIAGONAL else 4):
             sums += (tl.zeros((ROWS, COLUMNS // VECTOR), tl.float64),)
+    square = tl.zeros((ROWS, COLUMNS // 8), tl.float64)  # of eight: registers are short where inputs are float64
     for start in range(0, n, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
@@ -76,6 +79,7 @@ def row_grams_kernel(
                 product = tl.sum(tl.reshape(product, (ROWS, COLUMNS // VECTOR, VECTOR)), axis=2)
                 added += (sums[a * (a + 1) // 2 + b if DIAGONAL else 4 * a + b] + product,)
         sums = added
+        square += tl.sum(tl.reshape(theta * theta, (ROWS, COLUMNS // 8, 8)), axis=2)
     of_tensor = out + tensor * (count * (count + 1) // 2) * m
     for a in tl.static_range(4):
         for b in tl.static_range(a + 1 if DIAGONAL else 4):
@@ -83,6 +87,7 @@ def row_grams_kernel(
             total = tl.sum(sums[a * (a + 1) // 2 + b if DIAGONAL else 4 * a + b], axis=1)
             where = of_tensor + (i * (i + 1) // 2 + j).to(tl.int64) * m + rows
             tl.store(where, total, mask=rows < tl.where((i < count) & (j <= i), m, 0))
+    tl.store(squares + tensor * m + rows, tl.sum(square, axis=1), mask=rows < tl.where(pair == 0, m, 0))
 
 
 @triton.jit(do_not_specialize=["m", "count"])
@@ -135,19 +140,21 @@ def row_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> R
     count, m = len(experts), bases[0].shape[0]
     n = bases[0].numel() // max(1, m)
     group = Group(bases, experts, n)
-    out = torch.empty(len(bases), count * (count + 1) // 2, m, dtype=torch.float64, device=group.device)
-    squares = torch.stack([torch.linalg.vector_norm(base, dtype=torch.float64).square() for base in bases])
+    size, all_pairs = len(bases), count * (count + 1) // 2
+    out = torch.empty(size * (all_pairs + 1), m, dtype=torch.float64, device=group.device)
+    rows = out[:-size].view(size, all_pairs, m)
     if m * n == 0:
-        return RowGrams(out.zero_(), squares)
+        return RowGrams(rows.zero_(), out.new_zeros(size))
     config = launch.task_gram(launch.target_of(group.device), group.dtype, count, group.aligned)
     blocks = -(-count // BLOCK_OF_EXPERTS)
     pairs = blocks * (blocks + 1) // 2
     launch.start(
         row_grams_kernel,
-        (-(-m // ROWS) * pairs, len(bases)),
+        (-(-m // ROWS) * pairs, size),
         config,
         group.table,
-        out,
+        rows,
+        out[-size:],
         m,
         n,
         count,
@@ -158,7 +165,8 @@ def row_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> R
         ROWS=ROWS,
         COLUMNS=config.block // ROWS,
     )
-    return RowGrams(out, squares)
+    sums, base = torch.split(sum_tiles(out), [size * all_pairs, size])
+    return RowGrams(rows, base, sums.view(size, all_pairs))
 
 
 def row_coefficients(

@@ -30,6 +30,7 @@ PANEL = 2**28
 def task_gram_kernel(
     table,
     partial,
+    squares,
     elements: tl.int64,
     count,
     chunks,
@@ -40,7 +41,10 @@ def task_gram_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partial[l, pair, a, b, chunk] = Σ over the chunk of τ_(4·block + a) τ_(4·block' + b)."""
+    """partial[l, i, j, chunk] = Σ over the chunk of τ_li τ_lj, and squares[l, chunk] of θ₀².
+
+    A program has a block of four experts and another; with DIAGONAL there is only one, N ≤ 4.
+    """
     VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
     tensor = tl.program_id(1).to(tl.int64)
     chunk, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
@@ -62,6 +66,7 @@ def task_gram_kernel(
             rights += (tensor_at(slots + 1 + j, j < count, TYPE, ALIGNED),)
         for _ in tl.static_range(a + 1 if DIAGONAL else 4):
             sums += (tl.zeros((BLOCK // VECTOR,), tl.float64),)
+    square = tl.zeros((BLOCK // VECTOR,), tl.float64)
     start = chunk.to(tl.int64) * (STEPS * BLOCK)
     for step in range(STEPS):
         offsets = start + step * BLOCK + tl.arange(0, BLOCK)
@@ -84,13 +89,18 @@ def task_gram_kernel(
                 product = tl.sum(tl.reshape(product, (BLOCK // VECTOR, VECTOR)), axis=1)
                 added += (sums[a * (a + 1) // 2 + b if DIAGONAL else 4 * a + b] + product,)
         sums = added
-    out = partial + (tensor * pairs + pair) * 16 * chunks + chunk
+        square += tl.sum(tl.reshape(theta * theta, (BLOCK // VECTOR, VECTOR)), axis=1)
+    out = partial + tensor * count * count * chunks + chunk
     for a in tl.static_range(4):
         for b in tl.static_range(a + 1 if DIAGONAL else 4):
+            i, j = row * 4 + a, column * 4 + b
             total = tl.sum(sums[a * (a + 1) // 2 + b if DIAGONAL else 4 * a + b])
-            tl.store(out + (4 * a + b) * chunks, total)
-            if DIAGONAL and a != b:
-                tl.store(out + (4 * b + a) * chunks, total)
+            if (i < count) & (j <= i):
+                tl.store(out + (i * count + j) * chunks, total)
+                if j < i:
+                    tl.store(out + (j * count + i) * chunks, total)
+    if pair == 0:
+        tl.store(squares + tensor * chunks + chunk, tl.sum(square))
 
 
 def gram_panel_elements(precise: bool) -> int:
@@ -105,44 +115,43 @@ def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], prec
     for index, base in enumerate(bases):
         dtypes = tuple(tensor.dtype for tensor in (base, *(expert[index] for expert in experts)))
         alike.setdefault((base.numel(), dtypes), []).append(index)
-    result = torch.zeros(len(bases), count, count, dtype=torch.float64, device=bases[0].device)
+    found = []
     for (elements, _), indices in alike.items():
         group_bases, group_experts = [bases[i] for i in indices], [[expert[i] for i in indices] for expert in experts]
-        total = _panel_grams(group_bases, group_experts, slice(0, min(elements, PANEL)))
+        total = _panel_sums(group_bases, group_experts, slice(0, min(elements, PANEL)))
         for start in range(PANEL, elements, PANEL):
-            total += _panel_grams(group_bases, group_experts, slice(start, start + PANEL))
-        if len(alike) == 1:
-            result = total
-        else:
-            result[indices] = total
-    squares = [torch.linalg.vector_norm(base, dtype=torch.float64).square() for base in bases]
-    return Grams(result, torch.stack(squares))
+            total += _panel_sums(group_bases, group_experts, slice(start, start + PANEL))
+        tasks, base = torch.split(total, [len(indices) * count**2, len(indices)])
+        found.append(Grams(tasks.view(-1, count, count), base))
+    if len(found) == 1:
+        return found[0]
+    places = [place for indices in alike.values() for place in indices]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return Grams(*(torch.cat(of_all)[order] for of_all in zip(*found, strict=True)))
 
 
-def _panel_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], panel: slice) -> Tensor:
+def _panel_sums(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], panel: slice) -> Tensor:
+    """Of a run of elements: L · N² times ⟨τ_li, τ_lj⟩, then L times ‖θ₀‖², float64."""
     elements = min(bases[0].numel(), panel.stop) - panel.start
+    sums = len(bases) * (len(experts) ** 2 + 1)
     if elements == 0:
-        return torch.zeros(len(bases), len(experts), len(experts), dtype=torch.float64, device=bases[0].device)
+        return torch.zeros(sums, dtype=torch.float64, device=bases[0].device)
     if elements < bases[0].numel():
         bases = [tensor.reshape(-1)[panel] for tensor in bases]
         experts = [[tensor.reshape(-1)[panel] for tensor in expert] for expert in experts]
-    return _grams(Group(bases, experts, elements), elements, len(experts))
-
-
-def _grams(group: Group, elements: int, count: int) -> Tensor:
-    size, device = len(group.bases), group.device
-    config = launch.task_gram(launch.target_of(device), group.dtype, count, group.aligned)
+    group, count = Group(bases, experts, elements), len(experts)
+    config = launch.task_gram(launch.target_of(group.device), group.dtype, count, group.aligned)
     chunks = -(-elements // (config.steps * config.block))
     blocks = -(-count // BLOCK_OF_EXPERTS)
     pairs = blocks * (blocks + 1) // 2
-    # Entries above the diagonal of a block of its own are mirrored by the kernel; those of absent experts are zeros.
-    partial = torch.empty(size, pairs, 4, 4, chunks, dtype=torch.float64, device=device)
+    partial = torch.empty(sums, chunks, dtype=torch.float64, device=group.device)
     launch.start(
         task_gram_kernel,
-        (chunks * pairs, size),
+        (chunks * pairs, len(bases)),
         config,
         group.table,
-        partial,
+        partial[: -len(bases)].view(len(bases), count, count, chunks),
+        partial[-len(bases) :],
         elements,
         count,
         chunks,
@@ -153,11 +162,4 @@ def _grams(group: Group, elements: int, count: int) -> Tensor:
         STEPS=config.steps,
         BLOCK=config.block,
     )
-    total = sum_tiles(partial)
-    grams = torch.empty(size, 4 * blocks, 4 * blocks, dtype=torch.float64, device=device)
-    triangle = [(row, column) for row in range(blocks) for column in range(row + 1)]
-    for pair, (row, column) in enumerate(triangle):
-        rows, columns = slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
-        grams[:, rows, columns] = total[:, pair]
-        grams[:, columns, rows] = total[:, pair].transpose(1, 2)
-    return grams[:, :count, :count]
+    return sum_tiles(partial)

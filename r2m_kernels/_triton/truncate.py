@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .._interface import Effort, ShiftedFactors
 from . import launch
+from .addresses import on_device
 from .orthonormalize import inner_products, orthonormal_rows
-from .residual_matmul import matrix_group, multiply, sketch
+from .residual_matmul import Shift, matrix_group, multiply, sketch
+from .sums import summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
@@ -30,6 +34,44 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 STEEP = 4e-3
 # Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
 SLOWEST = 0.95
+
+
+@triton.jit(do_not_specialize=["count", "tiles"])
+def judge_kernel(
+    products,
+    energies,
+    before,
+    last,
+    trusted,
+    gap,
+    count,
+    tiles,
+    STEEP: tl.constexpr,
+    SLOWEST: tl.constexpr,
+    KNOWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """trusted[l, i] and gap[l, i], see :class:`r2m_kernels._interface.ShiftedFactors`, of each residual.
+
+    products (L, N, N) of the factors and energies (L, N) of the residuals; before and last: sums of squares of tiles,
+    (L, N, tiles), as shares of the energies, of the products of the last two steps (KNOWN: there were two).
+    """
+    residual = tl.program_id(0).to(tl.int64)
+    energy, expert = tl.load(energies + residual), residual % count
+    kept = tl.load(products + residual * count + expert)
+    beyond = tl.where(energy - kept >= STEEP * energy, 1, 0)  # a NaN is not
+    tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
+    left_to_gain = energy * float("nan")
+    if KNOWN:
+        # What further steps would add: the last three energies continued as a geometric series (Aitken).
+        first = energy * summed(before + residual * tiles, tiles, BLOCK)
+        second = energy * summed(last + residual * tiles, tiles, BLOCK)
+        former, growth = second - first, kept - second
+        growth = tl.where(growth < 0.0, 0.0, growth)
+        ratio = growth / tl.where(former < 1e-300, 1e-300, former)
+        ratio = tl.where(ratio > SLOWEST, SLOWEST, ratio)
+        left_to_gain = growth * ratio / (1.0 - ratio)
+    tl.store(gap + residual, left_to_gain)
 
 
 def truncation_width(rank: int, oversampling: int) -> int:
@@ -56,36 +98,49 @@ def shifted_truncation(
     outside = min(m, n) - rank
     # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
     scales = torch.where(energies > SMALLEST_ENERGY, energies, torch.inf).rsqrt()
-    unit = (mixing.to(scales) * scales.unsqueeze(1)).to(group.device)  # (L, N, N), columns are experts
-    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall))
+    unit = mixing.to(scales) * scales.unsqueeze(1)  # (L, N, N), columns are experts
+    mixing, unit, energies, keys = on_device([mixing.to(scales), unit, energies, keys], group.device)
+    steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
+    # Only the span of a basis matters to what follows it, but for the last one.
+    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), passes=1 if steps else 2)
     kept: list[Tensor] = []
-    for _ in range(effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)):
-        product, energy = multiply(group, unit, basis, not tall, fast)
-        kept.append(energy)
-        shift = (SHIFT / max(1, outside) * (1.0 - energy)).clamp_min(0).to(basis.dtype)
-        basis, _ = multiply(group, unit, product, tall, fast, shift, basis)
-        basis = _orthonormal(basis)
+    for step in range(steps):
+        product, squares = multiply(group, unit, basis, not tall, fast)
+        kept.append(squares)
+        basis, _ = multiply(group, unit, product, tall, fast, Shift(squares, SHIFT / outside, basis))
+        basis = _orthonormal(basis, passes=1 if step + 1 < steps else 2)
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)
     products = inner_products(left, right)
-    energies = energies.to(products.device, non_blocking=True)
-    final = products.diagonal(dim1=1, dim2=2)
-    trusted = ~((energies > 0) & ~(energies - final >= STEEP * energies))  # NaN is not
-    gap = _left_to_gain([*(energies * one for one in kept[-2:]), final])
-    return ShiftedFactors(left.transpose(-1, -2), right, products, trusted, gap)
+    return ShiftedFactors(left.transpose(-1, -2), right, products, *_judged(products, energies, kept))
 
 
-def _left_to_gain(kept: list[Tensor]) -> Tensor:
-    """What further steps would add to the kept energy: the last three continued as a geometric series (Aitken)."""
-    if len(kept) < 3:
-        return torch.full_like(kept[-1], torch.nan)
-    before, last = kept[1] - kept[0], (kept[2] - kept[1]).clamp_min(0)
-    ratio = (last / before.clamp_min(torch.finfo(before.dtype).tiny)).clamp(0, SLOWEST)
-    return last * ratio / (1 - ratio)
+def _judged(products: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether truncations can be relied on, and their gaps: (L, N) both."""
+    before, last = kept[-2:] if len(kept) > 1 else (energies, energies)
+    trusted, gap, config = torch.empty_like(energies, dtype=torch.int8), torch.empty_like(energies), launch.sums()
+    launch.start(
+        judge_kernel,
+        (energies.numel(),),
+        config,
+        products,
+        energies,
+        before,
+        last,
+        trusted,
+        gap,
+        energies.shape[1],
+        last.shape[-1],
+        STEEP=STEEP,
+        SLOWEST=SLOWEST,
+        KNOWN=len(kept) > 1,
+        BLOCK=config.block,
+    )
+    return trusted.view(torch.bool), gap
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
+def _orthonormal(rows: Tensor, passes: int) -> Tensor:
     """Each (k, length) block of (L, N, k, length)."""
     size, count = rows.shape[:2]
-    basis = orthonormal_rows(rows.flatten(0, 1))
+    basis = orthonormal_rows(rows.flatten(0, 1), passes)
     return basis.view(size, count, *basis.shape[1:])

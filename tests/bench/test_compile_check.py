@@ -39,7 +39,8 @@ def choosable(target):
     for aligned in (True, False):
         found.add(("combine_vector_kernel", launch.combine_vector(target, aligned)))
         found.add(("combine_rows_kernel", launch.combine_vector(target, aligned)))
-        found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
+        for kernel in ("vectors_gram_kernel", "factor_products_kernel"):
+            found.add((kernel, launch.vectors_gram(target, aligned)))
         for compute in (torch.float32, torch.float64):
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
             found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
@@ -51,6 +52,7 @@ def choosable(target):
                 for precision in ("bf16", "tf32", "tf32x3", "ieee"):
                     config = launch.residual_matmul(target, dtype, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
+    found.add(("inverse_factor_kernel", launch.inverse_factor()))
     return found | {("sum_tiles_kernel", launch.sums()), ("row_coefficients_kernel", launch.sums())}
 
 

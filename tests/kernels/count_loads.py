@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from r2m_kernels import _triton
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.orthonormalize import inner_products
-from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -131,9 +131,10 @@ def counted(case):
         elif operator == "sketch":
             sketch(matrix_group(bases, experts), mixing, torch.arange(size), k, transpose)
         elif operator == "multiply":
-            shift = (torch.ones(size, count), random(size, count, k, outer)) if case["shifted"] else (None, None)
+            energies = torch.zeros(size, count, 1, dtype=torch.float64)
+            shift = Shift(energies, 1.0, random(size, count, k, outer)) if case["shifted"] else None
             rhs = random(size, count, k, inner)
-            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], *shift)
+            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], shift)
         elif operator == "combine":
             core = torch.ones(count, dtype=torch.float64)
             core[: case["unread"]] = 0.0

@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
 from r2m_kernels._triton import launch
-from r2m_kernels._triton.residual_matmul import matrix_group, multiply, sketch
+from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
 
 COUNTS = [1, 3, 8, 13]  # of four that a kernel takes at once; twice as many; and a part of the fourth four
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -193,12 +193,13 @@ def test_the_shift_is_subtracted_and_the_energy_is_from_before(transpose):
     x = x.mT if transpose else x
     generator = torch.Generator().manual_seed(1)
     rhs, shifted = (torch.randn(2, 3, 9, size, generator=generator) for size in (x.shape[3], x.shape[2]))
-    shift = torch.tensor([[0.0, 1.5, -2.0], [3.0, 0.0, 0.1]])
+    energies = torch.tensor([[1.0, 0.5, 1.5], [0.0, 0.75, 0.9]], dtype=torch.float64)
+    parts = torch.stack([energies / 4] * 4, dim=2)  # as many tiles
     group = matrix_group(bases, experts)
-    rows, energy = multiply(group, mixing_of(3), rhs, transpose, "tf32x3", shift, shifted)
-    product = rhs.double() @ x.mT
-    assert torch.allclose(rows.double(), product - shift.double()[..., None, None] * shifted, rtol=0, atol=1e-4)
-    assert torch.allclose(energy, product.square().sum((2, 3)), rtol=1e-5)
+    rows, squares = multiply(group, mixing_of(3), rhs, transpose, "tf32x3", Shift(parts, 3.0, shifted))
+    product, shift = rhs.double() @ x.mT, (3.0 * (1.0 - energies)).clamp_min(0)
+    assert torch.allclose(rows.double(), product - shift[..., None, None] * shifted, rtol=0, atol=1e-4)
+    assert torch.allclose(squares.sum(2), product.square().sum((2, 3)), rtol=1e-5)
 
 
 def test_the_sketch_is_the_residual_times_random_signs():

@@ -1,0 +1,100 @@
+"""What a merge makes the host do on the Triton path is held to bars; what counts it computes, and refuses, as a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import host_cost
+from bench.host_cost import JOBS, NARROW, SKETCHED, counted, vit
+from bench.pretended_gpu import CUDA, DeviceTensor, host, pretended_gpu
+from r2m_kernels._triton import launch, sums
+
+# Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written.
+BARS = {
+    "ViT-L default": (6, 160, 400),
+    "ViT-L rows": (3, 30, 40),
+    "ViT-L average": (3, 30, 40),
+    "ViT-B default": (6, 160, 400),
+}
+
+
+def held_to(bars, job):
+    """Whether the counts of a job are within its bars, and its result within its bound."""
+    counts, error = counted(job)
+    reached = tuple(counts.kinds[kind] for kind in ("waits", "triton_launches", "aten_kernels"))
+    assert all(count <= bar for count, bar in zip(reached, bars, strict=True)), (reached, counts.lines)
+    assert error <= job.bound
+    return reached
+
+
+def test_a_merge_by_rows_costs_as_much_with_any_number_of_blocks():
+    job = JOBS["ViT-L rows"]
+    one, two = (held_to(BARS["ViT-L rows"], replace(job, shapes=vit(blocks, NARROW))) for blocks in (1, 2))
+    assert one == two
+
+
+def test_the_default_on_the_matrices_of_half_a_block():
+    shapes = {name: shape for name, shape in vit(1, SKETCHED).items() if name.split(".")[-2] in ("q_proj", "fc1")}
+    job = replace(JOBS["ViT-L default"], shapes=shapes)
+    # Two groups of matrices and two of vectors, of the six and two of the whole model.
+    waits, launches, kernels = BARS["ViT-L default"]
+    held_to((waits, launches * 4 // 8, kernels * 4 // 8), job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BARS)
+def test_whole_models(name):
+    held_to(BARS[name], JOBS[name])
+
+
+@pytest.mark.slow
+def test_every_job_is_counted_and_right(tmp_path, monkeypatch):
+    chosen = [name for name in JOBS if name not in BARS]
+    arguments = [argument for name in chosen for argument in ("--job", name)]
+    monkeypatch.setattr("sys.argv", ["bench.host_cost", "--json", str(tmp_path / "host.json"), *arguments])
+    assert host_cost.main() == 0
+    content = json.loads((tmp_path / "host.json").read_text())
+    assert [row["job"] for row in content["jobs"]] == chosen
+
+
+def kinds(call):
+    """What is counted of a call, without what is not."""
+    with pretended_gpu() as counts:
+        call()
+    return {kind: count for kind, count in counts.kinds.items() if count}
+
+
+def test_calls_are_counted_by_what_they_make_the_host_do():
+    numbers, there = torch.arange(6.0), DeviceTensor(torch.arange(6.0))
+    assert kinds(lambda: there + 1) == {"aten_kernels": 1, "allocations": 1}
+    assert kinds(lambda: there[2:].view(2, 2)) == {"views": 2}
+    assert kinds(lambda: there.to("cuda:0")) == {}
+    assert kinds(lambda: torch.empty(3, device=CUDA)) == {"allocations": 1}
+    assert kinds(lambda: numbers.to(CUDA)) == {"waits": 1, "allocations": 1}
+    assert kinds(lambda: numbers.to(CUDA, non_blocking=True)) == {"async_copies": 1, "allocations": 1}
+    assert kinds(there.cpu) == {"waits": 1}
+    assert kinds(lambda: float(there[0])) == {"waits": 1, "views": 1}
+    assert kinds(lambda: there[there > 2]) == {"waits": 1, "aten_kernels": 2, "allocations": 2}
+    assert kinds(lambda: numbers + 1) == {"cpu_ops": 1}
+
+
+def test_results_are_those_of_real_memory():
+    there = DeviceTensor(torch.arange(6.0))
+    with pretended_gpu():
+        there.view(2, 3)[1].mul_(2)
+        total = sums.sum_tiles(there.double().view(2, 3))
+    assert there.device == CUDA == total.device
+    assert host(there).tolist() == [0, 1, 2, 6, 8, 10]
+    assert host(total).tolist() == [3, 24]
+
+
+def test_what_a_gpu_refuses_is_refused():
+    there = DeviceTensor(torch.ones(2))
+    with pytest.raises(RuntimeError, match="expected all tensors on the GPU"), pretended_gpu():
+        there + torch.ones(2)
+    with pytest.raises(RuntimeError, match="expected tensors of the GPU, got one of the host"), pretended_gpu():
+        launch.start(sums.sum_tiles_kernel, (1,), launch.sums(), torch.ones(2), there, 1, BLOCK=32)
