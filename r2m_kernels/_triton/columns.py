@@ -50,8 +50,8 @@ def column_squares_kernel(
     base = tensor_at(table + tensor * (count + 1), True, TYPE, ALIGNED)
     other = tensor_at(table + tensor * (count + 1) + 1 + j, True, OTHER, ALIGNED)
     sums = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for start in range(run * RUN, tl.minimum(m, (run + 1) * RUN), ROWS):
-        rows = start + tl.arange(0, ROWS)
+    for step in range(RUN // ROWS):
+        rows = run * RUN + step * ROWS + tl.arange(0, ROWS)
         offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
         inside = (rows < m)[:, None] & (columns < n)[None, :]
         theta = tl.load(base + offsets, mask=inside, other=0.0).to(COMPUTE)
