@@ -21,6 +21,7 @@ from bench.markdown import render, update
 from bench.quality import settings, tables
 from bench.quality.groups import GROUPS
 from bench.quality.tables import against, cells, difference, differences, reported, runs_of, short
+from r2m_kernels import MergeConfig
 
 RESULT, PAGE = RESULTS / "quality.json", ROOT / "docs" / "quality.md"
 Content = Mapping[str, Any]
@@ -59,9 +60,12 @@ def text(content: Content) -> str:
     runs = runs_of(content, reported(content))
     parts = {name: runs_of(content, reported(content), name) for name in ("cnn", "vit")}
     rows = tables.rows_of(content, ideas=False)
+    today = MergeConfig.r2m().to_dict()
+    former = [f"`{name}={value!r}`" for name, value in content["default"].items() if today.get(name) != value]
     return render(
         Path(__file__).with_name("page.md.j2"),
         content=content,
+        former=former,
         titles=_titles,
         short=short,
         tolerated=TOLERATED,
