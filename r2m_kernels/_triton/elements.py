@@ -189,7 +189,7 @@ def count_magnitudes_kernel(
         bits = tl.abs(tau).to(tl.float32).to(tl.int32, bitcast=True)
         bucket, counted = bits >> 16, inside
         if LOWER:
-            bucket, counted = bits & 0xFFFF, inside & (bucket == tl.load(upper + j))
+            bucket, counted = bits & 0xFFFF, inside & (bucket == tl.load(upper + j).to(tl.int32))
         tl.atomic_add(counts + j * 65536 + bucket, tl.full((BLOCK,), 1, tl.int64), mask=counted, sem="relaxed")
 
 
