@@ -54,7 +54,7 @@ def random_signs(key, rows, columns):
     return 1.0 - 2.0 * (bits >> 31).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["m", "n", "k", "count", "mixing_stride", "rhs_stride", "out_stride", "energy_tiles"])
+@triton.jit(do_not_specialize=["m", "n", "k", "count", "rhs_stride", "out_stride", "energy_tiles"])
 def residual_matmul_kernel(
     table,
     mixing,
@@ -68,7 +68,6 @@ def residual_matmul_kernel(
     n,
     k,
     count,
-    mixing_stride,
     rhs_stride,
     out_stride,
     energy_tiles,
@@ -88,7 +87,7 @@ def residual_matmul_kernel(
 ):
     """out[l, i] = (X_li rhs[l, i]ᵀ − shift_li · shifted[l, i]ᵀ)ᵀ for a block of experts i; X_liᵀ with TRANSPOSE.
 
-    table (L, N + 1), mixing (N, N) for each tensor, rhs (L, N, k, inner), out and shifted (L, N, k, outer);
+    table (L, N + 1), mixing (L, N, N), rhs (L, N, k, inner), out and shifted (L, N, k, outer);
     squares[l, i, column tile, row tile] = sum of the squares of the tile before the shift, float64;
     shift_li = damping · (1 − Σ energies[l, i]), 0 where that is negative, energies (L, N, energy_tiles).
     INPUTS > 0 unrolls the loop over inputs (N ≤ INPUTS), so that all their loads are in flight at once.
@@ -106,14 +105,14 @@ def residual_matmul_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
 
-    slots, mixing = table + tensor * (count + 1), mixing + tensor * mixing_stride
+    slots, mixing = table + tensor * (count + 1), mixing + tensor * count * count
     base = tensor_at(slots, True, TYPE, ALIGNED)
     inputs, weights, sums = (), (), ()
     for j in tl.static_range(INPUTS):
         inputs += (tensor_at(slots + 1 + j, j < count, TYPE, ALIGNED),)
         for i in tl.static_range(EXPERTS):
             known = (j < count) & (first + i < count)
-            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0).to(COMPUTE),)
+            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0),)
     for _ in tl.static_range(EXPERTS):
         sums += (tl.zeros((ROWS, COLUMNS), COMPUTE),)
 
@@ -144,7 +143,7 @@ def residual_matmul_kernel(
                 mixed = ()
                 for i in tl.static_range(EXPERTS):
                     weight = tl.load(mixing + j * count + first + i, mask=first + i < count, other=0.0)
-                    mixed += (residuals[i] + weight.to(COMPUTE) * tau,)
+                    mixed += (residuals[i] + weight * tau,)
                 residuals = mixed
         products = ()
         for i in tl.static_range(EXPERTS):
@@ -171,7 +170,7 @@ def residual_matmul_kernel(
             where = (expert * k + columns[None, :]) * out_stride + rows[:, None]
             here = (rows < outer)[:, None] & (columns < k)[None, :]
             if damping != 0.0:
-                amount = damping * (1.0 - summed(energies + expert * energy_tiles, energy_tiles, ROWS))
+                amount = damping * (1.0 - summed(energies + expert * energy_tiles, energy_tiles, 32))
                 amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
                 result -= amount * tl.load(shifted + where, mask=here, other=0.0)
             tl.store(out + where, result, mask=here)
@@ -262,7 +261,7 @@ def _launch(
     tiles, column_tiles = -(-outer // config.rows), -(-k // config.columns)
     squares = torch.empty(size, count, column_tiles * tiles, dtype=torch.float64, device=group.device)
     energies, damping, shifted = shift or Shift(squares, 0.0, out)
-    mixing = mixing.to(group.device, torch.float64, non_blocking=True).contiguous()
+    mixing = mixing.to(group.device, dtype, non_blocking=True).expand(size, count, count).contiguous()
     launch.start(
         residual_matmul_kernel,
         (tiles * -(-count // config.experts) * column_tiles, size),
@@ -279,7 +278,6 @@ def _launch(
         n,
         k,
         count,
-        0 if mixing.ndim == 2 else count * count,
         0 if signs else rhs.stride(-2),
         out.stride(-2),
         energies.shape[-1],

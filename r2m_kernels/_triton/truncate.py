@@ -99,7 +99,9 @@ def shifted_truncation(
     # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
     scales = torch.where(energies > SMALLEST_ENERGY, energies, torch.inf).rsqrt()
     unit = mixing.to(scales) * scales.unsqueeze(1)  # (L, N, N), columns are experts
-    mixing, unit, energies, keys = on_device([mixing.to(scales), unit, energies, keys], group.device)
+    numbers = [mixing.to(unit).expand_as(unit), unit, energies, keys]
+    mixing, unit, energies, keys = on_device(numbers, group.device)
+    mixing, unit = mixing.to(group.compute_dtype), unit.to(group.compute_dtype)
     steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
     # Only the span of a basis matters to what follows it, but for the last one.
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), passes=1 if steps else 2)
