@@ -123,20 +123,23 @@ def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, 
             rows = i * SIDE + places
             inside = (rows < k)[:, None] & (pivots < k)[None, :]
             factor = -tl.load(gram + rows[:, None] * k + pivots[None, :], mask=inside, other=0.0)
-            for p in range(i + 1):
+            # Two loops and no pointer that is one or the other: Triton 3.6.0 cannot compile that for AMD.
+            for p in range(j + 1):  # out_ip −= L_ij out_jp
                 columns = p * SIDE + places
                 inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
-                if p <= j:  # out_ip −= L_ij out_jp
-                    at = pivots[:, None] * k + columns[None, :]
-                    of_pivots = tl.load(out + at, mask=(pivots < k)[:, None] & (columns < k)[None, :], other=0.0)
-                    target = out
-                else:  # gram_ip −= L_ij L_pjᵀ
-                    at = columns[None, :] * k + pivots[:, None]
-                    of_pivots = tl.load(gram + at, mask=(pivots < k)[:, None] & (columns < k)[None, :], other=0.0)
-                    target = gram
-                rest = tl.load(target + where, mask=inside, other=0.0)
+                at, there = pivots[:, None] * k + columns[None, :], (pivots < k)[:, None] & (columns < k)[None, :]
+                rest = tl.load(out + where, mask=inside, other=0.0)
+                of_pivots = tl.load(out + at, mask=there, other=0.0)
                 rest = tl.dot(factor, of_pivots, rest, input_precision="ieee", out_dtype=tl.float64)
-                tl.store(target + where, rest, mask=inside)
+                tl.store(out + where, rest, mask=inside)
+            for p in range(j + 1, i + 1):  # gram_ip −= L_ij L_pjᵀ
+                columns = p * SIDE + places
+                inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
+                at, there = columns[None, :] * k + pivots[:, None], (pivots < k)[:, None] & (columns < k)[None, :]
+                rest = tl.load(gram + where, mask=inside, other=0.0)
+                of_pivots = tl.load(gram + at, mask=there, other=0.0)
+                rest = tl.dot(factor, of_pivots, rest, input_precision="ieee", out_dtype=tl.float64)
+                tl.store(gram + where, rest, mask=inside)
         tl.debug_barrier()
 
 
