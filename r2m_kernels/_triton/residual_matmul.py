@@ -78,6 +78,7 @@ def residual_matmul_kernel(
     PRECISION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     SIGNS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     INPUTS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -169,7 +170,7 @@ def residual_matmul_kernel(
             tl.store(squares + slot, tl.sum(tl.sum(result * result, axis=1).to(tl.float64)))
             where = (expert * k + columns[None, :]) * out_stride + rows[:, None]
             here = (rows < outer)[:, None] & (columns < k)[None, :]
-            if damping != 0.0:
+            if SHIFTED:
                 amount = damping * (1.0 - summed(energies + expert * energy_tiles, energy_tiles, 32))
                 amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
                 result -= amount * tl.load(shifted + where, mask=here, other=0.0)
@@ -289,6 +290,7 @@ def _launch(
         PRECISION=config.input_precision,
         TRANSPOSE=transpose,
         SIGNS=signs,
+        SHIFTED=shift is not None,
         ALIGNED=config.aligned,
         INPUTS=config.inputs,
         EXPERTS=config.experts,
