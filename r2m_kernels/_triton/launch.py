@@ -192,6 +192,11 @@ def vectors_gram(target: str, aligned: bool) -> MatmulConfig:
     return MatmulConfig("ieee", aligned, **tiles("vectors_gram", target, "float64"))
 
 
+def factor_products(target: str, aligned: bool) -> MatmulConfig:
+    """As :func:`vectors_gram`; with wide loads Triton 3.6.0 spills on sm_100."""
+    return vectors_gram(target, aligned and target != "sm_100")
+
+
 def inverse_factor() -> VectorConfig:
     """Blocks of ``block`` rows and columns: a matrix lies in the L2 cache, and there are as many as programs."""
     return VectorConfig(False, block=32, warps=4, stages=1)

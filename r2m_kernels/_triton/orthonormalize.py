@@ -256,9 +256,7 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over (left_i left_jᵀ) ∘ (right_i right_jᵀ), for rows (L, N, r, m) and (L, N, r, n): (L, N, N) float64."""
     (size, count, rank, m), n = left.shape, right.shape[-1]
     left, right = padded_rows(left), padded_rows(right)
-    target = launch.target_of(left.device)
-    # With wide loads Triton 3.6.0 spills on sm_100.
-    config = launch.vectors_gram(target, vectors_fit(m) and vectors_fit(n) and target != "sm_100")
+    config = launch.factor_products(launch.target_of(left.device), vectors_fit(m) and vectors_fit(n))
     tiles = -(-rank // config.rows)
     partial = torch.empty(size, count, count, tiles * tiles, dtype=torch.float64, device=left.device)
     launch.start(

@@ -39,8 +39,8 @@ def choosable(target):
     for aligned in (True, False):
         found.add(("combine_vector_kernel", launch.combine_vector(target, aligned)))
         found.add(("combine_rows_kernel", launch.combine_vector(target, aligned)))
-        for kernel in ("vectors_gram_kernel", "factor_products_kernel"):
-            found.add((kernel, launch.vectors_gram(target, aligned)))
+        found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
+        found.add(("factor_products_kernel", launch.factor_products(target, aligned)))
         for compute in (torch.float32, torch.float64):
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
             found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
