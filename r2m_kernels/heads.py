@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ._stream.tensors import TensorSpec
+
 # A part of a name that is a classifier's wherever it stands, but for a conv_head and a language model's.
 _STRONG = re.compile(
     r"heads?|(?!conv_|lm_)\w+_heads?|heads?_\w+|(\w+_)?classif(ier)?(_\w+)?|(last|final)_(linear|layer|fc)|to_logits"
@@ -31,6 +33,11 @@ class _Layer(NamedTuple):
     outputs: int
     inputs: int
     word: int | None  # place of the classifier's word in the path
+
+
+def classifier(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """:func:`head_names` of a checkpoint, whose integers are no layers."""
+    return head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
 
 
 def head_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -61,8 +61,10 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
 
 
 def _quantised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | None:
+    if tensors[name].dtype.is_floating_point or len(tensors[name].shape) < 2:
+        return None
     packed = next((ending for ending in _PACKED if name == ending or name.endswith("." + ending)), None)
-    if packed is None or tensors[name].dtype.is_floating_point or len(tensors[name].shape) < 2:
+    if packed is None:
         return None
     module = name.removesuffix(packed)
     beside = next(

@@ -16,8 +16,8 @@ from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput, quoted
-from r2m_kernels.heads import head_names
-from r2m_kernels.streaming import TensorSpec, plan_tensors
+from r2m_kernels.heads import classifier
+from r2m_kernels.streaming import plan_tensors
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ def fitting(
             continue
         return Fitting(preset, arranged)
     return None
-
-
-def classifier(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Names of the classifier's tensors in a checkpoint, its matrices first."""
-    return head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
 
 
 def literal(name: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r2m.arrangement import Arranged, arrange, classifier
+from r2m.arrangement import Arranged, arrange
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.labels import Classes
@@ -16,6 +16,7 @@ from r2m.progress import readable_bytes
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, analyze
 from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.heads import classifier
 from r2m_kernels.meanings import composites
 from r2m_kernels.streaming import dtype_name, plan_tensors
 

@@ -16,7 +16,7 @@ import yaml
 
 import r2m_kernels
 from r2m import distributed, former, labels, machine, output, preprocessing
-from r2m.arrangement import Arranged, arrange, classifier
+from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
@@ -25,7 +25,6 @@ from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
-from r2m.labels import into_config
 from r2m.options import Options
 from r2m.output import INPUTS, SOURCES, PartialOutput, check_output, difference, partial_output
 from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
@@ -34,6 +33,7 @@ from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
 from r2m_kernels import Analysis, ProgressEvent, analyze
 from r2m_kernels.errors import DoesNotFit, R2MError
+from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import (
     Backend,
     Inputs,
@@ -323,7 +323,9 @@ def complete(
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
     outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)
     for name, content in job.copied.items():
-        write_file(directory / name, into_config(content, agreed.classes, outputs) if name == labels.FILE else content)
+        write_file(
+            directory / name, labels.into_config(content, agreed.classes, outputs) if name == labels.FILE else content
+        )
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)

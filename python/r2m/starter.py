@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from r2m.arrangement import Arranged, arrange, classifier, fitting
+from r2m.arrangement import Arranged, arrange, fitting
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
@@ -20,6 +20,7 @@ from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig
 from r2m_kernels.config import OFFERED
 from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.heads import classifier
 
 
 def starter(base: str, words: Sequence[str], to: Path) -> str:

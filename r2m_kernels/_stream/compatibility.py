@@ -11,7 +11,7 @@ import torch
 from .. import checks
 from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, quoted
-from ..heads import head_names
+from ..heads import classifier
 from ..meanings import refusal
 from .plan import Plan, PlannedTensor, fits, residual_rank
 from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
@@ -78,18 +78,14 @@ def _own_heads(base: TensorSource, experts: Mapping[str, TensorSource], config: 
     """Where heads are averaged, and nothing says what becomes of this one."""
     if config.head != "mean" or config.extra == "drop":
         return _OwnHeads({}, ())
-    names = _head_names(next(iter(experts.values())).specs)
+    names = classifier(next(iter(experts.values())).specs)
     specs = {name: spec for name in names if (spec := _common(name, experts)) is not None}
     new = [name for name, spec in specs.items() if name not in base.specs or base.specs[name].shape != spec.shape]
     tied = {*base.aliases, *base.aliases.values()} & {*names}
     if len(specs) < len(names) or not new or tied or fits(names, config.keep):
         return _OwnHeads({}, ())
-    nowhere = [name for name in _head_names(base.specs) if not any(name in one.specs for one in experts.values())]
+    nowhere = [name for name in classifier(base.specs) if not any(name in one.specs for one in experts.values())]
     return _OwnHeads(specs, tuple(name for name in (*specs, *nowhere) if name in base.specs))
-
-
-def _head_names(specs: Mapping[str, TensorSpec]) -> list[str]:
-    return head_names({name: spec.shape for name, spec in specs.items() if spec.dtype.is_floating_point})
 
 
 def _heads(
@@ -99,7 +95,7 @@ def _heads(
     if config.head != "mean":
         return []
     specs = {**base.specs, **extras}
-    names = _head_names(specs)
+    names = classifier(specs)
     merged = base.specs if config.extra == "drop" else specs
     shared = {name.rpartition(".")[0] for name in (*aliases, *aliases.values())}
     return [
@@ -218,12 +214,12 @@ def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, Tensor
             if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
                 return f"; its names lack the prefix {quoted(prefix)} of the base's"
     shapes = [name for name, spec in base.specs.items() if source.specs.get(name, spec).shape != spec.shape]
-    if shapes and not missing and set(shapes) <= {*_head_names(source.specs)}:
+    if shapes and not missing and set(shapes) <= {*classifier(source.specs)}:
         return "; its classifier has other outputs than the base's: head='mean' (--head mean) averages the experts'"
     if unknown and not missing and all(name in extras for name in unknown):
         way = (
             "head='mean' (--head mean)"
-            if set(unknown) <= {*_head_names(source.specs)}
+            if set(unknown) <= {*classifier(source.specs)}
             else "extra='average' (--extra average)"
         )
         return f"; every expert has it: a head the base lacks? {way} takes their mean"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from r2m.arrangement import classifier
 from r2m.inspection import FAMILIES, family
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels._stream.tensors import TensorSpec
+from r2m_kernels.heads import classifier
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result

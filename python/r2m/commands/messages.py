@@ -48,14 +48,14 @@ def settled() -> Iterator[None]:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115, it stays
-    if sys.stderr is None or _number(sys.stderr) == 2:
-        stream = io.BufferedWriter(_Unfailing(2))
-        sys.stderr = io.TextIOWrapper(stream, encoding="utf-8", line_buffering=True, write_through=True)
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
-    with warnings.catch_warnings():
+    out, err = sys.stdout or open(1, "w", closefd=False), sys.stderr  # noqa: SIM115, the descriptor stays
+    if err is None or _number(err) == 2:
+        unfailing = io.BufferedWriter(_Unfailing(2))
+        err = io.TextIOWrapper(unfailing, encoding="utf-8", line_buffering=True, write_through=True)
+    for stream in (out, err):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("always", FileSystemWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
         yield
