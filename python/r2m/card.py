@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from r2m.places import MOST_RECORD, read_mapping, read_small
-from r2m.recipe_file import PlainLoader
 from r2m.templating import render
 from r2m_kernels.errors import BadFile, printable
 
@@ -29,6 +27,7 @@ _RANKED = (
 _RANKS = {name: rank for rank, names in enumerate(_RANKED) for name in names}
 _FORBIDDING = 3  # rank from which a licence forbids something
 UNKNOWN = "unknown"
+_MOST_HEADER = 2**16  # letters of what a card says in YAML
 _METRICS = {"auc": "AUC, frames", "video_auc": "AUC, videos", "acc": "accuracy", "eer": "EER", "ap": "AP"}
 
 
@@ -49,7 +48,8 @@ def card(
     """
     if not (out / RECIPE_FILE).is_file() or not (out / REPORT_FILE).is_file():
         raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
-    recipe = yaml.safe_load(read_small(out / RECIPE_FILE, f"{out}: {RECIPE_FILE}"))
+    what = f"{out}: {RECIPE_FILE}"
+    recipe = plain_yaml.load(read_small(out / RECIPE_FILE, what), what)
     report = read_mapping(out / REPORT_FILE, f"{out}: {REPORT_FILE}", MOST_RECORD)
     paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
     cards = {name: _front_matter(path) for name, path in paths.items()}
@@ -91,7 +91,7 @@ def most_restrictive(licences: Sequence[str | None]) -> str:
 
 def warnings(text: str) -> list[str]:
     """What a card's licence asks its writer to do."""
-    licence = yaml.safe_load(text.split("\n---\n", 1)[0].removeprefix("---"))["license"]
+    licence = plain_yaml.load(text.split("\n---\n", 1)[0].removeprefix("---"), "card")["license"]
     if licence == UNKNOWN:
         return ["the licence of a merge is that of its inputs, and not all of theirs are known: set it (--license)"]
     if "-nc" in licence:
@@ -143,10 +143,9 @@ def _front_matter(path: str) -> dict[str, Any]:
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
         text = read_small(directory / CARD_FILE, path).decode(errors="replace")
-        if not text.startswith("---"):
-            return {}
-        content = yaml.load(text.split("\n---", 1)[0].removeprefix("---"), PlainLoader)
-    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        header = text.split("\n---", 1)[0].removeprefix("---")
+        content = plain_yaml.load(header[:_MOST_HEADER], path) if text.startswith("---") else {}
+    except (OSError, BadFile):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -194,4 +193,4 @@ def _shown_path(path: str) -> str:
 
 
 def _yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip()
+    return plain_yaml.dump(content).rstrip()

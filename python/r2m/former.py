@@ -10,7 +10,7 @@ from typing import Any
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.options import OPTIONS
 from r2m.output import INPUTS, RECIPE_FILE, REPORT_FILE, STATE_FILE, difference
-from r2m.places import MOST_RECORD, read_mapping
+from r2m.places import MOST_RECORD, read_beside, read_mapping
 from r2m.recipe import Recipe
 from r2m.recipe_file import read_recipe
 from r2m_kernels import Analysis
@@ -18,6 +18,9 @@ from r2m_kernels.errors import BadFile
 
 # Keys of a state on which no Gram matrix of two experts depends.
 _FREE = ("merge_method", "dtype", "format", "max_shard_size", "order of experts", "specialists")
+
+# In one merge of merges, as a file may claim: it decides weights.
+_MOST_SPECIALISTS = 1000
 
 
 def recipe_of(out: str | Path) -> Recipe:
@@ -44,13 +47,12 @@ def shard_size(out: str | Path) -> int | str:
 def specialists(checkpoint: Path) -> int:
     """How many specialists a checkpoint stands for: those of the merge that wrote it, or one."""
     report = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / REPORT_FILE
-    if not report.is_file() or (checkpoint.is_file() and checkpoint.name not in OUTPUTS):
+    if checkpoint.is_file() and checkpoint.name not in OUTPUTS:
         return 1
-    try:
-        counts = read_mapping(report, REPORT_FILE, MOST_RECORD)["specialists"]
-        return sum(int(count) for count in counts.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 1
+    counts = read_beside(report, MOST_RECORD).get("specialists")
+    numbers = list(counts.values()) if isinstance(counts, dict) else []
+    whole = all(isinstance(count, int) and count > 0 for count in numbers)
+    return sum(numbers) if numbers and whole and sum(numbers) <= _MOST_SPECIALISTS else 1
 
 
 def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m.checkpoints.view import LazyTensor, View
-from r2m.places import read_mapping
+from r2m.places import mapping, read_beside
 from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, printable
 
 FILE = "config.json"  # of transformers
@@ -49,10 +49,7 @@ class Classes:
     @classmethod
     def beside(cls, files: Sequence[Path]) -> Classes:
         """As the configuration in the directory of a checkpoint's files says it; nothing where there is none."""
-        try:
-            return cls.called(_labels(read_mapping(files[0].parent / FILE, FILE)))
-        except (OSError, IndexError, InvalidInput):
-            return cls()
+        return cls.called(_labels(read_beside(files[0].parent / FILE))) if files else cls()
 
     def said(self, fake: int | None) -> Classes:
         """With what somebody says of the fake's output, which counts more than any file."""
@@ -174,9 +171,9 @@ def _first(
 def into_config(text: bytes, classes: Classes, outputs: int) -> bytes:
     """A ``config.json`` that says what the merged head's outputs are; as it was where that is right already."""
     try:
-        content = json.loads(text)
+        content = mapping(text, FILE)
         before = _labels(content)
-    except (ValueError, RecursionError, InvalidInput):
+    except InvalidInput:
         return text
     labels = list(classes.labels or ()) or before
     if len(labels) != outputs:  # the base's, of another head

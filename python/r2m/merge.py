@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import r2m_kernels
-from r2m import distributed, former, labels, machine, output, preprocessing
+from r2m import distributed, former, labels, machine, output, plain_yaml, preprocessing
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
@@ -328,8 +327,7 @@ def complete(
         )
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
-    text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True)
-    write_file(directory / output.RECIPE_FILE, text.encode(errors="backslashreplace"))
+    write_file(directory / output.RECIPE_FILE, plain_yaml.dump(dump(recipe)).encode())
     sizes = {
         entry.name: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.name != output.REPORT_FILE
     }

@@ -6,20 +6,24 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from r2m_kernels.errors import BadFile, InvalidInput, printable
+from r2m_kernels.errors import BadFile, InvalidInput, printable, quoted
 
-MOST_CONFIG = 2**24  # bytes of a small file that others wrote: a configuration, a card
+MOST_CONFIG = 2**22  # bytes of a small file that others wrote: a configuration, a card
+_MOST_NESTED = 64  # mappings and lists within one another, in one
 # Of a file system that does not have what it is asked for: network and container mounts.
 UNKNOWN_THERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 # Of what is not whole yet: a run that was killed leaves it.
@@ -28,15 +32,18 @@ MOST_RECORD = 2**28  # of one that a merge wrote: a report with a row for every 
 
 
 class FileSystemWarning(UserWarning):
-    """Something that a file system does not have, and without which work goes on."""
+    """Something that cannot be had from a file system or a small file, and without which work goes on."""
 
 
 @contextlib.contextmanager
 def opened(path: Path, what: str, error: type[InvalidInput] = BadFile) -> Iterator[BinaryIO]:
     """A regular file, or what a link to one leads to, for reading. Arguments and errors are :func:`read_small`'s."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    regular = stat.S_ISREG(os.stat(path).st_mode)  # some devices do something when they are opened
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if regular else -1
+    if not regular:
+        raise error(f"{what}: not a regular file")
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # what it was replaced with
             raise error(f"{what}: not a regular file")
         with naming(path), open(descriptor, "rb", closefd=False) as file:
             yield file
@@ -44,7 +51,9 @@ def opened(path: Path, what: str, error: type[InvalidInput] = BadFile) -> Iterat
         os.close(descriptor)
 
 
-def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[InvalidInput] = BadFile) -> bytes:
+def read_small(
+    path: Path, what: str, most: int = MOST_CONFIG, *, error: type[InvalidInput] = BadFile, named: bool = False
+) -> bytes:
     """The content of a small file.
 
     Args:
@@ -52,11 +61,15 @@ def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[In
         what: how error messages name it.
         most: bytes that it may have.
         error: the kind that is raised.
+        named: whether somebody here has named this very file, who may link it to where they like. Of others, which came
+            with a directory, a link that leads out of it could show a stranger what is on this machine.
 
     Raises:
-        InvalidInput: of that kind: it is no regular file (a pipe is not waited for), or larger.
+        InvalidInput: of that kind: it is no regular file (a pipe is not waited for), larger, or not in its directory.
         OSError: it cannot be read; ``filename`` is set.
     """
+    if not named and not confined(path):
+        raise error(f"{what}: is a link that leads out of its directory")
     with opened(path, what, error) as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(most + 1)
@@ -65,20 +78,78 @@ def read_small(path: Path, what: str, most: int = MOST_CONFIG, *, error: type[In
     return content
 
 
+def confined(path: Path) -> bool:
+    """Whether a file lies in its directory, links resolved; or where the Hugging Face cache keeps its contents."""
+    real, root = path.resolve(), path.parent.resolve()
+    cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    return real.is_relative_to(root) or cached
+
+
 def read_mapping(path: Path, what: str, most: int = MOST_CONFIG) -> dict[str, Any]:
     """The content of a small JSON file with keys. Arguments and other errors are :func:`read_small`'s.
 
     Raises:
         BadFile: it is not that.
     """
-    text = read_small(path, what, most)
+    return mapping(read_small(path, what, most), what)
+
+
+def read_beside(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """The same of a file that came with a checkpoint: empty where there is none.
+
+    One that cannot be read is told: what it would have said is not known.
+    """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{what}: not valid JSON ({printable(str(error))})") from None
+        return read_mapping(path, str(path), most) if os.path.lexists(path) else {}
+    except (OSError, BadFile) as error:
+        text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        warnings.warn(f"{text}; nothing is taken from it", FileSystemWarning, stacklevel=2)
+        return {}
+
+
+def mapping(text: bytes, what: str, error: type[InvalidInput] = BadFile) -> dict[str, Any]:
+    """JSON with keys, none given twice, of finite numbers below 2⁶³ and bounded depth.
+
+    Raises:
+        InvalidInput: of the kind ``error``: it is not that.
+    """
+
+    def no_number(word: str) -> Any:
+        raise ValueError(f"the number {word[:20]} is out of range")
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) < 20 and abs(int(digits)) < 2**63 else no_number(digits)
+
+    def real(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else no_number(digits)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return unique(pairs, what, error)
+
+    try:
+        content = json.loads(text, parse_int=whole, parse_float=real, parse_constant=no_number, object_pairs_hook=once)
+    except error:
+        raise
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{what}: not valid JSON ({printable(str(reason))})") from None
+    level, depth = [content], 0
+    while level:
+        if depth == _MOST_NESTED:
+            raise error(f"{what}: not valid JSON (nested more than {_MOST_NESTED} deep)")
+        inner = itertools.chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level, depth = [one for one in inner if isinstance(one, dict | list)], depth + 1
     if not isinstance(content, dict):
-        raise BadFile(f"{what}: expected a JSON object, got {type(content).__name__}")
+        raise error(f"{what}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def unique(pairs: Sequence[tuple[str, Any]], what: str, error: type[InvalidInput]) -> dict[str, Any]:
+    """Pairs as a mapping. A key given twice, of which readers would take one or the other, is refused."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise error(f"{what}: holds {quoted(twice)} twice")
+    return values
 
 
 @contextlib.contextmanager

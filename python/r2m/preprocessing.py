@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2m.places import read_mapping
+from r2m.places import read_beside
 from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput
 
 FILE = "preprocessor_config.json"  # of transformers
@@ -71,14 +71,14 @@ def beside(checkpoint: str | Path) -> Preprocessing | None:
     """What stands in a checkpoint's directory; None where nothing does, or not all of it."""
     path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / FILE
+    content = read_beside(path)
     try:
-        content = read_mapping(path, FILE)
         size = content.get("crop_size") if content.get("do_center_crop") else None
         size = size or content["size"]
         if isinstance(size, dict):
             size = size.get("height") or size["shortest_edge"]
         return Preprocessing.of(int(size), content["image_mean"], content["image_std"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidInput):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, InvalidInput):
         return None
 
 

@@ -28,9 +28,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
+from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.naming import named
 from r2m.places import read_small
@@ -42,6 +42,7 @@ from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quot
 from r2m_kernels.options import Option
 
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
+_SHOWN = 80  # letters of a value in a message
 # What merges did before there were these options. A recipe that lists all others and not these was written by one of
 # 0.1.0, and means what it meant.
 _BEFORE = {"head": "merge", "truncate": (), "rank_rounding": "up"}
@@ -240,39 +241,10 @@ def schema() -> dict[str, Any]:
 def _loaded(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise BadFile(f"{what}: no such file")
-    text = read_small(path, what, _MOST_BYTES)
-    try:
-        content = yaml.load(text, PlainLoader)
-    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" in line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise BadFile(f"{what}: not valid YAML{where}: {printable(problem)}") from None
+    content = plain_yaml.load(read_small(path, what, _MOST_BYTES, named=True), what)
     if not isinstance(content, dict):
         raise BadFile(f"{what}: expected keys such as base_model and models, got {type(content).__name__}")
     return content
-
-
-class PlainLoader(yaml.SafeLoader):
-    """YAML without anchors, with which a few lines can stand for gigabytes, and without keys given twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node of the document; an alias is none."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys all differ."""
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                problem = f"the key {quoted(str(key.value))} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _apply(content: dict[str, Any], change: str) -> None:
@@ -281,9 +253,10 @@ def _apply(content: dict[str, Any], change: str) -> None:
     if not separator or not all(key.split(".")):
         raise BadOption(f"--set {change}: expected KEY=VALUE, such as parameters.rank=0.2")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise BadOption(f"--set {change}: {text!r} is not a YAML value") from None
+        value = plain_yaml.load(text, change)
+    except BadFile:
+        shown = printable(change[:_SHOWN]), quoted(text[:_SHOWN])
+        raise BadOption("--set {}: {} is not a YAML value".format(*shown)) from None
     *path, last = key.split(".")
     place: Any = content
     for part in path:
@@ -305,7 +278,7 @@ def _explained(error: ValidationError) -> str:
         return f"unknown key {quoted(str(last))}{holder}{checks.did_you_mean(str(last), known)}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quoted(str(first['input'])[:80])}"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quoted(str(first['input'])[:_SHOWN])}"
 
 
 def _beside(directory: Path, path: str) -> str:

@@ -199,6 +199,7 @@ def test_the_fakes_output_is_told_by_words(labels: Sequence[str], fake: int | No
     assert Classes.called(labels).fake == fake
 
 
+@pytest.mark.filterwarnings("ignore::r2m.places.FileSystemWarning")
 @pytest.mark.parametrize(
     "text", ["[", "[1]", "{}", '{"id2label": 3}', '{"id2label": {"1": "a"}}', '{"id2label": {"0": 1}}']
 )

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 from r2m.extras import need
-from r2m.places import PARTIAL, beside, created, new_directory, new_file, read_mapping, read_small
+from r2m.places import (
+    PARTIAL,
+    FileSystemWarning,
+    beside,
+    created,
+    new_directory,
+    new_file,
+    read_beside,
+    read_mapping,
+    read_small,
+)
 
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption
 
@@ -144,6 +154,12 @@ def test_a_pipe_or_device_is_not_waited_for() -> None:
         (b"\xff{}", "what: not valid JSON ("),
         (b"[" * 100_000, "what: not valid JSON ("),
         (b"[]", "what: expected a JSON object, got list"),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "what: not valid JSON (nested more than 64 deep)"),
+        (b'{"a": 1e999}', "what: not valid JSON (the number 1e999 is out of range)"),
+        (b'{"a": -Infinity}', "what: not valid JSON (the number -Infinity is out of range)"),
+        (b'{"a": 9223372036854775808}', "what: not valid JSON (the number 9223372036854775808 is out of range)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "what: not valid JSON (the number 99999999999999999999 is out of range)"),
+        (b'{"a": {"b": 1, "b": 2}}', "what: holds 'b' twice"),
     ],
 )
 def test_a_mapping_is_read_or_refused_in_one_sentence(content: bytes, sentence: str) -> None:
@@ -154,6 +170,30 @@ def test_a_mapping_is_read_or_refused_in_one_sentence(content: bytes, sentence: 
     assert "\n" not in str(caught.value)
     Path("f").write_text('{"a": 1}')
     assert read_mapping(Path("f"), "what") == {"a": 1}
+
+
+def test_a_link_that_leads_out_is_read_only_where_somebody_named_it() -> None:
+    Path("secret").write_text('{"key": "secret"}')
+    Path("model").mkdir()
+    for name, target in (
+        ("config.json", "../secret"),
+        ("absolute", Path("secret").absolute()),
+        ("again", "config.json"),
+    ):
+        path = Path("model", name)
+        path.symlink_to(target)
+        with pytest.raises(BadFile, match=r"^what: is a link that leads out of its directory$"):
+            read_small(path, "what")
+        assert b"secret" in read_small(path, "what", named=True)
+        with pytest.warns(FileSystemWarning, match=r"is a link that leads out of its directory; nothing is taken"):
+            assert read_beside(path) == {}
+    cache = Path("models--a--b")
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots/abc").mkdir(parents=True)
+    (cache / "blobs/1").write_text('{"a": 1}')
+    (cache / "snapshots/abc/config.json").symlink_to("../../blobs/1")
+    assert read_beside(cache / "snapshots/abc/config.json") == {"a": 1}
+    assert read_beside(Path("model/none")) == {}
 
 
 def test_a_missing_package_is_named_with_how_to_get_it() -> None:

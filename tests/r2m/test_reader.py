@@ -205,7 +205,7 @@ INDEX = "base: index 'model.safetensors.index.json': "
         ("[" * 100_000, INDEX + "not valid JSON"),
         (
             "[]",
-            INDEX + "holds no 'weight_map' from tensor names to file names",
+            INDEX + "expected a JSON object, got list",
         ),
         ('{"weight_map": {"a": 3}}', "holds no 'weight_map' from tensor names to file names"),
         ('{"weight_map": {}}', INDEX + "holds no tensors"),

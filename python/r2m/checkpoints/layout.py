@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from r2m.checkpoints.formats import FORMATS
+from r2m.places import mapping
 from r2m_kernels import checks
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 
@@ -65,26 +64,13 @@ def decode_index(what: str, text: bytes) -> dict[str, str]:
     Raises:
         BadCheckpoint: no valid JSON, no weight_map, or a file name that leads elsewhere.
     """
-    try:
-        index = json.loads(text, object_pairs_hook=functools.partial(unique, what))
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadCheckpoint(f"{what}: not valid JSON ({printable(str(error))})") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = mapping(text, what, BadCheckpoint).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise BadCheckpoint(f"{what}: holds no 'weight_map' from tensor names to file names")
     for file in dict.fromkeys(weight_map.values()):
         if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
             raise BadCheckpoint(f"{what}: shard {quoted(file)} is not the name of a file in the same directory")
     return weight_map
-
-
-def unique(what: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For ``json``'s ``object_pairs_hook``: refuse a key given twice, of which readers would take one or the other."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise BadCheckpoint(f"{what}: holds {quoted(twice)} twice")
-    return values
 
 
 def parse_size(size: str | int) -> int:

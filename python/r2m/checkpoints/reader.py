@@ -8,7 +8,7 @@ from pathlib import Path
 from r2m.checkpoints import formats, hub, layout
 from r2m.checkpoints.files import Checkpoint, TensorFile
 from r2m.checkpoints.layout import some
-from r2m.places import opened, read_small
+from r2m.places import confined, opened, read_small
 from r2m_kernels.errors import BadCheckpoint, quoted
 
 
@@ -59,7 +59,7 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise BadCheckpoint(f"{label}: {len(missing)} of {len(shards)} shards missing: {some(missing)}")
-    outside = [shard for shard in shards if not _confined(directory, directory / shard)]
+    outside = [shard for shard in shards if not confined(directory / shard)]
     if outside:
         raise BadCheckpoint(f"{index}: shard {quoted(outside[0])} is a link that leads out of its directory")
     files = {shard: _open_file(directory / shard, f"{label}: shard {quoted(shard)}") for shard in shards}
@@ -82,13 +82,6 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
         {directory / shard: files[shard] for shard in shards},
         (path, hashlib.sha256(text).hexdigest()),
     )
-
-
-def _confined(directory: Path, path: Path) -> bool:
-    """Whether a file lies in its directory, links resolved; or where the Hugging Face cache keeps its contents."""
-    real, root = path.resolve(), directory.resolve()
-    cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
-    return real.is_relative_to(root) or cached
 
 
 def _open_file(path: Path, what: str) -> TensorFile:

@@ -7,7 +7,6 @@ Reference: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -22,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from r2m.checkpoints.files import Location, TensorFile, identity
 from r2m.checkpoints.formats import SAFETENSORS
-from r2m.checkpoints.layout import unique
-from r2m.places import opened
+from r2m.places import opened, unique
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -215,7 +213,7 @@ def open_file(path: Path, what: str) -> TensorFile:
 def _refuse_doubtful_header(header: bytes, what: str) -> None:
     """Refuse a name given twice, of which the library would take one. What it refuses itself is left to it."""
     try:
-        json.loads(header, object_pairs_hook=functools.partial(unique, f"{what}: header"))
+        json.loads(header, object_pairs_hook=lambda pairs: unique(pairs, f"{what}: header", BadCheckpoint))
     except BadCheckpoint:
         raise
     except (ValueError, RecursionError):

@@ -25,10 +25,9 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from r2m.checkpoints import layout
 from r2m.checkpoints.files import Checkpoint, Location, TensorFile, identity
 from r2m.checkpoints.layout import some
-from r2m.places import created, opened
+from r2m.places import created, opened, unique
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -195,7 +194,7 @@ def _looked_through(file: BinaryIO, what: str) -> _Archive:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError, struct.error, EOFError) as error:
         _refuse(what, f"{error} (cut off?)")
     names = [entry.filename for entry in entries]
-    layout.unique(what, [(name, None) for name in names])
+    unique([(name, None) for name in names], what, BadCheckpoint)
     top = names[0].partition("/")[0] if names else ""  # as torch has it
     if f"{top}/data.pkl" not in names:
         raise BadCheckpoint(f"{what}: a zip file without the data.pkl of torch.save")

@@ -143,7 +143,7 @@ def _json(path: Path, request: Request) -> dict[str, list[Frame]]:
     what = f"data ({path})"
     if not path.is_file():
         raise BadFile(f"{what}: no such file or directory")
-    text = read_small(path, what, _MOST_JSON)
+    text = read_small(path, what, _MOST_JSON, named=True)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
