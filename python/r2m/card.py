@@ -64,7 +64,7 @@ def card(
         unknown=[name for name, own in licences.items() if own is None and licence is None],
         forbids=chosen if "-nc" in chosen and licence is None else None,
         inputs=[
-            (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path) if hashes else ())
+            (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path, recipe.get("key")) if hashes else ())
             for name, path in paths.items()
         ],
         hashes=hashes,
@@ -172,11 +172,11 @@ def _measured(evaluation: Mapping[str, Any], out: Path) -> dict[str, Mapping[str
     raise BadFile(f"evaluation: none of its models lies in {out}")
 
 
-def _digests(path: str) -> list[str]:
+def _digests(path: str, key: str | None) -> list[str]:
     from r2m.checkpoints.reader import open_checkpoint
 
     digests = []
-    for file in open_checkpoint(path, path).files:
+    for file in open_checkpoint(path, path, key).files:
         with open(file, "rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
     return digests

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r2m.arrangement import plain
-from r2m.checkpoints import torch_file
+from r2m.checkpoints import state_dict
 from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
@@ -44,7 +44,7 @@ def convert(
         allow_pickle: load with Python's pickle or as TorchScript, which **runs code from the file**.
 
     Returns:
-        What was done, in a line.
+        What was done, in a line, and what was left out.
 
     Raises:
         InvalidInput: the source cannot be read so, or ``out`` cannot be written so.
@@ -61,8 +61,10 @@ def convert(
         raise BadFile(f"out ({out}): there is no directory {target.parent}")
     label = f"source ({source})"
     with beside(target) as partial:
-        readable = _trusted(Path(source), label, partial / "state.pth") if allow_pickle else source
-        view = plain(open_checkpoint(readable, label), arrangement or Arrangement())
+        arrangement = arrangement or Arrangement()
+        readable = _trusted(Path(source), label, partial / "state.pth", arrangement.key) if allow_pickle else source
+        opened = open_checkpoint(readable, label, arrangement.key)
+        view = plain(opened, arrangement)
         unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
         if unstorable:
             raise BadCheckpoint(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
@@ -72,7 +74,7 @@ def convert(
             file_format.save(open_checkpoint(tensors, "converted tensors"), written, list(view.specs))
         os.replace(written, target)
     sync(target.parent)
-    return f"{len(view.specs)} tensors from {source} to {out}"
+    return "\n".join([f"{len(view.specs)} tensors from {source} to {out}", *opened.notes])
 
 
 def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> Path:
@@ -95,7 +97,7 @@ def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> 
     return directory / SAFETENSORS.single
 
 
-def _trusted(path: Path, label: str, to: Path) -> Path:
+def _trusted(path: Path, label: str, to: Path, key: str | None) -> Path:
     """What a program in a file makes when it runs, as a file that is none."""
     if not path.is_file():
         raise BadCheckpoint(f"{label}: with --allow-pickle expected a file")
@@ -112,8 +114,11 @@ def _trusted(path: Path, label: str, to: Path) -> Path:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BadCheckpoint(f"{label}: could not be loaded: {printable(lines[0][:200])}") from None
     if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in torch_file.WRAPPERS if isinstance(loaded.get(key), nn.Module)), loaded)
-    state = loaded.state_dict() if isinstance(loaded, nn.Module) else torch_file.state_dict(loaded, label)
+        keys = (key, *state_dict.WRAPPERS) if key else state_dict.WRAPPERS
+        loaded = next((loaded[one] for one in keys if isinstance(loaded.get(one), nn.Module)), loaded)
+    state = (
+        loaded.state_dict() if isinstance(loaded, nn.Module) else state_dict.chosen(loaded, label, Tensor, key).tensors
+    )
     with created(to) as file:
         torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, file)
     return to

@@ -67,6 +67,8 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in classifier(specs)[:4]),
         "labels": str(classes) if classes.labels else "",
         "stored": next((one.sentence for one in composites(specs)), ""),
+        "from": ", ".join(map(printable, sorted(source.keys))),
+        "notes": "; ".join(source.notes),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
     return [title, *(f"  {row:<8}{text}" for row, text in rows.items() if text)]
@@ -88,15 +90,14 @@ def inspect(
     Raises:
         InvalidInput: one of them cannot be read.
     """
-    sources = [open_checkpoint(path, path) for path in paths]
+    arrangement = arrangement or Arrangement()
+    sources = [open_checkpoint(path, path, arrangement.key) for path in paths]
     text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source)]
     if len(paths) == 1:
         return text, True
     experts = dict(zip(name_experts(paths[1:]), sources[1:], strict=True))
     try:
-        arranged = arrange(
-            sources[0], experts, MergeConfig.weight_average().replace(head="mean"), arrangement or Arrangement()
-        )
+        arranged = arrange(sources[0], experts, MergeConfig.weight_average().replace(head="mean"), arrangement)
         plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
         return [*text, f"cannot be merged: {error}"], False

@@ -31,7 +31,7 @@ from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
 from r2m_kernels import Analysis, ProgressEvent, analyze
-from r2m_kernels.errors import DoesNotFit, R2MError
+from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, quoted
 from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import (
     Backend,
@@ -78,6 +78,17 @@ class Job:
         """Bytes of all tensors."""
         views = (self.arranged.base, *self.arranged.experts.values())
         return sum(spec.nbytes for view in views for spec in view.specs.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the files is left out, and what a file says for itself."""
+        left_out = [f"{source.label}: {note}" for source in self.sources for note in source.notes]
+        counted = [
+            f"expert {quoted(name)} counts as {count} specialists, as the report of the merge beside it says"
+            for name, count in self.specialists.items()
+            if count > 1
+        ]
+        return left_out + counted
 
     @property
     def files(self) -> list[Path]:
@@ -162,8 +173,13 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     budget = options.budget_bytes
     if budget is None:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
-    base = open_checkpoint(recipe.base, f"base ({recipe.base})")
-    experts = {name: open_checkpoint(one.path, f"expert '{name}' ({one.path})") for name, one in recipe.experts.items()}
+    key = recipe.arrangement.key
+    base = open_checkpoint(recipe.base, f"base ({recipe.base})", key)
+    experts = {
+        name: open_checkpoint(one.path, f"expert '{name}' ({one.path})", key) for name, one in recipe.experts.items()
+    }
+    if key is not None and not any(key in source.keys for source in (base, *experts.values())):
+        raise BadOption(f"key: no checkpoint has anything under {quoted(key)}")
     known, counts = {}, {}
     for name, one in recipe.experts.items():
         known[name] = one.preprocessing or preprocessing.beside(hub.local(one.path))
@@ -333,7 +349,7 @@ def complete(
     }
     report: dict[str, Any] = {
         "method": recipe.method,
-        "notes": [*recipe.notes, *agreed.notes],
+        "notes": [*recipe.notes, *job.notes, *agreed.notes],
         **analysis.report(job.arranged.config),
         "specialists": job.specialists,
         "preprocessing": job.preprocessing.plain() if job.preprocessing else None,

@@ -30,7 +30,7 @@ class Arrangement:
 
     Attributes:
         rename: what names of tensors begin with → what instead, None: left out; in every checkpoint, before the preset.
-        preset, head, head_tensors, head_features, fake: as their sentences say; no head: what the method
+        key, preset, head, head_tensors, head_features, fake: as their sentences say; no head: what the method
             does with it.
 
     Raises:
@@ -38,6 +38,13 @@ class Arrangement:
     """
 
     rename: Rules = field(default_factory=dict)
+    key: str | None = option(
+        None,
+        FILES,
+        "What the weights lie under in files of torch.save that have it, with dots; others are looked through.",
+        metavar="KEY",
+        unset="state_dict, model, net, … where they are there",
+    )
     preset: str | None = option(
         None,
         FILES,

@@ -181,7 +181,7 @@ DAMAGED = {
     ),
     "a pickle": (
         b"\x80\x02}q\x00.",
-        "base (f): a file of torch.save before torch 1.6; expected one that ",
+        "base (f): a pickle of Python that torch.save did not write",
     ),
 }
 

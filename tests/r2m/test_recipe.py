@@ -76,6 +76,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "dtype": "float16",
         "format": "pth",
         "rename": {"old.": "new."},
+        "key": "model_ema",
         "preset": "df40",
         "head": "refit:logistic",
         "head_tensors": ["x*"],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from r2m.places import FileSystemWarning
 from r2m.preprocessing import Preprocessing, beside
 from r2m.recipe import Expert
 from r2m.recipe_file import read_recipe, schema
@@ -180,8 +181,12 @@ def test_transformers_files_are_understood(content: dict[str, Any], expected: in
     assert (own.size if own else None) == expected
 
 
-def test_a_file_beside_that_is_no_json_says_nothing(checkpoints: Checkpoints, command: Command) -> None:
+def test_a_file_beside_that_is_no_json_says_nothing_and_is_told(checkpoints: Checkpoints, command: Command) -> None:
     Path("preprocessor_config.json").write_text("[1, 2")
-    assert beside(".") is None
-    assert command("merge", *checkpoints.arguments, "--out", "merged").code == 0
+    with pytest.warns(
+        FileSystemWarning, match=r"^preprocessor_config.json: not valid JSON .*; nothing is taken from it$"
+    ):
+        assert beside(".") is None
+    result = command("merge", *checkpoints.arguments, "--out", "merged")
+    assert (result.code, result.err.count("Warning: preprocessor_config.json: not valid JSON")) == (0, 3)
     assert load_file("merged/model.safetensors")

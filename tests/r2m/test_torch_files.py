@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pickle
 import re
+import struct
+import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from r2m.checkpoints import torch_file
+from r2m.checkpoints import pickles, torch_file
 from r2m.checkpoints.reader import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -67,26 +71,6 @@ def test_every_tensor_is_what_torch_load_gives(wrapper: str | None) -> None:
         for start, stop in ((0, count), (count // 3, count // 2), (count, count)):
             assert same(source.read_elements(name, start, stop), tensor.detach().reshape(-1)[start:stop]), name
     assert source.aliases == {"tied": "whole"}
-
-
-def test_torch_says_where_a_storage_lies() -> None:
-    """Under a name that is not a promise of torch's: what the reader stands on."""
-    torch.save({"a": torch.arange(3.0), "b": torch.arange(5.0)}, "clip.pth")
-    with open("clip.pth", "rb") as file:
-        loaded = torch.load(file, map_location="meta", weights_only=True)
-        for name, count in (("a", 3), ("b", 5)):
-            file.seek(loaded[name].untyped_storage()._checkpoint_offset)
-            assert file.read(4 * count) == torch.arange(float(count)).numpy().tobytes()
-
-
-def test_torch_2_10_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It puts the positions into fake tensors alone; later versions know them, too."""
-    state = state_dict()
-    torch.save(state, "clip.pth")
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
-    source = open_checkpoint("clip.pth", "base")
-    assert list(source.specs) == list(state)
-    assert all(same(source.read(name), tensor.detach()) for name, tensor in state.items())
 
 
 def test_records_are_found_by_name_wherever_they_lie() -> None:
@@ -191,7 +175,6 @@ def hostile(name: str) -> None:
         "code alone": lambda: rewritten(name, data_pkl=pickle.dumps(Call(os.system, "touch code-was-run"), 2)),
         "module": lambda: torch.save(nn.Linear(2, 3), name),
         "script": lambda: torch.jit.save(torch.jit.script(nn.Linear(2, 3)), name),
-        "old": lambda: torch.save({"a": torch.ones(2)}, name, _use_new_zipfile_serialization=False),
         "cut": lambda: Path(name).write_bytes(whole[:-30]),
         "start cut": lambda: Path(name).write_bytes(b"PK\x03\x04" + whole[40:]),
         "compressed": lambda: rewritten(name, compression=zipfile.ZIP_DEFLATED),
@@ -201,7 +184,7 @@ def hostile(name: str) -> None:
         ),
         "no dict": lambda: torch.save([1, 2], name),
         "nothing by name": lambda: torch.save({"epoch": 3, "nested": {"deeper": {"a": torch.ones(2)}}}, name),
-        "mixed": lambda: torch.save({"a": torch.ones(2), "epoch": 3}, name),
+        "nothing": lambda: torch.save({"epoch": 3, "inner": {"lr": 0.1}}, name),
         "sparse": lambda: torch.save({"a": torch.eye(3).to_sparse()}, name),
         "meta": lambda: torch.save({"a": torch.empty(3, device="meta")}, name),
         "conjugate": lambda: torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, name),
@@ -219,20 +202,20 @@ REFUSED = {
     "code alone": "holds 'posix.system', which could run code",
     "module": "holds 'torch.nn.modules.linear.Linear', which could run code",
     "script": "a TorchScript archive, which is a program; save the state_dict() of what torch.jit.load gives",
-    "old": "a file of torch.save before torch 1.6",
     "cut": "not a whole file of torch.save: its end is missing (cut off?)",
     "start cut": "the entry ",
     "compressed": "is compressed, which torch never does",
     "short record": "tensor 'a': its storage is not one of the file's records",
     "bytearray": "holds 'builtins.bytearray', which could run code",
     "no dict": "expected a state dict, got list",
-    "nothing by name": "holds no tensors by name, neither at the top nor under state_dict, model, model_state_dict",
-    "mixed": "expected a state dict of tensors, got int for 'epoch'",
-    "sparse": "tensor 'a': expected a dense tensor, got one of torch.sparse_coo",
-    "meta": "tensor 'a': expected a dense tensor, got one without data",
-    "conjugate": "tensor 'a': expected a tensor as it is stored, got a conjugate or negative view",
+    "nothing by name": "holds tensors under nested.deeper (1); expected one of state_dict, model, …: say which with "
+    "--key nested.deeper",
+    "nothing": "holds no tensors by name, neither at the top nor under its keys; it has epoch, inner",
+    "sparse": "tensor 'a': expected a dense tensor as it is stored, got one of torch.sparse_coo",
+    "meta": "tensor 'a': expected a dense tensor as it is stored, got one without data",
+    "conjugate": "tensor 'a': expected a dense tensor as it is stored, got a conjugate or negative view",
     "expanded": "tensor 'a': shape (1099511627776,) repeats the 4 bytes that are stored",
-    "quantized": "expected dense tensors, got quantized ones",
+    "quantized": "tensor 'a': expected a dense tensor as it is stored, got a quantized one",
     "big-endian": "its numbers are 'big'-endian, and this machine's are little",
     "encrypted": "is encrypted, password required for extraction",
     "garbage": "neither safetensors nor torch's",
@@ -261,6 +244,155 @@ def test_the_command_refuses_it_and_leaves_nothing(
     assert re.fullmatch(rf"Error: expert 'odd' \({kind}\.pth\): .*\n", result.err)
     assert sorted(os.listdir()) == before
     assert not Path("code-was-run").exists()
+
+
+@pytest.mark.parametrize("where", ["", "net", "params", "model.state_dict", "teacher", "module"])
+def test_a_file_from_before_torch_1_6_is_what_torch_load_gives(where: str) -> None:
+    state = state_dict()
+    del state["eight"]  # which torch itself cannot load from such a file
+    inner: Any = OrderedDict(state)
+    for key in reversed(where.split(".") if where else []):
+        inner = {key: inner, "epoch": 3, "lr": 0.1, "args": argparse.Namespace(lr=0.1)}
+    torch.save(inner, "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(inner, "new.pth")
+    for name in ("old.pth", "new.pth"):
+        source = open_checkpoint(name, "base")
+        assert list(source.specs) == list(state)
+        assert source.keys == ({where} if where else set())
+        assert source.aliases == {"tied": "whole"}
+        loaded = torch.load(name, weights_only=False)
+        for key in where.split(".") if where else []:
+            loaded = loaded[key]
+        assert all(same(source.read(one), tensor.detach()) for one, tensor in loaded.items())
+
+
+def test_a_file_of_python_2_is_read() -> None:
+    """An OrderedDict of pairs, texts in bytes, a view of a storage."""
+    torch.save({"a": torch.arange(6.0)}, "old.pth", _use_new_zipfile_serialization=False)
+    whole = Path("old.pth").read_bytes()
+    start, end = whole.index(b"\x80\x02}q\x00X\x01\x00\x00\x00a"), whole.rindex(b"\x80\x02]")
+    key = re.search(rb"X.\x00\x00\x00(\d{6,})", whole)
+    assert key is not None
+
+    def text(word: bytes) -> bytes:
+        return b"U" + bytes([len(word)]) + word
+
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(key[1]) + text(b"cpu") + b"K\x06"
+    storage += b"(" + text(b"v") + b"K\x01K\x04ttQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\x01K\x03\x85K\x01\x85tR"
+    pairs = b"\x80\x02ccollections\nOrderedDict\n](](" + text(b"a") + tensor + b"ee\x85R."
+    Path("py2.pth").write_bytes(whole[:start] + pairs + whole[end:])
+    assert open_checkpoint("py2.pth", "base").read("a").tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [100, 300, 480, 497])
+def test_a_file_from_before_torch_1_6_that_is_cut_off(cut: int) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.arange(3)}, "old.pth", _use_new_zipfile_serialization=False)
+    Path("old.pth").write_bytes(Path("old.pth").read_bytes()[:cut])
+    assert "not a whole file of torch.save" in refusal("old.pth")
+
+
+def test_what_lies_beside_the_weights_is_left_out_and_told(command: Callable[..., Result]) -> None:
+    state = {"conv.weight": torch.randn(8, 3, 3, 3), "fc.weight": torch.randn(2, 8)}
+    ema = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({**state, "epoch": 3, "conv._extra_state": None}, "stray.pth")
+    torch.save({"model": state, "model_ema": ema, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "ema.pth")
+    source = open_checkpoint("stray.pth", "base")
+    assert list(source.specs) == list(state)
+    assert source.notes == ("epoch, conv._extra_state are left out, as no tensor",)
+    source = open_checkpoint("ema.pth", "base")
+    assert source.notes == ("weights under 'model_ema' are left out (--key model_ema takes those)",)
+    assert same(source.read("fc.weight"), state["fc.weight"])
+    assert same(open_checkpoint("ema.pth", "base", "model_ema").read("fc.weight"), ema["fc.weight"])
+    words = ("--base", "stray.pth", "--expert", "e=ema.pth", "--method", "weight_average")
+    for key, expected in (((), state), (("--key", "model_ema"), ema)):
+        result = command("merge", *words, *key, "--out", "out", "--overwrite")
+        assert result.code == 0
+        assert "Note: base (stray.pth): epoch, conv._extra_state are left out, as no tensor" in result.err
+        assert load_file("out/model.safetensors")["fc.weight"].equal(expected["fc.weight"])
+    assert "key: model_ema" in Path("out/r2m_config.yaml").read_text()
+    assert "--key" in command("inspect", "ema.pth").out
+    assert command("convert", "ema.pth", "ema.safetensors", "--key", "model_ema").code == 0
+    assert load_file("ema.safetensors")["fc.weight"].equal(ema["fc.weight"])
+    result = command("merge", *words, "--key", "nets", "--out", "new")
+    assert result.err == "Error: key: no checkpoint has anything under 'nets'\n"
+
+
+def text_of(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+_ENCODE = b"c_codecs\nencode\n"
+GROWING = {
+    "a key that takes for ever to hash": b"})q\x00"
+    + b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(200))
+    + b"K\x01s.",
+    "bytes doubled": b"}" + text_of(b"a") + _ENCODE + text_of(b"x" * 64) + text_of(b"latin1") + b"\x86R" + b"s.",
+    "another codec": b"}" + text_of(b"a") + _ENCODE + text_of(b"x" * 64) + text_of(b"hex") + b"\x86Rs.",
+    "punycode": b"}" + text_of(b"a") + _ENCODE + text_of(b"x" * 64) + text_of(b"punycode") + b"\x86Rs.",
+    "a place far away": b"}r\xff\xff\xff\x7f.",
+    "one list in many mappings": b"(](K\x01K\x02\x86K\x01K\x02\x86eq\x00"
+    + b"ccollections\nOrderedDict\nh\x00\x85R" * 2000
+    + b"l.",
+    "one list in many ordered mappings": b"("
+    + b"]q\x00("
+    + b"K\x01K\x02\x86" * 2000
+    + b"e0ccollections\nOrderedDict\nq\x01"
+    + b"h\x01h\x00\x85R" * 2000
+    + b"t.",
+    "a shape of many": b"("
+    + b"K\x01" * 100_000
+    + b"tq\x00"
+    + b"ctorch._utils\n_rebuild_tensor_v2\nq\x01"
+    + b"h\x01h\x00R" * 1000
+    + b".",
+    "mappings in mappings": b"}q\x00"
+    + b"".join(
+        b"}q"
+        + bytes([level + 1])
+        + b"("
+        + b"".join(text_of(b"%d" % i) + b"h" + bytes([level]) for i in range(300))
+        + b"u"
+        for level in range(5)
+    )
+    + b".",
+    "a length beyond the end": b"X\xff\xff\xff\xff.",
+    "a number of many digits": b"I" + b"9" * 10**6 + b"\n.",
+    "deep": b"(" * 10**5 + b"t" * 10**5 + b".",
+    "an unknown call": b"cos\nsystem\nX\x05\x00\x00\x00touch\x85R.",
+    "a call of a value": b"NN\x85R.",
+    "by a protocol of today": b"\x8c\x02os\x8c\x06system\x93.",
+}
+
+
+def test_opcodes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2)}, "clip.pth")
+    rewritten("x.pth", data_pkl=b"\x80\x02" + b"N0" * 1000 + b".")
+    monkeypatch.setattr(pickles, "_MOST_OPCODES", 1000)
+    assert refusal("x.pth") == "base (x): not a whole file of torch.save: its pickle has more than 1000 opcodes"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", GROWING)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_small_pickle_takes_little_time_and_memory(kind: str, old: bool) -> None:
+    torch.save({"a": torch.ones(2)}, "clip.pth", _use_new_zipfile_serialization=not old)
+    content = b"\x80\x02" + GROWING[kind]
+    if old:
+        whole = Path("clip.pth").read_bytes()
+        start = whole.index(b"\x80\x02}q\x00X\x01\x00\x00\x00a")
+        Path("x.pth").write_bytes(whole[:start] + content + whole[whole.rindex(b"\x80\x02]") :])
+    else:
+        rewritten("x.pth", data_pkl=content)
+    tracemalloc.start()
+    started = time.process_time()
+    sentence = refusal("x.pth")
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sentence.startswith("base (x): ")
+    assert seconds < 20  # traced, which takes five times as long
+    # A value is an object of 100 bytes or so, and an opcode leaves one at most.
+    assert peak < 100 * len(content) + 2**23
 
 
 def test_the_same_archive_entry_twice() -> None:

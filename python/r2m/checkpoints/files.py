@@ -42,6 +42,8 @@ class TensorFile:
         identity: what tells whether it was changed since.
         header: SHA-256 of what describes the tensors.
         aliases: name → the earlier name that is the same stored tensor.
+        key: what the tensors lay under; empty at the top.
+        notes: what else is in the file and was left out, a clause for each.
     """
 
     specs: dict[str, TensorSpec]
@@ -49,6 +51,8 @@ class TensorFile:
     identity: tuple[int, ...]
     header: str
     aliases: dict[str, str] = field(default_factory=dict)
+    key: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Checkpoint:
@@ -62,6 +66,8 @@ class Checkpoint:
         specs: name → shape and dtype; in data order for one file, in the index's order for shards.
         aliases: name → the earlier name of the same stored tensor.
         files: the files that are read.
+        keys: what the tensors lay under, in those that hold more.
+        notes: what else is in them and was left out, a clause for each.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class Checkpoint:
         self.specs = specs
         self.aliases: Mapping[str, str] = {k: v for file in files.values() for k, v in file.aliases.items()}
         self.files = tuple(files)
+        self.keys = {file.key for file in files.values() if file.key}
+        self.notes = tuple(dict.fromkeys(note for file in files.values() for note in file.notes))
         self._locations = locations
         self._files = files
         self._index = index

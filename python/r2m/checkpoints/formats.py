@@ -1,6 +1,6 @@
 """The formats of checkpoint files: a table. Who opens, writes, names or lists checkpoints asks it.
 
-A format is an entry here and a module of its own with ``open_file(path, what)``, which gives a
+A format is an entry here and a module of its own with ``open_file(path, what, key)``, which gives a
 :class:`r2m.checkpoints.files.TensorFile`, and, unless a merge writes it directly, ``save_file(source, path, names)``.
 Those are imported when they are called: this module is for commands that only talk, too.
 """
@@ -50,14 +50,19 @@ class Format:
         """How often a merge has its tensors on the disk in the end."""
         return 1 if self.direct else 2
 
-    def open(self, path: Path, what: str) -> TensorFile:
-        """Its tensors and where they lie; ``what`` is how error messages name the file.
+    def open(self, path: Path, what: str, key: str | None = None) -> TensorFile:
+        """Its tensors and where they lie.
+
+        Args:
+            path: the file.
+            what: how error messages name it.
+            key: what the tensors lie under, if the file has it.
 
         Raises:
             BadCheckpoint: damaged, hostile, or of a kind that is not supported.
             OSError: it cannot be read; ``filename`` is set.
         """
-        tensors: TensorFile = self._code.open_file(path, what)
+        tensors: TensorFile = self._code.open_file(path, what, key)
         return tensors
 
     def save(self, source: Checkpoint, path: Path, names: Sequence[str]) -> None:
@@ -97,7 +102,7 @@ FORMATS = {
             single="pytorch_model.bin",
             index="pytorch_model.bin.index.json",
             output="model.pth",
-            # A zip archive; before torch 1.6, which is refused with a sentence of its own, a pickle.
+            # A zip archive; before torch 1.6, a pickle.
             is_mine=lambda head: head.startswith((b"PK\x03\x04", b"\x80\x02")),
             module="r2m.checkpoints.torch_file",
         ),

@@ -12,7 +12,7 @@ from r2m.places import confined, opened, read_small
 from r2m_kernels.errors import BadCheckpoint, quoted
 
 
-def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
+def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Checkpoint:
     """Open a safetensors file, a file of ``torch.save``, or a directory with one of them or with an index and shards.
 
     :func:`r2m.checkpoints.layout.chosen` says which files of a directory count.
@@ -20,6 +20,8 @@ def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
     Args:
         path: file, directory or :mod:`r2m.checkpoints.hub` reference. A file is judged by its content, not by its name.
         label: how error messages name the checkpoint; should hold the path as the user gave it.
+        key: what the tensors lie under in a file of torch.save that holds more, with dots; in one without it, and by
+            default, :func:`r2m.checkpoints.state_dict.chosen` finds them.
 
     Raises:
         BadCheckpoint: nothing there, no such file, damaged, or an index that does not fit its files.
@@ -27,29 +29,29 @@ def open_checkpoint(path: str | Path, label: str) -> Checkpoint:
     """
     given, path = str(path), hub.local(path)
     if given and path.is_dir():
-        return _open_directory(path, label)
+        return _open_directory(path, label, key)
     if not given or not path.exists():
         raise BadCheckpoint(f"{label}: no such file or directory")
-    return _open_single(path, label, label)
+    return _open_single(path, label, label, key)
 
 
-def _open_directory(directory: Path, label: str) -> Checkpoint:
+def _open_directory(directory: Path, label: str, key: str | None) -> Checkpoint:
     # Names with a leading dot are leftovers of other programs, such as macOS's "._" companions.
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
     name = layout.chosen(names, label)
     if name in formats.INDEXES:
-        return _open_shards(directory, label, name)
-    return _open_single(directory / name, label, f"{label}: file {quoted(name)}")
+        return _open_shards(directory, label, name, key)
+    return _open_single(directory / name, label, f"{label}: file {quoted(name)}", key)
 
 
-def _open_single(path: Path, label: str, what: str) -> Checkpoint:
-    file = _open_file(path, what)
+def _open_single(path: Path, label: str, what: str, key: str | None) -> Checkpoint:
+    file = _open_file(path, what, key)
     if not file.specs:
         raise BadCheckpoint(f"{what}: holds no tensors")
     return Checkpoint(label, file.specs, file.locations, {path: file})
 
 
-def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
+def _open_shards(directory: Path, label: str, index_name: str, key: str | None) -> Checkpoint:
     index, path = f"{label}: index '{index_name}'", directory / index_name
     text = read_small(path, index, layout.MOST_INDEX, error=BadCheckpoint)
     weight_map = layout.decode_index(index, text)
@@ -62,7 +64,7 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
     outside = [shard for shard in shards if not confined(directory / shard)]
     if outside:
         raise BadCheckpoint(f"{index}: shard {quoted(outside[0])} is a link that leads out of its directory")
-    files = {shard: _open_file(directory / shard, f"{label}: shard {quoted(shard)}") for shard in shards}
+    files = {shard: _open_file(directory / shard, f"{label}: shard {quoted(shard)}", key) for shard in shards}
     absent = [name for name, shard in weight_map.items() if name not in files[shard].specs]
     if absent:
         shard = weight_map[absent[0]]
@@ -84,9 +86,9 @@ def _open_shards(directory: Path, label: str, index_name: str) -> Checkpoint:
     )
 
 
-def _open_file(path: Path, what: str) -> TensorFile:
+def _open_file(path: Path, what: str, key: str | None) -> TensorFile:
     with opened(path, what, BadCheckpoint) as file:
         head = file.read(formats.HEAD_BYTES)
     if not head:
         raise BadCheckpoint(f"{what}: the file is empty")
-    return formats.recognised(head, path.name).open(path, what)
+    return formats.recognised(head, path.name).open(path, what, key)

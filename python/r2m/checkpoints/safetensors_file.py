@@ -175,7 +175,7 @@ def _plan_file(file_name: str, specs: Mapping[str, TensorSpec], metadata: Mappin
     return PlannedFile(file_name, struct.pack("<Q", len(text)) + text, offsets, data + position)
 
 
-def open_file(path: Path, what: str) -> TensorFile:
+def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
     """The tensors of a safetensors file; see :meth:`r2m.checkpoints.formats.Format.open`.
 
     The library judges the header, after a look of our own at what it lets pass.

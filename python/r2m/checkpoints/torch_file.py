@@ -1,23 +1,20 @@
-"""Files of ``torch.save``: their structure is read by torch without running a stranger's code, their tensors in place.
+"""Files of ``torch.save``: what they describe is read as data, their tensors are read in place, and nothing is run.
 
-The archive is looked through here: entries stored as they are, side by side and inside the file. What torch is given is
-a skeleton of it, with the pickle and records of no bytes: ``torch.load(weights_only=True, map_location="meta")`` builds
-tensors without data, whose storages say at which record of the skeleton they are. From there on ordinary reads do.
+Since torch 1.6 a file is an archive, looked through here: entries stored as they are, side by side and inside the file.
+A pickle among them describes the tensors, each record is a storage. Before, a file was pickles, one after another, and
+then the storages.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
-import pickletools
-import re
+import pickle
 import struct
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -25,65 +22,63 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
+from r2m.checkpoints import pickles, state_dict
 from r2m.checkpoints.files import Checkpoint, Location, TensorFile, identity
-from r2m.checkpoints.layout import some
+from r2m.checkpoints.torch_names import Described, TorchNames
 from r2m.places import created, opened, unique
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
-_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80\x02"
-# Under which keys training scripts put the weights, when they save more than those.
-WRAPPERS = ("state_dict", "model", "model_state_dict")
-
+_ZIP_MAGIC = b"PK\x03\x04"
 _MOST_DIRECTORY = 2**26  # bytes of the archive's list of entries: half a million tensors
 # What describes the tensors, and how many bytes it may have: as many tensors.
 _DESCRIBING = {"data.pkl": 2**26, "version": 2**10, "byteorder": 2**10}
 _END, _END_BYTES, _COMMENT = b"PK\x05\x06", 22, 2**16
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32)
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
-# This makes a large object out of a number, and no state dict needs it.
-_GROWING = ("builtins bytearray", "__builtin__ bytearray")
-_QUANTIZED = "torch._utils _rebuild_qtensor"
+# Of a file before torch 1.6: how it begins, and how much of it is read to find out where its storages do.
+_MAGIC, _PROTOCOL, _READ = 0x1950A86A20F9469CFC6C, 1001, (2**20, 2**23, 2**26)
 
 
 @dataclass(frozen=True)
-class _Archive:
-    """An archive that was looked through.
+class _Content:
+    """What a file says.
 
     Attributes:
-        skeleton: the same without what the tensors hold: every record is empty.
-        records: where a record lies in the skeleton → where it begins in the file, and its bytes.
+        loaded: its value, tensors as descriptions.
+        records: key of a storage → where it begins in the file, and its bytes.
         digest: of all that describes the tensors.
     """
 
-    skeleton: BinaryIO
-    records: dict[int, tuple[int, int]]
+    loaded: Any
+    records: dict[str, tuple[int, int]]
     digest: str
 
 
-def open_file(path: Path, what: str) -> TensorFile:
-    """The tensors of a state dict, which may lie under one of :data:`WRAPPERS`; see :mod:`r2m.checkpoints.formats`."""
+def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
+    """The tensors of a state dict, wherever in the file it is; see :mod:`r2m.checkpoints.formats`."""
     with opened(path, what, BadCheckpoint) as file:
         known = identity(file.fileno())
-        start = file.read(4)
-        if not start.startswith(_ZIP_MAGIC):
-            old = start.startswith(_PICKLE_MAGIC)
-            kind = "of torch.save before torch 1.6" if old else "neither safetensors nor torch's"
+        start = file.read(len(_ZIP_MAGIC))
+        if not start.startswith((_ZIP_MAGIC, pickle.PROTO)):
             raise BadCheckpoint(
-                f"{what}: a file {kind}; expected one that torch.save({{'name': tensor, …}}, PATH) of today writes"
+                f"{what}: a file neither safetensors nor torch's; expected one that "
+                "torch.save({'name': tensor, …}, PATH) writes"
             )
-        archive = _looked_through(file, what)
+        content = _looked_through(file, what) if start == _ZIP_MAGIC else _before_archives(file, what)
+    chosen = state_dict.chosen(content.loaded, what, Described, key)
     specs: dict[str, TensorSpec] = {}
     locations: dict[str, Location] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for name, tensor in state_dict(_load(archive.skeleton, what), what).items():
-        spec, location = _located(f"{what}: tensor {quoted(name)}", tensor, path, archive.records)
+    for name, tensor in chosen.tensors.items():
+        spec, location = _located(f"{what}: tensor {quoted(name)}", tensor, path, content.records)
         specs[name], locations[name] = spec, location
-        key = (location.offset, location.strides, spec.shape, spec.dtype)
-        if spec.numel and key in first:
-            aliases[name] = first[key]
-        first.setdefault(key, name)
-    return TensorFile(specs, locations, known, archive.digest, aliases)
+        place = (location.offset, location.strides, spec.shape, spec.dtype)
+        if spec.numel and place in first:
+            aliases[name] = first[place]
+        first.setdefault(place, name)
+    return TensorFile(specs, locations, known, content.digest, aliases, chosen.key, chosen.notes)
 
 
 def save_file(source: Checkpoint, path: Path, names: Sequence[str]) -> None:
@@ -103,84 +98,94 @@ def save_file(source: Checkpoint, path: Path, names: Sequence[str]) -> None:
             raise cause or OSError(errno.EIO, f"torch could not write it: {error}") from None
 
 
-def _load(skeleton: BinaryIO, what: str) -> Any:
-    """What the pickle describes, its tensors without data."""
-    # torch 2.10 reads the data of what goes nowhere, unless its tensors are fake.
-    without_data: AbstractContextManager[object] = nullcontext()
-    if torch.__version__ < "2.11":
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        without_data = FakeTensorMode()
+def _loaded(content: bytes, what: str) -> Any:
+    """The value of an archive's pickle."""
     try:
-        with without_data:
-            return torch.load(skeleton, map_location="meta", weights_only=True)
-    except (Exception, RecursionError) as error:
-        _refuse(what, str(error))
+        return pickles.read(content, TorchNames(len(content)))[0]
+    except pickles.Refused as error:
+        _refuse_pickle(error, what)
+
+
+def _refuse_pickle(error: pickles.Refused, what: str) -> NoReturn:
+    if error.program:
+        raise BadCheckpoint(
+            f"{what}: holds {quoted(error.program[:200])}, which could run code when it is loaded, and only tensors "
+            "are; save its state_dict() where it was made, or trust it with this machine: r2m convert --allow-pickle"
+        ) from None
+    _refuse(what, f"its pickle {error}")
 
 
 def _refuse(what: str, reason: str) -> NoReturn:
-    program = re.search(r"GLOBAL (\S+)", reason)
-    if program is not None:
-        name = program.group(1).removesuffix(".")
-        raise BadCheckpoint(
-            f"{what}: holds {quoted(name)}, which could run code when it is loaded, and only tensors are; save its "
-            "state_dict() where it was made, or trust it with this machine: r2m convert --allow-pickle"
-        ) from None
-    line = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
-    raise BadCheckpoint(f"{what}: not a whole file of torch.save: {printable(line[:200])}") from None
-
-
-def state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
-    """The mapping of names to tensors: the whole, or what is under one of the wrappers' keys.
-
-    Raises:
-        BadCheckpoint: there is none.
-    """
-    if isinstance(loaded, Mapping):
-        for key in WRAPPERS:  # tensors beside them are the training's, such as the centre of SVDD
-            inner = loaded.get(key)
-            if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-                loaded = inner
-                break
-    if not isinstance(loaded, Mapping):
-        raise BadCheckpoint(f"{what}: expected a state dict, got {type(loaded).__name__}")
-    if not any(isinstance(value, Tensor) for value in loaded.values()):
-        keys = some([str(key) for key in loaded]) or "nothing"
-        raise BadCheckpoint(
-            f"{what}: holds no tensors by name, neither at the top nor under {', '.join(WRAPPERS)}; it has {keys}"
-        )
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise BadCheckpoint(f"{what}: expected a state dict of tensors, got {kind} for {quoted(str(key))}")
-    return dict(loaded)
+    raise BadCheckpoint(f"{what}: not a whole file of torch.save: {printable(reason[:200])}") from None
 
 
 def _located(
-    what: str, tensor: Tensor, path: Path, records: Mapping[int, tuple[int, int]]
+    what: str, tensor: Described, path: Path, records: Mapping[str, tuple[int, int]]
 ) -> tuple[TensorSpec, Location]:
-    """Shape, dtype and place of a tensor that was loaded from the skeleton."""
-    if tensor.layout is not torch.strided:
-        raise BadCheckpoint(f"{what}: expected a dense tensor, got one of {tensor.layout}")
-    position = tensor.untyped_storage()._checkpoint_offset
-    if tensor.is_meta and position is None:
-        raise BadCheckpoint(f"{what}: expected a dense tensor, got one without data")
-    if tensor.is_conj() or tensor.is_neg():
-        raise BadCheckpoint(f"{what}: expected a tensor as it is stored, got a conjugate or negative view")
-    spec, strides, first = TensorSpec(tuple(tensor.shape), tensor.dtype), tensor.stride(), int(tensor.storage_offset())
+    """Shape, dtype and place of a tensor."""
+    if tensor.strange:
+        raise BadCheckpoint(f"{what}: expected a dense tensor as it is stored, got {tensor.strange}")
+    if tensor.dtype in _QUANTIZED:
+        raise BadCheckpoint(f"{what}: expected a dense tensor as it is stored, got a quantized one")
+    spec, strides = TensorSpec(tensor.shape, tensor.dtype), tensor.strides
     if spec.numel == 0:
         return spec, Location(path, 0)
-    start, size = records.get(-1 if position is None else position, (0, -1))
-    last = first + sum((count - 1) * stride for count, stride in zip(spec.shape, strides, strict=True))
-    if min(first, *strides, 0) < 0 or (last + 1) * spec.dtype.itemsize > size:
+    start, size = records.get(tensor.key, (0, -1))
+    last = sum((count - 1) * stride for count, stride in zip(spec.shape, strides, strict=True))
+    if tensor.offset + (last + 1) * spec.dtype.itemsize > size:
         raise BadCheckpoint(f"{what}: its storage is not one of the file's records")
     if spec.nbytes > size:
         raise BadCheckpoint(f"{what}: shape {spec.shape} repeats the {size} bytes that are stored")
-    return spec, Location(path, start + first * spec.dtype.itemsize, None if tensor.is_contiguous() else tuple(strides))
+    return spec, Location(path, start + tensor.offset, None if _in_order(spec.shape, strides) else strides)
 
 
-def _looked_through(file: BinaryIO, what: str) -> _Archive:
-    """What torch may be given of an archive.
+def _in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements follow one another."""
+    expected = 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count != 1 and stride != expected:
+            return False
+        expected *= count
+    return True
+
+
+def _before_archives(file: BinaryIO, what: str) -> _Content:
+    """What a file from before torch 1.6 says: five pickles, of which the fourth is the value, then its storages."""
+    size = os.fstat(file.fileno()).st_size
+    for most in _READ:
+        file.seek(0)
+        content = file.read(most)
+        names = TorchNames(len(content))
+        values: list[Any] = []
+        at = 0
+        try:
+            while len(values) < 5:
+                value, at = pickles.read(content, names, at)
+                values.append(value)
+                if values[:2] != [_MAGIC, _PROTOCOL][: len(values)]:
+                    raise BadCheckpoint(f"{what}: a pickle of Python that torch.save did not write")
+            break
+        except pickles.Refused as error:
+            if not error.damaged or most == _READ[-1] or len(content) == size:
+                _refuse_pickle(error, what)
+    _, _, system, loaded, keys = values
+    if not isinstance(system, dict) or system.get("little_endian") != (sys.byteorder == "little"):
+        raise BadCheckpoint(f"{what}: its numbers are not {sys.byteorder}-endian, and this machine's are")
+    records, digest = {}, hashlib.sha256(content[:at])
+    for key in keys if isinstance(keys, list) else ():
+        file.seek(at)
+        length = file.read(8)
+        nbytes = int.from_bytes(length, "little") * names.storages[key].itemsize if key in names.storages else -1
+        if len(length) < 8 or nbytes < 0 or at + 8 + nbytes > size:
+            _refuse(what, "a storage leaves the file, which is cut off")
+        records[key] = (at + 8, nbytes)
+        at += 8 + nbytes
+    digest.update(repr(list(records.values())).encode())
+    return _Content(loaded, records, digest.hexdigest())
+
+
+def _looked_through(file: BinaryIO, what: str) -> _Content:
+    """What an archive says.
 
     Raises:
         BadCheckpoint: entries compressed, overlapping, out of the file or of one name; lists too long; TorchScript.
@@ -215,19 +220,15 @@ def _looked_through(file: BinaryIO, what: str) -> _Archive:
     order = parts.get("byteorder", b"little").decode(errors="replace")
     if order != sys.byteorder:
         raise BadCheckpoint(f"{what}: its numbers are {quoted(order)}-endian, and this machine's are {sys.byteorder}")
-    _judge_pickle(parts["data.pkl"], what)
-    skeleton, records = io.BytesIO(), {}
-    with zipfile.ZipFile(skeleton, "w") as new:
-        for name, content in parts.items():
-            new.writestr(f"archive/{name}", content)
-        for entry in entries:
-            if entry.filename.startswith(f"{top}/data/"):
-                new.writestr(f"archive/{entry.filename.removeprefix(f'{top}/')}", b"")
-                records[skeleton.tell()] = (starts[entry.filename], entry.file_size)
-    skeleton.seek(0)
+    data = f"{top}/data/"
+    records = {
+        entry.filename.removeprefix(data): (starts[entry.filename], entry.file_size)
+        for entry in entries
+        if entry.filename.startswith(data)
+    }
     described = sorted((starts[entry.filename], entry.file_size) for entry in entries)
     digest = hashlib.sha256(repr(described).encode() + parts["data.pkl"]).hexdigest()
-    return _Archive(skeleton, records, digest)
+    return _Content(_loaded(parts["data.pkl"], what), records, digest)
 
 
 def _starts(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], size: int, what: str) -> dict[str, int]:
@@ -274,16 +275,3 @@ def _bound_directory(tail: bytes, what: str) -> None:
         _refuse(what, "its list of entries is damaged")
     if size > _MOST_DIRECTORY:
         raise BadCheckpoint(f"{what}: its list of entries has {size} bytes, expected at most {_MOST_DIRECTORY}")
-
-
-def _judge_pickle(content: bytes, what: str) -> None:
-    """Refuse a pickle that could grow beyond what it takes in the file, or has no places. It is read, not run."""
-    try:
-        names = [argument for operation, argument, _ in pickletools.genops(content) if operation.name == "GLOBAL"]
-    except (ValueError, IndexError, KeyError, UnicodeError, OverflowError, MemoryError, TypeError) as error:
-        _refuse(what, f"its data.pkl is damaged: {error}")
-    growing = next((str(name) for name in names if name in _GROWING), None)
-    if growing is not None:
-        _refuse(what, f"GLOBAL {growing.replace(' ', '.')}")
-    if _QUANTIZED in names:
-        raise BadCheckpoint(f"{what}: expected dense tensors, got quantized ones")

@@ -130,5 +130,6 @@ QUIET = option(RUN, "--quiet", is_flag=True, help="Say nothing unless it fails."
 def names(command: Any) -> Any:
     """The options of names, as merge has them."""
     command = click.option("--preset", type=click.Choice(ARRANGEMENT["preset"].choices), help="As of merge.")(command)
+    command = click.option("--key", metavar="KEY", help="As of merge.")(command)
     command = click.option("--drop", multiple=True, metavar="OLD", help="As of merge.")(command)
     return click.option("--rename", multiple=True, metavar="OLD=NEW", help="As of merge.")(command)
