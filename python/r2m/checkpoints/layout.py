@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from r2m.checkpoints import strangers
 from r2m.checkpoints.formats import FORMATS
 from r2m.places import mapping
 from r2m_kernels import checks
@@ -24,7 +25,7 @@ def encode_index(file_of: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def chosen(names: Sequence[str], label: str) -> str:
+def chosen(names: Sequence[str], label: str, beside: Sequence[str] = (), directory: str = "DIR") -> str:
     """The file that a directory's checkpoint is in, or its index.
 
     The formats count in the order of their table, which is that of ``transformers``; of each its single file comes
@@ -33,10 +34,16 @@ def chosen(names: Sequence[str], label: str) -> str:
     Args:
         names: of its files.
         label: how error messages name it.
+        beside: names of what else is in it.
+        directory: what it is called.
 
     Raises:
-        BadCheckpoint: there is none, or there are several and no index.
+        BadCheckpoint: there is none, or there are several and no index; the directory is known as something else.
     """
+    whole = any(name in names for one in FORMATS.values() for name in (one.single, one.index))
+    parts = "" if whole else strangers.of_parts([*names, *beside], directory)
+    if parts:
+        raise BadCheckpoint(f"{label}: {parts}")
     for one in FORMATS.values():
         for name in (one.single, one.index):
             if name in names:
@@ -49,7 +56,8 @@ def chosen(names: Sequence[str], label: str) -> str:
                 f"{label}: holds {len(of_format)} *{' *'.join(one.suffixes)} files ({some(of_format)}) and no "
                 f"{one.index}; name the one that is meant"
             )
-    raise BadCheckpoint(f"{label}: the directory holds no safetensors file and none of torch.save")
+    other = strangers.of_others([*names, *beside], directory)
+    raise BadCheckpoint(f"{label}: {other or 'the directory holds no safetensors file and none of torch.save'}")
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

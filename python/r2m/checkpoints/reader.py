@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from r2m.checkpoints import formats, hub, layout
+from r2m.checkpoints import formats, hub, layout, strangers
 from r2m.checkpoints.files import Checkpoint, TensorFile
 from r2m.checkpoints.layout import some
 from r2m.places import confined, opened, read_small
@@ -37,8 +37,9 @@ def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Che
 
 def _open_directory(directory: Path, label: str, key: str | None) -> Checkpoint:
     # Names with a leading dot are leftovers of other programs, such as macOS's "._" companions.
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name[0] != ".")
-    name = layout.chosen(names, label)
+    entries = {entry.name: entry.is_file() for entry in sorted(directory.iterdir())}
+    files = [name for name, is_file in entries.items() if is_file and name[0] != "."]
+    name = layout.chosen(files, label, [other for other in entries if other not in files], str(directory))
     if name in formats.INDEXES:
         return _open_shards(directory, label, name, key)
     return _open_single(directory / name, label, f"{label}: file {quoted(name)}", key)
@@ -48,6 +49,9 @@ def _open_single(path: Path, label: str, what: str, key: str | None) -> Checkpoi
     file = _open_file(path, what, key)
     if not file.specs:
         raise BadCheckpoint(f"{what}: holds no tensors")
+    strange = strangers.of_tensors(file.specs)
+    if strange:
+        raise BadCheckpoint(f"{what}: {strange}")
     return Checkpoint(label, file.specs, file.locations, {path: file})
 
 
@@ -88,7 +92,11 @@ def _open_shards(directory: Path, label: str, index_name: str, key: str | None) 
 
 def _open_file(path: Path, what: str, key: str | None) -> TensorFile:
     with opened(path, what, BadCheckpoint) as file:
-        head = file.read(formats.HEAD_BYTES)
+        head = file.read(strangers.HEAD_BYTES)
     if not head:
         raise BadCheckpoint(f"{what}: the file is empty")
-    return formats.recognised(head, path.name).open(path, what, key)
+    known = formats.recognised(head[: formats.HEAD_BYTES], path.name)
+    strange = "" if known.is_mine(head[: formats.HEAD_BYTES]) else strangers.of_file(head)
+    if strange:
+        raise BadCheckpoint(f"{what}: {strange}")
+    return known.open(path, what, key)

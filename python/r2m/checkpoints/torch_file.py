@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from r2m.checkpoints import pickles, state_dict
+from r2m.checkpoints import pickles, state_dict, strangers
 from r2m.checkpoints.files import Checkpoint, Location, TensorFile, identity
 from r2m.checkpoints.torch_names import Described, TorchNames
 from r2m.places import created, opened, unique
@@ -202,7 +202,7 @@ def _looked_through(file: BinaryIO, what: str) -> _Content:
     unique([(name, None) for name in names], what, BadCheckpoint)
     top = names[0].partition("/")[0] if names else ""  # as torch has it
     if f"{top}/data.pkl" not in names:
-        raise BadCheckpoint(f"{what}: a zip file without the data.pkl of torch.save")
+        raise BadCheckpoint(f"{what}: {strangers.of_archive(names)}")
     outside = next((name for name in names if not name.startswith(f"{top}/")), None)
     if outside is not None:
         raise BadCheckpoint(f"{what}: the entry {quoted(outside)} lies beside {quoted(top)}, where the others do")
