@@ -11,9 +11,11 @@ from typing import Any
 from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.inspection import family
-from r2m.output import CARD_FILE, RECIPE_FILE, REPORT_FILE
-from r2m.places import MOST_RECORD, read_mapping, read_small
+from r2m.output import held
+from r2m.ownership import CARD_FILE, RECIPE_FILE, REPORT_FILE, WRITTEN, digest, encode_report, unsealed
+from r2m.places import new_file, read_small
 from r2m.templating import render
+from r2m.workplace import settle
 from r2m_kernels.errors import BadFile, printable
 
 # How much a licence asks of who uses a model: the more, the later. Those that are not here are compared by name alone.
@@ -32,25 +34,28 @@ _METRICS = {"auc": "AUC, frames", "video_auc": "AUC, videos", "acc": "accuracy",
 
 
 def card(
-    out: Path, *, evaluation: Mapping[str, Any] | None = None, licence: str | None = None, hashes: bool = False
+    out: Path,
+    report: Mapping[str, Any],
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    hashes: bool = False,
 ) -> str:
     """The text of a merge's ``README.md``.
 
     Args:
-        out: the merge's output; its recipe and report are read.
+        out: the merge's output; its recipe is read.
+        report: the merge's.
         evaluation: the content of an ``evaluation.json``, for the metrics of the model that lies in ``out``.
         licence: the merged model's, where the inputs' are not to decide.
         hashes: work out SHA-256 of the inputs' files, which reads them all.
 
     Raises:
-        InvalidInput: ``out`` is no merge, or the evaluation has no model that lies there.
+        InvalidInput: the recipe cannot be read, or the evaluation has no model that lies there.
         OSError: an input cannot be read.
     """
-    if not (out / RECIPE_FILE).is_file() or not (out / REPORT_FILE).is_file():
-        raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
     what = f"{out}: {RECIPE_FILE}"
     recipe = plain_yaml.load(read_small(out / RECIPE_FILE, what), what)
-    report = read_mapping(out / REPORT_FILE, f"{out}: {REPORT_FILE}", MOST_RECORD)
     paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
     cards = {name: _front_matter(path) for name, path in paths.items()}
     licences = {name: _licence_of(content) for name, content in cards.items()}
@@ -72,6 +77,41 @@ def card(
         metrics=_METRICS,
         recipe=_yaml(_public(recipe)),
     )
+
+
+def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
+    """Write the card of a merge's output anew, and what tells that a merge wrote it.
+
+    Args:
+        out: the output.
+        overwrite: whether one that somebody has changed may be replaced.
+        more: arguments of :func:`card`.
+
+    Returns:
+        Its text.
+
+    Raises:
+        InvalidInput: as :func:`card`; or ``out`` is no merge, somebody has changed its card, or another process is at
+            work on it.
+        OSError: it cannot be read or written; ``filename`` is set.
+    """
+    directory = Path(out)
+    path, report_path = directory / CARD_FILE, directory / REPORT_FILE
+    settle(directory)
+    if not (directory / RECIPE_FILE).is_file() or not report_path.is_file():
+        raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
+    with held(out):
+        report = unsealed(report_path, f"{out}: {REPORT_FILE}")
+        before = [digest(path)] if path.is_file() else []
+        if not overwrite and not set(before) <= set(report[WRITTEN].get(CARD_FILE, ())):
+            raise BadFile(f"{path}: was changed since a merge wrote it; --overwrite replaces it")
+        text = card(directory, report, hashes=True, **more)
+        content = text.encode(errors="backslashreplace")
+        # Both are known as ours before one takes the other's place.
+        written = {**report[WRITTEN], CARD_FILE: [*before, hashlib.sha256(content).hexdigest()]}
+        new_file(report_path, encode_report({**report, WRITTEN: written}))
+        new_file(path, content)
+    return text
 
 
 def most_restrictive(licences: Sequence[str | None]) -> str:

@@ -16,7 +16,7 @@ from r2m.checkpoints import state_dict
 from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
-from r2m.places import beside, created, sync
+from r2m.places import beside, created, put, sync
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
@@ -64,6 +64,9 @@ def convert(
         arrangement = arrangement or Arrangement()
         readable = _trusted(Path(source), label, partial / "state.pth", arrangement.key) if allow_pickle else source
         opened = open_checkpoint(readable, label, arrangement.key)
+        real = Path(os.path.realpath(target))
+        if real in {Path(os.path.realpath(file)) for file in (source, *opened.files)}:
+            raise BadFile(f"out ({out}): is a file of the source, and inputs are never written to")
         view = plain(opened, arrangement)
         unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
         if unstorable:
@@ -72,7 +75,10 @@ def convert(
         if file_format is not SAFETENSORS:
             tensors, written = written, partial / "converted"
             file_format.save(open_checkpoint(tensors, "converted tensors"), written, list(view.specs))
-        os.replace(written, target)
+        try:
+            put(written, target, replace=overwrite)
+        except FileExistsError:
+            raise BadFile(f"out ({out}): exists already; --overwrite replaces it") from None
     sync(target.parent)
     return "\n".join([f"{len(view.specs)} tensors from {source} to {out}", *opened.notes])
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.options import OPTIONS
-from r2m.output import INPUTS, RECIPE_FILE, REPORT_FILE, STATE_FILE, difference
+from r2m.output import INPUTS, difference
+from r2m.ownership import RECIPE_FILE, REPORT_FILE, STATE_FILE, sealed, unsealed
 from r2m.places import MOST_RECORD, read_beside, read_mapping
 from r2m.recipe import Recipe
 from r2m.recipe_file import read_recipe
+from r2m.workplace import settle
 from r2m_kernels import Analysis
 from r2m_kernels.errors import BadFile
 
@@ -29,16 +32,27 @@ def recipe_of(out: str | Path) -> Recipe:
     Raises:
         BadFile: it is none.
     """
+    settle(Path(out))
     path = Path(out) / RECIPE_FILE
     if not path.is_file():
         raise BadFile(f"{out}: expected the output of a merge, with a {RECIPE_FILE}")
-    return read_recipe(path)
+    return replace(read_recipe(path), file=None)  # it goes with the output
+
+
+def report_of(out: str | Path) -> dict[str, Any]:
+    """The report of a merge's output.
+
+    Raises:
+        BadFile: there is none that can be read.
+        OSError: the same.
+    """
+    return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
 
 
 def shard_size(out: str | Path) -> int | str:
     """``max_shard_size`` of the merge that wrote an output, which no recipe holds; the default where not known."""
     try:
-        return int(read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)["state"]["max_shard_size"])
+        return int(unsealed(Path(out) / STATE_FILE, STATE_FILE)["state"]["max_shard_size"])
     except (OSError, ValueError, KeyError, TypeError):
         default: str = OPTIONS["max_shard_size"].default
         return default
@@ -56,26 +70,29 @@ def specialists(checkpoint: Path) -> int:
 
 
 def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:
-    """The content of a merge's ``r2m_state.json``, from which :func:`grams` takes what another one need not find."""
+    """The content of a merge's ``r2m_state.json``, from which :func:`grams` takes what another one need not find.
+
+    Its digest binds what was found to the inputs it was found in.
+    """
     grams: dict[str, Any] = {
         name: {"tasks": gram.tolist(), "base": analysis.base_squares[name]} for name, gram in analysis.grams.items()
     }
     grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
-    return json.dumps({"state": state, "grams": dict(sorted(grams.items()))}).encode()
+    return sealed({"state": state, "grams": dict(sorted(grams.items()))})
 
 
 def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Gram matrices by tensor from a merge that had all the experts of another one, and more perhaps.
 
     They are what the other would find, to the bit, if files and options are the same and the backend's inner products
-    do not depend on who else is there. Empty where files or options are not the same.
+    do not depend on who else is there. Empty where files or options are not the same, or the state was changed since.
 
     Args:
         out: the output of the former merge.
         state: of the other one, as its :meth:`r2m.merge.Job.state` has it.
     """
     try:
-        content = read_mapping(Path(out) / STATE_FILE, STATE_FILE, MOST_RECORD)
+        content = unsealed(Path(out) / STATE_FILE, STATE_FILE)
         return _of_the_same(content["state"], content["grams"], json.loads(json.dumps(state)))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # what we have not written
         return {}

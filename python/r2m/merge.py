@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import r2m_kernels
-from r2m import distributed, former, labels, machine, output, plain_yaml, preprocessing
+from r2m import distributed, former, labels, machine, ownership, plain_yaml, preprocessing
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
@@ -25,8 +25,9 @@ from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.options import Options
-from r2m.output import INPUTS, SOURCES, PartialOutput, check_output, difference, partial_output
-from r2m.places import MOST_RECORD, read_mapping, read_small, write_file
+from r2m.output import INPUTS, SOURCES, PartialOutput, Workplace, check_output, difference, held, partial_output
+from r2m.ownership import CARD_FILE, RECIPE_FILE, REPORT_FILE, STATE_FILE, WRITTEN
+from r2m.places import read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
@@ -194,7 +195,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     beside = hub.local(recipe.base)
     copied = {
         name: read_small(beside / name, f"base ({recipe.base}): {name}")
-        for name in output.COPIED_FILES
+        for name in ownership.COPIED_FILES
         if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
     }
     common = preprocessing.common(known, recipe.preprocessing)
@@ -208,6 +209,7 @@ def merge_files(
     *,
     processes: ProcessGroup | None = None,
     progress: Progress | None = None,
+    workplace: Workplace | None = None,
 ) -> dict[str, Any]:
     """Merge checkpoints into a new directory.
 
@@ -222,6 +224,7 @@ def merge_files(
         options: how it is run; default: ``Options()``.
         processes: those that share the work; all of them call this alike.
         progress: called as the work goes on.
+        workplace: of ``out``, where it is held already.
 
     Returns:
         The report, as in ``r2m_report.json``.
@@ -235,14 +238,14 @@ def merge_files(
     options, processes = options or Options(), processes or SingleProcess()
     with contextlib.ExitStack() as stack:
         job, partial, trouble = None, None, None
+        run = {"overwrite": options.overwrite, "resume": options.resume}
         try:
             job = open_job(recipe, options)
             state = job.state()
             if processes.index == 0:
-                check_output(out, overwrite=options.overwrite, inputs=_inputs(job), resume=options.resume)
-                partial = stack.enter_context(
-                    partial_output(out, overwrite=options.overwrite, resume=options.resume, state=state)
-                )
+                workplace = workplace or stack.enter_context(held(out))
+                check_output(out, inputs=_inputs(job), **run)
+                partial = stack.enter_context(partial_output(out, state=state, workplace=workplace, **run))
         except (R2MError, OSError) as error:
             trouble = error
         shared = processes.gather({} if partial is None else {"partial": partial, "state": state}, trouble)
@@ -252,13 +255,14 @@ def merge_files(
         which = f"process {processes.index} of {processes.size}"
         processes.gather({}, DoesNotFit(f"{which} is not on the same merge: {other}") if other else None)
         if partial.finished:
-            return read_mapping(Path(out) / output.REPORT_FILE, f"out ({out}): {output.REPORT_FILE}", MOST_RECORD)
+            return former.report_of(out)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
         analysis, sink = _merge(job, partial, processes, known, progress)
         if processes.index != 0:
             return analysis.report()
-        write_file(partial.output / output.STATE_FILE, former.record(state, analysis))
-        return complete(job, partial, sink, analysis, started)
+        assert workplace is not None
+        workplace.check()
+        return complete(job, partial, sink, analysis, state, started)
 
 
 def plan_merge(
@@ -317,7 +321,12 @@ def _merge(
 
 
 def complete(
-    job: Job, partial: PartialOutput, sink: SafetensorsSink, analysis: Analysis, started: float
+    job: Job,
+    partial: PartialOutput,
+    sink: SafetensorsSink,
+    analysis: Analysis,
+    state: Mapping[str, Any],
+    started: float,
 ) -> dict[str, Any]:
     """What is written when all tensors are.
 
@@ -325,6 +334,7 @@ def complete(
         job: whose merge it is, with the configuration of the tensors.
         partial, sink: where they were written.
         analysis: what they were made from.
+        state: what decides their bytes.
         started: when, by ``time.perf_counter``.
 
     Returns:
@@ -343,10 +353,10 @@ def complete(
         )
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
-    write_file(directory / output.RECIPE_FILE, plain_yaml.dump(dump(recipe)).encode())
-    sizes = {
-        entry.name: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.name != output.REPORT_FILE
-    }
+    write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe)).encode())
+    write_file(directory / STATE_FILE, former.record(state, analysis))
+    made = sorted({path.name for path in directory.iterdir()} - {CARD_FILE, REPORT_FILE})
+    sizes = {name: (directory / name).stat().st_size for name in made}
     report: dict[str, Any] = {
         "method": recipe.method,
         "notes": [*recipe.notes, *job.notes, *agreed.notes],
@@ -364,12 +374,14 @@ def complete(
         },
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
-    text = json.dumps(report, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    write_file(directory / output.REPORT_FILE, text.encode(errors="backslashreplace"))
-    write_file(directory / output.CARD_FILE, card(directory).encode(errors="backslashreplace"))
-    return report
+    write_file(directory / CARD_FILE, card(directory, report).encode(errors="backslashreplace"))
+    text = ownership.encode_report({**report, WRITTEN: ownership.written(directory)})
+    write_file(directory / REPORT_FILE, text)
+    return dict(json.loads(text))
 
 
 def _inputs(job: Job) -> list[str | Path]:
     """What is read: the files too, and not the directories alone, as they may be links that lead anywhere."""
-    return [job.recipe.base, *(one.path for one in job.recipe.experts.values()), *job.files]
+    recipe = job.recipe
+    beside = [path for path in (recipe.file, recipe.arrangement.head_features) if path]
+    return [recipe.base, *(one.path for one in recipe.experts.values()), *job.files, *beside]

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
 from r2m.journal import PREFIX
-from r2m.places import MOST_RECORD, PARTIAL, UNKNOWN_THERE, FileSystemWarning, as_seen, new_file, read_mapping, sync
-from r2m_kernels.errors import BadFile, InvalidInput
+from r2m.ownership import STATE_FILE, foreign, is_named, is_unfinished
+from r2m.places import MOST_RECORD, as_seen, is_mounted, new_file, read_mapping, sync
+from r2m.workplace import FORMER, LOCK, OUTPUT, PARTIAL_SUFFIX, directory_of, holds, put_back, resolved, take
+from r2m_kernels.errors import BadFile, InvalidInput, quoted
 from r2m_kernels.streaming import FACTORS_PREFIX
 
-RECIPE_FILE = "r2m_config.yaml"
-REPORT_FILE = "r2m_report.json"
-STATE_FILE = "r2m_state.json"
-CARD_FILE = "README.md"
-COPIED_FILES = ("config.json", "preprocessor_config.json")
-
-_MARKS = {RECIPE_FILE, REPORT_FILE}
-_WRITTEN = {STATE_FILE, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-
-PARTIAL_SUFFIX = ".partial"
 SOURCES = "sources"  # of a state: a digest of the code that makes the bits
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
-_LOCK, _STATE = "lock", "state.json"
-_DIRECTORIES = _OUTPUT, _FORMER, _TENSORS = "output", "former", "tensors"
+_STATE, _TENSORS = "state.json", "tensors"
+_REPLACED = "replaced"  # a former content whose successor is in place
+_DIRECTORIES = OUTPUT, FORMER, _TENSORS, _REPLACED
 # Journals, and low-rank factors of a run that was killed in the moment in which their file had a name.
 _WORKING = re.compile(rf"{PREFIX}\d+$|{re.escape(FACTORS_PREFIX)}")
 
@@ -46,7 +36,8 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
     Args:
         out: the directory to come.
         overwrite: whether an empty directory or a former output may be replaced.
-        inputs: files and directories that are read. None may be ``out`` or lie inside it, links resolved.
+        inputs: files and directories that are read. None may be ``out`` or lie inside it or where work on it is done,
+            links resolved.
         resume: whether an earlier run is to be gone on with, which may have been cut off with ``out`` in place.
 
     Returns:
@@ -56,12 +47,16 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
         BadFile: ``out`` holds an input, or exists and may not be replaced, or lies below a file.
         PermissionError: no permission to create it.
     """
-    target = _resolved(out)
-    real_out = Path(os.path.realpath(target))  # `target` itself may be a link
+    target = resolved(out)
+    shown = {
+        Path(os.path.realpath(target)): "",
+        Path(os.path.realpath(directory_of(target))): f"{PARTIAL_SUFFIX} beside it ",
+    }
     for path in inputs:
-        real_path = Path(os.path.realpath(path))
-        if real_path == real_out or real_out in real_path.parents:
-            raise BadFile(f"out ({out}): is or holds the input {path}, and inputs are never written to")
+        real_path = Path(os.path.realpath(path))  # `target` itself may be a link, too
+        for place, which in shown.items():
+            if real_path == place or place in real_path.parents:
+                raise BadFile(f"out ({out}): {which}is or holds the input {path}, and inputs are never written to")
     if not (resume and _has_ended(target)):
         _refuse_existing(out, target, overwrite)
     ancestor = next(parent for parent in target.parents if os.path.lexists(parent))
@@ -70,6 +65,132 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(ancestor))
     return ancestor
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """``OUT.partial``, taken: nobody else works on ``OUT``.
+
+    Attributes:
+        out: the output, as it was given.
+        target: where it is.
+        lock: the descriptor that keeps others out.
+    """
+
+    out: str | Path
+    target: Path
+    lock: int
+
+    @property
+    def directory(self) -> Path:
+        """The whole."""
+        return directory_of(self.target)
+
+    @property
+    def ended(self) -> bool:
+        """Whether what an earlier run was to make is in place: it was cut off while it tidied up."""
+        return _has_ended(self.target)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to go on from."""
+        return not self.ended and (self.directory / _STATE).exists() and _has_records(self.directory)
+
+    def check(self) -> None:
+        """Refuse to go on in a workplace that is another process's by now.
+
+        Raises:
+            BadFile: it is.
+        """
+        if not holds(self.directory, self.lock):
+            what = f"{self.directory.name} was removed or taken over while a merge worked there"
+            raise BadFile(f"out ({self.out}): {what}")
+
+    def refuse_strangers(self) -> None:
+        """Refuse what no merge wrote here.
+
+        Raises:
+            BadFile: there is such.
+        """
+        strange = _strange(self.directory)
+        if strange:
+            what = f"{self.directory.name} beside it holds {quoted(strange)}, which no merge wrote"
+            raise BadFile(f"out ({self.out}): {what}; move it away first")
+
+    def make_empty(self) -> None:
+        """Clear what a run left that had hardly begun, or has ended.
+
+        Raises:
+            BadFile: there is work that could be gone on with.
+        """
+        self.refuse_strangers()
+        if self.has_work:
+            what = f"{self.directory.name} beside it holds the work of a merge that was cut off"
+            raise BadFile(f"out ({self.out}): {what}; --resume goes on from there, or remove it first")
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what merges have left here; what they have not, the lock, and the only copy of an output stay."""
+        directory = self.directory
+        former, output = directory / FORMER, directory / OUTPUT
+        if not holds(directory, self.lock) or (
+            former.is_dir() and (output.exists() or not os.path.lexists(self.target))
+        ):
+            return
+        with contextlib.suppress(OSError):
+            # Where the output has become OUT the state goes last: it says so until then. Otherwise it goes before what
+            # it speaks of, and journals before it.
+            _remove(directory, lambda entry: _is_working_file(entry) and entry.name not in (LOCK, _STATE))
+            if output.exists():
+                (directory / _STATE).unlink(missing_ok=True)
+            _remove_directory(directory / _REPLACED)
+            if former.is_dir():  # no more the only copy of anything, and its name must not say so
+                os.rename(former, directory / _REPLACED)
+            for name in _DIRECTORIES:
+                _remove_directory(directory / name)
+            (directory / _STATE).unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Give it back; it goes if nothing else is in it."""
+        with contextlib.suppress(OSError):
+            if holds(self.directory, self.lock) and not (self.directory / _STATE).exists():
+                (self.directory / LOCK).unlink()
+                self.directory.rmdir()
+        os.close(self.lock)
+
+
+@contextlib.contextmanager
+def held(out: str | Path) -> Iterator[Workplace]:
+    """An output that nobody else works on until the block ends, and whose former content is in its place.
+
+    Parents that are made for it go again where nothing is in them at the end.
+
+    Raises:
+        BadFile: another process works on it, or something else lies in its place.
+        OSError: it cannot be written beside; ``filename`` is the path under ``out`` that the user will look for.
+    """
+    target = resolved(out)
+    directory = directory_of(target)
+    new_parents = [parent for parent in target.parents if not parent.exists()]  # the deepest first
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            workplace = Workplace(out, target, take(out, directory))
+        except OSError as error:
+            raise as_seen(error, directory, out) from error.__cause__
+        try:
+            put_back(out, target)
+        except BaseException:
+            os.close(workplace.lock)
+            raise
+        try:
+            yield workplace
+        finally:
+            workplace.leave()
+    finally:
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -90,7 +211,7 @@ class PartialOutput:
     @property
     def output(self) -> Path:
         """What becomes ``OUT``."""
-        return self.directory / _OUTPUT
+        return self.directory / OUTPUT
 
     @property
     def tensors(self) -> Path:
@@ -100,7 +221,7 @@ class PartialOutput:
 
 @contextlib.contextmanager
 def partial_output(
-    out: str | Path, *, overwrite: bool, resume: bool, state: Mapping[str, Any]
+    out: str | Path, *, overwrite: bool, resume: bool, state: Mapping[str, Any], workplace: Workplace | None = None
 ) -> Iterator[PartialOutput]:
     """A directory beside ``out`` whose ``output`` becomes ``out`` when the block ends without an exception.
 
@@ -114,105 +235,53 @@ def partial_output(
         overwrite: whether a former output may be replaced.
         resume: go on from what an earlier run left.
         state: what decides every byte of the output, as plain JSON values. Only the same is resumed.
+        workplace: of ``out``, where it is held already.
 
     Raises:
-        BadFile: ``out`` exists by now; another process works on it; what is left of an earlier run is of another
-            merge, is not asked for, or is not ours.
+        BadFile: ``out`` exists by now; another process works on it, or has taken the workplace away; what is left of an
+            earlier run is of another merge, is not asked for, or is not ours.
         OSError: it cannot be written; ``filename`` is the path under ``out`` that the user will look for.
     """
-    target = _resolved(out)
-    directory = _partial_of(target)
-    new_parents = [parent for parent in target.parents if not parent.exists()]  # the deepest first
-    with contextlib.ExitStack() as stack:
-        locked = False
+    with nullcontext(workplace) if workplace is not None else held(out) as place:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, _lock(out, directory))
-            locked = True
-            partial = _prepared(out, target, overwrite=overwrite, resume=resume, state=state)
+            partial = _prepared(place, overwrite=overwrite, resume=resume, state=state)
         except BaseException as error:
-            if locked and not (directory / _STATE).exists():
-                _clear(directory)
-            _remove_empty(new_parents)
-            raise as_seen(error, directory, out) from error.__cause__
+            raise as_seen(error, place.directory, out) from error.__cause__
         try:
             yield partial
             if not partial.finished:
                 sync(partial.output)
-                _refuse_existing(out, target, overwrite)
-                _move_in(target, partial)
+                place.check()
+                _refuse_existing(out, place.target, overwrite)
+                _move_in(place.target, partial)
         except BaseException as error:
-            if isinstance(error, InvalidInput) or not _has_records(directory):
-                _clear(directory)
-                _remove_empty(new_parents)
+            if isinstance(error, InvalidInput) or not _has_records(place.directory):
+                place.clear()
             else:
                 error.add_note(f"The work so far is kept in {out}{PARTIAL_SUFFIX}; --resume goes on from there.")
             raise as_seen(error, partial.output, out) from error.__cause__
-        _clear(directory)
+        place.clear()
 
 
-def _lock(out: str | Path, directory: Path) -> int:
-    """A descriptor that keeps others out while it is open; the directory is made if it is not there."""
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise BadFile(f"out ({out}): {directory.name} beside it is not a directory, and the merge works there")
-    while True:
-        directory.mkdir(exist_ok=True)
-        path = directory / _LOCK
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # who had it is just removing the directory
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
-            os.close(lock)
-            raise BadFile(f"out ({out}): another merge is writing it, process {holder}") from None
-        except OSError as error:
-            if error.errno not in UNKNOWN_THERE:
-                os.close(lock)
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            text = f"{path}: its file system has no locks; no other merge may write to {out} now"
-            warnings.warn(text, FileSystemWarning, stacklevel=2)
-        # Who had it may have removed the file between our opening and our locking it.
-        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
-            return lock
-        os.close(lock)
-
-
-def _prepared(
-    out: str | Path, target: Path, *, overwrite: bool, resume: bool, state: Mapping[str, Any]
-) -> PartialOutput:
+def _prepared(place: Workplace, *, overwrite: bool, resume: bool, state: Mapping[str, Any]) -> PartialOutput:
     """What is there of an earlier run looked at, and everything made ready."""
-    partial = PartialOutput(_partial_of(target))
-    directory, former = partial.directory, partial.directory / _FORMER
-    strange = _strange(directory)
-    if strange:
-        raise BadFile(
-            f"out ({out}): {directory.name} beside it holds '{strange}', which no merge wrote; move it away first"
-        )
-    if former.is_dir() and not os.path.lexists(target):
-        if not partial.output.is_dir():
-            raise BadFile(f"out ({out}): {directory.name}/{_FORMER} is its former content; move it back or away first")
-        os.rename(former, target)  # cut off between the two renames
-        _refuse_existing(out, target, overwrite)
-    if (directory / _STATE).exists():
-        finished = _has_ended(target)
-        if resume:
-            _refuse_other(out, directory / _STATE, json.loads(json.dumps(state)))
-            return replace(partial, finished=finished)
-        if not finished and _has_records(directory):
-            raise BadFile(
-                f"out ({out}): {directory.name} beside it holds the work of a merge that was cut off; --resume goes on "
-                "from there, or remove it first"
-            )
-    # Nothing that could be resumed: an earlier run that had hardly begun, or has ended.
-    _clear(directory, keep_lock=True)
-    partial.output.mkdir()
-    new_file(directory / _STATE, json.dumps(state, indent=1).encode())
-    sync(directory.parent)
+    partial, kept = PartialOutput(place.directory), place.directory / _STATE
+    place.refuse_strangers()
+    if place.ended:
+        if resume and not difference(read_mapping(kept, _STATE, MOST_RECORD), json.loads(json.dumps(state))):
+            return replace(partial, finished=True)
+        _refuse_existing(place.out, place.target, overwrite)
+    elif resume and place.has_work:
+        _refuse_other(place.out, kept, json.loads(json.dumps(state)))
+        return partial
+    place.make_empty()
+    try:
+        partial.output.mkdir()
+        new_file(kept, json.dumps(state, indent=1).encode())
+        sync(place.directory.parent)
+    except BaseException:
+        place.clear()
+        raise
     return partial
 
 
@@ -248,7 +317,7 @@ def difference(before: Any, now: Any, what: str = "") -> str:
 
 
 def _move_in(target: Path, partial: PartialOutput) -> None:
-    former = partial.directory / _FORMER
+    former = partial.directory / FORMER
     replaced = os.path.lexists(target)
     if replaced:
         os.rename(target, former)
@@ -265,15 +334,16 @@ def _move_in(target: Path, partial: PartialOutput) -> None:
             sync(directory)
 
 
-def _partial_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}{PARTIAL_SUFFIX}")
-
-
 def _has_ended(target: Path) -> bool:
-    """Whether a run was cut off between its last rename and its cleaning up."""
-    directory = _partial_of(target)
-    # `output` is there before `state.json`, and has become `target` at the end.
-    return (directory / _STATE).is_file() and os.path.lexists(target) and not (directory / _OUTPUT).exists()
+    """Whether a run was cut off when its output was in place: what it was to make is what is there."""
+    directory = directory_of(target)
+    if (directory / OUTPUT).exists() or not (directory / _STATE).exists():
+        return False
+    try:
+        wanted = read_mapping(directory / _STATE, _STATE, MOST_RECORD)
+        return wanted == read_mapping(target / STATE_FILE, STATE_FILE, MOST_RECORD).get("state")
+    except (OSError, BadFile):
+        return False
 
 
 def _has_records(directory: Path) -> bool:
@@ -284,7 +354,7 @@ def _strange(directory: Path) -> str:
     """A name in a partial output that no merge gave; empty where there is none."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.name in _DIRECTORIES and entry.is_dir(follow_symlinks=False):
-            inside = next((one.name for one in os.scandir(entry) if not _is_ours(one)), "")
+            inside = next((one.name for one in os.scandir(entry) if not is_named(one)), "")
             if inside:
                 return f"{entry.name}/{inside}"
         elif not _is_working_file(entry):
@@ -294,73 +364,37 @@ def _strange(directory: Path) -> str:
 
 def _is_working_file(entry: os.DirEntry[str]) -> bool:
     """Whether a merge keeps it beside its output while it works."""
-    named = entry.name in (_LOCK, _STATE) or bool(_WORKING.match(entry.name))
-    return (entry.is_file(follow_symlinks=False) and named) or _is_unfinished(entry)
+    named = entry.name in (LOCK, _STATE) or bool(_WORKING.match(entry.name))
+    return (entry.is_file(follow_symlinks=False) and named) or is_unfinished(entry)
 
 
-def _is_ours(entry: os.DirEntry[str]) -> bool:
-    """Whether a file in an output has one of the names that a merge gives."""
-    named = entry.name in _WRITTEN or bool(_SHARD.fullmatch(entry.name))
-    return (entry.is_file(follow_symlinks=False) and named) or _is_unfinished(entry)
+def _remove(place: Path, ours: Callable[[os.DirEntry[str]], bool]) -> None:
+    for entry in [entry for entry in os.scandir(place) if ours(entry)]:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        else:
+            os.unlink(entry)
 
 
-def _is_unfinished(entry: os.DirEntry[str]) -> bool:
-    """What :func:`r2m.places.beside` leaves when it is killed."""
-    return entry.is_dir(follow_symlinks=False) and bool(PARTIAL.fullmatch(entry.name))
-
-
-def _clear(directory: Path, *, keep_lock: bool = False) -> None:
-    """Remove what merges have left in a partial output, and it; what they have not stays. The lock goes last."""
-
-    def remove(place: Path, ours: Callable[[os.DirEntry[str]], bool]) -> None:
-        for entry in [entry for entry in os.scandir(place) if ours(entry)]:
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry)
-            elif entry.name != _LOCK:
-                os.unlink(entry)
-
-    with contextlib.suppress(OSError):
-        for inside in (directory / name for name in _DIRECTORIES):
-            if inside.is_dir():
-                remove(inside, _is_ours)
-                inside.rmdir()
-        remove(directory, _is_working_file)
-        if not keep_lock:
-            (directory / _LOCK).unlink(missing_ok=True)
-            directory.rmdir()
-
-
-def _remove_empty(directories: Iterable[Path]) -> None:
-    for directory in directories:
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-
-
-def _resolved(out: str | Path) -> Path:
-    """The one path that is checked, written and renamed to: links above the last component resolved.
-
-    Checking one spelling and renaming another is how directories get lost: ``missing/../x`` does not exist while
-    ``x`` does, and ``link/../x`` is not the ``x`` beside the link.
-    """
-    parent, name = os.path.split(os.fspath(out).rstrip("/") or os.fspath(out)[:1])
-    if not parent and not name:
-        raise BadFile("out: expected a directory to create, got an empty path")
-    if name in ("", ".", ".."):
-        return Path(os.path.realpath(out))
-    return Path(os.path.realpath(parent)) / name
+def _remove_directory(place: Path) -> None:
+    """With what merges write; an ``OSError`` where there is more."""
+    if place.is_dir():
+        _remove(place, is_named)
+        place.rmdir()
 
 
 def _refuse_existing(out: str | Path, target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
+    if is_mounted(target):
+        raise BadFile(
+            f"out ({out}): a file system is mounted there, and no directory can take its place; give one inside it, "
+            f"such as {Path(out) / 'merged'}"
+        )
     if not overwrite:
         raise BadFile(f"out ({out}): exists already; --overwrite replaces the output of a former merge")
     if target.is_symlink() or not target.is_dir():
         raise BadFile(f"out ({out}): is not a directory, and --overwrite replaces directories only")
-    entries = list(os.scandir(target))
-    names = {entry.name for entry in entries}
-    strange = sorted(entry.name for entry in entries if not _is_ours(entry))
-    if names and not (_MARKS & names):
-        raise BadFile(f"out ({out}): is not the output of a merge, so --overwrite does not replace it")
-    if strange:
-        raise BadFile(f"out ({out}): holds '{strange[0]}', which no merge wrote, so --overwrite does not replace it")
+    reason = foreign(target)
+    if reason:
+        raise BadFile(f"out ({out}): {reason}, so --overwrite does not replace it")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -14,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +31,8 @@ _MOST_NESTED = 64  # mappings and lists within one another, in one
 UNKNOWN_THERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 # Of what is not whole yet: a run that was killed leaves it.
 PARTIAL = re.compile(r"\.r2m-[0-9a-f]{16}\.partial")
+_PATIENCE = 10.0  # seconds that a small file waits for another process that writes the same
+_MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 MOST_RECORD = 2**28  # of one that a merge wrote: a report with a row for every tensor, a state with its Gram matrices
 
 
@@ -182,21 +187,81 @@ def csv_table(rows: Sequence[Mapping[str, Any]], errors: str = "backslashreplace
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A directory on the file system of ``target`` for what is not whole yet. It and what is left in it go at the end.
+def beside(target: Path, patience: float = 0.0) -> Iterator[Path]:
+    """An empty directory on the file system of ``target`` for what is not whole yet. It and what is left in it go.
 
-    An ``OSError`` about it is one about ``target``, for who reads it. Nobody else can put a link there.
+    Nobody else can put a link there. It is the same for all that write ``target``, so that one does at a time, and what
+    a killed one has left goes; but where another user has it, or there are no locks, it has a name of its own.
+
+    Args:
+        target: what is written. An ``OSError`` about the directory is one about it, for who reads it.
+        patience: seconds to wait for another process.
+
+    Raises:
+        BadFile: another process writes ``target``.
     """
-    directory = target.with_name(f".r2m-{secrets.token_hex(8)}.partial")  # as PARTIAL says
+    own = target.with_name(f".r2m-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.partial")  # as PARTIAL
+    directory, lock = own, None
     try:
-        directory.mkdir(mode=0o700)
+        lock = _locked(own, target, time.monotonic() + patience)
+        if lock is None:
+            directory = target.with_name(f".r2m-{secrets.token_hex(8)}.partial")
+            directory.mkdir(mode=0o700)
         yield directory
     except OSError as error:
         if not str(error.filename).startswith(str(directory)):
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if lock is not None or directory != own:
+            shutil.rmtree(directory, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(directory: Path, target: Path, deadline: float) -> int | None:
+    """A descriptor that keeps others out of an empty directory; None where it is not ours or cannot be locked."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:  # who had it has just removed it
+            continue
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.fstat(lock).st_uid == os.geteuid()
+            if ours and is_at(directory, lock):
+                for entry in os.scandir(directory):
+                    shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+                return lock
+        except BlockingIOError:
+            ours = True
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise BadFile(f"{target}: another process is writing it") from None
+            time.sleep(0.05)
+        except OSError:
+            ours = False
+        os.close(lock)
+        if not ours:
+            return None
+
+
+def put(file: Path, path: Path, *, replace: bool) -> None:
+    """Give a whole file its name; arguments and errors are :func:`new_file`'s."""
+    if replace:
+        os.replace(file, path)
+        return
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    except OSError:  # a file system without second names
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        os.replace(file, path)
 
 
 def new_file(path: Path, content: bytes, *, replace: bool = True) -> None:
@@ -209,14 +274,13 @@ def new_file(path: Path, content: bytes, *, replace: bool = True) -> None:
 
     Raises:
         FileExistsError: something is.
+        BadFile: another process writes it, and does not end.
         OSError: it cannot be written; ``filename`` is ``path``.
     """
-    with beside(path) as directory:
+    with beside(path, patience=_PATIENCE) as directory:
         partial = directory / "file"
         write_file(partial, content)
-        if not replace:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
-        os.replace(partial, path)
+        put(partial, path, replace=replace)
     sync(path.parent)
 
 
@@ -277,3 +341,27 @@ def as_seen(error: BaseException, inside: Path, shown: str | Path) -> BaseExcept
     for note in getattr(error, "__notes__", ()):
         seen.add_note(note)
     return seen
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file or directory, and by no link."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether a directory is where a file system begins, or a part of one that is shown there, as in containers."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    return any(_unescaped(line.split(b" ")[4]) == os.fsencode(path) for line in lines)
+
+
+def _unescaped(path: bytes) -> bytes:
+    """As the kernel writes it: spaces and the like in octal."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)

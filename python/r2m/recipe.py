@@ -126,6 +126,7 @@ class Recipe:
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
+        file: that it was read from; no part of what is written, and never written to.
 
     Raises:
         BadOption: no such dtype or format.
@@ -147,6 +148,7 @@ class Recipe:
     arrangement: Arrangement = field(default_factory=Arrangement)
     preprocessing: Preprocessing | None = None
     notes: tuple[str, ...] = ()
+    file: str | None = None
 
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     for change in changes:
         _apply(content, change)
     try:
-        return _Recipe.model_validate(content).read(Path(path).parent)
+        return replace(_Recipe.model_validate(content).read(Path(path).parent), file=str(path))
     except ValidationError as error:
         raise BadOption(f"{what}: {_explained(error)}") from None
     except InvalidInput as error:

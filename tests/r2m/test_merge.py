@@ -239,12 +239,12 @@ def test_nothing_is_left_where_the_input_is_to_blame(
 def test_a_full_disk_is_told_with_the_file(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     write_at = SafetensorsSink._write_at
 
-    def full(path: Path, view: memoryview, offset: int) -> None:
+    def full(sink: SafetensorsSink, name: str, view: memoryview, offset: int) -> None:
         if offset > 2000:
-            raise OSError(28, "No space left on device", str(path))
-        write_at(path, view, offset)
+            raise OSError(28, "No space left on device", str(sink._directory / name))
+        write_at(sink, name, view, offset)
 
-    monkeypatch.setattr(SafetensorsSink, "_write_at", staticmethod(full))
+    monkeypatch.setattr(SafetensorsSink, "_write_at", full)
     with pytest.raises(OSError, match="No space") as caught:
         merged(checkpoints, "a/out")
     assert caught.value.filename == "a/out/model.safetensors"

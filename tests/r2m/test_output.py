@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from r2m.output import PartialOutput, check_output, partial_output
+from r2m.ownership import WRITTEN, encode_report, written
 
 from r2m_kernels import InvalidInput
 
@@ -21,8 +22,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def former_output(name: str) -> Path:
     out = Path(name)
     out.mkdir(parents=True)
-    (out / "r2m_report.json").write_text("{}")
     (out / "model-00001-of-00002.safetensors").write_text("old")
+    (out / "r2m_report.json").write_bytes(encode_report({WRITTEN: written(out)}))
     return out
 
 

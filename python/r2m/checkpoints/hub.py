@@ -17,6 +17,7 @@ from r2m.checkpoints import layout
 from r2m.checkpoints.formats import INDEXES
 from r2m.extras import need
 from r2m.places import read_small
+from r2m.workplace import settle
 from r2m_kernels.errors import BadCheckpoint, BadOption, quoted
 
 SCHEME = "hf://"
@@ -48,8 +49,11 @@ def is_reference(path: str | Path) -> bool:
 
 
 def local(path: str | Path) -> Path:
-    """Where a checkpoint lies on this machine; errors are :func:`fetch`'s."""
-    return fetch(str(path)).path if is_reference(path) else Path(path)
+    """Where a checkpoint lies on this machine; errors are :func:`fetch`'s and :func:`r2m.workplace.settle`'s."""
+    if is_reference(path):
+        return fetch(str(path)).path
+    settle(Path(path))
+    return Path(path)
 
 
 def work_offline() -> None:

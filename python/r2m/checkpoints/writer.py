@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from r2m.checkpoints.formats import SAFETENSORS
 from r2m.checkpoints.layout import encode_index
 from r2m.checkpoints.safetensors_file import PlannedFile, plan_files
-from r2m.places import naming, sync, write_file
+from r2m.places import naming, write_file
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -41,6 +42,9 @@ class SafetensorsSink:
     ) -> None:
         self._create = create
         self._directory = Path(directory)
+        # Should the directory be replaced under its path, nothing is written to its successor.
+        self._opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._opened)
         self._metadata = metadata
         self._max_shard_size = max_shard_size
         self.names: list[str] = []  # announced, in that order
@@ -69,8 +73,7 @@ class SafetensorsSink:
         self._missing = {name: 0 if name in done else spec.numel for name, spec in self._specs.items()}
         for file in self._files if self._create else ():
             path = self._directory / file.name
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = self._open(file.name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
             try:
                 with naming(path):
                     size = os.fstat(descriptor).st_size
@@ -116,7 +119,7 @@ class SafetensorsSink:
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         for name in sorted(dirty):
-            sync(self._directory / name)
+            self._sync(name)
 
     def finish(self) -> None:
         """Write headers and, for several shards, the index; bring everything to the disk.
@@ -130,11 +133,10 @@ class SafetensorsSink:
             raise ValueError(f"{len(missing)} tensors were never written as a whole, such as '{missing[0]}'")
         # Bodies before headers, so that no power cut leaves a header over a body that is not there.
         for file in self._files:
-            sync(self._directory / file.name)
+            self._sync(file.name)
         for file in self._files:
-            path = self._directory / file.name
-            self._write_at(path, memoryview(file.header), 0)
-            sync(path)
+            self._write_at(file.name, memoryview(file.header), 0)
+            self._sync(file.name)
         if len(self._files) > 1:
             total_size = sum(spec.nbytes for spec in self._specs.values())
             file_of = {name: file.name for name, file in self._file_of.items()}
@@ -160,21 +162,34 @@ class SafetensorsSink:
         file = self._file_of[name]
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         position = file.offsets[name] + (start or 0) * spec.dtype.itemsize
-        self._write_at(self._directory / file.name, data.data, position)
+        self._write_at(file.name, data.data, position)
         with self._lock:
             self._dirty.add(file.name)
 
-    @staticmethod
-    def _write_at(path: Path, view: memoryview, offset: int) -> None:
+    def _write_at(self, name: str, view: memoryview, offset: int) -> None:
         # One descriptor per write, as in the reader: no limit on the number of shards.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = self._open(name, os.O_WRONLY)
         try:
-            with naming(path):
+            with naming(self._directory / name):
                 done = 0
                 while done < len(view):  # a call may take less than offered; Linux takes 2 147 479 552 bytes at most
                     done += os.pwrite(descriptor, view[done:], offset + done)
         finally:
             os.close(descriptor)
+
+    def _sync(self, name: str) -> None:
+        descriptor = self._open(name, os.O_RDONLY)
+        try:
+            with naming(self._directory / name):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | os.O_CLOEXEC, 0o666, dir_fd=self._opened)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._directory / name)) from error
 
 
 def _reserve(descriptor: int, size: int) -> None:

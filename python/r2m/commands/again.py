@@ -15,6 +15,7 @@ from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import settle_memory
 from r2m.options import OPTIONS, SWEPT
 from r2m_kernels.config import FILES, FLAGS, STRENGTH
+from r2m_kernels.errors import BadOption
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
@@ -63,12 +64,22 @@ def _merge_again(out: str, changed: Callable[[Recipe], Recipe], *, quiet: bool, 
     settle_memory()
     from r2m import former
     from r2m.merge import merge_files
+    from r2m.output import held
     from r2m.progress import reporting
 
-    recipe = changed(former.recipe_of(out))
-    options = replace(take_options(given), max_shard_size=former.shard_size(out), overwrite=True, reuse=True)
-    with reporting(quiet=quiet) as progress:
-        report = merge_files(recipe, out, options, progress=progress)
+    former.recipe_of(out)  # where it is none, nothing is made beside it
+    with held(out) as workplace:  # what two of these read at once, one would write without the other's
+        options = replace(take_options(given), max_shard_size=former.shard_size(out), overwrite=True, reuse=True)
+        try:
+            recipe = changed(former.recipe_of(out))
+        except BadOption:
+            if not (options.resume and workplace.ended):
+                raise
+            report = former.report_of(out)  # cut off when all was done
+            workplace.clear()
+        else:
+            with reporting(quiet=quiet) as progress:
+                report = merge_files(recipe, out, options, progress=progress, workplace=workplace)
     tell(report, out, quiet)
 
 

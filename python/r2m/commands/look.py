@@ -38,12 +38,12 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
 @click.option(
     "--license", "licence", metavar="ID", help="The merged model's.  [default: the most restrictive of its inputs]"
 )
-def card(out: str, evaluation: str | None, licence: str | None) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace a card that somebody has changed, too.")
+def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool) -> None:
     """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
-    from r2m.card import card as text_of
-    from r2m.card import warnings
-    from r2m.output import CARD_FILE
-    from r2m.places import MOST_RECORD, new_file, read_mapping
+    from r2m.card import warnings, write_card
+    from r2m.ownership import CARD_FILE
+    from r2m.places import MOST_RECORD, read_mapping
     from r2m_kernels.errors import BadFile
 
     measured = None
@@ -53,8 +53,7 @@ def card(out: str, evaluation: str | None, licence: str | None) -> None:
             measured = read_mapping(path, str(path), MOST_RECORD)
         except (OSError, BadFile):
             raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
-    text = text_of(Path(out), evaluation=measured, licence=licence, hashes=True)
-    new_file(Path(out) / CARD_FILE, text.encode(errors="backslashreplace"))
+    text = write_card(out, overwrite=overwrite, evaluation=measured, licence=licence)
     done(f"{out}/{CARD_FILE}")
     for warning in warnings(text):
         click.echo(f"Warning: {warning}", err=True)

@@ -14,6 +14,7 @@ import sklearn
 import torch
 from torch import nn
 
+from r2m.checkpoints import hub
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
 from r2m.evaluation.detectors import load_detector
@@ -156,7 +157,7 @@ def _number(value: float | None) -> str:
 
 def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:
     """What was asked for, on top of what stands beside the checkpoint."""
-    stored = beside(path)
+    stored = beside(hub.local(path))
     asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
     known: dict[str, Any] = {
         field: getattr(stored, field, None) if one is None else one for field, one in asked.items()

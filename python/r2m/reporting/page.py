@@ -14,12 +14,13 @@ from matplotlib.axes import Axes
 from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
-from r2m.output import REPORT_FILE
+from r2m.ownership import REPORT_FILE
 from r2m.places import MOST_RECORD, csv_table, new_directory, read_mapping, read_small, write_file
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
 from r2m.templating import render
+from r2m.workplace import settle
 from r2m_kernels.errors import BadFile
 
 PAGE_FILE = "report.html"
@@ -51,6 +52,7 @@ def write_page(
         InvalidInput: one of them is not what it should be, or ``to`` is there and not empty.
         OSError: it cannot be written; ``filename`` is set.
     """
+    settle(Path(out))
     report = _json(Path(out) / REPORT_FILE, f"{out}: expected the output of a merge")
     measured, scores = None, {}
     if evaluation is not None:
