@@ -56,6 +56,37 @@ def test_a_merge_to_pth_holds_the_same_tensors(checkpoints: Checkpoints, command
     assert command("merge", "--base", checkpoints.base_path, "--expert", "b", "--out", "d").code == 0
 
 
+SAVING = """
+import sys
+from pathlib import Path
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.torch_file import save_file
+source = open_checkpoint("large.safetensors", "source")
+def most(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+before = most()
+save_file(source, Path("large.pth"), list(source.specs))
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a process's peak memory is read from /proc")
+def test_a_file_of_torch_save_is_written_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {
+        "large": torch.rand(2**25),
+        "half": torch.rand(3, 5).half(),
+        "none": torch.empty(0),
+        "one": torch.tensor(3),
+    }
+    save_file(state, "large.safetensors")
+    taken = int(subprocess.run([sys.executable, "-c", SAVING], stdout=subprocess.PIPE, check=True).stdout)
+    assert taken < state["large"].nbytes / 2
+    assert same(loaded("large.pth"), state)
+    # Records begin where they can be mapped.
+    mapped = torch.load("large.pth", mmap=True, weights_only=True)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in mapped.values())
+
+
 def test_shards_become_one_file_and_tied_tensors_stay_tied(checkpoints: Checkpoints, command: Command) -> None:
     for path in (checkpoints.base_path, *checkpoints.paths.values()):
         state = load_file(path)

@@ -6,17 +6,18 @@ Mapping the files would be simpler, but mapped pages count as resident memory. N
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from r2m.places import naming
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
+
+_RUN = 2**20  # elements
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ class Checkpoint:
             return self.read(name).view(-1)[start:stop]
         return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
 
-    def mapped(self, name: str) -> Tensor:
-        """The tensor over the file's pages, in a storage of its own: for libraries that write it elsewhere."""
-        spec, location = self.specs[name], self._locations[name]
-        if spec.numel == 0 or location.strides is not None:
-            return self.read(name)
-        # Copy-on-write, since torch has no tensors that cannot be written to; nobody writes.
-        pages = np.memmap(location.path, np.uint8, "c", location.offset, (spec.nbytes,))
-        return torch.from_numpy(pages).view(spec.dtype).reshape(spec.shape)
+    def runs(self, name: str) -> Iterator[Tensor]:
+        """Its elements in order, a run at a time; errors are :meth:`read`'s. See :meth:`read_elements`."""
+        spec = self.specs[name]
+        if self._locations[name].strides is not None:
+            yield self.read(name).view(-1)
+            return
+        for start in range(0, spec.numel, _RUN):
+            yield self.read_elements(name, start, min(start + _RUN, spec.numel))
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes of the file from where a tensor begins."""

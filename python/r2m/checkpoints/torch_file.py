@@ -7,7 +7,6 @@ then the storages.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import pickle
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
-from torch import Tensor
 
 from r2m.checkpoints import pickles, state_dict, strangers
-from r2m.checkpoints.files import Checkpoint, Location, TensorFile, identity
+from r2m.checkpoints.files import Location, TensorFile, identity
 from r2m.checkpoints.torch_names import Described, TorchNames
-from r2m.places import created, opened, unique
+from r2m.checkpoints.torch_writer import save_file as save_file
+from r2m.places import opened, unique
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -79,23 +78,6 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
             aliases[name] = first[place]
         first.setdefault(place, name)
     return TensorFile(specs, locations, known, content.digest, aliases, chosen.key, chosen.notes)
-
-
-def save_file(source: Checkpoint, path: Path, names: Sequence[str]) -> None:
-    """Write ``torch.save({name: tensor, …}, path)``, tied tensors tied; see :mod:`r2m.checkpoints.formats`.
-
-    The tensors are taken from the checkpoint's pages as torch comes to them: memory does not hold them all.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        first = source.aliases.get(name, name)
-        tensors[name] = tensors[first] if first in tensors else source.mapped(name)
-    with created(path) as file:
-        try:
-            torch.save(tensors, file)
-        except RuntimeError as error:  # torch's writer, when the file has already told what is wrong
-            cause = error.__context__ if isinstance(error.__context__, OSError) else None
-            raise cause or OSError(errno.EIO, f"torch could not write it: {error}") from None
 
 
 def _loaded(content: bytes, what: str) -> Any:
