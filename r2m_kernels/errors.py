@@ -24,7 +24,15 @@ class BadCheckpoint(InvalidInput):
 
 
 class DoesNotFit(InvalidInput):
-    """Checkpoints, each good by itself, do not belong together."""
+    """Checkpoints, each good by itself, do not belong together.
+
+    Attributes:
+        mismatches: how many tensors are to blame; 0 where it is something else.
+        every: the message with all of them, where it has examples alone.
+    """
+
+    mismatches = 0
+    every = ""
 
 
 class NotFinite(InvalidInput):

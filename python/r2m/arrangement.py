@@ -15,7 +15,7 @@ from r2m.labels import Agreed, Classes, agree
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, checks
-from r2m_kernels.errors import BadCheckpoint, BadOption, InvalidInput, quoted
+from r2m_kernels.errors import BadCheckpoint, BadOption, DoesNotFit, InvalidInput, quoted
 from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import plan_tensors
 
@@ -70,12 +70,47 @@ def arrange(
         names = [name for source in (base, *experts.values()) for name in source.specs]
         beginnings = {key: tuple(old for step in one.steps for old in step) for key, one in PRESETS.items()}
         near = [key for key, starts in beginnings.items() if any(name.startswith(starts) for name in names)]
-        needed = fitting(base, experts, config, arrangement, renames, near)
-        if needed is None:
-            raise
-        title = PRESETS[needed.preset].title
-        raise type(error)(f"{error}\nWith --preset {needed.preset} they fit ({title}).") from None
+        left = {key: _left(base, experts, config, replace(arrangement, preset=key), renames) for key in near}
+        raise _with_preset(error, left) from None
     return arranged
+
+
+def _left(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    config: MergeConfig,
+    arrangement: Arrangement,
+    renames: Mapping[str, Rules] | None,
+) -> InvalidInput | None:
+    """What does not fit in an arrangement."""
+    try:
+        arranged = _arranged(base, experts, config, arrangement, renames or {}, {})
+        plan_tensors(arranged.base, arranged.experts, arranged.config)
+    except InvalidInput as error:
+        return error
+    return None
+
+
+def _with_preset(error: InvalidInput, left: Mapping[str, InvalidInput | None]) -> InvalidInput:
+    """What does not fit, and first of all the preset with which it does, or with which much less does not."""
+    needed = next((key for key, rest in left.items() if rest is None), None)
+    first, *lines = str(error).split("\n")
+    if needed is not None:
+        told = type(error)("\n".join([first, f"With --preset {needed} they fit ({PRESETS[needed].title}).", *lines]))
+    else:
+        fewer = {key: rest for key, rest in left.items() if isinstance(rest, DoesNotFit) and rest.mismatches}
+        nearest = min(fewer, key=lambda key: fewer[key].mismatches, default=None)
+        before = error.mismatches if isinstance(error, DoesNotFit) else 0
+        if nearest is None or 2 * fewer[nearest].mismatches > before:
+            return error
+        rest = fewer[nearest]
+        told = type(error)(
+            f"{first}\nWith --preset {nearest} ({PRESETS[nearest].title}) {rest.mismatches} of {before} mismatches are "
+            f"left:\n{rest}"
+        )
+    if isinstance(error, DoesNotFit) and isinstance(told, DoesNotFit):
+        told.mismatches, told.every = error.mismatches, error.every
+    return told
 
 
 class Fitting(NamedTuple):

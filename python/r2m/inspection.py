@@ -15,7 +15,7 @@ from r2m.naming import name_experts
 from r2m.progress import readable_bytes
 from r2m.recipe import Arrangement
 from r2m_kernels import MergeConfig, analyze
-from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.errors import DoesNotFit, InvalidInput, printable
 from r2m_kernels.heads import classifier
 from r2m_kernels.meanings import composites
 from r2m_kernels.streaming import dtype_name, plan_tensors
@@ -75,7 +75,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
 
 
 def inspect(
-    paths: Sequence[str], *, arrangement: Arrangement | None = None, norms: bool = False
+    paths: Sequence[str], *, arrangement: Arrangement | None = None, norms: bool = False, every: bool = False
 ) -> tuple[list[str], bool]:
     """Describe checkpoints; of several, the first is the base of a merge, and the rest its experts.
 
@@ -83,6 +83,7 @@ def inspect(
         paths: as ``r2m merge`` takes them.
         arrangement: of names, of several.
         norms: read them all, for how far each expert moved, and how alike their ways are.
+        every: list every mismatch, not examples alone.
 
     Returns:
         Lines for a terminal, and whether the set can be merged.
@@ -100,7 +101,9 @@ def inspect(
         arranged = arrange(sources[0], experts, MergeConfig.weight_average().replace(head="mean"), arrangement)
         plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
-        return [*text, f"cannot be merged: {error}"], False
+        whole = error.every if isinstance(error, DoesNotFit) and every else ""
+        more = ["(--all lists every mismatch)"] if isinstance(error, DoesNotFit) and error.every and not every else []
+        return [*text, f"cannot be merged: {whole or error}", *more], False
     roles = Counter(tensor.role for tensor in plan.tensors)
     counts = ", ".join(f"{count} as {role}" for role, count in roles.most_common())
     return [*text, f"can be merged into {paths[0]}: {counts}", *(_norms(arranged) if norms else ())], True

@@ -30,7 +30,7 @@ class Arrangement:
 
     Attributes:
         rename: what names of tensors begin with → what instead, None: left out; in every checkpoint, before the preset.
-        key, preset, head, head_tensors, head_features, fake: as their sentences say; no head: what the method
+        preset, head, head_tensors, head_features, fake, key: as their sentences say; no head: what the method
             does with it.
 
     Raises:
@@ -38,13 +38,6 @@ class Arrangement:
     """
 
     rename: Rules = field(default_factory=dict)
-    key: str | None = option(
-        None,
-        FILES,
-        "What the weights lie under in files of torch.save that have it, with dots; others are looked through.",
-        metavar="KEY",
-        unset="state_dict, model, net, … where they are there",
-    )
     preset: str | None = option(
         None,
         FILES,
@@ -72,6 +65,13 @@ class Arrangement:
         "Which output of the merged head stands for fake, 0 or 1; heads that have it elsewhere are turned.",
         metavar="INDEX",
         unset="as the base's or the first expert's config.json says",
+    )
+    key: str | None = option(
+        None,
+        FILES,
+        "What the weights lie under in files of torch.save that have it, with dots; others are looked through.",
+        metavar="KEY",
+        unset="state_dict, model, net, … where they are there",
     )
 
     def __post_init__(self) -> None:

@@ -55,6 +55,18 @@ _CHANGED = {
     "r2m_centred, and the head is averaged",
 }
 
+# What mergekit calls methods that are here by another name.
+_ELSEWHERE = {
+    "linear": "weight_average here, or task_arithmetic for the sum of the changes",
+    "dare_linear": "dare here",
+    "dare_ties": "not here; dare drops changes at random, ties elects signs",
+    "breadcrumbs": "not here; ties trims the smallest changes",
+    "breadcrumbs_ties": "not here; ties trims the smallest changes",
+    "della": "not here; dare drops changes at random",
+    "slerp": "not here; weight_average is near it where models are alike",
+    "model_stock": "not here; weight_average is its centre",
+}
+
 
 class _Keys(BaseModel):
     """Keys of a mapping: what they may hold, how that is read, and how it is written."""
@@ -108,6 +120,8 @@ class _Special(_Keys):
     preprocessing: _Preprocessing | None = Field(None, description="of the merged model, whatever the experts have")
 
     def read(self, directory: Path) -> Recipe:
+        if self.merge_method in _ELSEWHERE:
+            raise BadOption(f"merge_method: {self.merge_method} of mergekit is {_ELSEWHERE[self.merge_method]}")
         checks.choice("merge_method", self.merge_method, tuple(METHODS))
         experts = [one.read(directory) for one in self.models]
         names = named([(one.name, expert.path) for one, expert in zip(self.models, experts, strict=True)])
@@ -273,6 +287,8 @@ def _explained(error: ValidationError) -> str:
     *path, last = first["loc"]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
+        if last in ("parameters", "density") and path and path[0] == "models":
+            return f"{where}: of a model there is its weight alone ({{model: …, weight: 2}}); parameters are for all"
         kind: type[BaseModel] = _Expert if path and path[0] == "models" else _Recipe
         known = (_Preprocessing if path and path[-1] == "preprocessing" else kind).model_fields
         holder = f" in {'.'.join(map(str, path))}" if path else ""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .. import checks
 from ..config import MergeConfig
-from ..errors import BadOption, DoesNotFit, quoted
+from ..errors import BadOption, DoesNotFit, printable, quoted
 from ..heads import classifier
 from ..meanings import refusal
 from .plan import Plan, PlannedTensor, fits, residual_rank
 from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
 
-LISTED = 100  # lines of one kind of mismatch before the rest is only counted
+# Mismatches of one checkpoint that are all shown; of more there are counts, by how names begin, and examples.
+LISTED, EXAMPLES, BEGINNINGS = 6, 3, 4
+DESCRIBED, NAMED = 2, 5  # checkpoints whose mismatches are shown, and that are named at all
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -24,7 +27,7 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     """Classify every tensor.
 
     Raises:
-        InvalidInput: no experts, nothing to merge, or checkpoints that do not fit; *all* mismatches are listed.
+        InvalidInput: no experts, nothing to merge, or checkpoints that do not fit; *all* mismatches are counted.
     """
     if not experts:
         raise BadOption("experts: expected at least one, got none")
@@ -32,9 +35,9 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         checks.same_length("weights", config.weights, len(experts))
     extras = _extras(base, experts)
     own = _own_heads(base, experts, config)
-    problems = _mismatches(base, experts, extras, own, config)
-    if problems:
-        raise DoesNotFit(problems)
+    problem = _mismatches(base, experts, extras, own, config)
+    if problem is not None:
+        raise problem
     aliases = {
         name: first
         for name, first in base.aliases.items()
@@ -138,72 +141,128 @@ def _mismatches(
     extras: Mapping[str, TensorSpec],
     own: _OwnHeads,
     config: MergeConfig,
-) -> str:
-    """Everything that does not fit, in one text; empty when all does."""
-    reports = [text for source in (base, *experts.values()) if (text := _meant_otherwise(source, config))]
-    if reports:  # what else does not fit comes of it
-        return "\n".join(reports)
+) -> DoesNotFit | None:
+    """Everything that does not fit; nothing when all does."""
+    otherwise = [text for source in (base, *experts.values()) if (text := _meant_otherwise(source, config))]
+    if otherwise:  # what else does not fit comes of it
+        return DoesNotFit("\n".join(otherwise))
+    reports: list[_Report] = []
     merged = {
         name: spec for name, spec in base.specs.items() if name not in own.replaced and not fits([name], config.keep)
     }
     unsupported = [name for name, spec in merged.items() if not _supported(spec)]
     if unsupported:
-        lines = [f"unsupported dtype: {quoted(name)} ({_describe(base.specs[name])})" for name in unsupported]
-        reports.append(_report(f"{base.label} cannot be merged", [lines], ""))
+        described = {name: f"{quoted(name)} ({_describe(base.specs[name])})" for name in unsupported}
+        reports.append(_Report(f"{base.label} cannot be merged", {"unsupported dtype": described}, ""))
     for source in experts.values():
-        missing = [
-            f"missing: {quoted(name)} ({_describe(spec)})"
+        missing = {
+            name: f"{quoted(name)} ({_describe(spec)})"
             for name, spec in merged.items()
             # Integer buffers such as position_ids come and go between library versions, and are the base's anyway.
             # One that is there and differs in shape or dtype still means another architecture.
             if name not in source.specs and spec.dtype.is_floating_point
-        ]
-        unknown = [
-            f"extra: {quoted(name)} ({_describe(spec)}) is not in the base"
+        }
+        unknown = {
+            name: f"{quoted(name)} ({_describe(spec)}) is not in the base"
             for name, spec in source.specs.items()
             if name not in base.specs
             and name not in own.specs
             and (config.extra == "error" or name not in extras)
             and spec.dtype.is_floating_point
-        ]
-        shapes, dtypes = [], []
+        }
+        shapes, dtypes = {}, {}
         for name, spec in source.specs.items():
             expected = merged.get(name)
             if expected is None:
                 continue
             if spec.shape != expected.shape:
-                shapes.append(f"shape: {quoted(name)} expected {list(expected.shape)}, got {list(spec.shape)}")
+                shapes[name] = f"{quoted(name)} expected {list(expected.shape)}, got {list(spec.shape)}"
             if not _compatible_dtypes(expected, spec):
-                dtypes.append(
-                    f"dtype: {quoted(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}"
-                )
-        kinds = [kind for kind in (missing, unknown, shapes, dtypes) if kind]
-        if kinds:
+                dtypes[name] = f"{quoted(name)} expected {dtype_name(expected.dtype)}, got {dtype_name(spec.dtype)}"
+        kinds = {"missing": missing, "extra": unknown, "shape": shapes, "dtype": dtypes}
+        if any(kinds.values()):
             sentence = f"{source.label} does not fit {base.label}"
-            reports.append(_report(sentence, kinds, _guess(base, source, extras)))
-    return "\n".join(reports)
+            guess = _guess(base, source, {name: extras.get(name) for name in unknown}, config)
+            reports.append(_Report(sentence, {kind: found for kind, found in kinds.items() if found}, guess))
+    return _told(reports) if reports else None
 
 
 def _meant_otherwise(source: TensorSource, config: MergeConfig) -> str:
     return refusal(source.label, source.specs, lambda names: all(fits([name], config.keep) for name in names))
 
 
-def _report(sentence: str, kinds: list[list[str]], guess: str) -> str:
-    count = sum(len(kind) for kind in kinds)
-    if count == 1:
-        return f"{sentence}: {kinds[0][0]}{guess}"
-    lines = [line for kind in kinds for line in _shortened(kind)]
-    return "\n  ".join([f"{sentence}, {count} mismatches{guess}:", *lines])
+class _Report(NamedTuple):
+    """What is wrong with a checkpoint.
+
+    Attributes:
+        sentence: which.
+        kinds: of mismatches: names of tensors, and what of each.
+        guess: a likely cause, as a clause.
+    """
+
+    sentence: str
+    kinds: Mapping[str, Mapping[str, str]]
+    guess: str
+
+    @property
+    def total(self) -> int:
+        """How many mismatches."""
+        return sum(map(len, self.kinds.values()))
+
+    @property
+    def every(self) -> str:
+        """All of them, a line for each."""
+        lines = [f"{kind}: {one}" for kind, found in self.kinds.items() for one in found.values()]
+        if len(lines) == 1:
+            return f"{self.sentence}: {lines[0]}{self.guess}"
+        return "\n  ".join([f"{self.sentence}, {self.total} mismatches{self.guess}:", *lines])
+
+    @property
+    def short(self) -> str:
+        """All of a few, a line for each kind of many."""
+        if self.total <= LISTED:
+            return self.every
+        lines = [_counted(kind, found) for kind, found in self.kinds.items()]
+        return "\n  ".join([f"{self.sentence}, {self.total} mismatches{self.guess}:", *lines])
 
 
-def _shortened(lines: list[str]) -> list[str]:
-    if len(lines) <= LISTED:
-        return lines
-    return [*lines[:LISTED], f"… and {len(lines) - LISTED} more like the last"]
+def _counted(kind: str, found: Mapping[str, str]) -> str:
+    """``"missing: 212, head.* 200, neck.* 12, such as …"``."""
+    if len(found) <= EXAMPLES:
+        return f"{kind}: {'; '.join(found.values())}"
+    beginnings = Counter(name.partition(".")[0] + ".*" * ("." in name) for name in found)
+    common = ", ".join(f"{printable(start)} {count}" for start, count in beginnings.most_common(BEGINNINGS))
+    others = f" and {len(beginnings) - BEGINNINGS} more" if len(beginnings) > BEGINNINGS else ""
+    return f"{kind}: {len(found)} ({common}{others}), such as {'; '.join([*found.values()][:EXAMPLES])}"
 
 
-def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, TensorSpec]) -> str:
-    """A likely cause, as a clause that follows the sentence; empty when none is known."""
+def _told(reports: Sequence[_Report]) -> DoesNotFit:
+    """Who has the same mismatches as another is only named, and of many the first ones are told."""
+    lines, told = [], list[_Report]()
+    for report in reports:
+        if any(report.kinds == other.kinds for other in told) and report.total > 1:
+            lines.append(f"{report.sentence}, by the same {report.total} mismatches")
+        elif len(told) < DESCRIBED:
+            lines.append(report.short)
+            told.append(report)
+    lines = lines[:NAMED]
+    if len(lines) < len(reports):
+        lines.append(f"{len(reports) - len(lines)} more do not fit")
+    error = DoesNotFit("\n".join(lines))
+    error.mismatches, every = sum(report.total for report in reports), "\n".join(one.every for one in reports)
+    error.every = every if every != str(error) else ""
+    return error
+
+
+def _guess(
+    base: TensorSource, source: TensorSource, extras: Mapping[str, TensorSpec | None], config: MergeConfig
+) -> str:
+    """A likely cause, as a clause that follows the sentence; empty when none is known.
+
+    Args:
+        base, source, config: what does not fit.
+        extras: names that are too many, and what all experts have of them.
+    """
     missing = [name for name in base.specs if name not in source.specs]
     unknown = [name for name in source.specs if name not in base.specs]
     if missing and unknown:
@@ -214,12 +273,13 @@ def _guess(base: TensorSource, source: TensorSource, extras: Mapping[str, Tensor
             if all(name.removeprefix(prefix) in source.specs for name in missing if name.startswith(prefix)):
                 return f"; its names lack the prefix {quoted(prefix)} of the base's"
     shapes = [name for name, spec in base.specs.items() if source.specs.get(name, spec).shape != spec.shape]
-    if shapes and not missing and set(shapes) <= {*classifier(source.specs)}:
+    averaged = config.head == "mean" and config.extra != "drop"  # and so that is no way
+    if shapes and not missing and not averaged and set(shapes) <= {*classifier(source.specs)}:
         return "; its classifier has other outputs than the base's: head='mean' (--head mean) averages the experts'"
-    if unknown and not missing and all(name in extras for name in unknown):
+    if extras and not missing and config.extra == "error" and None not in extras.values():
         way = (
             "head='mean' (--head mean)"
-            if set(unknown) <= {*classifier(source.specs)}
+            if extras.keys() <= {*classifier(source.specs)} and not averaged
             else "extra='average' (--extra average)"
         )
         return f"; every expert has it: a head the base lacks? {way} takes their mean"

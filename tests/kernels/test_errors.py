@@ -12,6 +12,7 @@ import torch
 from cases import TRUNCATED, checkpoints
 
 from r2m_kernels import BackendUnavailable, InvalidInput, MergeConfig, R2MError, analyze, merge
+from r2m_kernels.errors import DoesNotFit
 
 
 def message(error):
@@ -170,13 +171,35 @@ def test_a_likely_cause_is_guessed_from_widths():
         merge(base, [{"w": torch.zeros(2, 768)}])
 
 
-def test_long_lists_end_in_a_count():
-    base = {f"layer.{i}.weight": torch.zeros(2, 2) for i in range(150)}
-    with pytest.raises(InvalidInput) as error:
-        merge(base, [{"layer.0.weight": torch.zeros(2, 2)}])
-    lines = message(error).splitlines()
-    assert len(lines) == 102
-    assert lines[-1] == "  … and 49 more like the last"
+def test_many_mismatches_are_counted_by_how_names_begin_with_three_examples():
+    base = {f"layer{i % 6}.{i}.weight": torch.zeros(2, 2) for i in range(150)} | {"a.b": torch.zeros(3)}
+    expert = {"layer0.0.weight": torch.zeros(2, 2), "a.b": torch.zeros(4)}
+    experts = {str(i): dict(expert) for i in range(16)}
+    experts["3"]["a.b"] = torch.zeros(5)
+    with pytest.raises(DoesNotFit) as error:
+        merge(base, experts)
+    assert message(error).splitlines()[:5] == [
+        "expert '0' does not fit base, 150 mismatches:",
+        "  missing: 149 (layer1.* 25, layer2.* 25, layer3.* 25, layer4.* 25 and 2 more), such as "
+        "'layer1.1.weight' (float32 [2, 2]); 'layer2.2.weight' (float32 [2, 2]); 'layer3.3.weight' (float32 [2, 2])",
+        "  shape: 'a.b' expected [3], got [4]",
+        "expert '1' does not fit base, by the same 150 mismatches",
+        "expert '2' does not fit base, by the same 150 mismatches",
+    ]
+    assert len(message(error).splitlines()) <= 10
+    assert message(error).splitlines()[-1] == "11 more do not fit"
+    assert error.value.mismatches == 16 * 150
+    assert error.value.every.count("missing: ") == 16 * 149
+
+
+def test_what_was_given_is_not_advised():
+    base = {"a": torch.zeros(2, 2)}
+    experts = [{"a": torch.zeros(2, 3), "fc.weight": torch.zeros(2, 5)}] * 2
+    for more in ({"extra": "average"}, {"head": "mean"}):
+        with pytest.raises(DoesNotFit) as error:
+            merge(base, experts, **more)
+        assert "takes their mean" not in message(error)
+        assert "averages the experts'" not in message(error)
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,31 @@ def test_files_that_speak_of_the_bases_names_stay_behind(files: list[str], comma
 def test_files_that_do_not_fit_say_which_preset_would_help(files: list[str], command: Command) -> None:
     result = command("merge", *files, "--out", "merged")
     assert result.code == 2
-    assert result.err.splitlines()[-1].startswith("With --preset df40 they fit (CLIP detectors of DF40")
+    assert result.err.splitlines()[1].startswith("With --preset df40 they fit (CLIP detectors of DF40")
+    assert len(result.err.splitlines()) <= 10
     assert not Path("merged").exists()
     result = command("inspect", files[1], "fs.pth", "fr.pth")
     assert result.code == 1
     assert "With --preset df40 they fit" in result.out
     assert command("inspect", files[1], "fs.pth", "fr.pth", "--preset", "df40").code == 0
+
+
+def test_two_things_wrong_at_once_still_get_their_preset_named(command: Command) -> None:
+    base = {f"layer{i}.weight": normal(i, 4, 4) for i in range(40)}
+    expert = {f"module.{name}": tensor + 1 for name, tensor in base.items()}
+    expert["module.layer7.weight"] = normal(1, 4, 5)
+    for name, state in (("base", base), ("a", expert), ("b", expert)):
+        torch.save(state, f"{name}.pth")
+    words = ["--base", "base.pth", "--expert", "a.pth", "--expert", "b.pth", "--out", "merged"]
+    result = command("merge", *words)
+    assert result.code == 2
+    lines = result.err.splitlines()
+    assert lines[1].startswith("With --preset wrapped (names begin with module.")
+    assert lines[1].endswith("2 of 160 mismatches are left:")
+    assert "shape: 'layer7.weight' expected [4, 4], got [4, 5]" in result.err
+    assert len(lines) <= 10
+    result = command("inspect", "base.pth", "a.pth", "b.pth", "--all")
+    assert result.out.count("missing: ") == result.out.count("extra: ") == 80
 
 
 def test_a_recipe_says_the_same_and_repeats_the_merge(files: list[str], command: Command) -> None:

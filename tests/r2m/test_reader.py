@@ -240,6 +240,8 @@ def test_a_wrong_index_is_refused_in_one_sentence(index: str, sentence: str, tmp
 def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"^base: no such file or directory$"):
         open_checkpoint(tmp_path / "nothing", "base")
+    with pytest.raises(InvalidInput, match=r"no such file or directory; from the Hub it is hf://openai/clip-vit$"):
+        open_checkpoint("openai/clip-vit", "base")
     with pytest.raises(InvalidInput, match=r"^base: the directory holds no safetensors file and none of torch.save$"):
         open_checkpoint(tmp_path, "base")
     os.mkfifo(tmp_path / "pipe")

@@ -76,12 +76,12 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "dtype": "float16",
         "format": "pth",
         "rename": {"old.": "new."},
-        "key": "model_ema",
         "preset": "df40",
         "head": "refit:logistic",
         "head_tensors": ["x*"],
         "head_features": "features",
         "fake": 1,
+        "key": "model_ema",
         "preprocessing": {**preprocessing, "size": 336},
     }
     for name, declared in {**OUTPUT, **ARRANGEMENT}.items():
@@ -221,18 +221,46 @@ def test_a_wrong_rule_is_refused(checkpoints: Checkpoints, command: Callable[...
     assert result.code == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("merge_method: linear", "merge_method: linear of mergekit is weight_average here"),
+        ("merge_method: dare_ties", "merge_method: dare_ties of mergekit is not here"),
+        ("merge_method: ite", "did you mean"),
+        ("parameters: {weight: 1}", "parameters: "),
+    ],
+)
+def test_words_of_mergekit_are_answered(
+    content: str, sentence: str, command: Callable[..., Result], here: Path
+) -> None:
+    models = "base_model: b\nmodels: [{model: a}]\n"
+    path = written(models + content.replace("ite", "tiez"))
+    assert sentence in command("merge", path, "--out", "out").err
+    path = written("base_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    assert "models.0.parameters: of a model there is its weight alone" in command("merge", path, "--out", "out").err
+
+
 def test_options_may_not_say_it_again(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
     path = written(
         yaml.safe_dump({"base_model": checkpoints.base_path, "models": [{"model": checkpoints.paths["fs"]}]})
     )
-    for words, flag in (
-        (["--base", "b"], "--base"),
-        (["--expert", "b"], "--expert"),
-        (["--method", "ties"], "--method"),
-        (["--rank", "3"], "--rank"),
+    for words, instead in (
+        (["--base", "b"], "--set base_model=VALUE changes it"),
+        (["--expert", "b"], "change its models"),
+        (["--drop", "b"], "change its rename"),
+        (["--method", "ties"], "--set merge_method=VALUE changes it"),
+        (["--rank", "3"], "--set parameters.rank=VALUE changes it"),
+        (["--no-norm-match"], "--set parameters.norm_match=VALUE changes it"),
+        (["--preset", "df40"], "--set preset=VALUE changes it"),
+        (["--head-tensor", "x"], "--set head_tensors=VALUE changes it"),
     ):
         result = command("merge", path, *words, "--out", "out")
-        assert (result.code, result.err) == (2, f"Error: {flag}: the recipe says that; --set KEY=VALUE changes it.\n")
+        given = words[0].replace("--no-", "--")
+        assert (result.code, result.err) == (2, f"Error: {given}: the recipe says that; {instead}.\n")
+    for more in ((), ("c",)):
+        result = command("merge", "--base", "base.safetensors", "--expert", "a", "b", *more, "--out", "out")
+        assert result.code == 2
+        assert "each checkpoint has an --expert of its own: --expert A --expert B" in result.err
     assert command("merge", "--out", "out").err == "Error: Missing option '--base', or a recipe.\n"
     assert command("merge", "--base", "b", "--out", "out").err == "Error: Missing option '--expert', or a recipe.\n"
     result = command("merge", *checkpoints.arguments, "--set", "a=1", "--out", "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from r2m.checkpoints import formats, hub, layout, strangers
@@ -31,7 +32,10 @@ def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Che
     if given and path.is_dir():
         return _open_directory(path, label, key)
     if not given or not path.exists():
-        raise BadCheckpoint(f"{label}: no such file or directory")
+        name = "/".join(path.parts[-2:])
+        of_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and not formats.of_suffix(path)
+        hint = f"; from the Hub it is {hub.SCHEME}{name}" if of_the_hub else ""
+        raise BadCheckpoint(f"{label}: no such file or directory{hint}")
     return _open_single(path, label, label, key)
 
 

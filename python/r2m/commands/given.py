@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from r2m.options import OPTIONS, Options
-from r2m.recipe import OUTPUT, Recipe
+from r2m.recipe import ARRANGEMENT, OUTPUT, Recipe
+from r2m_kernels.config import FLAGS
+from r2m_kernels.config import OPTIONS as PARAMETERS
 from r2m_kernels.errors import BadOption
 from r2m_kernels.options import flag
 
@@ -34,5 +36,22 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
 
     output = {one.name: words.pop(one.key) for one in OUTPUT.values() if one.key in words}
     if words:
-        raise BadOption(f"{flag(next(iter(words)))}: the recipe says that; --set KEY=VALUE changes it.")
+        key = next(iter(words))
+        if key in ("base", "expert") and not path.lower().endswith((".yaml", ".yml", ".json")):
+            raise BadOption(
+                f"{path}: expected a recipe (.yaml) here; each checkpoint has an --expert of its own: "
+                "--expert A --expert B"
+            )
+        raise BadOption(f"{flag(key)}: the recipe says that; {_change(key)}.")
     return replace(read_recipe(path, changes), **output)
+
+
+def _change(key: str) -> str:
+    """What to do instead of giving a flag beside a recipe."""
+    lists = {"expert": "models", "rename": "rename", "drop": "rename"}
+    if key in lists:
+        return f"change its {lists[key]}"
+    places = {"base": "base_model", "method": "merge_method"} | {one.key: one.name for one in ARRANGEMENT.values()}
+    option = FLAGS.get(key)
+    parameter = f"parameters.{option.name}" if option is not None and option.name in PARAMETERS else "KEY"
+    return f"--set {places.get(key, parameter)}=VALUE changes it"

@@ -18,7 +18,8 @@ from r2m.recipe import Arrangement
 @names
 @OFFLINE
 @click.option("--norms", is_flag=True, help="Read all of them: how far each moved from the first, and how alike.")
-def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
+@click.option("--all", "every", is_flag=True, help="List every tensor that does not fit, not examples alone.")
+def inspect(paths: tuple[str, ...], norms: bool, every: bool, **given: Any) -> int:
     """Show what checkpoints are, and whether they can be merged: the first as base, the others as experts.
 
     The exit code is 1 where they cannot.
@@ -26,7 +27,7 @@ def inspect(paths: tuple[str, ...], norms: bool, **given: Any) -> int:
     from r2m.inspection import inspect as look
 
     arrangement = Arrangement.from_options(only_given(given))
-    lines, fit = look(paths, arrangement=arrangement, norms=norms)
+    lines, fit = look(paths, arrangement=arrangement, norms=norms, every=every)
     for line in lines:
         click.echo(line)
     return 0 if fit else 1

@@ -58,7 +58,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             error.show()
         else:
-            click.echo(f"Error: {error.format_message()}", err=True)  # without the usage lines: one sentence
+            text = error.format_message() + _advice(error)
+            click.echo(f"Error: {text}", err=True)  # without the usage lines: one sentence
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
@@ -68,10 +69,21 @@ def _run(arguments: Sequence[str] | None) -> int:
         if code is None:
             raise
         text = _describe(error) if isinstance(error, OSError) else str(error)
-        click.echo("\n".join([f"Error: {text}", *getattr(error, "__notes__", ())]), err=True)
+        more = ["(r2m inspect --all BASE EXPERT… lists every mismatch)"] if getattr(error, "every", "") else []
+        click.echo("\n".join([f"Error: {text}", *more, *getattr(error, "__notes__", ())]), err=True)
         return code
 
 
 def _describe(error: OSError) -> str:
     reason = (error.strerror or str(error)).lower()
     return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def _advice(error: click.ClickException) -> str:
+    """What to do where an option was given several values at once, as other programs take them."""
+    context = getattr(error, "ctx", None)
+    options = context.command.params if context is not None else ()
+    experts = any(one.name == "expert" and isinstance(one, click.Option) and one.multiple for one in options)
+    if not experts or "unexpected extra argument" not in error.format_message():
+        return ""
+    return "; each checkpoint has an --expert of its own: --expert A --expert B"
