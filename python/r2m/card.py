@@ -12,8 +12,9 @@ from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import held
-from r2m.ownership import CARD_FILE, RECIPE_FILE, REPORT_FILE, WRITTEN, digest, encode_report, unsealed
+from r2m.ownership import CARD_FILE, RECIPE_FILE, digest
 from r2m.places import new_file, read_small
+from r2m.records import REPORT, WRITTEN
 from r2m.templating import render
 from r2m.workplace import settle
 from r2m_kernels.errors import BadFile, printable
@@ -96,12 +97,12 @@ def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
         OSError: it cannot be read or written; ``filename`` is set.
     """
     directory = Path(out)
-    path, report_path = directory / CARD_FILE, directory / REPORT_FILE
+    path, report_path = directory / CARD_FILE, directory / REPORT.file
     settle(directory)
     if not (directory / RECIPE_FILE).is_file() or not report_path.is_file():
-        raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT_FILE}")
+        raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT.file}")
     with held(out):
-        report = unsealed(report_path, f"{out}: {REPORT_FILE}")
+        report = REPORT.whole(directory, f"{out}: {REPORT.file}")
         before = [digest(path)] if path.is_file() else []
         if not overwrite and not set(before) <= set(report[WRITTEN].get(CARD_FILE, ())):
             raise BadFile(f"{path}: was changed since a merge wrote it; --overwrite replaces it")
@@ -109,7 +110,7 @@ def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
         content = text.encode(errors="backslashreplace")
         # Both are known as ours before one takes the other's place.
         written = {**report[WRITTEN], CARD_FILE: [*before, hashlib.sha256(content).hexdigest()]}
-        new_file(report_path, encode_report({**report, WRITTEN: written}))
+        new_file(report_path, REPORT.text({**report, WRITTEN: written}))
         new_file(path, content)
     return text
 

@@ -11,10 +11,11 @@ from typing import Any
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.options import OPTIONS
 from r2m.output import INPUTS, difference
-from r2m.ownership import RECIPE_FILE, REPORT_FILE, STATE_FILE, sealed, unsealed
-from r2m.places import MOST_RECORD, read_beside, read_mapping
+from r2m.ownership import RECIPE_FILE
+from r2m.places import MOST_RECORD, read_beside
 from r2m.recipe import Recipe
 from r2m.recipe_file import read_recipe
+from r2m.records import REPORT, STATE
 from r2m.workplace import settle
 from r2m_kernels import Analysis
 from r2m_kernels.errors import BadFile
@@ -46,13 +47,13 @@ def report_of(out: str | Path) -> dict[str, Any]:
         BadFile: there is none that can be read.
         OSError: the same.
     """
-    return read_mapping(Path(out) / REPORT_FILE, f"out ({out}): {REPORT_FILE}", MOST_RECORD)
+    return REPORT.read(Path(out), f"out ({out}): {REPORT.file}")
 
 
 def shard_size(out: str | Path) -> int | str:
     """``max_shard_size`` of the merge that wrote an output, which no recipe holds; the default where not known."""
     try:
-        return int(unsealed(Path(out) / STATE_FILE, STATE_FILE)["state"]["max_shard_size"])
+        return int(STATE.whole(Path(out), STATE.file)["state"]["max_shard_size"])
     except (OSError, ValueError, KeyError, TypeError):
         default: str = OPTIONS["max_shard_size"].default
         return default
@@ -60,7 +61,7 @@ def shard_size(out: str | Path) -> int | str:
 
 def specialists(checkpoint: Path) -> int:
     """How many specialists a checkpoint stands for: those of the merge that wrote it, or one."""
-    report = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / REPORT_FILE
+    report = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / REPORT.file
     if checkpoint.is_file() and checkpoint.name not in OUTPUTS:
         return 1
     counts = read_beside(report, MOST_RECORD).get("specialists")
@@ -78,7 +79,7 @@ def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:
         name: {"tasks": gram.tolist(), "base": analysis.base_squares[name]} for name, gram in analysis.grams.items()
     }
     grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
-    return sealed({"state": state, "grams": dict(sorted(grams.items()))})
+    return STATE.text({"state": state, "grams": dict(sorted(grams.items()))}, indent=None)
 
 
 def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
         state: of the other one, as its :meth:`r2m.merge.Job.state` has it.
     """
     try:
-        content = unsealed(Path(out) / STATE_FILE, STATE_FILE)
+        content = STATE.whole(Path(out), STATE.file)
         return _of_the_same(content["state"], content["grams"], json.loads(json.dumps(state)))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # what we have not written
         return {}

@@ -1,4 +1,4 @@
-"""``python -m r2m.manual``: docs/cli.md and the READMEs' tables of options and methods, from the code itself."""
+"""``python -m r2m.manual``: docs/cli.md, docs/files.md and the READMEs' tables, from the code itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import click
 
 from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
+from r2m.commands.process import EXIT_CODES
+from r2m.records import RECORDS, SEAL, SEALED, VERSION
 from r2m_kernels.config import OFFERED, OPTIONS, MergeConfig
 
 _WIDTH = 120
+FILES = f"""
+    JSON files have a `{VERSION}`. A key more does not change it; a key that goes or means something else does, and a
+    file of a newer version than the command knows is refused. In keys a dot leads to what is in an object, and `*`
+    stands for a name or for each entry of a list.
+"""
 BEGIN, END = "<!-- {}:begin, written by `python -m r2m.manual` -->", "<!-- {}:end -->"
 
 
@@ -57,6 +64,19 @@ def options() -> str:
     return _table([f"field of `{MergeConfig.__name__}`", "flag", "default", "what it is"], rows)
 
 
+def files() -> str:
+    """What commands leave behind: files for scripts, and exit codes."""
+    parts = ["# Files and exit codes\n\nWritten by `python -m r2m.manual`, from the code.\n"]
+    parts.append(f"{inspect.cleandoc(FILES)}\n")
+    for one in RECORDS:
+        keys = {VERSION: str(one.version), **one.keys, **({SEAL: SEALED} if one.sealed else {})}
+        table = _table(["key", "what it says"], [[f"`{key}`", text] for key, text in keys.items()])
+        parts.append(f"## {one.file}\n\n{one.title[0].upper()}{one.title[1:]}.\n\n{table}\n")
+    codes = [[str(code), text] for code, text in EXIT_CODES.items()]
+    parts.append(f"## Exit codes\n\nOf every command.\n\n{_table(['code', 'meaning'], codes)}\n")
+    return "\n".join(parts)
+
+
 def _table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
@@ -72,7 +92,7 @@ def pages(root: Path) -> dict[Path, str]:
         root / "README.md": {"methods": methods()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
-    written = {root / "docs" / "cli.md": commands()}
+    written = {root / "docs" / "cli.md": commands(), root / "docs" / "files.md": files()}
     for path, sections in tables.items():
         text = path.read_text(encoding="utf-8")
         for name, table in sections.items():

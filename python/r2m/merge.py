@@ -26,11 +26,12 @@ from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_
 from r2m.journal import FileJournal
 from r2m.options import Options
 from r2m.output import INPUTS, SOURCES, PartialOutput, Workplace, check_output, difference, held, partial_output
-from r2m.ownership import CARD_FILE, RECIPE_FILE, REPORT_FILE, STATE_FILE, WRITTEN
+from r2m.ownership import CARD_FILE, RECIPE_FILE
 from r2m.places import read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
+from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels import Analysis, ProgressEvent, analyze
 from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, quoted
 from r2m_kernels.heads import classifier
@@ -354,8 +355,8 @@ def complete(
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe)).encode())
-    write_file(directory / STATE_FILE, former.record(state, analysis))
-    made = sorted({path.name for path in directory.iterdir()} - {CARD_FILE, REPORT_FILE})
+    write_file(directory / STATE.file, former.record(state, analysis))
+    made = sorted({path.name for path in directory.iterdir()} - {CARD_FILE, REPORT.file})
     sizes = {name: (directory / name).stat().st_size for name in made}
     report: dict[str, Any] = {
         "method": recipe.method,
@@ -375,8 +376,8 @@ def complete(
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     write_file(directory / CARD_FILE, card(directory, report).encode(errors="backslashreplace"))
-    text = ownership.encode_report({**report, WRITTEN: ownership.written(directory)})
-    write_file(directory / REPORT_FILE, text)
+    text = REPORT.text({**report, WRITTEN: ownership.written(directory)})
+    write_file(directory / REPORT.file, text)
     return dict(json.loads(text))
 
 

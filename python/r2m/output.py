@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from r2m.journal import PREFIX
-from r2m.ownership import STATE_FILE, foreign, is_named, is_unfinished
+from r2m.ownership import foreign, is_named, is_unfinished
 from r2m.places import MOST_RECORD, as_seen, is_mounted, new_file, read_mapping, sync
+from r2m.records import STATE
 from r2m.workplace import FORMER, LOCK, OUTPUT, PARTIAL_SUFFIX, directory_of, holds, put_back, resolved, take
 from r2m_kernels.errors import BadFile, InvalidInput, quoted
 from r2m_kernels.streaming import FACTORS_PREFIX
@@ -341,7 +342,7 @@ def _has_ended(target: Path) -> bool:
         return False
     try:
         wanted = read_mapping(directory / _STATE, _STATE, MOST_RECORD)
-        return wanted == read_mapping(target / STATE_FILE, STATE_FILE, MOST_RECORD).get("state")
+        return wanted == STATE.read(target, STATE.file).get("state")
     except (OSError, BadFile):
         return False
 

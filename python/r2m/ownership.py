@@ -3,58 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
-from r2m.places import MOST_RECORD, PARTIAL, opened, read_mapping
+from r2m.places import PARTIAL, opened
+from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels.errors import BadFile, quoted
 
 RECIPE_FILE = "r2m_config.yaml"
-REPORT_FILE = "r2m_report.json"
-STATE_FILE = "r2m_state.json"
 CARD_FILE = "README.md"
 COPIED_FILES = ("config.json", "preprocessor_config.json")
-WRITTEN = "written"  # of a report: name → digests of what a merge wrote under it
 
-_MARKS = {RECIPE_FILE, REPORT_FILE}
-_NAMES = {STATE_FILE, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}
+_MARKS = {RECIPE_FILE, REPORT.file}
+_NAMES = {STATE.file, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_SEAL = "digest"  # of a record: SHA-256 of all else in it
 # Files of up to so many bytes are hashed whole, others by as many bytes in blocks all over them: whoever trained a
 # model further has changed every block, and no gigabytes are read to see it.
 _WHOLE, _BLOCKS = 2**26, 2**10
-
-
-def sealed(content: Mapping[str, Any], **layout: Any) -> bytes:
-    """A record as JSON that tells whether it was changed since; ``layout`` are arguments of :func:`json.dumps`."""
-    content = {key: value for key, value in content.items() if key != _SEAL}
-    return json.dumps({**content, _SEAL: _seal(content)}, **layout).encode(errors="backslashreplace")
-
-
-def unsealed(path: Path, what: str) -> dict[str, Any]:
-    """What :func:`sealed` was given. Arguments and other errors are :func:`r2m.places.read_mapping`'s.
-
-    Raises:
-        BadFile: it was changed since.
-    """
-    content = read_mapping(path, what, MOST_RECORD)
-    try:
-        whole = content.pop(_SEAL, None) == _seal(content)
-    except RecursionError:
-        whole = False
-    if not whole:
-        raise BadFile(f"{what}: was changed since a merge wrote it")
-    return content
-
-
-def encode_report(report: Mapping[str, Any]) -> bytes:
-    """The content of an ``r2m_report.json``."""
-    return sealed(report, allow_nan=False, indent=2, ensure_ascii=False) + b"\n"
 
 
 def digest(path: Path) -> str:
@@ -72,7 +39,7 @@ def digest(path: Path) -> str:
 
 def written(directory: Path) -> dict[str, list[str]]:
     """Name → digests, for :data:`WRITTEN`, of all that lies in a directory but what says of itself what it is."""
-    names = sorted(set(os.listdir(directory)) - {REPORT_FILE, STATE_FILE})
+    names = sorted(set(os.listdir(directory)) - {REPORT.file, STATE.file})
     return {name: [digest(directory / name)] for name in names}
 
 
@@ -100,18 +67,14 @@ def foreign(directory: Path) -> str:
     if strange is not None:
         return f"holds {quoted(strange)}, which no merge wrote"
     try:
-        known = dict(unsealed(directory / REPORT_FILE, REPORT_FILE)[WRITTEN])
+        known = dict(REPORT.whole(directory, REPORT.file)[WRITTEN])
     except FileNotFoundError:
         known = {}
     except (BadFile, KeyError, ValueError, TypeError):
-        return f"holds '{REPORT_FILE}', which was changed since a merge wrote it"
-    for name in (entry.name for entry in entries if entry.is_file() and entry.name not in (REPORT_FILE, STATE_FILE)):
+        return f"holds '{REPORT.file}', which was changed since a merge wrote it"
+    for name in (entry.name for entry in entries if entry.is_file() and entry.name not in (REPORT.file, STATE.file)):
         if not isinstance(known.get(name), list):
             return f"holds {quoted(name)}, and nothing says that a merge wrote it"
         if digest(directory / name) not in known[name]:
             return f"holds {quoted(name)}, which was changed since a merge wrote it"
     return ""
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

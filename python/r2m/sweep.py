@@ -16,8 +16,9 @@ from r2m import former
 from r2m.merge import Job, Progress, complete, open_job
 from r2m.options import SWEPT, Options
 from r2m.output import PartialOutput, Workplace, held
-from r2m.ownership import STATE_FILE, foreign, is_unfinished, unsealed
+from r2m.ownership import foreign, is_unfinished
 from r2m.places import csv_table, new_file, sync
+from r2m.records import STATE
 from r2m.workplace import directory_of, resolved
 from r2m_kernels import Analysis, MergeConfig
 from r2m_kernels.errors import BadFile, BadOption
@@ -116,7 +117,7 @@ def _refuse_others(target: Path, states: Mapping[str, Mapping[str, Any]]) -> set
         raise BadFile(f"to ({target}): exists already and is not an empty directory")
     for name in sorted(ours):
         try:
-            same = unsealed(target / name / STATE_FILE, STATE_FILE)["state"] == states[name]
+            same = STATE.whole(target / name, STATE.file)["state"] == states[name]
         except (OSError, BadFile, KeyError):
             same = False
         if not same or foreign(target / name):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from r2m.output import PartialOutput, check_output, partial_output
-from r2m.ownership import WRITTEN, encode_report, written
+from r2m.ownership import written
+from r2m.records import REPORT, WRITTEN
 
 from r2m_kernels import InvalidInput
 
@@ -23,7 +24,7 @@ def former_output(name: str) -> Path:
     out = Path(name)
     out.mkdir(parents=True)
     (out / "model-00001-of-00002.safetensors").write_text("old")
-    (out / "r2m_report.json").write_bytes(encode_report({WRITTEN: written(out)}))
+    (out / "r2m_report.json").write_bytes(REPORT.text({WRITTEN: written(out)}))
     return out
 
 

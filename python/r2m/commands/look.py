@@ -44,15 +44,14 @@ def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool)
     """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
     from r2m.card import warnings, write_card
     from r2m.ownership import CARD_FILE
-    from r2m.places import MOST_RECORD, read_mapping
+    from r2m.records import EVALUATION
     from r2m_kernels.errors import BadFile
 
     measured = None
     if evaluation is not None:
-        path = Path(evaluation) / "evaluation.json"
         try:
-            measured = read_mapping(path, str(path), MOST_RECORD)
-        except (OSError, BadFile):
+            measured = EVALUATION.read(Path(evaluation), f"{evaluation}: {EVALUATION.file}")
+        except OSError:
             raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
     text = write_card(out, overwrite=overwrite, evaluation=measured, licence=licence)
     done(f"{out}/{CARD_FILE}")

@@ -1,7 +1,6 @@
 """The group of all commands, and what becomes of their errors.
 
-Exit codes: 0 done; 1 the machine refused (no space, no permission); 2 the input or an option cannot be used;
-130 Ctrl-C. torch is imported inside the commands, so that ``--help`` is immediate.
+torch is imported inside the commands, so that ``--help`` is immediate.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import click
 
 from r2m.commands import again, evaluate, files, look, merge
 from r2m.commands.messages import settled
-from r2m.commands.process import exit_code
+from r2m.commands.process import ENDED, exit_code
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -63,7 +62,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
-        return 130
+        return ENDED
     except Exception as error:
         code = exit_code(error)
         if code is None:

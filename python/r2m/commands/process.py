@@ -8,6 +8,14 @@ import os
 
 from r2m_kernels.errors import R2MError
 
+# What the codes mean with which commands end.
+DONE, MACHINE, INPUT, ENDED = 0, 1, 2, 130
+EXIT_CODES = {
+    DONE: "done",
+    MACHINE: "the machine refused: no space, no permission, no such file; or `plan` says that a merge would not fit",
+    INPUT: "an input or an option cannot be used; the message says which, where, what was expected and what was there",
+    ENDED: "Ctrl-C; what `--resume` goes on with is kept",
+}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
@@ -29,4 +37,4 @@ def exit_code(error: Exception) -> int | None:
     """2: the input or an option cannot be used; 1: the machine refused; None: the error is ours, and shows where."""
     if isinstance(error, R2MError):
         return error.exit_code
-    return 1 if isinstance(error, OSError) else None
+    return MACHINE if isinstance(error, OSError) else None

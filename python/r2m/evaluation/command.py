@@ -24,6 +24,7 @@ from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, beside
 from r2m.progress import bars
 from r2m.recipe import Arrangement
+from r2m.records import EVALUATION
 from r2m_kernels import __version__
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
@@ -90,7 +91,7 @@ def _check(request: Request, out: str | None, overwrite: bool) -> None:
         raise BadOption("evaluate: --model needs --detector, which says what the checkpoint is the weights of")
     if request.models and not request.data:
         raise BadOption("evaluate: --model needs --data")
-    if out is not None and (Path(out) / run.RESULT_FILE).exists() and not overwrite:
+    if out is not None and (Path(out) / EVALUATION.file).exists() and not overwrite:
         raise BadFile(f"out ({out}): holds an evaluation already; --overwrite replaces it")
 
 

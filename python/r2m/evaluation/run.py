@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.request import Request
 from r2m.places import csv_table, new_file
 from r2m.preprocessing import Preprocessing
+from r2m.records import EVALUATION
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 from r2m_kernels.streaming import usable_device
 
-RESULT_FILE = "evaluation.json"
 _THREADS = 4  # that read images, while the detector works
 _LISTED = 20
 
@@ -130,8 +129,7 @@ def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, E
             for frame, probability in scored
         ]
         new_file(out / f"scores-{number}.csv", csv_table(rows, "surrogateescape"))
-    text = json.dumps(result, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    new_file(out / RESULT_FILE, text.encode(errors="backslashreplace"))
+    new_file(out / EVALUATION.file, EVALUATION.text(result))
 
 
 def left_out(unreadable: Mapping[str, str]) -> list[str]:

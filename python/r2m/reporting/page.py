@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
-from r2m.ownership import REPORT_FILE
-from r2m.places import MOST_RECORD, csv_table, new_directory, read_mapping, read_small, write_file
+from r2m.places import csv_table, new_directory, read_small, write_file
+from r2m.records import EVALUATION, REPORT, Record
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
@@ -53,10 +53,10 @@ def write_page(
         OSError: it cannot be written; ``filename`` is set.
     """
     settle(Path(out))
-    report = _json(Path(out) / REPORT_FILE, f"{out}: expected the output of a merge")
+    report = _record(REPORT, Path(out), "the output of a merge")
     measured, scores = None, {}
     if evaluation is not None:
-        measured = _json(Path(evaluation) / "evaluation.json", f"{evaluation}: expected a directory of r2m evaluate")
+        measured = _record(EVALUATION, Path(evaluation), "a directory of r2m evaluate")
         scores = _scores(Path(evaluation), measured)
     rows = _sweep_rows(Path(swept)) if swept is not None else []
     target = Path(to)
@@ -293,11 +293,11 @@ def _by_name(values: Mapping[str, float | None] | None) -> str:
     return ", ".join(f"{name} {_number(value)}" for name, value in (values or {}).items()) or "–"
 
 
-def _json(path: Path, what: str) -> dict[str, Any]:
+def _record(record: Record, directory: Path, kind: str) -> dict[str, Any]:
     try:
-        return read_mapping(path, what, MOST_RECORD)
-    except (OSError, BadFile):
-        raise BadFile(f"{what}, with {path.name}") from None
+        return record.read(directory, f"{directory}: {record.file}")
+    except OSError:
+        raise BadFile(f"{directory}: expected {kind}, with {record.file}") from None
 
 
 def _scores(evaluation: Path, measured: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:

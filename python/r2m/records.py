@@ -1,0 +1,175 @@
+"""JSON files that commands write for each other and for scripts: what stands in each, and in which version.
+
+A key more does not make another version; a key that goes or means something else does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r2m.places import MOST_RECORD, read_mapping
+from r2m_kernels.errors import BadFile
+
+WRITTEN = "written"
+VERSION, SEAL = "schema_version", "digest"
+SEALED = "SHA-256 of all else in it, as JSON with sorted keys: whether anybody has changed it"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One of them.
+
+    Attributes:
+        file: its name.
+        title: what it is.
+        version: of what stands in it.
+        keys: key → what it says. A dot leads to what is in an object; ``*`` stands for a name, or an entry of a list.
+        sealed: whether it has a :data:`SEAL`.
+    """
+
+    file: str
+    title: str
+    version: int
+    keys: Mapping[str, str]
+    sealed: bool = False
+
+    def text(self, content: Mapping[str, Any], indent: int | None = 2) -> bytes:
+        """The file; what its content has of an earlier one's version and seal is left."""
+        content = {VERSION: self.version} | {key: content[key] for key in content if key not in (VERSION, SEAL)}
+        content |= {SEAL: _seal(content)} if self.sealed else {}
+        text = json.dumps(content, allow_nan=False, indent=indent, ensure_ascii=False)
+        return (text + "\n").encode(errors="backslashreplace")
+
+    def read(self, directory: Path, what: str) -> dict[str, Any]:
+        """Its content, from where it was written; files of 0.1 have no version.
+
+        Args:
+            directory: where it lies.
+            what: how error messages name it.
+
+        Raises:
+            BadFile: it is not that, or was written by a package that is newer.
+            OSError: it cannot be read; ``filename`` is set.
+        """
+        content = read_mapping(directory / self.file, what, MOST_RECORD)
+        version = content.get(VERSION, 0)
+        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version <= self.version:
+            raise BadFile(
+                f"{what}: expected {VERSION} {self.version} or less, got {json.dumps(version)[:40]}; a newer "
+                "r2m_kernels wrote it"
+            )
+        return content
+
+    def whole(self, directory: Path, what: str) -> dict[str, Any]:
+        """The same of a sealed one. Arguments and other errors are :meth:`read`'s.
+
+        Raises:
+            BadFile: it was changed since.
+        """
+        content = self.read(directory, what)
+        if content.get(SEAL) != _seal({key: content[key] for key in content if key != SEAL}):
+            raise BadFile(f"{what}: was changed since a merge wrote it")
+        return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+REPORT = Record(
+    "r2m_report.json",
+    "what a merge found and did",
+    1,
+    {
+        "method": "by which name the configuration was made",
+        "notes": "sentences on what was understood in another way than it stands there",
+        "versions": "of r2m_kernels, torch, numpy and Python",
+        "backend.name": "who computed: native, triton or torch",
+        "backend.reason": "why that one",
+        "backend.device": "where",
+        "config": "every field of the configuration",
+        "experts": "names, in the order of all lists and matrices here",
+        "task_vectors.gram": "inner products of task vectors over matrix tensors",
+        "task_vectors.norms": "their lengths, by expert",
+        "task_vectors.relative_to_base": "the same as shares of the base's length",
+        "task_vectors.cosines": "between each two",
+        "task_vectors.vector_gram": "inner products over vector tensors",
+        "core.coefficients": "of each task vector in the core, the Real component",
+        "core.norm": "of the core",
+        "core.mean_norm": "of the mean task vector",
+        "core.norm_ratio_to_mean": "the first by the second",
+        "core.norm_uncertain": "whether rounding may have changed it by a per cent",
+        "core.dimension": "of the Real subspace",
+        "core.weighted_gram": "the matrix whose eigenvectors span it",
+        "core.eigenvalues": "of that matrix, the largest first",
+        "core.gap": "between the last eigenvalue kept and the next, as a share",
+        "core.scale_used": "λ: the core was multiplied by it",
+        "core.left": "what of λ whole residuals leave of the core; null where residuals are truncated",
+        "core.share_of_update": "of the update's energy, the core's",
+        "residual.norms": "of the truncated residuals, by expert",
+        "residual.scales": "by which their norms were matched",
+        "residual.eta_used": "η: their mean was multiplied by it",
+        "residual.norm": "of the residual term",
+        "residual.cancelled": "whether the residuals cancel, so that a relative η was bounded",
+        "residual.cut": "of each residual's energy, what truncation left out",
+        "residual.norm_ratio_to_core": "the residual term's norm by the core's",
+        "tensors.*.name": "of every output tensor",
+        "tensors.*.role": "matrix, vector, statistic, copied (from the base) or extra (of the experts alone)",
+        "tensors.*.shape": "its shape",
+        "tensors.*.dtype": "its type",
+        "tensors.*.rank": "of its residuals, of a matrix",
+        "tensors.*.kept_energy": "of each residual, as a share",
+        "tensors.*.uncertain": "experts for which that is a difference of nearly equal numbers",
+        "tensors.*.distance_to_optimum": "an estimate of the truncation's error over the least possible, less 1",
+        "tensors.*.distance_basis": "what the estimate rests on",
+        "head": "tensors of the classifier that were averaged alone",
+        "tied": "names of tensors that are stored once, and under which name",
+        "dropped": "tensors of experts that went nowhere",
+        "steps.*.step": "a pass over the inputs",
+        "steps.*.seconds": "its time",
+        "steps.*.bytes_read": "what it read",
+        "warnings": "sentences on what looks wrong",
+        "specialists": "how many specialists each expert stands for",
+        "preprocessing": "of pictures: size, mean and standard deviation, where it is known",
+        "arrangement.preset": "by which names were fitted to the base's",
+        "arrangement.head": "how the classifier was merged, and which tensors it is",
+        "arrangement.labels": "of its outputs, in order, where they are known",
+        "arrangement.folded": "tensors that came as factors and were multiplied",
+        "output.files": "their bytes",
+        "output.bytes": "of all",
+        "output.seconds": "of the whole merge",
+        WRITTEN: "name → digests of what the merge, and `r2m card`, wrote under it",
+    },
+    sealed=True,
+)
+STATE = Record(
+    "r2m_state.json",
+    "from which another merge takes what it need not find again",
+    1,
+    {
+        "state": "what decides every byte of the output: versions, options, inputs and what tells whether they changed",
+        "grams": "by tensor, inner products of task vectors and the base's squared length",
+    },
+    sealed=True,
+)
+EVALUATION = Record(
+    "evaluation.json",
+    "how models did on datasets",
+    1,
+    {
+        "models.*.source": "the checkpoint or the scores",
+        "models.*.detector": "how it was loaded",
+        "models.*.preprocessing": "of its pictures",
+        "models.*.datasets": "by dataset: counts, metrics over frames and over videos, intervals",
+        "models.*.average": "of each metric over the datasets that define it",
+        "settings": "options that decide the numbers",
+        "unreadable": "pictures that were left out, and why",
+        "versions": "of r2m_kernels, torch, scikit-learn and Python",
+    },
+)
+RECORDS = (REPORT, STATE, EVALUATION)
