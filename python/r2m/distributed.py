@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +20,15 @@ from r2m_kernels.streaming import ProcessGroup, SingleProcess
 
 # One process may work for hours while another has nothing left to do; one that died is noticed at once.
 PATIENCE = datetime.timedelta(days=30)
+
+
+_SILENCE = 10.0  # seconds in which the others usually come
+# What torchrun sets, beside WORLD_SIZE.
+_TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+
+class ProcessWarning(UserWarning):
+    """What the environment says of other processes cannot be."""
 
 
 class LostProcess(R2MError):
@@ -57,14 +69,27 @@ class TorchrunProcesses:
 
 @contextlib.contextmanager
 def processes() -> Iterator[ProcessGroup]:
-    """The processes that ``torchrun`` started together with this one, or this one alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    """The processes that ``torchrun`` started together with this one, or this one alone.
+
+    Variables of another job that are left in the environment are told and not followed: nobody would come.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1:
+        yield SingleProcess()
+        return
+    missing = next((name for name in _TORCHRUN if not os.environ.get(name)), None)
+    if missing is not None or _number("RANK", size) >= size:
+        what = f"{missing} is not set" if missing else f"RANK is {os.environ['RANK']!r}"
+        text = f"WORLD_SIZE is {size} and {what}: not started by torchrun, this process goes on alone"
+        warnings.warn(text, ProcessWarning, stacklevel=2)
         yield SingleProcess()
         return
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waits = f"process {os.environ['RANK']} of {size} waits for the others at {at}"
+    with _told_after(_SILENCE, f"{waits}; alone? unset WORLD_SIZE, or start all of them with torchrun"):
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield TorchrunProcesses(torch.distributed.get_rank(), size)
     finally:
@@ -72,11 +97,29 @@ def processes() -> Iterator[ProcessGroup]:
             torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _told_after(seconds: float, text: str) -> Iterator[None]:
+    """A warning where the block takes longer."""
+    timer = threading.Timer(seconds, lambda: print(f"Warning: {text}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _number(variable: str, default: int) -> int:
+    """What a variable of the environment says; the default where that is no number."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() and len(text) < 10 else default
+
+
 def local_processes() -> int:
     """How many processes of the job are on this machine, and share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def local_device(device: str | None) -> str | None:
     """``"cuda"`` as this process's own GPU; anything else as it is."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    return f"cuda:{_number('LOCAL_RANK', 0)}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

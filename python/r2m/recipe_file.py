@@ -27,9 +27,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
 
 from r2m import plain_yaml
 from r2m.checkpoints import hub
@@ -74,6 +83,23 @@ class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("input should be a valid string")
+    return value
+
+
+def _name(value: Any) -> str:
+    if "=" in _text(value):
+        raise ValueError("expected a text without =")
+    return str(value)
+
+
+# A path, and a name that may be made of one: of any bytes, which pydantic's own texts are not.
+_Path = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string", "minLength": 1})]
+_Name = Annotated[str, PlainValidator(_name), WithJsonSchema({"type": "string", "pattern": "^[^=]+$"})]
+
+
 class _Preprocessing(_Keys):
     size: int = Field(description="pixels of a side")
     mean: list[float | int] = Field(description="of the channels, of values in [0, 1]")
@@ -84,8 +110,8 @@ class _Preprocessing(_Keys):
 
 
 class _Expert(_Keys):
-    model: str = Field(min_length=1, description="checkpoint: a path relative to the recipe, or hf://owner/name")
-    name: str | None = Field(None, pattern="^[^=]+$", description="how it is called in the report")
+    model: _Path = Field(description="checkpoint: a path relative to the recipe, or hf://owner/name")
+    name: _Name | None = Field(None, description="how it is called in the report")
     weight: float | int | None = Field(None, description="in all means; 1 where others have one")
     rename: dict[str, str | None] = Field(default_factory=dict, description="as for all, before those")
     preprocessing: _Preprocessing | None = Field(None, description="what it was trained with")
@@ -109,7 +135,7 @@ class _Expert(_Keys):
 class _Special(_Keys):
     """The keys of a recipe that are more than a plain value; a weight of an expert is one of the parameters."""
 
-    base_model: str = Field(min_length=1, description="the checkpoint all experts started from")
+    base_model: _Path = Field(description="the checkpoint all experts started from")
     models: list[_Expert] = Field(min_length=1, description="the experts")
     merge_method: str = Field("r2m", description="how they are merged", json_schema_extra={"enum": list(OFFERED)})
     parameters: dict[str, Any] = Field(default_factory=dict, description="on top of what the method is")
@@ -179,7 +205,7 @@ _PLAIN: dict[str, Option] = {**OUTPUT, **ARRANGEMENT}  # the other keys
 def _plain_key(declared: Option) -> Any:
     """A type and a field, as pydantic takes them."""
     several = declared.kind == tuple[str, ...]
-    kind = list[str] if several else declared.kind
+    kind = list[str] if several else _Path if declared.metavar == "PATH" else declared.kind
     choices: list[Any] = [*declared.choices, *([None] if declared.optional and declared.choices else ())]
     default: Any = list(declared.default) if several else declared.default
     field: Any = Field(default, description=declared.text, json_schema_extra={"enum": choices} if choices else None)
@@ -295,7 +321,8 @@ def _explained(error: ValidationError) -> str:
         return f"unknown key {quoted(str(last))}{holder}{checks.did_you_mean(str(last), known)}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {quoted(str(first['input'])[:_SHOWN])}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {quoted(str(first['input'])[:_SHOWN])}"
 
 
 def _beside(directory: Path, path: str) -> str:

@@ -92,12 +92,16 @@ def one_thread_per_product() -> Iterator[None]:
 
 
 def deterministic(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function inside :func:`one_thread_per_product`, without gradients, autocast or a default device."""
+    """Run a public function inside :func:`one_thread_per_product`, without gradients, autocast or a default device.
+
+    Nor in inference mode, which is a thread's own: what one made in it, no other thread could write to.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with ExitStack() as stack:
             stack.enter_context(one_thread_per_product())
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):

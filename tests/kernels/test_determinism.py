@@ -147,3 +147,21 @@ def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs, e
         torch.set_default_device(None)
         torch.set_float32_matmul_precision(before)
     assert same_bits(expected, merged)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("method", ["r2m_centred", "weight_average", "ties"])
+def test_in_inference_mode_bits_are_the_same_on_several_threads(backend, method):
+    base, experts = checkpoints(3)
+    config = getattr(MergeConfig, method)()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        expected = merge(base, experts, config, backend=backend)
+        with torch.inference_mode():
+            inside = {name: tensor.clone() for name, tensor in base.items()}
+            merged = analyze(inside, experts, config, backend=backend, memory_budget="1MiB").merge()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert not any(tensor.is_inference() for tensor in merged.values())

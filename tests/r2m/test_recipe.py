@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,7 @@ WRONG = {
     "base_model: b\nbase_model: c\nmodels: [{model: e}]": "in line 2: the key 'base_model' is given twice",
     "base_model: &b b\nmodels: [{model: *b}]": "aliases (*name) are not used in recipes",
     "base_model: !!python/object/apply:os.system [touch marker]": "could not determine a constructor",
-    "base_model: b\nmodels: [{model: e, name: a=b}]": "models.0.name: string should match pattern",
+    "base_model: b\nmodels: [{model: e, name: a=b}]": "models.0.name: expected a text without =, got 'a=b'",
     "base_model: b\nmodels: [{model: e, weight: 2}]\nparameters: {weights: [1]}": "weights: given both with the models",
 }
 
@@ -219,6 +220,27 @@ def test_a_wrong_rule_is_refused(checkpoints: Checkpoints, command: Callable[...
     )
     result = command("plan", *arguments, "--rename", "block.=stage.")
     assert result.code == 0
+
+
+def test_paths_of_any_bytes_come_back(checkpoints: Checkpoints, command: Callable[..., Result]) -> None:
+    odd = os.fsdecode(b"x\xe9\xff")
+    Path(odd).mkdir()
+    for name in ("base", "fs", "fr"):
+        Path(f"{name}.safetensors").rename(f"{odd}/{name}\udce9.safetensors")
+    words = ["--base", f"{odd}/base\udce9.safetensors"]
+    words += [word for name in ("fs", "fr") for word in ("--expert", f"{odd}/{name}\udce9.safetensors")]
+    assert command("merge", *words, "--out", f"{odd}/out").code == 0
+    assert command("merge", f"{odd}/out/r2m_config.yaml", "--out", "again").code == 0
+    assert Path("again/model.safetensors").read_bytes() == Path(odd, "out/model.safetensors").read_bytes()
+    for more in (
+        ("card", f"{odd}/out"),
+        ("remove", f"{odd}/out", "--expert", "fs\udce9.safetensors"),
+        ("inspect", f"{odd}/out"),
+    ):
+        result = command(*more)
+        assert (result.code, "Traceback" in result.err) == (0, False)
+    for path in ("out/r2m_config.yaml", "out/r2m_report.json", "out/README.md"):
+        Path(odd, path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from r2m_kernels.config import make_config
 from r2m_kernels.streaming import sources_digest
 
 if TYPE_CHECKING:
-    from conftest import Result
+    from conftest import Checkpoints, Result
 
 Command = Callable[..., "Result"]
 Start = Callable[..., Child]
@@ -519,6 +519,49 @@ def test_memory_stays_within_the_budget(
 def test_four_times_512_mib_under_256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
     monkeypatch.chdir(tmp_path)
     bounded(start, 512, 256 * 2**20, "rows", threads=2)
+
+
+LEFT = {
+    "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+    "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
+    "of another launcher": (
+        {"WORLD_SIZE": "8", "RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        "WORLD_SIZE is 8 and TORCHELASTIC_RUN_ID is not set",
+    ),
+    "a rank beyond": (
+        {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"},
+        "WORLD_SIZE is 2 and RANK is '2'",
+    ),
+    "no numbers": ({"WORLD_SIZE": "two", "LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": ""}, None),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_another_job_left_in_the_environment_is_told_and_not_followed(
+    case: str, checkpoints: Checkpoints, start: Start
+) -> None:
+    variables, told = LEFT[case]
+    with start("merge", *checkpoints.arguments, "--out", "out", environment=variables) as job:
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    assert "Traceback" not in err
+    assert told is None or f"Warning: {told}: not started by torchrun, this process goes on alone" in err
+
+
+def test_a_process_that_waits_says_for_whom(start: Start, tmp_path: Path) -> None:
+    script = """
+import os, threading
+from r2m import distributed
+distributed._SILENCE = 0.1
+threading.Timer(1.5, lambda: os._exit(7)).start()
+with distributed.processes():
+    pass
+"""
+    left = {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    with start(script=script, environment=left) as job:
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 7
+    assert "Warning: process 1 of 4 waits for the others at localhost:1; alone? unset WORLD_SIZE" in err
 
 
 @pytest.fixture(autouse=True)
