@@ -16,6 +16,7 @@ from r2m.checkpoints import state_dict
 from r2m.checkpoints.formats import SAFETENSORS, SUFFIXES, of_suffix
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
+from r2m.extras import look_here
 from r2m.places import beside, created, put, sync
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
@@ -107,6 +108,7 @@ def _trusted(path: Path, label: str, to: Path, key: str | None) -> Path:
     """What a program in a file makes when it runs, as a file that is none."""
     if not path.is_file():
         raise BadCheckpoint(f"{label}: with --allow-pickle expected a file")
+    look_here()  # where a module was saved by a script, its classes lie beside it
     loaded: Any
     try:
         with warnings.catch_warnings():

@@ -1,12 +1,20 @@
-"""Packages that only some commands need, and what to install where they are missing."""
+"""Modules that only some commands need: where they are looked for, and what to install where they are missing."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 
 from r2m_kernels.errors import BadOption
 
 _PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where a module is called otherwise
+
+
+def look_here() -> None:
+    """Let modules be imported from the current directory too, as Python does but a command does not."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def need(what: str, extra: str | None, *modules: str) -> None:

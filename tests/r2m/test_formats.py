@@ -263,6 +263,20 @@ def test_torchscript_is_read_when_it_is_trusted(
     assert same(load_file("state.safetensors"), module.state_dict())
 
 
+def test_classes_of_a_trusted_file_are_looked_for_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("networks.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    save = "import torch, networks; torch.save(networks.Net(3, 2), 'net.pt')"
+    subprocess.run([sys.executable, "-c", save], check=True)
+    # As the installed command starts: the first place where it looks is not the current directory.
+    words = ["-c", "import sys; sys.path.pop(0); from r2m.commands.main import main; sys.exit(main())"]
+    words += ["convert", "net.pt", "state.pth", "--allow-pickle"]
+    assert subprocess.run([sys.executable, *words], check=False).returncode == 0
+    assert loaded("state.pth").keys() == {"weight", "bias"}
+
+
 def test_a_class_that_is_not_there_is_named(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("gone_module.py").write_text("from torch import nn\nclass Gone(nn.Linear): pass\n")

@@ -296,6 +296,10 @@ class OpenClipDetector(nn.Module):
         return self.head(self.visual(images))
 
 
+def one_logit() -> nn.Module:
+    return timm.create_model("efficientnet_b0", num_classes=1)
+
+
 def evaluate(directory: Path) -> None:
     """``r2m evaluate`` on detectors of each library, its probabilities beside those of their own forward pass."""
     from r2m.commands.main import main
@@ -315,6 +319,7 @@ def evaluate(directory: Path) -> None:
         "clip": (f"clip:{base}", Detector, directory / "clip.pth"),
         "effort": (f"clip:{base} --preset effort", EffortDetector, directory / "effort.pth"),
         "timm": ("timm:efficientnet_b0", KINDS["timm_efficientnet"].build, directory / "timm.pth"),
+        "timm, one logit": ("timm:efficientnet_b0", one_logit, directory / "one.pth"),
         "open_clip": ("open_clip:r2m-tiny", OpenClipDetector, directory / "open_clip.pth"),
         "transformers": ("transformers", KINDS["transformers_vit"].build, directory / "vit"),
     }
@@ -341,7 +346,8 @@ def evaluate(directory: Path) -> None:
         code = main([*words, "--size", str(SIZE), "--mean", "0.5", "--std", "0.25", "--bootstrap", "5"])
         rows = {row["path"]: float(row["probability"]) for row in csv.DictReader((out / "scores-1.csv").open())}
         theirs = [rows[str(path)] for path in paths]
-        difference = (torch.tensor(theirs) - logits.double().softmax(1)[:, 1]).abs().max()
+        of_fake = logits.double().flatten().sigmoid() if logits.shape[1] == 1 else logits.double().softmax(1)[:, 1]
+        difference = (torch.tensor(theirs) - of_fake).abs().max()
         found[name] = {"code": code, "difference": float(difference), "spread": max(theirs) - min(theirs)}
     print(json.dumps(found))
 

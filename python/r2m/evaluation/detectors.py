@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from r2m.arrangement import plain
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
-from r2m.extras import need
+from r2m.extras import look_here, need
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, NotFinite, printable, quoted
+from r2m_kernels.heads import classifier
 
 KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
 CLASSES = 2
@@ -43,12 +43,14 @@ def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Ar
         return _with("transformers", lambda library: _from_transformers(library, checkpoint, label), label, kind).eval()
     if not name or not argument:
         raise BadOption(f"{label}: detector {quoted(kind)}: expected {KINDS}")
+    view = plain(open_checkpoint(checkpoint, label), arrangement or Arrangement())
     if name in _LIBRARIES:
         library_name, build = _LIBRARIES[name]
-        model = _with(library_name, lambda library: build(library, argument), label, kind)
+        outputs = _outputs(view)
+        model = _with(library_name, lambda library: build(library, argument, outputs), label, kind)
     else:
         model = _built(name, argument, label)
-    _load(model, plain(open_checkpoint(checkpoint, label), arrangement or Arrangement()), kind)
+    _load(model, view, kind)
     return model.eval()
 
 
@@ -81,35 +83,41 @@ def probabilities(output: Any, label: str) -> Tensor:
 class _Tower(nn.Module):
     """An image tower under a name of its own, and a linear head on what it gives."""
 
-    def __init__(self, name: str, tower: nn.Module, width: int, features: Callable[[Any], Tensor]) -> None:
+    def __init__(self, name: str, tower: nn.Module, head: nn.Linear, features: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.add_module(name, tower)
-        self.head = nn.Linear(width, CLASSES)
+        self.head = head
         self._name, self._features = name, features
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, s, s) to logits (n, 2)."""
+        """(n, 3, s, s) to logits (n, 2), or (n, 1)."""
         logits: Tensor = self.head(self._features(self.get_submodule(self._name)(images)))
         return logits
 
 
-def _clip(library: Any, directory: str) -> nn.Module:
+def _outputs(view: View) -> int:
+    """Of the checkpoint's classifier, where it has one of one logit; else one a class."""
+    found = {view.specs[name].shape[0] for name in classifier(view.specs)}
+    return 1 if found == {1} else CLASSES
+
+
+def _clip(library: Any, directory: str, outputs: int) -> nn.Module:
     config = library.AutoConfig.from_pretrained(directory, local_files_only=True)
     config = getattr(config, "vision_config", config)
     tower = library.CLIPVisionModel(config)
     tower = getattr(tower, "vision_model", tower)
-    return _Tower("backbone", tower, config.hidden_size, lambda output: output.pooler_output)
+    return _Tower("backbone", tower, nn.Linear(config.hidden_size, outputs), lambda output: output.pooler_output)
 
 
-def _open_clip(library: Any, name: str) -> nn.Module:
+def _open_clip(library: Any, name: str, outputs: int) -> nn.Module:
     tower = library.create_model(name, load_weights=False).visual
-    return _Tower("visual", tower, tower.output_dim, lambda embedding: embedding)
+    return _Tower("visual", tower, nn.Linear(tower.output_dim, outputs), lambda embedding: embedding)
 
 
-# What makes a detector of an argument, and the library that it is given.
-_LIBRARIES: Mapping[str, tuple[str, Callable[[Any, str], nn.Module]]] = {
+# What makes a detector of an argument and a number of outputs, and the library that it is given.
+_LIBRARIES: Mapping[str, tuple[str, Callable[[Any, str, int], nn.Module]]] = {
     "clip": ("transformers", _clip),
-    "timm": ("timm", lambda library, name: library.create_model(name, num_classes=CLASSES)),
+    "timm": ("timm", lambda library, name, outputs: library.create_model(name, num_classes=outputs)),
     "open_clip": ("open_clip", _open_clip),
 }
 
@@ -139,8 +147,7 @@ def _from_transformers(library: Any, checkpoint: str | Path, label: str) -> Any:
 
 
 def _built(module: str, function: str, label: str) -> nn.Module:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    look_here()
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
