@@ -172,7 +172,7 @@ class _Operations(TorchDispatchMode):
                 waits = from_device or not (kwargs.get("non_blocking") or args[2:3] == (True,))
                 self._counts.add("waits" if waits else "async_copies", f"{name} to {'device' * to_device or 'host'}")
             return to_device
-        if operation.is_view:
+        if operation.is_view or name == "_unsafe_view":
             self._counts.add("views", name)
         elif not name.startswith(("empty", "new_empty")):
             self._computed(operation, name, tensors)
@@ -181,7 +181,7 @@ class _Operations(TorchDispatchMode):
     def _computed(self, operation: Any, name: str, tensors: list[Tensor]) -> None:
         tags, indexes = operation.tags, name.startswith("index")
         foreign = [one for one in tensors if not isinstance(one, DeviceTensor) and one.ndim > 0]
-        if foreign and not indexes:
+        if foreign and not indexes and not name.endswith("_like"):  # which reads no element
             raise RuntimeError(f"{name}: expected all tensors on the GPU, got one of shape {tuple(foreign[0].shape)}")
         masked = any(one.dtype in (torch.bool, torch.uint8) for one in tensors[1:])
         # Indices of the host are copied to the device first, and where there is a mask it counts the elements.

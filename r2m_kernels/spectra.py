@@ -38,11 +38,10 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     totals = nuclear.sum(dim=2, keepdim=True)
     # The first component whose running sum reaches the share is the last one kept. A hair below, for share = 1.
     before = nuclear.cumsum(dim=2) - nuclear
-    keep = before < share * (1 - 1e-12) * totals
-    keep[..., 0] = True
+    keep = before < share * (1 - 1e-12) * totals  # of a residual that is zero: nothing
     kept = (nuclear * keep).sum(dim=2, keepdim=True)
-    gain = torch.where(kept > 0, totals / torch.where(kept > 0, kept, 1.0), 1.0) * keep
-    width = int(keep.sum(dim=2).max())
+    gain = totals / kept.clamp_min(torch.finfo(torch.float64).tiny) * keep
+    width = max(1, int(keep.sum(dim=2).max()))
     left = factors.left[..., :width] * gain[:, :, None, :width].to(factors.left)
     return replace(factors, left=left, right=factors.right[:, :, :width].contiguous())
 
@@ -71,23 +70,25 @@ def flattened(changes: Tensor) -> Tensor:
     """(L, m, n) float64 with all singular values of each matrix set to their mean (Iso-C)."""
     rows = changes if changes.shape[1] <= changes.shape[2] else changes.mT
     values, vectors = _eigh(rows @ rows.mT)
-    turn = (vectors * _inverse_root(values).unsqueeze(-2)) @ vectors.mT
-    flat = (values.sqrt().mean(dim=-1).view(-1, 1, 1) * turn) @ rows
+    length = values.sqrt().mean(dim=-1, keepdim=True)
+    turn = (vectors * (length * _inverse_root(values)).unsqueeze(-2).to(rows.device)) @ vectors.mT
+    flat = turn @ rows
     return flat if rows is changes else flat.mT.contiguous()
 
 
 def _polar(columns: Tensor) -> Tensor:
     """U (UᵀU)^(−1/2): the matrices of orthonormal columns nearest to U, zero where U has no direction."""
     values, vectors = _eigh(columns.mT @ columns)
-    return columns @ ((vectors * _inverse_root(values).unsqueeze(-2)) @ vectors.mT)
+    return columns @ ((vectors * _inverse_root(values).unsqueeze(-2).to(columns.device)) @ vectors.mT)
 
 
-# Small problems are solved on the CPU for every device.
+# Small problems are solved on the CPU for every device; what follows from eigenvalues alone is made there too.
 
 
 def _eigh(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues on the CPU, and eigenvectors where the matrices are."""
     values, vectors = torch.linalg.eigh(grams.cpu())
-    return values.clamp_min(0).to(grams.device), vectors.to(grams.device)
+    return values.clamp_min(0), vectors.to(grams.device)
 
 
 def _svd(matrices: Tensor) -> tuple[Tensor, ...]:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from bench import host_cost
-from bench.host_cost import JOBS, NARROW, SKETCHED, counted, vit
+from bench.host_cost import JOBS, NARROW, SKETCHED, Job, counted, vit
 from bench.pretended_gpu import CUDA, DeviceTensor, host, pretended_gpu
+from r2m_kernels import MergeConfig
 from r2m_kernels._triton import launch, sums
+from r2m_kernels.config import OFFERED
 
 # Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written.
 BARS = {
@@ -43,6 +45,29 @@ def test_the_default_on_the_matrices_of_half_a_block():
     # Two groups of matrices and two of vectors, of the six and two of the whole model.
     waits, launches, kernels = BARS["ViT-L default"]
     held_to((waits, launches * 4 // 8, kernels * 4 // 8), job)
+
+
+GROUP_BAR = 60  # ATen kernels of a group of equal shapes
+VARIANTS = {"row_power": {"row_power": 3.0}, "column": {"scale": "column"}, "textbook": {"svd": "textbook"}}
+QUICK = {"weight_average", "ties", "dare", "iso_c"}
+METHODS = {
+    **{name: method.configure({}) for name, method in OFFERED.items()},
+    **{name: MergeConfig.r2m(**options) for name, options in VARIANTS.items()},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
+def test_a_group_costs_as_much_with_any_number_of_matrices(name):
+    of_sizes = []
+    for size in (4, 5):
+        shapes = {f"{place}.weight": (SKETCHED + 8, SKETCHED) for place in range(size)}
+        # Enough noise that no spectrum is steep: such a residual is truncated once more.
+        counts, _ = counted(Job(shapes, METHODS[name], noise=0.3))
+        of_sizes.append({kind: counts.kinds[kind] for kind in ("waits", "triton_launches", "aten_kernels")})
+    assert of_sizes[0] == of_sizes[1]
+    assert of_sizes[0]["aten_kernels"] <= GROUP_BAR, counts.lines
 
 
 @pytest.mark.slow
