@@ -37,6 +37,32 @@ def known_multiple(value, FACTOR: tl.constexpr):
     return value // FACTOR * FACTOR  # tl.multiple_of says nothing about a kernel's own argument
 
 
+@triton.jit
+def block_of(elements, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's offsets into its tensor, and which of them are inside."""
+    if ALIGNED:
+        elements = known_multiple(elements, 128 // TYPE.primitive_bitwidth)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return offsets, offsets < elements
+
+
+@triton.jit
+def tile_of(m, n, column_tiles, TYPE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's rows, columns and offsets in its matrix, and which of them are inside."""
+    if ALIGNED:
+        n = known_multiple(n, 128 // TYPE.primitive_bitwidth)
+    rows = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    return rows, columns, rows[:, None].to(tl.int64) * n + columns[None, :], inside
+
+
+@triton.jit
+def loaded(slot, offsets, inside, TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of the tensor whose address stands in a table's slot."""
+    return tl.load(tensor_at(slot, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
+
+
 class Group:
     """Tensors of one shape, base and experts, ready for a kernel.
 

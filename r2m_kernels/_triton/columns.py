@@ -15,7 +15,17 @@ from torch import Tensor
 
 from ..update_scale import MOST
 from . import launch
-from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, address_table, known_multiple, tensor_at, well_placed
+from .addresses import (
+    ELEMENT_TYPES,
+    VECTOR_BYTES,
+    Group,
+    address_table,
+    known_multiple,
+    loaded,
+    tensor_at,
+    tile_of,
+    well_placed,
+)
 from .outputs import Outputs, write_rounded
 
 ROWS = 16  # of a tile: narrow matrices have columns for few threads
@@ -110,14 +120,9 @@ def scale_columns_kernel(
 ):
     """out[l] = θ₀ + factors[l, column] (θ* − θ₀), θ* of type COMPUTE; table (L, 2)."""
     tensor = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    if ALIGNED:
-        n = known_multiple(n, 128 // TYPE.primitive_bitwidth)
-    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    theta = tl.load(tensor_at(table + tensor * 2, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
-    merged = tl.load(tensor_at(table + tensor * 2 + 1, True, COMPUTE, ALIGNED) + offsets, mask=inside, other=0.0)
+    _, columns, offsets, inside = tile_of(m, n, column_tiles, TYPE, ALIGNED, ROWS, COLUMNS)
+    theta = loaded(table + tensor * 2, offsets, inside, TYPE, COMPUTE, ALIGNED)
+    merged = loaded(table + tensor * 2 + 1, offsets, inside, COMPUTE, COMPUTE, ALIGNED)
     factor = tl.load(factors + tensor * n + columns, mask=columns < n, other=0.0)
     total = theta + factor[None, :] * (merged - theta)
     write_rounded(total, outputs, largest, offsets, inside, OUTPUT, COMPUTE, ALIGNED)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import Group, known_multiple, padded_rows, tensor_at, vectors_fit
+from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tile_of, vectors_fit
 from .outputs import Outputs, representable, write_rounded
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -31,15 +31,14 @@ def merged_inputs(
 
     With BY_ROW each row of a tile has coefficients of its own, and ``core`` is a block of pointers to the first ones.
     """
-    theta = tl.load(tensor_at(slots, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
+    theta = loaded(slots, offsets, inside, TYPE, COMPUTE, ALIGNED)
     total = theta
     for j in range(count):
         weight = tl.load(core + j)
-        expert = tensor_at(slots + 1 + j, True, TYPE, ALIGNED)
         if BY_ROW:
-            total += weight[:, None] * (tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta)
+            total += weight[:, None] * (loaded(slots + 1 + j, offsets, inside, TYPE, COMPUTE, ALIGNED) - theta)
         elif weight != 0.0:
-            total += weight * (tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta)
+            total += weight * (loaded(slots + 1 + j, offsets, inside, TYPE, COMPUTE, ALIGNED) - theta)
     return total
 
 
@@ -65,12 +64,9 @@ def combine_vector_kernel(
     BLOCK: tl.constexpr,
 ):
     """out[l] = θ₀ + Σ_j core_j τ_lj for tensors without a low-rank term, a block of elements a program."""
-    block, tensor = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    if ALIGNED:
-        elements = known_multiple(elements, 128 // TYPE.primitive_bitwidth)
-    offsets = block * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < elements
-    total = merged_inputs(table + tensor * (count + 1), core, offsets, inside, count, TYPE, COMPUTE, ALIGNED, False)
+    offsets, inside = block_of(elements, TYPE, ALIGNED, BLOCK)
+    slots = table + tl.program_id(1).to(tl.int64) * (count + 1)
+    total = merged_inputs(slots, core, offsets, inside, count, TYPE, COMPUTE, ALIGNED, False)
     write_rounded(total, outputs, largest, offsets, inside, OUTPUT, COMPUTE, ALIGNED)
 
 
@@ -93,12 +89,7 @@ def combine_rows_kernel(
 ):
     """out[l] = θ₀ + Σ_j core[l, row, j] τ_lj, a tile a program."""
     tensor = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    if ALIGNED:
-        n = known_multiple(n, 128 // TYPE.primitive_bitwidth)
-    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    rows, _, offsets, inside = tile_of(m, n, column_tiles, TYPE, ALIGNED, ROWS, COLUMNS)
     core = coefficients_of(core, tensor, rows, m, count, True)
     total = merged_inputs(table + tensor * (count + 1), core, offsets, inside, count, TYPE, COMPUTE, ALIGNED, True)
     write_rounded(total, outputs, largest, offsets, inside, OUTPUT, COMPUTE, ALIGNED)

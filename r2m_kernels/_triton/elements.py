@@ -15,23 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, address_table, known_multiple, tensor_at, well_placed
+from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, address_table, block_of, loaded, well_placed
 from .outputs import Outputs, representable, write_rounded
-
-
-@triton.jit
-def block_of(elements, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's offsets into its tensor, and which of them are inside."""
-    if ALIGNED:
-        elements = known_multiple(elements, 128 // TYPE.primitive_bitwidth)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return offsets, offsets < elements
-
-
-@triton.jit
-def loaded(slot, offsets, inside, TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements of the tensor whose address stands in a table's slot."""
-    return tl.load(tensor_at(slot, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
 
 
 @triton.jit(do_not_specialize=["elements", "count"])

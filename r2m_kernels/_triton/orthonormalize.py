@@ -72,6 +72,15 @@ def eliminated(block, size, least, SIDE: tl.constexpr):
     return inverse
 
 
+@triton.jit
+def add_product(matrix, rows, columns, k, left, right):
+    """matrix[rows, columns] += left right, of a k × k matrix."""
+    inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
+    total = tl.load(matrix + where, mask=inside, other=0.0)
+    total = tl.dot(left, right, total, input_precision="ieee", out_dtype=tl.float64)
+    tl.store(matrix + where, total, mask=inside)
+
+
 @triton.jit(do_not_specialize=["k"])
 def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, SIDE: tl.constexpr):
     """out[b] = T with T gram[b] Tᵀ = I, lower triangular: a matrix a program, by blocks of SIDE rows and columns.
@@ -126,20 +135,14 @@ def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, 
             # Two loops and no pointer that is one or the other: Triton 3.6.0 cannot compile that for AMD.
             for p in range(j + 1):  # out_ip −= L_ij out_jp
                 columns = p * SIDE + places
-                inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
-                at, there = pivots[:, None] * k + columns[None, :], (pivots < k)[:, None] & (columns < k)[None, :]
-                rest = tl.load(out + where, mask=inside, other=0.0)
-                of_pivots = tl.load(out + at, mask=there, other=0.0)
-                rest = tl.dot(factor, of_pivots, rest, input_precision="ieee", out_dtype=tl.float64)
-                tl.store(out + where, rest, mask=inside)
+                there = (pivots < k)[:, None] & (columns < k)[None, :]
+                made = tl.load(out + pivots[:, None] * k + columns[None, :], mask=there, other=0.0)
+                add_product(out, rows, columns, k, factor, made)
             for p in range(j + 1, i + 1):  # gram_ip −= L_ij L_pjᵀ
                 columns = p * SIDE + places
-                inside, where = (rows < k)[:, None] & (columns < k)[None, :], rows[:, None] * k + columns[None, :]
-                at, there = columns[None, :] * k + pivots[:, None], (pivots < k)[:, None] & (columns < k)[None, :]
-                rest = tl.load(gram + where, mask=inside, other=0.0)
-                of_pivots = tl.load(gram + at, mask=there, other=0.0)
-                rest = tl.dot(factor, of_pivots, rest, input_precision="ieee", out_dtype=tl.float64)
-                tl.store(gram + where, rest, mask=inside)
+                there = (pivots < k)[:, None] & (columns < k)[None, :]
+                of_pivots = tl.load(gram + columns[None, :] * k + pivots[:, None], mask=there, other=0.0)
+                add_product(gram, rows, columns, k, factor, of_pivots)
         tl.debug_barrier()
 
 

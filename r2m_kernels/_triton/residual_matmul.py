@@ -290,7 +290,7 @@ def _launch(
         PRECISION=config.input_precision,
         TRANSPOSE=transpose,
         SIGNS=signs,
-        SHIFTED=shift is not None,
+        SHIFTED=shift is not None,  # products without one need fewer registers
         ALIGNED=config.aligned,
         INPUTS=config.inputs,
         EXPERTS=config.experts,
