@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tile_of, vectors_fit
+from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
 from .outputs import Outputs, representable, write_rounded
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -35,10 +35,11 @@ def merged_inputs(
     total = theta
     for j in range(count):
         weight = tl.load(core + j)
+        expert = tensor_at(slots + 1 + j, True, TYPE, ALIGNED)  # loaded in a branch, it spills with Triton 3.6.0
         if BY_ROW:
-            total += weight[:, None] * (loaded(slots + 1 + j, offsets, inside, TYPE, COMPUTE, ALIGNED) - theta)
+            total += weight[:, None] * (tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta)
         elif weight != 0.0:
-            total += weight * (loaded(slots + 1 + j, offsets, inside, TYPE, COMPUTE, ALIGNED) - theta)
+            total += weight * (tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta)
     return total
 
 
