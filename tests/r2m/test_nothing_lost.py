@@ -102,11 +102,63 @@ def test_add_is_killed_around_its_renames(project: Files, start: Start, command:
     add_met(start, command, project, [(at, "kill") for at in (*range(2, 9, 3), *range(whole - 16, whole + 1))])
 
 
+# Command → what makes it come to its end after whatever happened, and what it writes.
+COMMANDS = {
+    "add": (ADD, ["--resume"], "out"),
+    "remove": (["remove", "out", "--expert", "fs", "--quiet"], ["--resume"], "out"),
+    "merge": (["merge", *TWO, "--method", "ties", "--out", "out", "--overwrite", "--quiet"], ["--resume"], "out"),
+    "card": (["card", "out", "--license", "mit"], [], "out"),
+    "sweep": (["sweep", "out", "--to", "swept", "--eta", "0.5,1", "--quiet"], [], "swept"),
+    "convert": (["convert", "fs.safetensors", "converted/new.pth"], [], "converted"),
+}
+
+
+def below(directory: str) -> dict[str, bytes]:
+    """Every file but reports, which have times, and what is not whole."""
+    return {
+        str(path): path.read_bytes()
+        for path in sorted(Path(directory).rglob("*"))
+        if path.is_file() and path.name != "r2m_report.json" and ".r2m-" not in str(path)
+    }
+
+
 @pytest.mark.heavy
-def test_add_meets_anything_anywhere(project: Files, start: Start, command: Command, numbers: Numbers) -> None:
-    whole, dice = calls(start, *ADD), random.Random(0)
-    moments = [(at, what) for at in range(1, whole + 1) for what in ("kill", "EIO", "ENOSPC")]
-    add_met(start, command, project, dice.sample(moments, min(len(moments), numbers.kills * 8)))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_any_command_meets_anything_anywhere(
+    name: str, project: Files, start: Start, command: Command, numbers: Numbers
+) -> None:
+    words, again, place = COMMANDS[name]
+    dice = random.Random(name)
+
+    def prepare() -> None:
+        restore()
+        for left in ("swept", "converted", "of-one"):
+            shutil.rmtree(left, ignore_errors=True)
+        Path("converted").mkdir()
+
+    prepare()
+    inputs, before = (
+        {path: Path(path).read_bytes() for path in os.listdir() if path.endswith(".safetensors")},
+        below(place),
+    )
+    whole = calls(start, *words)
+    after = below(place)
+    kills = [(dice.randint(1, whole), "kill") for _ in range(4 * numbers.kills)]
+    errors = [(dice.randint(1, whole), dice.choice(("EIO", "ENOSPC"))) for _ in range(2 * numbers.kills)]
+    for at, what in kills + errors:
+        prepare()
+        code, err = cut_off(start, at, what, *words)
+        assert code == -signal.SIGKILL if what == "kill" else code in (0, 1), (at, what, err)
+        follows = dice.choice([one for one in NEXT if one[0] not in (name, "card")])
+        assert command(*follows).code == 0, (at, what, follows)
+        shutil.rmtree("swept") if name != "sweep" and Path("swept").exists() else None
+        found = below(place)
+        assert found in (before, after) or place != "out", (at, what, follows)
+        assert found.items() <= after.items() or found == before, (at, what)
+        result = command(*words, *again)
+        assert result.code == 0 or below(place) == after, (at, what, result.err)
+        assert below(place) == after, (at, what)
+        assert {path: Path(path).read_bytes() for path in inputs} == inputs
 
 
 # In the child: it has read what it goes on with, and waits until it may begin.
@@ -133,9 +185,9 @@ def test_of_two_commands_on_one_output_the_second_is_refused(
     with start(*ADD, script=WAITS) as child:
         assert child.stdout.readline() == "has read\n"
         result = command(*second)
-        assert (result.code, result.err) == (2, f"Error: out (out): another merge is writing it, process {child.pid}\n")
         Path("go").touch()
         assert child.wait() == 0
+    assert (result.code, result.err) == (2, f"Error: out (out): another merge is writing it, process {child.pid}\n")
     assert everything("out") == project["after"]
 
 
@@ -273,6 +325,17 @@ def test_what_ended_badly_is_not_called_done(checkpoints: Checkpoints, start: St
     assert -signal.SIGKILL in ends
 
 
+def test_what_was_never_made_is_not_called_done(project: Files, command: Command) -> None:
+    words = ["merge", *TWO, "--method", "ties", "--quiet", "--out"]
+    assert command(*words, "wanted").code == 0
+    Path("out.partial").mkdir()
+    Path("out.partial/state.json").write_text(
+        json.dumps(json.loads(Path("wanted/r2m_state.json").read_text())["state"])
+    )
+    assert command(*words, "out", "--overwrite", "--resume").code == 0
+    assert everything("out") == everything("wanted")
+
+
 def test_a_workplace_that_was_taken_over_is_left_alone(
     checkpoints: Checkpoints, start: Start, command: Command
 ) -> None:
@@ -353,12 +416,9 @@ def test_of_two_sweeps_in_one_directory_the_second_is_refused(project: Files, st
     with start(*SWEEP, script=script) as child:
         assert child.stdout.readline() == "has read\n"
         result = command(*SWEEP)
-        assert (result.code, result.err) == (
-            2,
-            f"Error: out (swept): another merge is writing it, process {child.pid}\n",
-        )
         Path("go").touch()
         assert child.wait() == 0
+    assert (result.code, result.err) == (2, f"Error: out (swept): another merge is writing it, process {child.pid}\n")
     assert len(os.listdir("swept")) == 4
 
 
@@ -417,3 +477,18 @@ def test_a_state_that_was_changed_is_not_believed(checkpoints: Checkpoints, proj
         assert content("out") == content("alone")
         shutil.rmtree("out")
         shutil.copytree("kept", "out")
+
+
+def test_an_input_that_was_changed_in_place_is_another_one(project: Files, command: Command) -> None:
+    """Its size and time as they were: nothing that was found in it is taken."""
+    status = os.stat("fr.safetensors")
+    whole = bytearray(Path("fr.safetensors").read_bytes())
+    whole[-4:] = b"\x00\x00\x80\x40"
+    with open("fr.safetensors", "r+b") as file:
+        file.write(whole)
+    os.utime("fr.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert command("remove", "out", "--expert", "fs", "--quiet").code == 0
+    assert command("merge", "--base", "base.safetensors", "--expert", "fr.safetensors", "--out", "alone").code == 0
+    assert content("out") == content("alone")
+    steps = json.loads(Path("out/r2m_report.json").read_text())["steps"]
+    assert next(step["bytes_read"] for step in steps if step["step"] == "task Gram") > 0

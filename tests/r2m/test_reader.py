@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,38 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, path)
     os.utime(path, ns=(0, 0))
     with pytest.raises(InvalidInput, match=r"^base: tensor 'a': file 'f.safetensors' was changed while it was in use$"):
+        source.read("a")
+
+
+def test_a_file_that_changes_in_place_and_puts_its_time_back_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    status, read = path.stat(), os.preadv
+
+    def change() -> None:
+        time.sleep(0.02)  # the clock of a file system has ticks
+        with open(path, "r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(bytes(8))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def read_and_change(*arguments: Any) -> int:
+        count = read(*arguments)
+        change()
+        return count
+
+    pattern = r"^base: tensor 'a': file 'f.safetensors' was changed while it was in use$"
+    source = open_checkpoint(path, "base")
+    change()
+    with pytest.raises(InvalidInput, match=pattern):
+        source.read("a")
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert open_checkpoint(path, "base").fingerprints != source.fingerprints
+    source = open_checkpoint(path, "base")
+    monkeypatch.setattr(os, "preadv", read_and_change)
+    with pytest.raises(InvalidInput, match=pattern):
         source.read("a")
 
 

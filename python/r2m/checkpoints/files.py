@@ -97,8 +97,9 @@ class Checkpoint:
             path, digest = self._index
             fingerprints.append({"file": os.path.abspath(path), "header": digest})
         for path, file in self._files.items():
-            _, _, size, mtime_ns = file.identity
-            about: dict[str, str | int] = {"size": size, "mtime_ns": mtime_ns, "header": file.header}
+            _, _, size, mtime_ns, ctime_ns = file.identity
+            about: dict[str, str | int] = {"size": size, "mtime_ns": mtime_ns, "ctime_ns": ctime_ns}
+            about["header"] = file.header
             fingerprints.append({"file": os.path.abspath(path), **about})
         return fingerprints
 
@@ -150,6 +151,7 @@ class Checkpoint:
                     count = os.preadv(descriptor, [view[done:]], location.offset + start + done)
                     done += count
                     whole = count > 0
+                whole = whole and identity(descriptor) == self._files[location.path].identity
         finally:
             os.close(descriptor)
         if not whole:
@@ -159,6 +161,6 @@ class Checkpoint:
 
 
 def identity(descriptor: int) -> tuple[int, ...]:
-    """Device, inode, size and time of change of an open file."""
+    """Device, inode, size and times of change of an open file: the second one no program can put back."""
     status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
