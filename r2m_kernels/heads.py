@@ -7,7 +7,9 @@ layer, so that a name alone says little; and files are often sorted by name, so 
 
 from __future__ import annotations
 
+import bisect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -51,13 +53,15 @@ def head_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """
     layers = {name.removesuffix(".weight"): one for name, shape in shapes.items() if (one := _layer(name, shape))}
     patterns = [re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in layers]
-    repeated = {module for module, one in zip(layers, patterns, strict=True) if patterns.count(one) > 1}
+    often = Counter(patterns)
+    repeated = {module for module, one in zip(layers, patterns, strict=True) if often[one] > 1}
     named = {
         module: one
         for module, one in layers.items()
         if one.word is not None and not (module in repeated and any(map(str.isdigit, one.path[: one.word])))
     }
-    found = [module for module, one in named.items() if _is_last(module, one, named, shapes)]
+    takers = _Takers.of(named, shapes)
+    found = [module for module, one in named.items() if _is_last(one, takers)]
     if not found:
         found = _unnamed(layers, shapes)
     there = [f"{module}.weight" for module in found] + [f"{module}.bias" for module in found]
@@ -66,9 +70,9 @@ def head_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 def _layer(name: str, shape: Sequence[int]) -> _Layer | None:
     """A linear layer or a convolution of one pixel that may be the last, by the name of its weight."""
-    *path, last = name.split(".")
-    if last != "weight" or not path or len(shape) < 2 or any(size != 1 for size in shape[2:]) or shape[0] == shape[1]:
+    if not name.endswith(".weight") or len(shape) < 2 or shape[0] == shape[1] or any(size != 1 for size in shape[2:]):
         return None
+    path = name.split(".")[:-1]
     word = None
     for place in reversed(range(len(path))):
         if _STRONG.fullmatch(path[place]) or _WEAK.fullmatch(path[place]):
@@ -80,23 +84,41 @@ def _layer(name: str, shape: Sequence[int]) -> _Layer | None:
     return _Layer(path, shape[0], shape[1], word)
 
 
-def _is_last(module: str, layer: _Layer, named: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> bool:
+class _Takers(NamedTuple):
+    """What may take a layer's outputs, by how many there are: a million layers are looked through once.
+
+    Attributes:
+        named: numbers of inputs of layers with a classifier's name.
+        matrices: and of all tensors.
+        norms: number of values → names of such vectors, in alphabetical order.
+    """
+
+    named: set[int]
+    matrices: set[int]
+    norms: dict[int, list[str]]
+
+    @classmethod
+    def of(cls, named: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> _Takers:
+        norms: dict[int, list[str]] = {}
+        for name in sorted(name for name, shape in shapes.items() if len(shape) == 1 and name.endswith(".weight")):
+            norms.setdefault(shapes[name][0], []).append(name)
+        inputs = {shape[1] for shape in shapes.values() if len(shape) > 1}
+        return cls({one.inputs for one in named.values()}, inputs, norms)
+
+
+def _is_last(layer: _Layer, takers: _Takers) -> bool:
     """Whether nothing takes the outputs of a layer with a classifier's name."""
-    if any(other.inputs == layer.outputs for other in named.values()):
+    if layer.outputs in takers.named:
         return False
     assert layer.word is not None
     inside = ".".join([*layer.path[: layer.word + 1], ""])
     strong = any(map(_STRONG.fullmatch, layer.path[layer.word :]))
-    for name, shape in shapes.items():
-        if name in (f"{module}.weight", f"{module}.bias"):
-            continue
-        normalized = len(shape) == 1 and name.endswith(".weight") and shape[0] == layer.outputs
-        if normalized and (name.startswith(inside) or not strong):
-            return False
+    norms = takers.norms.get(layer.outputs, [])
+    if not strong:
         # Few outputs are as many as a group of channels somewhere has.
-        if not strong and layer.outputs > FEW and len(shape) > 1 and shape[1] == layer.outputs:
-            return False
-    return True
+        return not norms and not (layer.outputs > FEW and layer.outputs in takers.matrices)
+    after = bisect.bisect_left(norms, inside)
+    return not (after < len(norms) and norms[after].startswith(inside))
 
 
 def _unnamed(layers: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> list[str]:

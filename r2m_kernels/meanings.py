@@ -44,7 +44,8 @@ QUANTISED = (
 _PACKED = tuple(dict.fromkeys(packed for packed, _, _ in QUANTISED))
 
 # torch.nn.utils.parametrize; original0 and so on where the weight is made from several.
-_PARAMETRIZED = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)original0?")
+_PARAMETRIZED = "parametrizations."
+_PREFIX = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)")
 
 
 def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
@@ -53,11 +54,17 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
     Args:
         tensors: all of a checkpoint, by name.
     """
+    groups: dict[str, list[str]] = {}
     for name in tensors:
-        for found in (_quantised, _normalised, _parametrized):
-            composite = found(name, tensors)
-            if composite is not None:
-                yield composite
+        if _PARAMETRIZED in name and (match := _PREFIX.match(name)):
+            groups.setdefault(match[1], []).append(name)
+    for name, spec in tensors.items():
+        found = (
+            None if spec.dtype.is_floating_point else _quantised(name, tensors),
+            _normalised(name, tensors) if name.endswith(("_orig", "_v")) else None,
+            _parametrized(name, groups) if _PARAMETRIZED in name else None,
+        )
+        yield from filter(None, found)
 
 
 def _quantised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | None:
@@ -96,14 +103,13 @@ def _normalised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | Non
     return _function((length, name), "weight_norm", "remove_weight_norm")
 
 
-def _parametrized(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | None:
-    match = _PARAMETRIZED.fullmatch(name)
-    if match is None:
+def _parametrized(name: str, groups: Mapping[str, Sequence[str]]) -> Composite | None:
+    prefix = name.removesuffix("0").removesuffix("original")
+    if prefix not in groups or not name.startswith(f"{prefix}original"):
         return None
-    prefix = match[1]
-    others = tuple(other for other in tensors if other.startswith(prefix) and other != name)
+    others = tuple(other for other in groups[prefix] if other != name)
     kinds = {"weight_norm": f"{prefix}original1", "spectral_norm": f"{prefix}0._u"}
-    how = next((kind for kind, sign in kinds.items() if sign in tensors), "a parametrization")
+    how = next((kind for kind, sign in kinds.items() if sign in others), "a parametrization")
     return _function((name, *others), how, "parametrize.remove_parametrizations")
 
 

@@ -39,8 +39,9 @@ _LISTED = 6  # beginnings of names
 
 def family(shapes: Mapping[str, Sequence[int]]) -> str | None:
     """A guess from tensors' names and shapes, with the width of what stands first; None where nothing is known."""
+    known = [name for name in shapes if name.endswith(tuple(FAMILIES))]
     for ending, title in FAMILIES.items():
-        name = next((name for name in shapes if name == ending or name.endswith("." + ending)), None)
+        name = next((name for name in known if name == ending or name.endswith("." + ending)), None)
         if name is not None:
             shape = shapes[name]
             patch = f", patches of {shape[-1]}" if "ViT" in title or "CLIP" in title else ""

@@ -20,6 +20,7 @@ from r2m.checkpoints.safetensors_file import _DTYPE_NAMES
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput
+from r2m_kernels.heads import head_names
 
 DTYPES = [getattr(torch, name) for name in _DTYPE_NAMES.values()]
 
@@ -194,6 +195,47 @@ def test_a_damaged_file_is_refused_in_one_sentence(case: str, tmp_path: Path) ->
     with pytest.raises(InvalidInput, match=re.escape(sentence)) as caught:
         open_checkpoint(tmp_path / "f", "base (f)")
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_metadata_say_is_no_tensor_because_it_equals_a_name(tmp_path: Path) -> None:
+    tensors = {"head.weight": torch.ones(2), "a": torch.ones(1)}
+    metadata = {"format": "pt", "title": "head.weight", "author": "a", "best.metric": "head.weight"}
+    save_file(tensors, tmp_path / "f", metadata)
+    assert sorted(open_checkpoint(tmp_path / "f", "base").specs) == sorted(tensors)
+    save_file(tensors, tmp_path / "f", {"lm.weight": "head.weight"})  # as save_model has it
+    assert open_checkpoint(tmp_path / "f", "base").aliases == {"lm.weight": "head.weight"}
+
+
+ENTRY = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":' + ENTRY + b',"a":' + ENTRY + b"}",
+        b'{"a":' + ENTRY + b',"\\u0061":' + ENTRY + b"}",
+        b'{"a":' + ENTRY + b',"a":' + ENTRY.replace(b"_", b"\\u005f") + b"}",
+    ],
+)
+def test_a_name_given_twice_is_found_however_it_is_written(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(header(text, bytes(1)))
+    with pytest.raises(InvalidInput, match=r"^base: header: holds 'a' twice$"):
+        open_checkpoint(tmp_path / "f", "base")
+
+
+def test_time_grows_with_the_number_of_tensors(tmp_path: Path) -> None:
+    """Of a million in 10 s: a hundredth of them here, at a time per tensor that no square of their number allows."""
+    count = 10_000
+    entries = {
+        f"{i}.head.weight": {"dtype": "U8", "shape": [1, 2], "data_offsets": [2 * i, 2 * i + 2]} for i in range(count)
+    }
+    metadata = {"__metadata__": {f"tied{i}.weight": f"{i}.head.weight" for i in range(count)}}
+    (tmp_path / "f").write_bytes(header(json.dumps({**metadata, **entries}).encode(), bytes(2 * count)))
+    started = time.process_time()
+    source = open_checkpoint(tmp_path / "f", "base")
+    assert len(source.specs) == 2 * count
+    head_names({name: spec.shape for name, spec in source.specs.items()})
+    assert time.process_time() - started < 5
 
 
 INDEX = "base: index 'model.safetensors.index.json': "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from r2m.checkpoints import formats, hub, layout, strangers
@@ -94,6 +97,18 @@ def _open_shards(directory: Path, label: str, index_name: str, key: str | None) 
     )
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Of a million new objects that all stay, Python's collector would look through all again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _open_file(path: Path, what: str, key: str | None) -> TensorFile:
     with opened(path, what, BadCheckpoint) as file:
         head = file.read(strangers.HEAD_BYTES)
@@ -103,4 +118,5 @@ def _open_file(path: Path, what: str, key: str | None) -> TensorFile:
     strange = "" if known.is_mine(head[: formats.HEAD_BYTES]) else strangers.of_file(head)
     if strange:
         raise BadCheckpoint(f"{what}: {strange}")
-    return known.open(path, what, key)
+    with _without_collections():
+        return known.open(path, what, key)

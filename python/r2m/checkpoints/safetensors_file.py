@@ -12,9 +12,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ _MOST_HEADER = 10**8  # bytes; the format's own bound
 LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _FORMAT = {"format": "pt"}  # ``transformers`` refuses files without it
+_TIED = "r2m_tied"  # in the metadata: which of them are names of tensors
 
 # What the library's reasons mean to someone who only knows the file; others are shown as they are.
 _REASONS = {
@@ -70,29 +72,29 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ORDER = {dtype: position for position, dtype in enumerate(_DTYPES.values())}
 
 
-def spec_of(what: str, code: str, shape: Sequence[int]) -> TensorSpec:
+def _spec_of(code: str, shape: Sequence[int]) -> TensorSpec:
     """The tensor that a header entry describes, as torch sees it.
 
     Args:
-        what: the tensor, for the error message.
         code: the header's ``dtype``, such as ``"BF16"``.
         shape: the header's ``shape``, in elements.
 
     Raises:
-        BadCheckpoint: torch has no such dtype, or cannot hold such a shape.
+        ValueError: torch has no such dtype, or cannot hold such a shape.
     """
-    if code not in _DTYPES:
-        raise BadCheckpoint(f"{what}: torch {torch.__version__} has no type for the safetensors dtype {code}")
-    sizes = list(shape)
+    dtype = _DTYPES.get(code)
+    if dtype is None:
+        raise ValueError(f"torch {torch.__version__} has no type for the safetensors dtype {code}")
+    sizes = tuple(shape)
     if code == "F4":
         # torch packs two 4-bit elements of a row into one.
         if not sizes or sizes[-1] % 2:
-            raise BadCheckpoint(f"{what}: torch cannot hold 4-bit rows of odd length, shape {tuple(shape)}")
-        sizes[-1] //= 2
+            raise ValueError(f"torch cannot hold 4-bit rows of odd length, shape {sizes}")
+        sizes = (*sizes[:-1], sizes[-1] // 2)
     # The library checks sizes against the file, except where a 0 among them makes their product 0.
-    if math.prod(max(size, 1) for size in sizes) >= 2**63:
-        raise BadCheckpoint(f"{what}: shape {tuple(shape)} is too large")
-    return TensorSpec(tuple(sizes), _DTYPES[code])
+    if 0 in sizes and math.prod(max(size, 1) for size in sizes) >= 2**63:
+        raise ValueError(f"shape {tuple(shape)} is too large")
+    return TensorSpec(sizes, dtype)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def plan_files(
     files = []
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SAFETENSORS.single
-        tied = {name: first for name, first in aliases.items() if first in shard}
+        here = set(shard)
+        tied = {name: first for name, first in aliases.items() if first in here}
+        if tied:
+            tied |= {_TIED: "\0".join(sorted(tied))}
         files.append(_plan_file(file_name, {name: specs[name] for name in shard}, {**metadata, **tied}))
     return files
 
@@ -185,36 +190,58 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
         length_field = file.read(LENGTH_BYTES)
         length = int.from_bytes(length_field, "little")
         header = file.read(length) if length <= min(_MOST_HEADER, os.fstat(file.fileno()).st_size) else b""
-    _refuse_doubtful_header(header, what)
+    entries = _entries(header, f"{what}: header")
     specs: dict[str, TensorSpec] = {}
     locations: dict[str, Location] = {}
     try:
         # The library maps the file for the length of this block and touches its header alone. It has checked that the
-        # tensors follow one another without gaps to the end of the file, so that sizes give positions.
+        # tensors follow one another without gaps to the end of the file, and that they have the sizes of their shapes.
         with safe_open(path, framework="numpy") as library:
-            position = LENGTH_BYTES + length
+            data = LENGTH_BYTES + length
             for name in library.offset_keys():
-                entry = library.get_slice(name)
-                spec = spec_of(f"{what}: tensor {quoted(name)}", entry.get_dtype(), entry.get_shape())
-                specs[name], locations[name] = spec, Location(path, position)
-                position += spec.nbytes
+                try:
+                    entry = entries[name]
+                    specs[name] = _spec_of(entry["dtype"], entry["shape"])
+                    locations[name] = Location(path, data + entry["data_offsets"][0])
+                except (ValueError, LookupError) as error:
+                    raise BadCheckpoint(f"{what}: tensor {quoted(name)}: {error}") from None
             metadata = library.metadata() or {}
     except SafetensorError as error:
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = next((plain for known, plain in _REASONS.items() if known in text), text)
         raise BadCheckpoint(f"{what}: not a whole safetensors file: {printable(reason)}") from None
-    # Names that the metadata tie to a stored tensor.
-    aliases = {name: first for name, first in metadata.items() if first in specs and name not in {*specs, *_FORMAT}}
+    aliases = {name: first for name, first in _tied(metadata) if first in specs and name not in specs}
     for name, first in aliases.items():
         specs[name], locations[name] = specs[first], locations[first]
     return TensorFile(specs, locations, known, hashlib.sha256(length_field + header).hexdigest(), aliases)
 
 
-def _refuse_doubtful_header(header: bytes, what: str) -> None:
-    """Refuse a name given twice, of which the library would take one. What it refuses itself is left to it."""
+def _tied(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names in a file's metadata, and the stored tensors they are, if there are such.
+
+    As ``safetensors.torch.save_model`` has it anything in there that equals a tensor's name would be one; so names end
+    alike, as of layers that share a weight, or are listed.
+    """
+    listed = set(metadata.get(_TIED, "").split("\0"))
+    for name, first in metadata.items():
+        ending = "." + name.rpartition(".")[2]
+        if name in listed or (name.endswith(ending) and first.endswith(ending)):
+            yield name, first
+
+
+def _entries(header: bytes, what: str) -> dict[str, Any]:
+    """What a header says, by name; nothing where it is none, which the library then says.
+
+    A name given twice, of which the library would take one, is refused. That is looked for entry by entry, which takes
+    most of the time of a large header, only where their number does not rule it out.
+    """
     try:
-        json.loads(header, object_pairs_hook=lambda pairs: unique(pairs, f"{what}: header", BadCheckpoint))
+        entries = json.loads(header)
+        count = len(entries) - ("__metadata__" in entries) if isinstance(entries, dict) else -1
+        if b"\\" in header or header.count(b'"data_offsets"') != count or header.count(b'"__metadata__"') > 1:
+            entries = json.loads(header, object_pairs_hook=lambda pairs: unique(pairs, what, BadCheckpoint))
     except BadCheckpoint:
         raise
     except (ValueError, RecursionError):
-        return
+        return {}
+    return entries if isinstance(entries, dict) else {}
