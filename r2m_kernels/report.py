@@ -31,6 +31,7 @@ CALIBRATED = {
 # What these say is true by itself; no merge of the benchmark came near them, good or bad.
 WEAK_CORE = 0.5  # ‖core‖/‖mean‖ below this: the specialists share little
 SMALL_GAP = 0.05  # (λ_k − λ_{k+1})/λ_k below this: the Real subspace turns with rounding
+SWALLOWED = 1e-3  # of the largest weight; less: nothing of the expert is left to speak of
 LARGE_SCALE = 10.0  # s_i above this: a residual of almost nothing is blown up
 USUAL_UPDATE = (0.001, 0.4)  # ‖task vector‖/‖base‖ outside of these: another base, or no fine-tuning
 CLOSE_TO_MEAN = 1e-3  # ‖update − mean task vector‖/‖mean‖ below this: an average, but for rounding to 16 bits
@@ -278,6 +279,12 @@ def _warnings(findings: Findings, config: MergeConfig, numbers: dict[str, Any]) 
     for name, norm in numbers["task_vectors"]["norms"].items():
         if norm == 0 and findings.plan.of("matrix"):
             warnings.append(f"expert '{name}' equals the base in every matrix tensor: it adds nothing but its weight")
+    weights = dict(zip(names, findings.real.weights.tolist(), strict=True))
+    heaviest = max(names, key=lambda name: weights[name])
+    for name in names:
+        if weights[name] < SWALLOWED * weights[heaviest]:
+            share = weights[name] / weights[heaviest]
+            warnings.append(f"expert '{name}' has {share:.1e} of the weight of '{heaviest}': nothing of it is left")
     ratio = core["norm_ratio_to_mean"]
     if config.real_rank != 0 and ratio is not None and ratio < WEAK_CORE:
         warnings.append(

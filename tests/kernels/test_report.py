@@ -10,6 +10,7 @@ import torch
 from cases import SHAPES, TRUNCATED, checkpoints
 
 from r2m_kernels import MergeConfig, analyze
+from r2m_kernels.config import MOST_APART
 
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 
@@ -145,6 +146,23 @@ def warnings_of(*arguments, **options):
 
 def test_one_dominating_specialist_is_named():
     assert "expert 'e2' dominates the core with 9" in warnings_of((1.0, 1.0, 8.0), shared=0.3)
+
+
+def test_weights_that_swallow_an_expert_are_told():
+    text = warnings_of((1.0, 1.0, 1.0), config=TRUNCATED.replace(weights=(1, 1e-6, 0.5)), shared=0.3)
+    assert "expert 'e1' has 1.0e-06 of the weight of 'e0': nothing of it is left" in text
+    assert "'e2' has" not in text
+    assert "of the weight of" not in warnings_of((1.0, 1.0, 1.0), config=TRUNCATED.replace(weights=(100, 1, 1)))
+
+
+def test_the_heaviest_has_the_most_say_wherever_weights_are_taken():
+    base, experts = checkpoints(2)
+    apart = MergeConfig.r2m(weights=(MOST_APART, 1), rank=1.0, row_power=3.0, head="merge")
+    merged = analyze(base, {"a": experts[0], "b": experts[1]}, apart).merge()
+    for name, tensor in merged.items():
+        if tensor.ndim == 2:
+            heavy, light = (float((tensor - one[name]).norm()) for one in experts)
+            assert heavy < 0.01 * light, name
 
 
 def test_a_weak_core_and_a_small_gap_are_said():
