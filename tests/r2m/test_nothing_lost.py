@@ -106,7 +106,7 @@ def test_add_is_killed_around_its_renames(project: Files, start: Start, command:
 COMMANDS = {
     "add": (ADD, ["--resume"], "out"),
     "remove": (["remove", "out", "--expert", "fs", "--quiet"], ["--resume"], "out"),
-    "merge": (["merge", *TWO, "--method", "ties", "--out", "out", "--overwrite", "--quiet"], ["--resume"], "out"),
+    "merge": (["merge", *TWO, "--rank", "0.5", "--out", "out", "--overwrite", "--quiet"], ["--resume"], "out"),
     "card": (["card", "out", "--license", "mit"], [], "out"),
     "sweep": (["sweep", "out", "--to", "swept", "--eta", "0.5,1", "--quiet"], [], "swept"),
     "convert": (["convert", "fs.safetensors", "converted/new.pth"], [], "converted"),
