@@ -55,3 +55,8 @@ def printable(text: str) -> str:
 def quoted(name: str) -> str:
     """A name from a file in quotation marks, for a message."""
     return f"'{printable(name)}'"
+
+
+def shown(text: str) -> str:
+    """:func:`printable`, line by line: of a text with lines of its own, whose names were made printable one by one."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -94,6 +94,8 @@ def _left(
 def _with_preset(error: InvalidInput, left: Mapping[str, InvalidInput | None]) -> InvalidInput:
     """What does not fit, and first of all the preset with which it does, or with which much less does not."""
     needed = next((key for key, rest in left.items() if rest is None), None)
+    if needed is not None and not isinstance(error, DoesNotFit):
+        return type(error)(f"{error}; with --preset {needed} they fit ({PRESETS[needed].title})")
     first, *lines = str(error).split("\n")
     if needed is not None:
         told = type(error)("\n".join([first, f"With --preset {needed} they fit ({PRESETS[needed].title}).", *lines]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _RANKED = (
 _RANKS = {name: rank for rank, names in enumerate(_RANKED) for name in names}
 _FORBIDDING = 3  # rank from which a licence forbids something
 UNKNOWN = "unknown"
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")  # as the Hub calls them
 _MOST_HEADER = 2**16  # letters of what a card says in YAML
 _METRICS = {"auc": "AUC, frames", "video_auc": "AUC, videos", "acc": "accuracy", "eer": "EER", "ap": "AP"}
 
@@ -193,7 +195,7 @@ def _front_matter(path: str) -> dict[str, Any]:
 
 def _licence_of(content: Mapping[str, Any]) -> str | None:
     licence = content.get("license")
-    known = isinstance(licence, str) and licence not in ("", UNKNOWN, "other")
+    known = isinstance(licence, str) and licence not in (UNKNOWN, "other") and _LICENCE.fullmatch(licence)
     return str(licence).lower() if known else None
 
 

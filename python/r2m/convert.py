@@ -60,7 +60,7 @@ def convert(
         raise BadFile(f"out ({out}): {kind}")
     if not target.parent.is_dir():
         raise BadFile(f"out ({out}): there is no directory {target.parent}")
-    label = f"source ({source})"
+    label = f"source ({printable(str(source))})"
     with beside(target) as partial:
         arrangement = arrangement or Arrangement()
         readable = _trusted(Path(source), label, partial / "state.pth", arrangement.key) if allow_pickle else source
@@ -81,7 +81,9 @@ def convert(
         except FileExistsError:
             raise BadFile(f"out ({out}): exists already; --overwrite replaces it") from None
     sync(target.parent)
-    return "\n".join([f"{len(view.specs)} tensors from {source} to {out}", *opened.notes])
+    return "\n".join(
+        [f"{len(view.specs)} tensors from {printable(str(source))} to {printable(str(out))}", *opened.notes]
+    )
 
 
 def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> Path:

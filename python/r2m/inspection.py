@@ -58,7 +58,7 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     types = Counter(dtype_name(spec.dtype) for spec in specs.values())
     begin = Counter(name.partition(".")[0] for name in specs)
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
-    title = f"{path}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
+    title = f"{printable(path)}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
     classes = Classes.beside(source.files)
     rows = {
         "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
@@ -93,7 +93,7 @@ def inspect(
         InvalidInput: one of them cannot be read.
     """
     arrangement = arrangement or Arrangement()
-    sources = [open_checkpoint(path, path, arrangement.key) for path in paths]
+    sources = [open_checkpoint(path, printable(path), arrangement.key) for path in paths]
     text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source)]
     if len(paths) == 1:
         return text, True
@@ -107,7 +107,7 @@ def inspect(
         return [*text, f"cannot be merged: {whole or error}", *more], False
     roles = Counter(tensor.role for tensor in plan.tensors)
     counts = ", ".join(f"{count} as {role}" for role, count in roles.most_common())
-    return [*text, f"can be merged into {paths[0]}: {counts}", *(_norms(arranged) if norms else ())], True
+    return [*text, f"can be merged into {printable(paths[0])}: {counts}", *(_norms(arranged) if norms else ())], True
 
 
 def _norms(arranged: Arranged) -> list[str]:
@@ -118,7 +118,7 @@ def _norms(arranged: Arranged) -> list[str]:
     for name, angles in zip(lengths, cosines, strict=True):
         alike = " ".join("    –" if value is None else f"{value:5.2f}" for value in angles)
         share = "" if relative[name] is None else f"{relative[name]:.2%}·‖base‖"
-        rows.append(f"  ‖task vector‖ {lengths[name]:<10.4g} {share:<14} cosines {alike}  {name}")
+        rows.append(f"  ‖task vector‖ {lengths[name]:<10.4g} {share:<14} cosines {alike}  {printable(name)}")
     return rows
 
 

@@ -33,7 +33,7 @@ from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
 from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels import Analysis, ProgressEvent, analyze
-from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, quoted
+from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, printable, quoted
 from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import (
     Backend,
@@ -176,9 +176,10 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     if budget is None:
         budget = int(BUDGET_SHARE * machine.free_memory() / distributed.local_processes())
     key = recipe.arrangement.key
-    base = open_checkpoint(recipe.base, f"base ({recipe.base})", key)
+    base = open_checkpoint(recipe.base, f"base ({printable(recipe.base)})", key)
     experts = {
-        name: open_checkpoint(one.path, f"expert '{name}' ({one.path})", key) for name, one in recipe.experts.items()
+        name: open_checkpoint(one.path, f"expert {quoted(name)} ({printable(one.path)})", key)
+        for name, one in recipe.experts.items()
     }
     if key is not None and not any(key in source.keys for source in (base, *experts.values())):
         raise BadOption(f"key: no checkpoint has anything under {quoted(key)}")
@@ -195,7 +196,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
     beside = hub.local(recipe.base)
     copied = {
-        name: read_small(beside / name, f"base ({recipe.base}): {name}")
+        name: read_small(beside / name, f"base ({printable(recipe.base)}): {name}")
         for name in ownership.COPIED_FILES
         if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
     }

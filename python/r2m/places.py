@@ -105,9 +105,9 @@ def read_beside(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
     One that cannot be read is told: what it would have said is not known.
     """
     try:
-        return read_mapping(path, str(path), most) if os.path.lexists(path) else {}
+        return read_mapping(path, printable(str(path)), most) if os.path.lexists(path) else {}
     except (OSError, BadFile) as error:
-        text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = f"{printable(str(path))}: {error.strerror}" if isinstance(error, OSError) else str(error)
         warnings.warn(f"{text}; nothing is taken from it", FileSystemWarning, stacklevel=2)
         return {}
 

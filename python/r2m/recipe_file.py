@@ -245,7 +245,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         BadFile: no such file, or no YAML.
         BadOption: unknown keys, wrong types or values.
     """
-    what = f"recipe ({path})"
+    what = f"recipe ({printable(str(path))})"
     content = _loaded(Path(path), what)
     for change in changes:
         _apply(content, change)

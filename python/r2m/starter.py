@@ -19,7 +19,7 @@ from r2m.presets import PRESETS
 from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig
 from r2m_kernels.config import OFFERED
-from r2m_kernels.errors import InvalidInput, printable
+from r2m_kernels.errors import InvalidInput, printable, quoted
 from r2m_kernels.heads import classifier
 
 
@@ -35,8 +35,10 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         InvalidInput: a checkpoint cannot be read, or they do not fit whatever the preset.
     """
     experts = name_experts(words)
-    origin = open_checkpoint(base, f"base ({base})")
-    sources = {name: open_checkpoint(path, f"expert '{name}' ({path})") for name, path in experts.items()}
+    origin = open_checkpoint(base, f"base ({printable(base)})")
+    sources = {
+        name: open_checkpoint(path, f"expert {quoted(name)} ({printable(path)})") for name, path in experts.items()
+    }
     preset, arranged = _fitting(origin, sources)
     directory = to.parent
     lines = [
@@ -81,7 +83,7 @@ def _preprocessing(experts: Mapping[str, str]) -> str:
     try:
         shared = common({name: beside(path) for name, path in experts.items()}, None)
     except InvalidInput as error:
-        return f"# {error}"
+        return f"# {printable(str(error))}"
     if shared is not None:
         return f"# preprocessing, from the experts' directories: {shared}"
     return "# preprocessing: {size: 224, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}  # goes with the merged model"

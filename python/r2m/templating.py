@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jinja2
@@ -14,8 +15,8 @@ from r2m_kernels.errors import printable
 def render(name: str, **values: Any) -> str:
     """The text of a template.
 
-    In HTML everything is escaped; ``None`` is a dash. In Markdown what the template puts through ``line`` cannot begin
-    another line, and what it puts through ``cell`` not another cell of a table.
+    In HTML everything is escaped; ``None`` is a dash. In Markdown what the template puts through ``line`` is a text,
+    and cannot begin another line, a cell of a table, a link or HTML.
 
     Args:
         name: a file of ``templates/``.
@@ -36,11 +37,15 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "line": printable,
+        "line": _markdown,
         "short": lambda number: f"{number:.4g}",
-        "cell": lambda text: printable(text).replace("|", "\\|"),
     }
     return environment
+
+
+def _markdown(text: str) -> str:
+    """A text as Markdown shows it, on one line."""
+    return re.sub(r"([\\`*\[\]<>|~])", r"\\\1", printable(text))
 
 
 @jinja2.pass_eval_context

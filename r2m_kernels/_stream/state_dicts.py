@@ -26,7 +26,7 @@ def open_checkpoints(base: Checkpoint, experts: Experts) -> tuple[TensorSource, 
         raise BadOption(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
     named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
     source = open_checkpoint("base", base)
-    return source, {name: open_checkpoint(f"expert '{name}'", item) for name, item in named.items()}
+    return source, {name: open_checkpoint(f"expert {quoted(name)}", item) for name, item in named.items()}
 
 
 def open_checkpoint(label: str, checkpoint: Checkpoint) -> TensorSource:

@@ -95,13 +95,14 @@ def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
     settle_memory()
     from r2m.progress import reporting
     from r2m.sweep import sweep as run
+    from r2m_kernels.errors import printable
 
     texts = {field: given.pop(field) for field in SWEPT}
     values = {field: [read_rank(one) for one in text.split(",")] for field, text in texts.items() if text is not None}
     with reporting(quiet=quiet) as progress:
         rows = run(out, values, to, take_options(given), progress=progress)
     if not quiet:
-        done(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are")
+        done(printable(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are"))
 
 
 COMMANDS = (add, remove, sweep)

@@ -21,13 +21,14 @@ def init(base: str, experts: tuple[str, ...], to: str) -> None:
     """Write a commented recipe for BASE and experts: what they are, and which preset makes them fit."""
     from r2m.places import new_file
     from r2m.starter import starter
+    from r2m_kernels.errors import printable
 
     text = starter(base, experts, Path(to))
     try:
         new_file(Path(to), text.encode(), replace=False)
     except FileExistsError:
         raise click.UsageError(f"{to}: exists already; --to names another file.") from None
-    done(f"{to}: r2m merge {to} --out merged")
+    done(printable(f"{to}: r2m merge {to} --out merged"))
 
 
 @click.command()

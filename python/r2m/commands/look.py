@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import only_given
-from r2m.commands.messages import done
+from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, names
 from r2m.recipe import Arrangement
 
@@ -29,7 +29,7 @@ def inspect(paths: tuple[str, ...], norms: bool, every: bool, **given: Any) -> i
     arrangement = Arrangement.from_options(only_given(given))
     lines, fit = look(paths, arrangement=arrangement, norms=norms, every=every)
     for line in lines:
-        click.echo(line)
+        say(line)
     return 0 if fit else 1
 
 
@@ -45,7 +45,7 @@ def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool)
     from r2m.card import warnings, write_card
     from r2m.ownership import CARD_FILE
     from r2m.records import EVALUATION
-    from r2m_kernels.errors import BadFile
+    from r2m_kernels.errors import BadFile, printable
 
     measured = None
     if evaluation is not None:
@@ -54,9 +54,9 @@ def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool)
         except OSError:
             raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
     text = write_card(out, overwrite=overwrite, evaluation=measured, licence=licence)
-    done(f"{out}/{CARD_FILE}")
+    done(printable(f"{out}/{CARD_FILE}"))
     for warning in warnings(text):
-        click.echo(f"Warning: {warning}", err=True)
+        say(f"Warning: {warning}", err=True)
 
 
 @click.command()
@@ -78,10 +78,11 @@ def report(out: str, to: str | None, evaluation: str | None, swept: str | None, 
 
     need("report", "report", "matplotlib", "sklearn")
     from r2m.reporting.page import PAGE_FILE, write_page
+    from r2m_kernels.errors import printable
 
     target = to or f"{out.rstrip('/')}.report"
     files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra)
-    done(f"{target}/{PAGE_FILE}, and {len(files) - 1} files beside it")
+    done(f"{printable(target)}/{PAGE_FILE}, and {len(files) - 1} files beside it")
 
 
 COMMANDS = (inspect, card, report)

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 import click
 
 from r2m.commands import again, evaluate, files, look, merge
-from r2m.commands.messages import settled
+from r2m.commands.messages import say, settled
 from r2m.commands.process import ENDED, exit_code
+from r2m_kernels.errors import DoesNotFit, printable
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         from r2m_kernels import __version__
 
-        click.echo(f"r2m {__version__}")
+        say(f"r2m {__version__}")
         ctx.exit()
 
 
@@ -57,19 +58,21 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             error.show()
         else:
-            text = error.format_message() + _advice(error)
-            click.echo(f"Error: {text}", err=True)  # without the usage lines: one sentence
+            text = printable(error.format_message()) + _advice(error)
+            say(f"Error: {text}", err=True)  # without the usage lines: one sentence
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
+        say("\n".join(["Stopped.", *getattr(error, "__notes__", ())]), err=True)
         return ENDED
     except Exception as error:
         code = exit_code(error)
         if code is None:
             raise
         text = _describe(error) if isinstance(error, OSError) else str(error)
+        if not isinstance(error, DoesNotFit):  # which alone has lines
+            text = printable(text)
         more = ["(r2m inspect --all BASE EXPERT… lists every mismatch)"] if getattr(error, "every", "") else []
-        click.echo("\n".join([f"Error: {text}", *more, *getattr(error, "__notes__", ())]), err=True)
+        say("\n".join([f"Error: {text}", *more, *getattr(error, "__notes__", ())]), err=True)
         return code
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from r2m.commands.given import recipe_of, take_options
-from r2m.commands.messages import done
+from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import exit_code, settle_memory
 from r2m.options import OPTIONS, RUN
@@ -106,7 +106,7 @@ def _plan(out: str, given: dict[str, Any], *, quiet: bool, listed: bool = False,
     options = take_options(given)
     planned, lines = plan_merge(recipe_of(given), out, options, **shared)
     for line in [*lines, *(work_lines(planned) if listed else ())] if not quiet else ():
-        click.echo(line)
+        say(line)
     return 0 if planned.enough else 1
 
 
@@ -114,19 +114,22 @@ def tell(report: dict[str, Any], out: str, quiet: bool) -> None:
     """What a merge did, in three lines, and its warnings."""
     if quiet:
         return
+    from r2m_kernels.errors import printable
+
     done("\n".join(_summary(report, out)))
     for note in report.get("notes", ()):
-        click.echo(f"Note: {note}", err=True)
+        say(f"Note: {printable(note)}", err=True)
     for warning in report["warnings"]:
-        click.echo(f"Warning: {warning}", err=True)
+        say(f"Warning: {printable(warning)}", err=True)
 
 
 def _summary(report: dict[str, Any], out: str) -> list[str]:
     from r2m.progress import readable_bytes
+    from r2m_kernels.errors import printable
 
     core, residual, output = report["core"], report["residual"], report["output"]
     count = len(core["coefficients"])
-    coefficients = ", ".join(f"{name} {value:.3f}" for name, value in core["coefficients"].items())
+    coefficients = ", ".join(f"{printable(name)} {value:.3f}" for name, value in core["coefficients"].items())
     size, seconds = readable_bytes(output["bytes"]), output["seconds"]
     ratio, eta = _number(core["norm_ratio_to_mean"]), _number(residual["eta_used"])
     numbers = [f"‖core‖/‖mean‖ {ratio}", f"λ {core['scale_used']:.3g}", f"η {eta}"]
@@ -136,7 +139,7 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
     if cut and max(cut) > 0:
         numbers.append(f"truncation cut up to {max(cut):.0%} of a residual")
     return [
-        f"Merged {count} expert{'s' if count > 1 else ''} into {out}: {size} in {seconds:.1f} s",
+        f"Merged {count} expert{'s' if count > 1 else ''} into {printable(out)}: {size} in {seconds:.1f} s",
         f"core coefficients: {coefficients}",
         ", ".join(numbers),
         *_head(report.get("arrangement", {}).get("head", {})),

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from r2m.places import FileSystemWarning
+from r2m_kernels.errors import printable, shown
 
 
 class _Unfailing(io.RawIOBase):
@@ -57,14 +58,19 @@ def settled() -> Iterator[None]:
             stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("always", FileSystemWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {printable(str(message))}", err=True)
         yield
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Lines for people. Whatever a file or path put into them, nothing moves the cursor or turns the text."""
+    click.echo(shown(text), err=err)
 
 
 def done(text: str) -> None:
     """Say what was done, on stdout; if nobody can be told, it is done all the same."""
     try:
-        click.echo(text)
+        say(text)
     except OSError:
         # What is left in the buffer would fail again when Python ends.
         with contextlib.suppress(OSError, ValueError):
