@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from r2m import refit
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.view import LazyTensor, View, constant, folded, zeros
+from r2m.checkpoints.view import LazyTensor, View, constant, folded, reshaped, zeros
 from r2m.labels import Agreed, Classes, agree
 from r2m.presets import FACTORS, FROZEN, MAIN, PLAIN, PRESETS, Rules
 from r2m.recipe import Arrangement
@@ -156,7 +156,7 @@ def _arranged(
 ) -> Arranged:
     origin = renamed(base, arrangement)
     views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
-    arranged = Arranged(origin, views, config)
+    arranged = Arranged(_as_convolutions(origin, views), views, config)
     if arrangement.layout.factored:
         arranged = _unfactored(arranged)
     if arrangement.layout.experts_layout:
@@ -168,6 +168,16 @@ def _arranged(
     if rule is None and arrangement.head_tensors and config.head == "mean":  # of which it says where they are
         rule = "mean"
     return arranged if rule is None else _with_head(arranged, rule, arrangement)
+
+
+def _as_convolutions(base: View, experts: Mapping[str, View]) -> View:
+    """The base with matrices as convolutions of one pixel where all experts have those: an old Xception's."""
+    alike = {}
+    for name, spec in base.specs.items():
+        shapes = {view.specs[name].shape for view in experts.values() if name in view.specs}
+        if len(spec.shape) == 2 and shapes == {(*spec.shape, 1, 1)}:
+            alike[name] = reshaped(base.tensors[name], (*spec.shape, 1, 1))
+    return base.having(alike) if alike else base
 
 
 def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = None) -> View:

@@ -16,6 +16,14 @@ Rules = Mapping[str, str | None]
 _WRAPPED: Rules = {"module.": "", "_orig_mod.": ""}
 # The text half of a CLIP, and the projections into the space that both halves share.
 _NO_TEXT: Rules = dict.fromkeys(("text_model.", "text_projection.", "visual_projection.", "logit_scale"), None)
+# The vision half as transformers 5 saves it alone, without what stands before its names in a whole CLIP.
+_TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+# The text half of an open_clip model, and what both halves share.
+_NO_OPEN_TEXT: Rules = {
+    "visual.": "visual.",
+    **dict.fromkeys(("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection"), None),
+    **dict.fromkeys(("text.", "logit_scale", "logit_bias"), None),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,16 @@ FROZEN = ("U_r", "S_r", "V_r")
 _DF40: tuple[Rules, ...] = (
     _WRAPPED,
     {"base_model.": "backbone.", "classifier.": "head.", "vision_model.": "backbone.", **_NO_TEXT},
+    {start: f"backbone.{start}" for start in _TOWER},
 )
 
 PRESETS: Mapping[str, Preset] = {
     "wrapped": Preset("names begin with module. or _orig_mod. in some of the files", (_WRAPPED,)),
-    "clip_vision": Preset("the vision tower of transformers' CLIP, its text half left out", (_WRAPPED, _NO_TEXT)),
+    "clip_vision": Preset(
+        "the vision tower of transformers' CLIP, its text half left out",
+        (_WRAPPED, _NO_TEXT, {start: f"vision_model.{start}" for start in _TOWER}),
+    ),
+    "open_clip_vision": Preset("the vision tower of open_clip, its text half left out", (_WRAPPED, _NO_OPEN_TEXT)),
     "df40": Preset(
         "CLIP detectors of DF40 and DeepfakeBench (backbone.*, head.*), the base transformers' CLIP",
         _DF40,

@@ -121,6 +121,46 @@ def test_files_that_do_not_fit_say_which_preset_would_help(files: list[str], com
     assert command("inspect", files[1], "fs.pth", "fr.pth", "--preset", "df40").code == 0
 
 
+def test_towers_of_transformers_5_and_of_open_clip_fit_a_preset(command: Command) -> None:
+    tower = {"embeddings.class_embedding": normal(0, 4), "encoder.layers.0.fc.weight": normal(1, 4, 4)}
+    tower |= {"pre_layrnorm.weight": normal(2, 4), "post_layernorm.bias": normal(3, 4)}
+    whole = {f"vision_model.{name}": one for name, one in tower.items()}
+    text = {"text_model.encoder.weight": normal(4, 4, 4), "logit_scale": normal(5)}
+    visual = {"visual.conv1.weight": normal(0, 4, 3, 2, 2), "visual.transformer.resblocks.0.weight": normal(1, 4, 4)}
+    open_text = {
+        "transformer.resblocks.0.weight": normal(2, 4, 4),
+        "positional_embedding": normal(3, 4),
+        "logit_scale": normal(5),
+    }
+    detector = {f"backbone.{name}": one + 1 for name, one in tower.items()} | {"head.weight": normal(6, 2, 4)}
+    for preset, base, expert, first in (
+        ("clip_vision", {**whole, **text}, {name: one + 1 for name, one in tower.items()}, "vision_model."),
+        ("clip_vision", tower, {**{name: one + 1 for name, one in whole.items()}, **text}, "vision_model."),
+        ("df40", tower, detector, ""),
+        ("open_clip_vision", {**visual, **open_text}, {name: one + 1 for name, one in visual.items()}, "visual."),
+    ):
+        torch.save(base, "b.pth")
+        torch.save(expert, "e.pth")
+        words = ["--base", "b.pth", "--expert", "e.pth", "--out", "out", "--overwrite"]
+        assert f"With --preset {preset} they fit" in command("merge", *words).err
+        assert command("merge", *words, "--preset", preset).code == 0
+        assert all(name.startswith(first) for name in load_file("out/model.safetensors"))
+
+
+def test_pointwise_convolutions_stored_as_matrices_fit(command: Command) -> None:
+    expert = {"pointwise.weight": normal(0, 4, 3, 1, 1), "conv.weight": normal(1, 4, 3, 3, 3)}
+    torch.save({"pointwise.weight": normal(2, 4, 3), "conv.weight": normal(3, 4, 3, 3, 3)}, "b.pth")
+    torch.save(expert, "e.pth")
+    words = ["--base", "b.pth", "--expert", "e.pth", "--method", "weight_average", "--out", "out"]
+    assert command("merge", *words).code == 0
+    # θ₀ + (θ₁ − θ₀) in float32: two roundings of numbers below 8
+    merged = load_file("out/model.safetensors")["pointwise.weight"]
+    assert merged.shape == (4, 3, 1, 1)
+    assert (merged - expert["pointwise.weight"]).abs().max() <= 2 * 8 * 2**-24
+    torch.save({"pointwise.weight": normal(2, 3, 4), "conv.weight": normal(3, 4, 3, 3, 3)}, "b.pth")
+    assert "does not fit" in command("merge", *words, "--overwrite").err
+
+
 def test_two_things_wrong_at_once_still_get_their_preset_named(command: Command) -> None:
     base = {f"layer{i}.weight": normal(i, 4, 4) for i in range(40)}
     expert = {f"module.{name}": tensor + 1 for name, tensor in base.items()}

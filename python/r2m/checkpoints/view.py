@@ -45,6 +45,12 @@ def folded(main: LazyTensor, left: LazyTensor, singular: LazyTensor, right: Lazy
     return LazyTensor.computed(main.spec, read)
 
 
+def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The same elements in another shape."""
+    spec = TensorSpec(shape, tensor.spec.dtype)
+    return LazyTensor(spec, lambda: tensor.read().reshape(shape), tensor.read_elements)
+
+
 def zeros(spec: TensorSpec) -> LazyTensor:
     """All zero."""
     return LazyTensor.computed(spec, lambda: torch.zeros(spec.shape, dtype=spec.dtype))
