@@ -14,7 +14,7 @@ from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import held
 from r2m.ownership import CARD_FILE, RECIPE_FILE, digest
-from r2m.places import new_file, read_small
+from r2m.places import new_file, read_small, to_output
 from r2m.records import REPORT, WRITTEN
 from r2m.templating import render
 from r2m.workplace import settle
@@ -43,6 +43,7 @@ def card(
     evaluation: Mapping[str, Any] | None = None,
     licence: str | None = None,
     hashes: bool = False,
+    at: Path | None = None,
 ) -> str:
     """The text of a merge's ``README.md``.
 
@@ -52,6 +53,7 @@ def card(
         evaluation: the content of an ``evaluation.json``, for the metrics of the model that lies in ``out``.
         licence: the merged model's, where the inputs' are not to decide.
         hashes: work out SHA-256 of the inputs' files, which reads them all.
+        at: where the output will be, if it is not yet.
 
     Raises:
         InvalidInput: the recipe cannot be read, or the evaluation has no model that lies there.
@@ -60,6 +62,7 @@ def card(
     what = f"{out}: {RECIPE_FILE}"
     recipe = plain_yaml.load(read_small(out / RECIPE_FILE, what), what)
     paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
+    paths = {name: path if hub.is_reference(path) else to_output(at or out, path) for name, path in paths.items()}
     cards = {name: _front_matter(path) for name, path in paths.items()}
     licences = {name: _licence_of(content) for name, content in cards.items()}
     chosen = licence or most_restrictive(list(licences.values()))

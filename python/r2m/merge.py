@@ -27,7 +27,7 @@ from r2m.journal import FileJournal
 from r2m.options import Options
 from r2m.output import INPUTS, SOURCES, PartialOutput, Workplace, check_output, difference, held, partial_output
 from r2m.ownership import CARD_FILE, RECIPE_FILE
-from r2m.places import read_small, write_file
+from r2m.places import from_output, read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, Recipe
 from r2m.recipe_file import dump
@@ -120,9 +120,9 @@ class Job:
         """What computes."""
         return choose_backend(self.options.backend, usable_device(self.options.device or "cpu"))
 
-    def state(self) -> dict[str, Any]:
-        """What decides the output's bytes, as ``--resume`` compares it. Memory and processes do not."""
-        recipe = dump(self.recipe)
+    def state(self, out: str | Path) -> dict[str, Any]:
+        """What decides the bytes of an output, as ``--resume`` compares it. Memory and processes do not."""
+        recipe = dump(self.recipe, Path(out))
         experts = {model.pop("name"): model for model in recipe.pop("models")}
         for name, order in self.arranged.agreed.turned.items():
             experts[name]["order of rows"] = order
@@ -139,7 +139,9 @@ class Job:
             "max_shard_size": self.options.shard_bytes,
             "specialists": dict(self.specialists),
             "features": self.arranged.features,
-            INPUTS: {one.pop("file"): one for source in self.sources for one in source.fingerprints},
+            INPUTS: {
+                from_output(out, str(one.pop("file"))): one for source in self.sources for one in source.fingerprints
+            },
         }
 
     def analyze(self, **more: Any) -> Analysis:
@@ -243,7 +245,7 @@ def merge_files(
         run = {"overwrite": options.overwrite, "resume": options.resume}
         try:
             job = open_job(recipe, options)
-            state = job.state()
+            state = job.state(out)
             if processes.index == 0:
                 workplace = workplace or stack.enter_context(held(out))
                 check_output(out, inputs=_inputs(job), **run)
@@ -355,7 +357,7 @@ def complete(
         )
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
-    write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe)).encode())
+    write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe, partial.target)).encode())
     write_file(directory / STATE.file, former.record(state, analysis))
     made = sorted({path.name for path in directory.iterdir()} - {CARD_FILE, REPORT.file})
     sizes = {name: (directory / name).stat().st_size for name in made}
@@ -376,7 +378,7 @@ def complete(
         },
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
-    write_file(directory / CARD_FILE, card(directory, report).encode(errors="backslashreplace"))
+    write_file(directory / CARD_FILE, card(directory, report, at=partial.target).encode(errors="backslashreplace"))
     text = REPORT.text({**report, WRITTEN: ownership.written(directory)})
     write_file(directory / REPORT.file, text)
     return dict(json.loads(text))

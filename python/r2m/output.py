@@ -203,10 +203,12 @@ class PartialOutput:
 
     Attributes:
         directory: the whole.
+        target: what ``OUT`` is.
         finished: an earlier run was cut off when ``OUT`` was in place already; there is nothing to do.
     """
 
     directory: Path
+    target: Path
     finished: bool = False
 
     @property
@@ -266,7 +268,7 @@ def partial_output(
 
 def _prepared(place: Workplace, *, overwrite: bool, resume: bool, state: Mapping[str, Any]) -> PartialOutput:
     """What is there of an earlier run looked at, and everything made ready."""
-    partial, kept = PartialOutput(place.directory), place.directory / _STATE
+    partial, kept = PartialOutput(place.directory, place.target), place.directory / _STATE
     place.refuse_strangers()
     if place.ended:
         if resume and not difference(read_mapping(kept, _STATE, MOST_RECORD), json.loads(json.dumps(state))):

@@ -157,6 +157,27 @@ def unique(pairs: Sequence[tuple[str, Any]], what: str, error: type[InvalidInput
     return values
 
 
+def from_output(directory: str | Path, path: str) -> str:
+    """A path as an output's files have it: they mean the same when the directory that holds both is moved.
+
+    Relative to the output, where the path leads to something in the directory that the output is in; else absolute.
+    """
+    place, target = (
+        os.path.join(os.path.realpath(os.path.dirname(one)), os.path.basename(one))
+        for one in (os.path.abspath(directory), os.path.abspath(path))
+    )
+    project = os.path.dirname(place)
+    inside = project != os.path.dirname(project) and os.path.commonpath([project, target]) == project
+    return os.path.relpath(target, place) if inside else os.path.abspath(path)
+
+
+def to_output(directory: str | Path, path: str) -> str:
+    """A path that a file in a directory has, for who is elsewhere."""
+    joined = os.path.join(directory, path)
+    # ``..`` of a link is not the directory that the link is in.
+    return joined if os.path.islink(directory) else os.path.normpath(joined)
+
+
 @contextlib.contextmanager
 def created(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, in a directory that nobody else uses yet; on the disk when the block ends.

@@ -23,8 +23,9 @@ method is. As in mergekit, ``rank`` may be a list of values with filters, globs 
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ from pydantic import (
 from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.naming import named
-from r2m.places import read_small
+from r2m.places import from_output, read_small, to_output
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
 from r2m_kernels import MergeConfig, checks
@@ -51,6 +52,7 @@ from r2m_kernels.config import METHODS, OFFERED, OPTIONS, make_config
 from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quoted
 from r2m_kernels.options import Option
 
+Place = Callable[[str], str]  # a path as it is written
 _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
 _SHOWN = 80  # letters of a value in a message
 # What merges did before there were these options. A recipe that lists all others and not these was written by one of
@@ -122,9 +124,9 @@ class _Expert(_Keys):
         return Expert(_beside(directory, self.model), self.rename, preprocessing, self.fake)
 
     @staticmethod
-    def written(name: str, expert: Expert) -> dict[str, Any]:
+    def written(name: str, expert: Expert, place: Place) -> dict[str, Any]:
         return {
-            "model": _absolute(expert.path),
+            "model": place(expert.path),
             "name": name,
             **({"rename": dict(expert.rename)} if expert.rename else {}),
             **({"preprocessing": expert.preprocessing.plain()} if expert.preprocessing else {}),
@@ -184,17 +186,17 @@ class _Special(_Keys):
             raise BadOption(f"parameters: {error}") from None
 
     @staticmethod
-    def written(recipe: Recipe) -> dict[str, Any]:
+    def written(recipe: Recipe, place: Place) -> dict[str, Any]:
         arrangement = recipe.arrangement
         return {
             "merge_method": recipe.method,
-            "base_model": _absolute(recipe.base),
-            "models": [_Expert.written(name, expert) for name, expert in recipe.experts.items()],
+            "base_model": place(recipe.base),
+            "models": [_Expert.written(name, expert, place) for name, expert in recipe.experts.items()],
             "parameters": recipe.config.to_dict(),
             "dtype": recipe.dtype,
-            **_plain_written(recipe, OUTPUT),
+            **_plain_written(recipe, OUTPUT, place),
             **({"rename": dict(arrangement.rename)} if arrangement.rename else {}),
-            **_plain_written(arrangement, ARRANGEMENT),
+            **_plain_written(arrangement, ARRANGEMENT, place),
             **({"preprocessing": recipe.preprocessing.plain()} if recipe.preprocessing else {}),
         }
 
@@ -221,7 +223,7 @@ def _read_plain(value: Any, declared: Option, directory: Path) -> Any:
     return _beside(directory, value) if value and declared.metavar == "PATH" else value
 
 
-def _plain_written(holder: Recipe | Arrangement, declared: Mapping[str, Option]) -> dict[str, Any]:
+def _plain_written(holder: Recipe | Arrangement, declared: Mapping[str, Option], place: Place) -> dict[str, Any]:
     """What is not as it is by default."""
     written: dict[str, Any] = {}
     for name, one in declared.items():
@@ -229,7 +231,7 @@ def _plain_written(holder: Recipe | Arrangement, declared: Mapping[str, Option])
         if value != one.default:
             written[name] = list(value) if isinstance(value, tuple) else value
             if one.metavar == "PATH":
-                written[name] = _absolute(value)
+                written[name] = place(value)
     return written
 
 
@@ -257,12 +259,17 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise BadOption(f"{what}: {error}") from None
 
 
-def dump(recipe: Recipe) -> dict[str, Any]:
+def dump(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     """What a file says that :func:`read_recipe` reads as this recipe.
 
-    Paths are absolute, and on the Hub of a commit: it means the same from everywhere and tomorrow.
+    On the Hub paths are of a commit, so that it means the same tomorrow.
+
+    Args:
+        recipe: what to write.
+        directory: where the file will be, for :func:`r2m.places.from_output`; ``None``: paths are absolute.
     """
-    return _Recipe.written(recipe)
+    local = os.path.abspath if directory is None else functools.partial(from_output, directory)
+    return _Recipe.written(recipe, lambda path: hub.fetch(path).pinned if hub.is_reference(path) else local(path))
 
 
 def schema() -> dict[str, Any]:
@@ -327,12 +334,7 @@ def _explained(error: ValidationError) -> str:
 
 def _beside(directory: Path, path: str) -> str:
     """A path as the recipe's reader has it."""
-    return path if hub.is_reference(path) else str(directory / path)
-
-
-def _absolute(path: str) -> str:
-    """A path that means the same from everywhere, and on the Hub tomorrow."""
-    return hub.fetch(path).pinned if hub.is_reference(path) else os.path.abspath(path)
+    return path if hub.is_reference(path) else to_output(directory, path)
 
 
 def _fields(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2m.places import MOST_RECORD, read_mapping
+from r2m.places import MOST_RECORD, read_mapping, to_output
 from r2m_kernels.errors import BadFile
 
 WRITTEN = "written"
@@ -173,3 +173,18 @@ EVALUATION = Record(
     },
 )
 RECORDS = (REPORT, STATE, EVALUATION)
+
+
+def read_evaluation(directory: str | Path) -> dict[str, Any]:
+    """What :data:`EVALUATION` holds in a directory, sources as who is elsewhere has them.
+
+    Raises:
+        BadFile: it is none.
+    """
+    try:
+        result = EVALUATION.read(Path(directory), f"{directory}: {EVALUATION.file}")
+        for one in result["models"].values():
+            one["source"] = to_output(directory, one["source"])
+    except (OSError, KeyError, TypeError, AttributeError):
+        raise BadFile(f"{directory}: expected a directory of r2m evaluate, with {EVALUATION.file}") from None
+    return result

@@ -19,6 +19,7 @@ from r2m.output import PartialOutput, Workplace, held
 from r2m.ownership import foreign, is_unfinished
 from r2m.places import csv_table, new_file, sync
 from r2m.records import STATE
+from r2m.relink import refuse_lost
 from r2m.workplace import directory_of, resolved
 from r2m_kernels import Analysis, MergeConfig
 from r2m_kernels.errors import BadFile, BadOption
@@ -54,6 +55,7 @@ def sweep(
         OSError: it cannot be read or written.
     """
     recipe = former.recipe_of(out)
+    refuse_lost(recipe, out)
     points = _points(recipe.config, values)
     target = Path(to)
     widest = replace(recipe, config=_widest(recipe.config, list(points.values())))
@@ -63,7 +65,7 @@ def sweep(
         raise BadFile(f"to ({to}): holds an input, and inputs are never written to")
     with contextlib.ExitStack() as stack:
         workplace = stack.enter_context(held(to))
-        states = {name: _state(_at(job, config), job) for name, config in points.items()}
+        states = {name: _state(_at(job, config), job, target / name) for name, config in points.items()}
         there = _refuse_others(target, states)
         workplace.make_empty()
         stack.callback(workplace.clear)
@@ -96,10 +98,10 @@ def _row(name: str, values: Mapping[str, Any], report: Mapping[str, Any]) -> dic
     }
 
 
-def _state(point: Job, widest: Job) -> dict[str, Any]:
+def _state(point: Job, widest: Job, out: Path) -> dict[str, Any]:
     """What decides a point's bytes: beside its own options, what was analyzed."""
     config = widest.recipe.config
-    state = {**point.state(), "swept": {"rank": config.rank, "eta": config.eta}}
+    state = {**point.state(out), "swept": {"rank": config.rank, "eta": config.eta}}
     return dict(json.loads(json.dumps(state)))
 
 
@@ -164,7 +166,7 @@ def _write(
 ) -> None:
     """One point as a directory that appears when it is whole."""
     started = time.perf_counter()
-    partial = PartialOutput(workplace.directory)
+    partial = PartialOutput(workplace.directory, target)
     partial.output.mkdir()
     sink = job.sink(partial)
     sink.tie(analysis.plan.aliases)

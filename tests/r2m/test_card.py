@@ -157,7 +157,7 @@ def test_what_is_no_merge_has_no_card(checkpoints: Checkpoints, command: Command
     assert (result.code, result.err.startswith("Error: .: expected the output of a merge")) == (2, True)
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
     result = command("card", "out", "--evaluation", "nowhere")
-    assert result.err == "Error: evaluation (nowhere): expected a directory that r2m evaluate wrote\n"
+    assert result.err == "Error: nowhere: expected a directory of r2m evaluate, with evaluation.json\n"
 
 
 def test_preprocessing_and_library_are_said(checkpoints: Checkpoints, command: Command) -> None:

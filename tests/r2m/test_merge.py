@@ -116,8 +116,8 @@ def test_recipe_report_and_copies(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert Path("out/config.json").read_text() == '{"model_type": "clip"}'
     assert yaml.safe_load(Path("out/r2m_config.yaml").read_text()) == {
         "merge_method": "r2m",
-        "base_model": str(tmp_path / "folder"),
-        "models": [{"model": str(tmp_path / path), "name": name} for name, path in checkpoints.paths.items()],
+        "base_model": "../folder",
+        "models": [{"model": f"../{path}", "name": name} for name, path in checkpoints.paths.items()],
         "parameters": CONFIG.to_dict(),
         "dtype": "float16",
     }

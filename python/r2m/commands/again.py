@@ -10,12 +10,12 @@ import click
 
 from r2m.commands.given import take_options
 from r2m.commands.merge import tell
-from r2m.commands.messages import done
+from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option, read_rank
 from r2m.commands.process import settle_memory
 from r2m.options import OPTIONS, SWEPT
 from r2m_kernels.config import FILES, FLAGS, STRENGTH
-from r2m_kernels.errors import BadOption
+from r2m_kernels.errors import BadOption, printable
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
@@ -66,18 +66,21 @@ def _merge_again(out: str, changed: Callable[[Recipe], Recipe], *, quiet: bool, 
     from r2m.merge import merge_files
     from r2m.output import held
     from r2m.progress import reporting
+    from r2m.relink import refuse_lost
 
     former.recipe_of(out)  # where it is none, nothing is made beside it
     with held(out) as workplace:  # what two of these read at once, one would write without the other's
         options = replace(take_options(given), max_shard_size=former.shard_size(out), overwrite=True, reuse=True)
         try:
-            recipe = changed(former.recipe_of(out))
+            before = former.recipe_of(out)
+            recipe = changed(before)
         except BadOption:
             if not (options.resume and workplace.ended):
                 raise
             report = former.report_of(out)  # cut off when all was done
             workplace.clear()
         else:
+            refuse_lost(recipe, out, new=recipe.experts.keys() - before.experts.keys())
             with reporting(quiet=quiet) as progress:
                 report = merge_files(recipe, out, options, progress=progress, workplace=workplace)
     tell(report, out, quiet)
@@ -105,4 +108,31 @@ def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
         done(printable(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are"))
 
 
-COMMANDS = (add, remove, sweep)
+@click.command()
+@click.argument("out", metavar="OUT")
+@click.argument("places", nargs=-1, metavar="[NAME=PATH]…")
+def relink(out: str, places: tuple[str, ...]) -> int:
+    """Say where inputs of OUT, the output of a merge, are by now: base=PATH, or an expert's name.
+
+    Without places, list those that are not where OUT says; the exit code is 1 where there are some. Paths are kept
+    relative to OUT as far as they lie in the directory that OUT is in: that directory can be moved as a whole.
+    """
+    from r2m import former
+    from r2m.relink import lost
+    from r2m.relink import relink as run
+
+    pairs = [one.partition("=") for one in places]
+    wrong = next((one for one, (name, _, path) in zip(places, pairs, strict=True) if not name or not path), None)
+    if wrong is not None:
+        raise BadOption(f"{wrong}: expected NAME=PATH, where NAME is base or an expert's")
+    if not pairs:
+        gone = lost(former.recipe_of(out))
+        for name, path in gone.items():
+            say(printable(f"{name} is not at {path}"))
+        return 1 if gone else 0
+    run(out, {name: path for name, _, path in pairs})
+    done(printable(f"{out}: {', '.join(name for name, _, _ in pairs)}"))
+    return 0
+
+
+COMMANDS = (add, remove, sweep, relink)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -44,15 +43,10 @@ def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool)
     """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
     from r2m.card import warnings, write_card
     from r2m.ownership import CARD_FILE
-    from r2m.records import EVALUATION
-    from r2m_kernels.errors import BadFile, printable
+    from r2m.records import read_evaluation
+    from r2m_kernels.errors import printable
 
-    measured = None
-    if evaluation is not None:
-        try:
-            measured = EVALUATION.read(Path(evaluation), f"{evaluation}: {EVALUATION.file}")
-        except OSError:
-            raise BadFile(f"evaluation ({evaluation}): expected a directory that r2m evaluate wrote") from None
+    measured = None if evaluation is None else read_evaluation(evaluation)
     text = write_card(out, overwrite=overwrite, evaluation=measured, licence=licence)
     done(printable(f"{out}/{CARD_FILE}"))
     for warning in warnings(text):

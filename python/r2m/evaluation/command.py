@@ -21,6 +21,7 @@ from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.metrics import judge_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
+from r2m.places import from_output
 from r2m.preprocessing import Preprocessing, beside
 from r2m.progress import bars
 from r2m.recipe import Arrangement
@@ -59,7 +60,7 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
     judged = {
         name: {
-            "source": os.path.abspath(path),
+            "source": os.path.abspath(path) if out is None else from_output(out, path),
             "detector": request.detector if name in models else None,
             "preprocessing": preprocessings[name].plain() if name in models else None,
             **judge_all(scores[name], resamples=request.bootstrap, seed=request.seed),

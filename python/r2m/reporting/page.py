@@ -15,7 +15,7 @@ from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.places import csv_table, new_directory, read_small, write_file
-from r2m.records import EVALUATION, REPORT, Record
+from r2m.records import REPORT, read_evaluation
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
@@ -53,10 +53,13 @@ def write_page(
         OSError: it cannot be written; ``filename`` is set.
     """
     settle(Path(out))
-    report = _record(REPORT, Path(out), "the output of a merge")
+    try:
+        report = REPORT.read(Path(out), f"{out}: {REPORT.file}")
+    except OSError:
+        raise BadFile(f"{out}: expected the output of a merge, with {REPORT.file}") from None
     measured, scores = None, {}
     if evaluation is not None:
-        measured = _record(EVALUATION, Path(evaluation), "a directory of r2m evaluate")
+        measured = read_evaluation(evaluation)
         scores = _scores(Path(evaluation), measured)
     rows = _sweep_rows(Path(swept)) if swept is not None else []
     target = Path(to)
@@ -291,13 +294,6 @@ def _number(value: float | None) -> str:
 
 def _by_name(values: Mapping[str, float | None] | None) -> str:
     return ", ".join(f"{name} {_number(value)}" for name, value in (values or {}).items()) or "–"
-
-
-def _record(record: Record, directory: Path, kind: str) -> dict[str, Any]:
-    try:
-        return record.read(directory, f"{directory}: {record.file}")
-    except OSError:
-        raise BadFile(f"{directory}: expected {kind}, with {record.file}") from None
 
 
 def _scores(evaluation: Path, measured: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
