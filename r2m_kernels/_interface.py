@@ -9,11 +9,13 @@ outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ._stream.stored import Matrix, StoredMatrix
 
 
 class Traits(NamedTuple):
@@ -85,6 +87,18 @@ class Effort(NamedTuple):
     iterations: int
     oversampling: int
     tolerance: float | None
+
+
+class Pace(NamedTuple):
+    """How much of a truncation from storage is at work at once; it touches no bit.
+
+    Attributes:
+        experts: how many have their subspaces found in one pass over the inputs.
+        panels: of a pass over the inputs.
+    """
+
+    experts: int
+    panels: int
 
 
 class ShiftedTruncation(Protocol):
@@ -179,8 +193,8 @@ class Operators(Protocol):
 
     def residual_matmul(
         self,
-        bases: Sequence[Tensor],
-        experts: Sequence[Sequence[Tensor]],
+        bases: Sequence[Matrix],
+        experts: Sequence[Sequence[Matrix]],
         mixing: Tensor,
         rhs: Tensor,
         transpose: bool = False,
@@ -189,11 +203,19 @@ class Operators(Protocol):
         """X_li · rhs_li, (L, N, m, k), or X_liᵀ · rhs_li, (L, N, n, k), in float32 (float64 if an input is).
 
         Args:
-            bases, experts: tensors of one shape; no residual is stored.
+            bases, experts: tensors of one shape, on a CPU also matrices where they are stored; no residual is stored.
             mixing: (N, N).
             rhs: (L, N, n, k), or (L, N, m, k) with ``transpose``; float32 or float64.
             transpose: multiply with X_liᵀ.
             precision: of the operands on matrix units, at least: one of :data:`r2m_kernels.ops.PRECISIONS`.
+        """
+        ...
+
+    def residual_matrices(self, base: Matrix, experts: Sequence[Matrix], mixing: Tensor) -> list[StoredMatrix]:
+        """The residuals of one tensor on a CPU, each as a matrix of its own that is formed where it is read.
+
+        Args:
+            base, experts, mixing: as of :meth:`residual_matmul`.
         """
         ...
 
@@ -208,6 +230,25 @@ class Operators(Protocol):
     @property
     def shifted_truncation(self) -> ShiftedTruncation:
         """The fast method for step 3."""
+        ...
+
+    def truncate_by_expert(
+        self,
+        base: Matrix,
+        experts: Sequence[Matrix],
+        mixing: Tensor,
+        key: int,
+        rank: int,
+        effort: Effort,
+        pace: Pace,
+    ) -> Iterator[ShiftedFactors]:
+        """What :attr:`shifted_truncation` of a CPU's backend makes of one matrix, to the bit, an expert after another.
+
+        Args:
+            base, experts: matrices, which may stay where they are stored: they are read a block at a time.
+            mixing, key, rank, effort: see there; with a tolerance experts decide together when to stop.
+            pace: how much is at work at once.
+        """
         ...
 
     def weigh_rows(self, left: Tensor, right: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:

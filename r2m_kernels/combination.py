@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._stream.blocks import BLOCK_ELEMENTS
+from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
 from ._stream.run import Run
@@ -31,7 +32,12 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
             return BLOCK_ELEMENTS
         return kind_of(tensor, config).block_elements(tensor)
 
-    return Pass("combination", tensors, block_elements)
+    def beside(tensor: PlannedTensor, inputs: Inputs) -> int:
+        """Right factors, with which all rows are multiplied."""
+        m, n = tensor.matrix_shape if tensor.truncated else (1, 0)
+        return inputs.factor_bytes(tensor, config) * n // (m + n)
+
+    return Pass("combination", tensors, block_elements, beside=beside)
 
 
 class CombinationStep(Step):
@@ -48,7 +54,7 @@ class CombinationStep(Step):
         tensors = [terms.findings.at(tensor, terms.config) for tensor in run.plan.of(*ROLES)]
         super().__init__(combination_pass(tensors, terms.config, cut=isinstance(sink, PartialSink)))
         self._terms, self._loader, self._operators = terms, run.loader, run.backend.operators
-        self._sink, self._specs = sink, specs
+        self._sink, self._specs, self._factors = sink, specs, run.factors
 
     def work(self, group: Group) -> Tensor | None:
         """The largest magnitude of each tensor that was computed, (L,)."""
@@ -65,6 +71,7 @@ class CombinationStep(Step):
 
     def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
         """The largest of all parts."""
+        self._factors.let_go(tensor.name)
         return None if parts[0] is None else torch.stack(parts).amax(dim=0)
 
     def settled(self, found: Found) -> list[Sequence[Any]]:
@@ -97,7 +104,5 @@ class CombinationStep(Step):
             return outs, self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
         if first.role == "matrix" and self._terms.single:
             singles = [(group.single(index), [out]) for index, out in enumerate(outs)]
-            return outs, torch.cat(
-                [self._terms.of(one.tensors).write(self._operators, one, out) for one, out in singles]
-            )
-        return outs, self._terms.of(group.tensors).write(self._operators, group, outs)
+            return outs, torch.cat([self._terms.of(one).write(self._operators, one, out) for one, out in singles])
+        return outs, self._terms.of(group).write(self._operators, group, outs)

@@ -53,7 +53,7 @@ def merge(
         config: options; default ``MergeConfig.r2m()``.
         device: where to compute; default: where the base's tensors are.
         backend: ``"auto"`` or a backend by name, which then never falls back.
-        memory_budget: bytes, or text such as "4GiB", for what is held (README §10); what is truncated is held whole.
+        memory_budget: bytes, or text such as "4GiB", for what is held (README §10).
         dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
         overrides: fields of :class:`MergeConfig`.
 
@@ -197,7 +197,7 @@ def passes(plan: Plan, config: MergeConfig, operators: Operators) -> list[Pass]:
     """All passes over the tensors that a merge makes, as they are known before it."""
     return [
         gram.gram_pass(plan, config, operators),
-        truncation.truncation_pass(plan, config),
+        truncation.truncation_pass(plan, config, operators),
         *elements.count_passes(plan, config),
         combination.combination_pass(plan.of(*combination.ROLES), config),
     ]

@@ -13,6 +13,7 @@ from ._stream.schedule import Pass, Work, shares, work_list
 from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
+    BlockSource,
     PartialSink,
     PartialSource,
     TensorSink,
@@ -27,6 +28,7 @@ __all__ = [
     "FACTORS_PREFIX",
     "FLOATING",
     "Backend",
+    "BlockSource",
     "Inputs",
     "Journal",
     "NoJournal",

@@ -69,7 +69,8 @@ class LowRank(Term):
 
     Attributes:
         coefficients: (N,) c.
-        factors: of each of the L tensors; none where no residual is beyond rounding.
+        factors: of each of the L tensors; none where no residual is beyond rounding. Of a part its rows of left ones,
+            or all where rows are weighted.
         scale: (N,).
         rows: how rows of left factors are weighted; ``None``: all alike.
     """
@@ -93,9 +94,7 @@ class LowRank(Term):
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
             left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
-        if group.part is not None:
-            columns = group.tensors[0].matrix_shape[1]
-            left = left[:, :, group.part.start // columns : group.part.stop // columns]
+            left = left if group.rows is None else left[:, :, group.rows]
         group, outs = group.in_rows(outs)
         return operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
 
@@ -129,9 +128,8 @@ class ByRows(Term):
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         known = [rows.to(outs[0].device, non_blocking=True) for rows in self.grams if rows is not None]
-        if group.part is not None:
-            columns = group.tensors[0].matrix_shape[1]
-            known = [rows[:, group.part.start // columns : group.part.stop // columns] for rows in known]
+        if group.rows is not None:
+            known = [rows[:, group.rows] for rows in known]
         group, outs = group.in_rows(outs)
         whole = len(known) == len(outs)
         grams = stacked(known) if whole else operators.row_grams(group.bases, group.experts).rows
@@ -224,14 +222,14 @@ class Terms:
         findings: of steps 1–3.
         residuals: of step 4.
         config: of the merge.
-        factors: the low-rank factors of a tensor; ``None`` where it has none.
+        factors: the low-rank factors of a tensor, or those of some rows; ``None`` where it has none.
         rows: Gram matrices of a tensor's rows, by its name; ``None`` where they are not known.
     """
 
     findings: Findings
     residuals: Residuals
     config: MergeConfig
-    factors: Callable[[PlannedTensor], Factors | None]
+    factors: Callable[[PlannedTensor, slice | None], Factors | None]
     rows: Callable[[str], Tensor | None]
 
     @property
@@ -239,22 +237,22 @@ class Terms:
         """Whether every matrix has a term of its own, since its change is scaled by a number of its own."""
         return self.config.scale == "layer"
 
-    def of(self, tensors: Sequence[PlannedTensor]) -> Term:
+    def of(self, group: Group) -> Term:
         """The term of tensors of one role, shape and rank; of a single one where :attr:`single` says so."""
-        first, strength = tensors[0], self.residuals.strength
+        first, strength = group.tensors[0], self.residuals.strength
         core_scale, eta = strength.core_scale, strength.eta
         if first.role == "matrix" and self.config.scale == "layer":
             lengthened = gain(self.findings.grams[first.name], self.findings.real.weights)
             core_scale, eta = lengthened * core_scale, lengthened * eta
-        term = self._plain(tensors, core_scale, eta)
+        term = self._plain(group, core_scale, eta)
         # Where the core is made of no task vector there is no length to match: the change stays as it is.
         if kind_of(first, self.config) is MatchedColumns and bool(self.findings.real.core.any()):
             return MatchedColumns(term, self.findings.real.core.abs())
         return term
 
-    def _plain(self, tensors: Sequence[PlannedTensor], core_scale: float, eta: float) -> Term:
+    def _plain(self, group: Group, core_scale: float, eta: float) -> Term:
         real, scales, config = self.findings.real, self.residuals.scales, self.config
-        first, weights, core = tensors[0], real.weights, core_scale * real.core
+        tensors, first, weights, core = group.tensors, group.tensors[0], real.weights, core_scale * real.core
         kind = _unmatched(first, config)
         if kind is ByElements:
             return ByElements(weights, core_scale, elements.Rule.of(config, self.findings.thresholds))
@@ -270,6 +268,7 @@ class Terms:
             return Flat(len(core) * coefficients)
         if kind is not LowRank:
             return Linear(coefficients)
-        factors = [one for tensor in tensors if eta != 0 and (one := self.factors(tensor)) is not None]
+        some = group.rows if rows is None else None
+        factors = [one for tensor in tensors if eta != 0 and (one := self.factors(tensor, some)) is not None]
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
         return LowRank(coefficients, factors, scale, rows)

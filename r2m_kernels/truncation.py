@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._interface import Effort, Operators
-from ._stream.factors import RATE, Factors, GroupFactors, gram_matrices, leading_eigenvectors, stacked
+from ._interface import Effort, Operators, Pace, ShiftedFactors
+from ._stream.blocks import as_matrix
+from ._stream.budget import Inputs, Memory, pace_of
+from ._stream.factors import Factors, GroupFactors
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
 from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
+from ._stream.stored import StoredMatrix
 from ._stream.tensors import compute_dtype, fetched, tensor_key
 from .config import MergeConfig
 from .findings import Findings, Truncated
 from .norm_matching import any_residual
+from .plain_truncation import Truncatable, exact, sketch_width, test_matrix, textbook, textbook_by_expert
 from .spectra import map_spectra
 
-# Sketches are widened to a multiple of this: matrix products of 104 or 112 columns run up to twice as fast per
-# column as those of 110 on the CPUs we measured, and more columns only lower the error.
-WIDTH_MULTIPLE = 16
-
+Method = Literal["shifted", "textbook", "exact"]
 # Short sides up to this are truncated exactly: a sketch would save nothing there.
 EXACT_UP_TO = 64
-# Elements of a residual that the exact truncation holds at once.
-EXACT_PIECE = 2**18
-# Elements of the Gram matrices it works with at once, of all experts and several tensors.
-EXACT_GROUP = 2**25
 
 
 def truncate_residuals(
@@ -68,23 +64,10 @@ def truncate_residuals(
     factors = [replace(made.of(i), gap=gaps[i], products=products[i]) for i in range(len(names))]
     steep = untrusted(made.trusted)
     if steep:
-        again = _textbook(inputs.some(steep), mixing, rank, config, operators)
+        again = textbook(inputs.some(steep), mixing, rank, config, operators)
         for place, index in enumerate(steep):
             factors[index] = replace(again.of(place), gap=again.gap[place])
     return factors
-
-
-class Truncatable(NamedTuple):
-    """L tensors of one shape with their names, on which random numbers depend, and N sequences of the experts'."""
-
-    names: Sequence[str]
-    bases: Sequence[Tensor]
-    experts: Sequence[Sequence[Tensor]]
-
-    def some(self, places: Sequence[int]) -> Truncatable:
-        """Those at some places."""
-        bases, *experts = ([of_one[place] for place in places] for of_one in (self.bases, *self.experts))
-        return Truncatable([self.names[place] for place in places], bases, experts)
 
 
 def untrusted(trusted: Tensor | None) -> list[int]:
@@ -95,7 +78,7 @@ def untrusted(trusted: Tensor | None) -> list[int]:
 
 
 def truncate(
-    inputs: Truncatable,
+    inputs: Truncatable[Tensor],
     mixing: Tensor,
     rank: int,
     config: MergeConfig,
@@ -104,14 +87,12 @@ def truncate(
 ) -> GroupFactors:
     """See :func:`truncate_residuals`; whether the result can be trusted is still to be asked."""
     names, bases, experts = inputs
-    smaller = min(bases[0].shape[0], bases[0].numel() // bases[0].shape[0])
-    textbook = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
-    width = _sketch_width(rank, config) if textbook else operators.truncation_width(rank, config.oversampling)
-    if config.svd == "exact" or config.spectrum == "rescale" or smaller <= max(width, EXACT_UP_TO):
+    method = _method(as_matrix(bases[0]).shape, rank, config, operators)
+    if method == "exact":
         # What maps spectra further works in float64: the conditions of its problems are its own.
-        return _exact(inputs, mixing, rank, operators, keep_float64=config.spectrum != "truncate")
-    if textbook:
-        return _textbook(inputs, mixing, rank, config, operators)
+        return exact(inputs, mixing, rank, operators, keep_float64=config.spectrum != "truncate")
+    if method == "textbook":
+        return textbook(inputs, mixing, rank, config, operators)
     known = operators.task_gram(bases, experts).tasks.cpu() if grams is None else torch.stack(list(grams))
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)])
     energies = (mixing.T @ known.to(mixing) @ mixing).diagonal(dim1=1, dim2=2).clamp_min(0)
@@ -129,114 +110,38 @@ def truncate(
     )
 
 
-def _sketch_width(rank: int, config: MergeConfig) -> int:
-    return -(-(rank + config.oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Operators) -> Method:
+    """Who truncates matrices of a shape."""
+    by_the_book = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
+    width = sketch_width(rank, config) if by_the_book else operators.truncation_width(rank, config.oversampling)
+    if config.svd == "exact" or config.spectrum == "rescale" or min(shape) <= max(width, EXACT_UP_TO):
+        return "exact"
+    return "textbook" if by_the_book else "shifted"
 
 
-def _textbook(
-    inputs: Truncatable, mixing: Tensor, rank: int, config: MergeConfig, operators: Operators
-) -> GroupFactors:
-    names, bases, experts = inputs
-    first, tolerance = bases[0], config.tolerance
-    width = min(first.shape[0], first.numel() // first.shape[0], _sketch_width(rank, config))
+def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
+    """Matrices that are not kept whole. All of a matrix is needed at once, in memory or where it is stored."""
+    tensors = [tensor for tensor in plan.of("matrix") if tensor.truncated and config.eta != 0]
 
-    def times(rhs: Tensor, transpose: bool = False) -> Tensor:
-        return operators.residual_matmul(bases, experts, mixing, rhs, transpose, precision="tf32x3")
+    def pace(tensor: PlannedTensor, inputs: Inputs, memory: Memory, threads: int) -> Pace | None:
+        return pace_of(tensor, inputs, config, memory, threads)
 
-    tests = stacked([_test_matrix(config.seed, name, first.shape, width) for name in names]).to(first.device)
-    # The same test matrix for every expert: their order cannot matter.
-    basis = operators.orthonormalize(times(tests.unsqueeze(1).expand(-1, len(experts), -1, -1)))
-    product = times(basis, transpose=True)  # Bᵀ, (L, N, n, k)
-    before, energy = None, _energies(product)
-    done = torch.zeros(len(names), dtype=torch.bool)
-    for _ in range(config.power_iterations):
-        turned = operators.orthonormalize(times(operators.orthonormalize(product)))
-        multiplied = times(turned, transpose=True)
-        energies = _energies(multiplied)
-        if before is None or not bool(done.any()):
-            basis, product, before, energy = turned, multiplied, energy, energies
-        else:  # a tensor that is done stays as it is, whatever the others need
-            places = (~done).nonzero().flatten().to(first.device)
-            basis, product, before, energy = (
-                old.index_copy(0, places, new[places])
-                for old, new in ((basis, turned), (product, multiplied), (before, energy), (energy, energies))
-            )
-        if tolerance is not None:
-            done |= (energy - before <= tolerance * energy).all(dim=1).cpu()
-            if bool(done.all()):
-                break
-    grams, growth = fetched([gram_matrices(product), energy if before is None else (energy - before).clamp_min(0)])
-    rotation = leading_eigenvectors(grams, rank).to(product)
-    right = (product @ rotation).mT.contiguous()
-    gap = torch.full_like(growth, torch.nan) if before is None else growth * _rates(grams, rank)
-    return GroupFactors(basis @ rotation, right, "left", True, "textbook", gap)
+    def reads(tensor: PlannedTensor, inputs: Inputs, pace: Pace) -> int:
+        """But for residuals that turn out to be steep."""
+        method, count = _method(tensor.matrix_shape, tensor.rank, config, operators), len(inputs.experts)
+        if method == "exact":
+            return 2  # a Gram matrix and a product
+        # Sketch and steps of some experts, and the factor of each.
+        return -(-count // pace.experts) * (1 + -(-config.power_iterations // 2)) + count
 
-
-def _energies(product: Tensor) -> Tensor:
-    """‖product_li‖², (L, N) float64."""
-    lengths: Tensor = torch.linalg.vector_norm(product, dim=(2, 3), dtype=torch.float64)
-    return lengths.square()
-
-
-def _rates(grams: Tensor, rank: int) -> Tensor:
-    """What the subspaces still miss as a share of their last growth: it shrinks at the rate of their Ritz values."""
-    values = torch.linalg.eigvalsh(grams).clamp_min(0)
-    ratio = values[..., 0] / values[..., -rank].clamp_min(torch.finfo(torch.float64).tiny)
-    rates: Tensor = ratio**RATE
-    return rates
-
-
-def _exact(inputs: Truncatable, mixing: Tensor, rank: int, operators: Operators, keep_float64: bool) -> GroupFactors:
-    base, count = inputs.bases[0].flatten(1), len(inputs.experts)
-    # Of few tensors at once: their short sides' Gram matrices are as large as residuals.
-    size = max(1, EXACT_GROUP // (count * min(base.shape) ** 2))
-    chunks = [range(start, min(start + size, len(inputs.bases))) for start in range(0, len(inputs.bases), size)]
-    made = [_exact_factors(inputs.some(chunk), mixing, rank, operators) for chunk in chunks]
-    vectors, other = (of_one[0] if len(of_one) == 1 else torch.cat(of_one) for of_one in zip(*made, strict=True))
-    dtype = torch.float64 if keep_float64 else compute_dtype([inputs.bases[0], *(one[0] for one in inputs.experts)])
-    vectors, other = vectors.to(dtype), other.to(dtype)
-    wide, gap = base.shape[0] <= base.shape[1], torch.zeros(len(inputs.bases), count, dtype=torch.float64)
-    left, right = (vectors, other.mT.contiguous()) if wide else (other, vectors.mT.contiguous())
-    return GroupFactors(left, right, "left" if wide else "right", True, "exact", gap.to(base.device))
-
-
-def _exact_factors(inputs: Truncatable, mixing: Tensor, rank: int, operators: Operators) -> tuple[Tensor, Tensor]:
-    """Leading singular vectors of the short side, (L, N, side, r), and X or Xᵀ times them: both float64."""
-    bases, *experts = ([one.flatten(1) for one in of_one] for of_one in (inputs.bases, *inputs.experts))
-    wide, device = bases[0].shape[0] <= bases[0].shape[1], bases[0].device
-    side, length = sorted(bases[0].shape)
-    shape = (len(bases), len(experts), side, side)
-    identity = torch.eye(side, dtype=torch.float64, device=device).expand(shape)
-    grams = torch.zeros(shape, dtype=torch.float64, device=device)
-    # XXᵀ (or XᵀX) from pieces across the long side; a piece of X is X times the identity, in float64 since that is.
-    step = max(1, EXACT_PIECE // side)
-    for start in range(0, length, step):
-        theta, *thetas = (
-            [one.narrow(int(wide), start, min(step, length - start)) for one in of_one] for of_one in (bases, *experts)
-        )
-        piece = operators.residual_matmul(theta, thetas, mixing, identity, transpose=wide)
-        grams += operators.residual_matmul(theta, thetas, mixing, piece, transpose=not wide)
-    vectors = leading_eigenvectors(grams.cpu(), rank).to(device)
-    return vectors, operators.residual_matmul(bases, experts, mixing, vectors, transpose=wide)
-
-
-def _test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tensor:
-    """Gaussian (n, width) float32, made on the CPU for all devices."""
-    generator = torch.Generator()
-    generator.manual_seed(tensor_key(seed, name, shape))
-    return torch.randn(math.prod(shape[1:]), width, generator=generator)
-
-
-def truncation_pass(plan: Plan, config: MergeConfig) -> Pass:
-    """Matrices that are not kept whole. All of a matrix is needed at once."""
-    return Pass("truncation", [tensor for tensor in plan.of("matrix") if tensor.truncated and config.eta != 0])
+    return Pass("truncation", tensors, pace=pace, reads=reads)
 
 
 class TruncationStep(Step):
     """Factors of every residual, into the run's store; what is known of them beside, as plain values."""
 
     def __init__(self, run: Run, config: MergeConfig, mixing: Tensor, grams: Mapping[str, Tensor]) -> None:
-        super().__init__(truncation_pass(run.plan, config))
+        super().__init__(truncation_pass(run.plan, config, run.backend.operators))
         self._config, self._run, self._mixing, self._grams = config, run, mixing, grams
 
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
@@ -256,51 +161,88 @@ class TruncationStep(Step):
         # Steep residuals are left for later, but where to know them takes no wait or mapping their spectra takes one.
         later = operators.traits.groups_tensors and self._config.spectrum == "truncate"
         steep = [] if later else untrusted(factors.trusted)
+        tensors, dtype = group.tensors, group.compute_dtype
         if not steep:
-            return [self._kept(group, range(len(group.tensors)), factors)]
-        fine = [place for place in range(len(group.tensors)) if place not in steep]
-        again = _textbook(inputs.some(steep), self._mixing, rank, self._config, operators)
-        made = [self._kept(group, steep, again)]
-        return [*made, self._kept(group, fine, factors.some(fine))] if fine else made
+            return [self._kept(tensors, factors, dtype)]
+        fine = [place for place in range(len(tensors)) if place not in steep]
+        again = textbook(inputs.some(steep), self._mixing, rank, self._config, operators)
+        made = [self._kept([tensors[place] for place in steep], again, dtype)]
+        return [*made, self._kept([tensors[place] for place in fine], factors.some(fine), dtype)] if fine else made
+
+    def from_storage(self, tensor: PlannedTensor, inputs: Sequence[StoredMatrix], pace: Pace) -> list[Made]:
+        """The same; factors go into the store an expert at a time, and their products are worked out from there."""
+        base, *experts = inputs
+        config, operators, store = self._config, self._run.backend.operators, self._run.factors
+        matrix = Truncatable([tensor.name], [base], [[expert] for expert in experts])
+        method = _method(base.shape, tensor.rank, config, operators)
+        if method == "exact":
+            factors = exact(matrix, self._mixing, tensor.rank, operators, keep_float64=False)
+            return [self._kept([tensor], factors, compute_dtype(inputs))]
+        effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
+        key = tensor_key(config.seed, tensor.name, tensor.spec.shape)
+        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, effort, pace)
+        ordered, gap, trusted = operators.traits.orders_components, *self._placed(tensor, fast, compute_dtype(inputs))
+        if untrusted(trusted):
+            method, ordered = "textbook", True
+            tests = test_matrix(config.seed, tensor.name, tensor.spec.shape, sketch_width(tensor.rank, config))
+            again = textbook_by_expert(matrix, self._mixing, tensor.rank, config, operators, tests)
+            gap, trusted = self._placed(tensor, again, compute_dtype(inputs))
+        store.complete(tensor.name, ordered=ordered, method=method)
+        products = store.inner_products(tensor.name, ordered)
+        return [Made([tensor], (products.unsqueeze(0), gap, trusted), method)]
+
+    def _placed(
+        self, tensor: PlannedTensor, made: Iterable[ShiftedFactors | GroupFactors], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Puts factors into the store as they come, an expert's each; their gaps and whether to trust them, (1, N)."""
+        store = self._run.factors
+        store.place(tensor.name, len(self._mixing), tensor.matrix_shape, tensor.rank, dtype)
+        gap: list[Tensor] = []
+        trusted: list[Tensor] = []
+        for one in made:
+            store.put_expert(tensor.name, len(gap), one.left[0, 0], one.right[0, 0])
+            gap.append(one.gap)
+            trusted.append(torch.ones(1, 1) if one.trusted is None else one.trusted)
+            del one  # before the next one is made; `enumerate` would hold it
+        return torch.cat(gap, dim=1), torch.cat(trusted, dim=1)
 
     def settled(self, found: Found) -> list[Sequence[Any]]:
         """See :class:`r2m_kernels.findings.Truncated`."""
-        made = [(tensors, one) for tensors, several in found for one in several]
-        numbers = fetched([number for _, one in made for number in one.numbers])
+        made = [one for _, several in found for one in several]
+        numbers = fetched([number for one in made for number in one.numbers])
         triples = zip(*(numbers[of_one::3] for of_one in range(3)), strict=True)
         values: dict[str, Truncated] = {}
-        for (tensors, one), (products, gap, trusted) in zip(made, triples, strict=True):
-            of_these = [tensors[place] for place in one.places]
-            for tensor, *known in zip(of_these, products, gap, strict=True):
+        for one, (products, gap, trusted) in zip(made, triples, strict=True):
+            for tensor, *known in zip(one.tensors, products, gap, strict=True):
                 values[tensor.name] = Truncated(known[0], known[1], one.method)
-            steep = [of_these[place] for place in untrusted(trusted)]
+            steep = [one.tensors[place] for place in untrusted(trusted)]
             if steep:
                 group, operators = self.over.load(self._run.loader, steep), self._run.backend.operators
                 inputs = Truncatable(group.names, group.bases, group.experts)
-                factors = _textbook(inputs, self._mixing, steep[0].rank, self._config, operators)
-                again = self._kept(group, range(len(steep)), factors)
+                factors = textbook(inputs, self._mixing, steep[0].rank, self._config, operators)
+                again = self._kept(steep, factors, group.compute_dtype)
                 for tensor, *known in zip(steep, *fetched(again.numbers[:2]), strict=True):
                     values[tensor.name] = Truncated(known[0], known[1], again.method)
         return [[values[tensor.name] for tensor in tensors] for tensors, _ in found]
 
-    def _kept(self, group: Group, places: Sequence[int], factors: GroupFactors) -> Made:
-        factors = map_spectra(factors, self._config, group.compute_dtype)
-        for index, place in enumerate(places):
-            self._run.factors.put(group.tensors[place].name, factors.of(index))
+    def _kept(self, tensors: Sequence[PlannedTensor], factors: GroupFactors, dtype: torch.dtype) -> Made:
+        factors = map_spectra(factors, self._config, dtype)
+        for index, tensor in enumerate(tensors):
+            self._run.factors.put(tensor.name, factors.of(index))
         trusted = torch.ones_like(factors.gap) if factors.trusted is None else factors.trusted
-        return Made(places, (factors.inner_products(), factors.gap, trusted), factors.method)
+        return Made(tensors, (factors.inner_products(), factors.gap, trusted), factors.method)
 
 
 class Made(NamedTuple):
     """What is known of a group's truncations where they were made.
 
     Attributes:
-        places: which of the group's tensors these are.
+        tensors: whose they are.
         numbers: products (L, N, N), gap (L, N) and whether they can be relied on (L, N).
         method: of :class:`Factors`.
     """
 
-    places: Sequence[int]
+    tensors: Sequence[PlannedTensor]
     numbers: tuple[Tensor, Tensor, Tensor]
     method: str
 
@@ -314,8 +256,19 @@ class ResidualFactors:
         self._products = {_ranks(findings.config): analyzed}
         self._late: dict[tuple[str, int], Factors] = {}
 
-    def of(self, tensor: PlannedTensor) -> Factors | None:
-        """Factors at the tensor's rank; ``None`` where nothing is truncated, or there are no residuals."""
+    def of(self, tensor: PlannedTensor, rows: slice | None = None) -> Factors | None:
+        """Factors at the tensor's rank; ``None`` where nothing is truncated, or there are no residuals.
+
+        Args:
+            rows: some of the left factors' alone.
+        """
+        store = self._run.factors
+        if rows is not None and tensor.name in store and self._run.backend.operators.traits.orders_components:
+            return store.rows_of(tensor.name, rows).truncated(tensor.rank)
+        whole = self._whole(tensor)
+        return whole if whole is None or rows is None else replace(whole, left=whole.left[:, rows])
+
+    def _whole(self, tensor: PlannedTensor) -> Factors | None:
         if tensor.name in self._run.factors:
             return self._run.factors.get(tensor.name).truncated(tensor.rank)
         mixing = self._findings.real.mixing

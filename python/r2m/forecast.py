@@ -91,7 +91,7 @@ class Share:
     memory: int
     works: Mapping[str, Sequence[Work]]  # of every pass, in its order
     in_parts: int  # tensors that are cut, and on no pass needed whole
-    whole: Sequence[str]  # tensors that exceed the memory in flight and are needed whole
+    over: Sequence[str]  # tensors that need more at once than there is
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class Forecast:
         return self.copies * self.output + sum(share.spill for share in self.shares)
 
     @property
-    def whole(self) -> list[str]:
-        """Tensors that exceed their share of the budget and cannot be cut."""
-        return [name for share in self.shares for name in share.whole]
+    def over(self) -> list[str]:
+        """Tensors that need more at once than their share of the budget."""
+        return [name for share in self.shares for name in share.over]
 
     @property
     def in_parts(self) -> int:
@@ -141,7 +141,7 @@ class Forecast:
     @property
     def enough(self) -> bool:
         """Whether disk and budget suffice."""
-        return self.disk <= self.free_disk and not self.whole
+        return self.disk <= self.free_disk and not self.over
 
     def seconds(self, rates: Rates, cores: int) -> float:
         """Predicted time with all processes on ``cores`` cores of machines that have these rates.
@@ -204,7 +204,10 @@ def _share(
     inputs: Inputs,
     config: MergeConfig,
 ) -> Share:
-    uses = Counter(work.tensors[0].name for of_pass in works.values() for work in of_pass)
+    uses: Counter[str] = Counter()
+    for one in passes:
+        for work in works[one.name]:
+            uses[work.tensors[0].name] += 1 if work.pace is None else one.reads(work.tensors[0], inputs, work.pace)
 
     def used(tensor: PlannedTensor) -> int:
         """Over all passes; the base's part of a mean of the experts passes once, in the search for NaN."""
@@ -212,20 +215,30 @@ def _share(
         return inputs.nbytes(tensor) * uses[tensor.name] - once
 
     flight, factors = memory.flight or 0, (memory.factors or 0) if config.eta != 0 else 0
-    uncut = {tensor.name for one in passes for tensor in one.tensors if one.block_elements(tensor) is None}
+    paces = {(name, work.tensors[0].name): work.pace for name in works for work in works[name] if work.pace is not None}
+    uncut = {
+        tensor.name
+        for one in passes
+        for tensor in one.tensors
+        if one.block_elements(tensor) is None and (one.name, tensor.name) not in paces
+    }
     cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
     excess = {tensor.name: inputs.working_bytes(tensor) - flight for tensor in tensors if tensor.name in uncut}
-    over = {name: size for name, size in excess.items() if size > 0}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for (_, name), pace in paces.items():
+        needed = budget.truncation_bytes(by_name[name], inputs, config, pace) - (memory.stored or 0)
+        excess[name] = max(needed, excess.get(name, needed))
+    over = {tensor.name: excess[tensor.name] for tensor in tensors if excess.get(tensor.name, 0) > 0}
     kept = sum(inputs.nbytes(tensor) for tensor in tensors if tensor.name in memory.kept)
     return Share(
         read=sum(inputs.nbytes(tensor) if tensor.name in memory.kept else used(tensor) for tensor in tensors),
         used=sum(map(used, tensors)),
         flops=sum(budget.truncation_flops(tensor, config, len(inputs.experts)) for tensor in tensors),
         spill=memory.spill,
-        memory=flight + max(over.values(), default=0) + factors + kept,
+        memory=(memory.stored or flight) + max(over.values(), default=0) + factors + kept,
         works=works,
         in_parts=len(cut - uncut),
-        whole=list(over),
+        over=list(over),
     )
 
 
@@ -290,11 +303,9 @@ def lines(forecast: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
     ]
     if forecast.disk > forecast.free_disk:
         text.append(f"too little disk: {size(forecast.disk)} needed, {size(forecast.free_disk)} free")
-    if forecast.whole:
-        more = f" and {len(forecast.whole) - 1} more" if forecast.whole[1:] else ""
-        text.append(
-            f"over the budget: {quoted(forecast.whole[0])}{more} cannot be merged in parts; memory counts it whole"
-        )
+    if forecast.over:
+        more = f" and {len(forecast.over) - 1} more" if forecast.over[1:] else ""
+        text.append(f"over the budget: {quoted(forecast.over[0])}{more} need more at once; memory counts it")
     return text
 
 
@@ -312,4 +323,5 @@ def work_lines(forecast: Forecast) -> list[str]:
 def _described(work: Work) -> str:
     tensor = work.tensors[0]
     how = f"in {len(work.parts)} parts" if work.parts else "beside others" if work.shared else "on all threads"
+    how = how if work.pace is None else "from storage"
     return f"{printable(tensor.name)} {list(tensor.spec.shape)}, {tensor.role}, {how}"

@@ -17,10 +17,12 @@ from .elements import match_columns as match_columns
 from .elements import mean as mean
 from .elements import weighted_sum as weighted_sum
 from .residual_matmul import residual_matmul as residual_matmul
+from .residual_matmul import residual_matrices as residual_matrices
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import row_coefficients as row_coefficients
 from .task_gram import row_grams as row_grams
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
+from .truncate import truncate_by_expert as truncate_by_expert
 
 traits = portable._replace(independent_pairs=True)

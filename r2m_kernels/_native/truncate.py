@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from .._torch.truncate import shifted_truncation as portable
+from .._torch import truncate as portable
 from .residuals import NativeResiduals
 
-shifted_truncation = functools.partial(portable, residuals=NativeResiduals.of)
+shifted_truncation = functools.partial(portable.shifted_truncation, residuals=NativeResiduals.of)
+truncate_by_expert = functools.partial(portable.truncate_by_expert, residuals=NativeResiduals.of)

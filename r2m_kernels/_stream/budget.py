@@ -11,15 +11,23 @@ from functools import cached_property
 
 import torch
 
+from .._interface import Pace
 from ..config import MergeConfig
+from .blocks import BLOCK_ELEMENTS, RUN_ELEMENTS, RUNS_PER_PANEL
+from .factors import PRODUCT_ROWS
 from .plan import PlannedTensor, by_rows
-from .tensors import PartialSource, TensorSource
+from .tensors import BlockSource, PartialSource, TensorSource
 
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
 # Tensors begun and not yet finished, per thread: one at work and one that is read or written meanwhile.
 AHEAD = 2
-# Multiply-adds of a truncation per element, expert and rank: three products with blocks of 1.4 times the rank.
-TRUNCATION_PRODUCTS = 4.2
+# Rows of a truncation's blocks for each component that is kept.
+BLOCK_RATIO = 1.4
+# Multiply-adds of a truncation per element, expert and rank: three products with such blocks.
+TRUNCATION_PRODUCTS = 3 * BLOCK_RATIO
+# What libraries take once they multiply and decompose: pages of their code, and workspaces of each thread.
+LIBRARY_BYTES = 3 * 2**23
+WORKSPACE_BYTES = 2**22
 # What a core does while it reads a byte of inputs from memory and subtracts it: 30 GFLOP/s against 4 GB/s.
 FLOPS_PER_BYTE = 15
 # Bytes of inputs in one group, where no budget says less. What comes from elsewhere waits in pinned memory, which is
@@ -64,6 +72,11 @@ class Inputs:
         """Whether a tensor can be read in parts."""
         return all(isinstance(source, PartialSource) for source in self.read_for(tensor))
 
+    def in_blocks(self, tensor: PlannedTensor) -> bool:
+        """Whether it can be read in any pieces at no higher cost."""
+        named = (source for source in self.read_for(tensor) if isinstance(source, BlockSource))
+        return self.in_parts(tensor) and all(source.in_blocks(tensor.name) for source in named)
+
     def factor_bytes(self, tensor: PlannedTensor, config: MergeConfig) -> int:
         """Bytes of what is kept of a tensor between steps: low-rank factors, or Gram matrices of its rows."""
         if by_rows(tensor, config):
@@ -82,6 +95,7 @@ class Memory:
     Attributes:
         flight: inputs, intermediate results and outputs of what is at work.
         piece: what one tensor, or the part of it at work, may take of ``flight``.
+        stored: what a truncation from storage may take, in place of what is in flight; ``None``: there is none.
         factors: low-rank factors, and Gram matrices of rows, that stay in memory.
         spill: those that do not fit there.
         kept: tensors whose inputs stay in memory from the first pass to the last.
@@ -90,6 +104,7 @@ class Memory:
 
     flight: int | None
     piece: int | None
+    stored: int | None
     factors: int | None
     spill: int
     kept: frozenset[str]
@@ -108,9 +123,10 @@ def split(
 ) -> Memory:
     """The split of a budget.
 
-    Half at most is for what is in flight. Low-rank factors come next, since those beyond their share are written and
-    read again; what is left keeps inputs, which would only be read again. On a GPU what stays there is bounded by its
-    own memory: half is for factors, a quarter for inputs, the rest for two groups, results and workspace.
+    Half at most is for what is in flight, and more only for truncations from storage that need it. Low-rank factors
+    come next, since those beyond their share are written and read again; what is left keeps inputs, which would only be
+    read again. On a GPU what stays there is bounded by its own memory: half is for factors, a quarter for inputs, the
+    rest for two groups, results and workspace.
 
     Args:
         budget: bytes; ``None``: no bound.
@@ -125,15 +141,20 @@ def split(
     group = min([DEVICE_GROUP_BYTES, *(size // share for size, share in bounds if size is not None)])
     stay = 0 if device is None else device // 4
     if budget is None:
-        return Memory(None, None, None, 0, _kept(stay, tensors, inputs, brought), group)
+        return Memory(None, None, None, None, 0, _kept(stay, tensors, inputs, brought), group)
+    # At most half of a small budget: what is left is to be worth having.
+    budget -= min(budget // 2, LIBRARY_BYTES + threads * WORKSPACE_BYTES)
     largest = max(map(inputs.working_bytes, tensors), default=0)
     flight = min(budget // 2, AHEAD * threads * largest)
+    pace = Pace(len(inputs.experts), threads)
+    wanted = [truncation_bytes(one, inputs, config, pace) for one in tensors if stays(one, inputs, config, flight)]
+    stored = None if device is not None or not wanted else min(budget, max(flight, *wanted))
     needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
-    factors = min(budget - flight, needed)
-    stay = budget - flight - factors if device is None else stay
+    factors = min(budget - (stored or flight), needed)
+    stay = budget - (stored or flight) - factors if device is None else stay
     spill = needed - factors if config.eta != 0 else 0
     piece = max(1, flight // (AHEAD * threads))
-    return Memory(flight, piece, factors, spill, _kept(stay, tensors, inputs, brought), group)
+    return Memory(flight, piece, stored, factors, spill, _kept(stay, tensors, inputs, brought), group)
 
 
 def _kept(
@@ -146,6 +167,62 @@ def _kept(
             names.add(tensor.name)
             room -= inputs.nbytes(tensor)
     return frozenset(names)
+
+
+def stays(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, flight: int) -> bool:
+    """Whether a matrix is truncated where it is stored, since it is too large.
+
+    ``svd`` other than "randomized", spectra that are mapped further, and ranks whose blocks span the short side need it
+    whole.
+    """
+    fast = config.svd == "randomized" and config.spectrum == "truncate" and config.eta != 0
+    narrow = tensor.truncated and _block_rows(tensor, config) < min(tensor.matrix_shape)
+    return fast and narrow and inputs.working_bytes(tensor) > flight and inputs.in_blocks(tensor)
+
+
+def _block_rows(tensor: PlannedTensor, config: MergeConfig) -> int:
+    return int(BLOCK_RATIO * tensor.rank) + config.oversampling + 8
+
+
+def pace_of(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, memory: Memory, threads: int) -> Pace | None:
+    """As much of a truncation from storage at once as there is room for, an expert and a panel at least.
+
+    ``None`` where there is none: the tensor is small, or stays in memory, or is needed whole.
+    """
+    if memory.flight is None or memory.stored is None:
+        return None
+    if tensor.name in memory.kept or not stays(tensor, inputs, config, memory.flight):
+        return None
+    count = len(inputs.experts)
+    # With a tolerance experts decide together when to stop.
+    at_once = (count,) if config.tolerance is not None else (count, 1)
+    paces = [Pace(experts, panels) for panels in range(threads, 0, -1) for experts in at_once]
+    fitting = (pace for pace in paces if truncation_bytes(tensor, inputs, config, pace) <= memory.stored)
+    return next(fitting, paces[-1])
+
+
+def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, pace: Pace) -> int:
+    """What a truncation from storage takes at most, by the fast method.
+
+    Subspaces are blocks of b rows on the short side, of some experts; products with the long side are one expert's.
+    """
+    short, long = sorted(tensor.matrix_shape)
+    size = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
+    width = min(short, _block_rows(tensor, config))
+    subspaces = pace.experts * width * short * size
+    run = min(tensor.spec.numel, RUN_ELEMENTS)
+    read = min(run, BLOCK_ELEMENTS) * inputs.nbytes(tensor) // tensor.spec.numel
+    block = pace.experts * run * size
+    sketched = (1 + pace.panels) * subspaces + pace.panels * (RUNS_PER_PANEL * block + read)
+    # The bases, once more in the type of fast products, their sums, and those of each panel.
+    stepped = int((2.5 + pace.panels) * subspaces) + pace.panels * (read + block)
+    turned = 2 * subspaces + 2 * width * short * size  # a QR of one copies it
+    rotated = subspaces + (width + tensor.rank) * long * size + pace.panels * (read + 2 * run * size)
+    # Some rows of all factors as they are read, wanted and widened, and products of components on both sides.
+    count = len(inputs.experts)
+    rows = count * tensor.rank * min(long, PRODUCT_ROWS) * (2 * size + torch.float64.itemsize)
+    compared = rows + count * (count - 1) * tensor.rank**2 * torch.float64.itemsize
+    return max(sketched, stepped, turned, rotated, compared)
 
 
 def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:

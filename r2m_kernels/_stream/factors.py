@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+# Rows of factors that are widened to float64 at once on a CPU. On a GPU, where every launch counts, all are.
+PRODUCT_ROWS = 2**10
 # How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
 RATE = 4
 Side = Literal["left", "right"]
@@ -97,25 +99,54 @@ class GroupFactors:
 
 def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
     """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are."""
-    size, count, _, rank = left.shape
-    products = left.new_empty(size, count, count, dtype=torch.float64)
-    left = left.mT
+    return product_of_sides(row_blocks(left), row_blocks(right.mT), ordered)
+
+
+def row_blocks(factor: Tensor) -> Iterator[Tensor]:
+    """(L, N, length, r) cut along its length, as :func:`product_of_sides` takes it."""
+    length = factor.shape[2]
+    step = PRODUCT_ROWS if factor.device.type == "cpu" else length
+    return (factor[:, :, start : start + step] for start in range(0, length, step))
+
+
+def product_of_sides(left: Iterable[Tensor], right: Iterable[Tensor], ordered: bool) -> Tensor:
+    """:func:`inner_products` of factors that come in blocks of rows, the right ones transposed."""
+    (left_pairs, left_lengths), (right_pairs, right_lengths) = _cross(left, ordered), _cross(right, ordered)
+    size, count, rank = left_lengths.shape
+    products = left_lengths.new_empty(size, count, count)
     # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
     # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
     # squares of their own lengths, and products of two roundings.
     first = 1 if ordered else 0
     if ordered:
-        lengths, other = (torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) for side in (left, right))
-        products.diagonal(dim1=1, dim2=2).copy_((lengths * other).square().sum(2))
-    left, right = left.double(), right.double()
-    for i in range(count - first):
-        others = slice(i + first, count)
-        pairs = left[:, i] @ left[:, others].flatten(1, 2).mT
-        pairs *= right[:, i] @ right[:, others].flatten(1, 2).mT
+        products.diagonal(dim1=1, dim2=2).copy_((left_lengths * right_lengths).square().sum(2))
+    for i, (pairs, others) in enumerate(zip(left_pairs, right_pairs, strict=True)):
+        pairs *= others
         sums = pairs.view(size, rank, count - i - first, rank).sum(dim=(1, 3))
-        products[:, i, others] = sums
-        products[:, others, i] = sums
+        products[:, i, i + first :] = sums
+        products[:, i + first :, i] = sums
     return products
+
+
+def _cross(blocks: Iterable[Tensor], ordered: bool) -> tuple[list[Tensor], Tensor]:
+    """Products of each expert's components with those of all that follow, and their own lengths if ordered."""
+    pairs: list[Tensor] = []
+    lengths: Tensor | None = None
+    for block in blocks:
+        side = block.mT
+        own = torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) if ordered else side.new_empty(side.shape[:3])
+        columns = side.double()
+        followers = enumerate(range(1 if ordered else 0, columns.shape[1]))
+        products = [columns[:, i] @ columns[:, first:].flatten(1, 2).mT for i, first in followers]
+        if lengths is None:
+            pairs, lengths = products, own
+        else:
+            lengths = torch.hypot(lengths, own)
+            for total, product in zip(pairs, products, strict=True):
+                total += product
+        del block, side, columns, products  # before the next one is read
+    assert lengths is not None, "a matrix has rows"
+    return pairs, lengths.double()
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from ..errors import NotFinite, quoted
 from .budget import Inputs
 from .plan import PlannedTensor
 from .state_dicts import StateDictSource
-from .tensors import PartialSource, TensorSource, compute_dtype
+from .stored import StoredMatrix
+from .tensors import BlockSource, PartialSource, TensorSource, compute_dtype
 
 # Bytes of a tensor looked at together in search of NaN.
 WINDOW = 2**24
@@ -47,6 +49,14 @@ class Group:
     def names(self) -> list[str]:
         """Names of the tensors."""
         return [tensor.name for tensor in self.tensors]
+
+    @property
+    def rows(self) -> slice | None:
+        """Which rows of a matrix a part of whole rows has; ``None``: all."""
+        if self.part is None:
+            return None
+        columns = self.tensors[0].matrix_shape[1]
+        return slice(self.part.start // columns, self.part.stop // columns)
 
     def inputs(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """One tensor's: the base's and the experts'."""
@@ -141,9 +151,32 @@ class Loader:
         else:
             assert isinstance(source, PartialSource)
             read = source.read_elements(tensor.name, part.start, part.stop)
+        self._count(read)
+        return read
+
+    def _count(self, read: Tensor) -> None:
         with self._lock:
             self.read_bytes += read.nbytes
-        return read
+
+    def stored(self, tensor: PlannedTensor) -> list[StoredMatrix]:
+        """The inputs of a matrix where they are stored, the base's and the experts'."""
+
+        def of_source(source: TensorSource) -> StoredMatrix:
+            read = partial(self._read_block, source, tensor)
+            return StoredMatrix(tensor.matrix_shape, source.specs[tensor.name].dtype, self.device, read)
+
+        return list(map(of_source, self.inputs.sources))
+
+    def _read_block(self, source: TensorSource, tensor: PlannedTensor, rows: slice, columns: slice) -> Tensor:
+        n, count, length = tensor.matrix_shape[1], rows.stop - rows.start, columns.stop - columns.start
+        if length == n:
+            return self.read(source, tensor, slice(rows.start * n, rows.stop * n)).view(count, n).to(self.device)
+        if not isinstance(source, BlockSource):
+            runs = (slice(row * n + columns.start, row * n + columns.stop) for row in range(rows.start, rows.stop))
+            return torch.stack([self.read(source, tensor, run) for run in runs]).to(self.device)
+        block = source.read_block(tensor.name, rows.start * n + columns.start, length, n, count)
+        self._count(block)
+        return block.to(self.device)
 
     def on_device(self, tensor: PlannedTensor) -> bool:
         """Whether nothing has to be brought for this tensor."""

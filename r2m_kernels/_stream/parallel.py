@@ -151,6 +151,7 @@ def ordered_sum(
     total: tuple[Tensor, ...] | None = None
     for sums in for_each(function, items, limit):
         total = sums if total is None else tuple(one.add_(other) for one, other in zip(total, sums, strict=True))
+        del sums  # before the next ones are made
     assert total is not None, "nothing to sum"
     return total
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._interface import Pace
 from ..config import MergeConfig
 from . import budget
 from .budget import Inputs, Memory
@@ -21,6 +22,7 @@ from .loader import Group, Loader
 from .parallel import for_each, workers
 from .plan import Plan, PlannedTensor, Role
 from .processes import Journal, assign
+from .stored import StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,19 @@ class Pass:
         block_elements: elements of which a part of a tensor holds a multiple, with the same bits as whole; ``None``
             where all of it is needed at once.
         base_of: roles whose base is read, beside the experts.
+        pace: how a tensor is worked on where it is stored, from all inputs, how the memory is split, and the number of
+            threads; ``None`` where it is loaded.
+        reads: how often that reads its inputs.
+        beside: bytes that stay in memory while a tensor passes in parts.
     """
 
     name: str
     tensors: Sequence[PlannedTensor]
     block_elements: Callable[[PlannedTensor], int | None] = lambda tensor: None
     base_of: tuple[Role, ...] = ("matrix", "vector")
+    pace: Callable[[PlannedTensor, Inputs, Memory, int], Pace | None] = lambda *_: None
+    reads: Callable[[PlannedTensor, Inputs, Pace], int] = lambda *_: 1
+    beside: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
 
     def load(self, loader: Loader, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
@@ -71,6 +80,10 @@ class Step:
         """What is found of a group's tensors, or of a part; it may still be on the device, which nobody waits for."""
         raise NotImplementedError
 
+    def from_storage(self, tensor: PlannedTensor, inputs: Sequence[StoredMatrix], pace: Pace) -> Any:
+        """What :meth:`work` finds of a tensor that is too large to be loaded; the base is the first of the inputs."""
+        raise NotImplementedError
+
     def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
         """What :meth:`work` finds of a tensor, from what it found of all its parts, in their order."""
         return None
@@ -100,11 +113,13 @@ class Work:
         tensors: one, or a group of one shape.
         parts: runs of elements of a single tensor, spread over threads; empty: it is taken whole.
         shared: several such run at once, each on a thread of its own; else it has all threads for itself.
+        pace: of a single tensor that is worked on where it is stored.
     """
 
     tensors: tuple[PlannedTensor, ...]
     parts: tuple[slice, ...] = ()
     shared: bool = False
+    pace: Pace | None = None
 
 
 def work_list(
@@ -115,7 +130,7 @@ def work_list(
     threads: int,
     on_device: Callable[[PlannedTensor], bool] | None = None,
 ) -> list[Work]:
-    """All that is done on a pass, in its order: tensors in parts, then those that go alone, then the others.
+    """All that is done on a pass, in its order: tensors in parts, from storage, those that go alone, then the others.
 
     Args:
         over: the pass.
@@ -130,6 +145,9 @@ def work_list(
     rest = [tensor for tensor in tensors if not parts[tensor.name]]
     if on_device is not None:
         return works + [Work(tuple(group)) for group in _groups(rest, inputs, memory, on_device)]
+    paces = {tensor.name: over.pace(tensor, inputs, memory, threads) for tensor in rest}
+    works += [Work((tensor,), pace=paces[tensor.name]) for tensor in rest if paces[tensor.name] is not None]
+    rest = [tensor for tensor in rest if paces[tensor.name] is None]
     # One that has more than a thread's share of the elements goes alone: its own blocks are spread over the threads.
     elements = sum(tensor.spec.numel for tensor in rest)
     alone = [tensor for tensor in rest if tensor.spec.numel * threads > elements]
@@ -176,6 +194,9 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
     for work in works:
         if work.parts:
             yield work.tensors, _in_parts(work, step, loader, memory, ahead)
+        elif work.pace is not None:
+            (tensor,) = work.tensors
+            yield work.tensors, step.from_storage(tensor, loader.stored(tensor), work.pace)
         elif not work.shared:
             yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
@@ -218,5 +239,6 @@ def _in_parts(work: Work, step: Step, loader: Loader, memory: Memory, ahead: int
     first = work.parts[0]
     size = loader.inputs.working_bytes(tensor) * (first.stop - first.start) // tensor.spec.numel
     assert memory.flight is not None
-    limit = max(1, min(ahead, memory.flight // max(1, size)))
+    room = min(memory.flight, (memory.stored or memory.flight) - step.over.beside(tensor, loader.inputs))
+    limit = max(1, min(ahead, room // max(1, size)))
     return step.join(tensor, list(for_each(value_of, work.parts, limit)))

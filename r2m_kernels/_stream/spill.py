@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .factors import Factors
+from .factors import PRODUCT_ROWS, Factors, inner_products, product_of_sides
 
 FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
 
@@ -41,6 +43,7 @@ class FactorStore:
         self._held: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._spilled: dict[tuple[str, str], tuple[_Spilled, ...]] = {}
         self._factors: dict[str, Factors] = {}  # without their tensors
+        self._at_hand: dict[str, Tensor] = {}  # right factors of tensors that are written in parts
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -68,10 +71,77 @@ class FactorStore:
         nothing = torch.empty(0)
         self._factors[name] = replace(factors, left=nothing, right=nothing)
 
+    def place(self, name: str, count: int, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+        """Make room for the factors of ``count`` residuals of one shape, which come one by one."""
+        key, (m, n) = ("factors", name), shape
+        size = count * rank * (m + n) * dtype.itemsize
+        with self._lock:
+            self._held_bytes -= sum(tensor.nbytes for tensor in self._held.pop(key, ()))
+            if self._budget is None or self._held_bytes + size <= self._budget:
+                # Components lie side by side, as in factors that come at once.
+                left, right = (torch.empty(count, rank, length, dtype=dtype) for length in shape)
+                self._held[key] = (left.mT, right)
+                self._held_bytes += size
+            elif key not in self._spilled:
+                self._spilled[key] = (self._room((count, m, rank), dtype), self._room((count, rank, n), dtype))
+
+    def put_expert(self, name: str, expert: int, left: Tensor, right: Tensor) -> None:
+        """Keep one residual's factors, (m, r) and (r, n), where :meth:`place` made room."""
+        key = ("factors", name)
+        if key in self._held:
+            for held, factor in zip(self._held[key], (left, right), strict=True):
+                held[expert].copy_(factor)
+            return
+        for spilled, factor in zip(self._spilled[key], (left, right), strict=True):
+            offset = spilled.offset + expert * factor.nbytes
+            for start in range(0, len(factor), PRODUCT_ROWS):
+                rows = factor[start : start + PRODUCT_ROWS]
+                self._write(rows, offset)
+                offset += rows.nbytes
+
+    def complete(self, name: str, *, ordered: bool, method: str) -> None:
+        """All residuals' factors are there; what is known of them: see :class:`Factors`."""
+        nothing = torch.empty(0)
+        self._factors[name] = Factors(nothing, nothing, ordered, method=method)
+
     def get(self, name: str) -> Factors:
         """The factors of a tensor, bit for bit; KeyError if there are none."""
         left, right = self._fetch(("factors", name))
         return replace(self._factors[name], left=left, right=right)
+
+    def rows_of(self, name: str, rows: slice) -> Factors:
+        """The same with some rows of the left factors alone. The right ones stay at hand until :meth:`let_go`."""
+        key = ("factors", name)
+        if key in self._held:
+            left, right = self._held[key]
+            return replace(self._factors[name], left=left[:, rows], right=right)
+        with self._lock:
+            if name not in self._at_hand:
+                self._at_hand[name] = self._load(self._spilled[key][1])
+        return replace(self._factors[name], left=self._load(self._spilled[key][0], rows), right=self._at_hand[name])
+
+    def let_go(self, name: str) -> None:
+        """Forget what :meth:`rows_of` has at hand of a tensor."""
+        self._at_hand.pop(name, None)
+
+    def inner_products(self, name: str, ordered: bool) -> Tensor:
+        """⟨F_i, F_j⟩ of a tensor, (N, N) float64, with little of the factors in memory."""
+        key = ("factors", name)
+        if key in self._held:
+            left, right = self._held[key]
+            return inner_products(left.unsqueeze(0), right.unsqueeze(0), ordered)[0]
+
+        def blocks(spilled: _Spilled, side: int) -> Iterator[Tensor]:
+            """Components side by side, as in factors that come at once: a product may be rounded otherwise."""
+            for start in range(0, spilled.shape[side], PRODUCT_ROWS):
+                some = slice(start, min(start + PRODUCT_ROWS, spilled.shape[side]))
+                if side == 1:
+                    yield self._load(spilled, some).mT.contiguous().mT.unsqueeze(0)
+                else:
+                    yield self._load(spilled, slice(None), some).mT.unsqueeze(0)
+
+        spilled_left, spilled_right = self._spilled[key]
+        return product_of_sides(blocks(spilled_left, 1), blocks(spilled_right, 2), ordered)[0]
 
     def put_rows(self, name: str, rows: Tensor) -> None:
         """Keep the (P, m) Gram matrices of one tensor's rows."""
@@ -108,16 +178,24 @@ class FactorStore:
         self.close()
 
     def _append(self, tensor: Tensor) -> _Spilled:
+        spilled = self._room(tuple(tensor.shape), tensor.dtype)
+        self._write(tensor, spilled.offset)
+        return spilled
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Spilled:
+        spilled = _Spilled(self.spilled_bytes, shape, dtype)
+        self.spilled_bytes += math.prod(shape) * dtype.itemsize
+        return spilled
+
+    def _write(self, tensor: Tensor, offset: int) -> None:
         descriptor = self._open()
         content = memoryview(tensor.cpu().contiguous().numpy().data).cast("B")
-        spilled = _Spilled(self.spilled_bytes, tuple(tensor.shape), tensor.dtype)
         while content:  # one call moves at most 2 GiB on Linux
             try:
-                written = os.pwrite(descriptor, content, self.spilled_bytes)
+                written = os.pwrite(descriptor, content, offset)
             except OSError as error:
                 raise self._about_directory(error) from error
-            content, self.spilled_bytes = content[written:], self.spilled_bytes + written
-        return spilled
+            content, offset = content[written:], offset + written
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -129,13 +207,30 @@ class FactorStore:
         # The file has no name any more; who reads the message needs to know which disk is full.
         return OSError(error.errno, error.strerror, str(self._directory or tempfile.gettempdir()))
 
-    def _load(self, spilled: _Spilled) -> Tensor:
-        assert self._descriptor is not None
+    def _load(self, spilled: _Spilled, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """All of it, or blocks of its matrices."""
+        if spilled.shape[1:] and (rows, columns) != (slice(None), slice(None)):
+            count, height, width = spilled.shape
+            (top, bottom, _), (left, right, _) = rows.indices(height), columns.indices(width)
+            block = torch.empty(count, bottom - top, right - left, dtype=spilled.dtype)
+            size = spilled.dtype.itemsize
+            for index, matrix in enumerate(block):
+                start = spilled.offset + (index * height + top) * width * size
+                if right - left == width:
+                    self._fill(matrix, start)
+                else:
+                    for number, row in enumerate(matrix):
+                        self._fill(row, start + (number * width + left) * size)
+            return block
         tensor = torch.empty(spilled.shape, dtype=spilled.dtype)
-        content, offset = memoryview(tensor.numpy().data).cast("B"), spilled.offset
+        self._fill(tensor, spilled.offset)
+        return tensor
+
+    def _fill(self, tensor: Tensor, offset: int) -> None:
+        assert self._descriptor is not None
+        content = memoryview(tensor.numpy().data).cast("B")
         while content:
             count = os.preadv(self._descriptor, [content], offset)
             if count == 0:
                 raise OSError("the temporary file of low-rank factors ended early")
             content, offset = content[count:], offset + count
-        return tensor

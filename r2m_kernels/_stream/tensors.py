@@ -15,6 +15,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .stored import Matrix
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what can be merged
 
 
@@ -23,7 +25,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+def compute_dtype(tensors: Iterable[Matrix]) -> torch.dtype:
     """What these are computed in: float64 where one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -98,6 +100,19 @@ class PartialSource(TensorSource, Protocol):
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of the flattened tensor: (stop − start,), in its dtype."""
+        ...
+
+
+@runtime_checkable
+class BlockSource(PartialSource, Protocol):
+    """A checkpoint that gives a block of columns at once, and knows which tensors cost no more to read in pieces."""
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a run of a tensor is read without the rest of it."""
+        ...
+
+    def read_block(self, name: str, start: int, length: int, step: int, count: int) -> Tensor:
+        """``count`` runs of the flattened tensor, ``step`` apart, the first from ``start`` on: (count, length)."""
         ...
 
 

@@ -8,6 +8,7 @@ from .elements import count_magnitudes as count_magnitudes
 from .match_columns import match_columns as match_columns
 from .orthonormalize import orthonormalize as orthonormalize
 from .residual_matmul import residual_matmul as residual_matmul
+from .residual_matmul import residual_matrices as residual_matrices
 from .row_grams import row_coefficients as row_coefficients
 from .row_grams import row_grams as row_grams
 from .row_grams import sum_rows as sum_rows
@@ -18,6 +19,7 @@ from .sums import weighted_sum as weighted_sum
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
+from .truncate import truncate_by_expert as truncate_by_expert
 from .truncate import truncation_width as truncation_width
 
 traits = Traits(

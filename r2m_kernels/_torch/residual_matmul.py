@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._stream.blocks import column_slices, panel_limit, row_panels
+from .._stream.blocks import column_slices, row_panels
+from .._stream.stored import Matrix, StoredMatrix
 from .._stream.tensors import compute_dtype
 from .residuals import Residuals
 
 
 def residual_matmul(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
+    bases: Sequence[Matrix],
+    experts: Sequence[Sequence[Matrix]],
     mixing: Tensor,
     rhs: Tensor,
     transpose: bool = False,
@@ -31,6 +32,13 @@ def residual_matmul(
     return torch.stack(products)
 
 
+def residual_matrices(
+    base: Matrix, experts: Sequence[Matrix], mixing: Tensor, residuals: Callable[..., Residuals] = Residuals.of
+) -> list[StoredMatrix]:
+    """See :class:`r2m_kernels._interface.Operators`."""
+    return residuals(base, experts, mixing).matrices()
+
+
 def _plain(residuals: Residuals, rhs: Tensor) -> Tensor:
     (m, n), count = residuals.shape, residuals.count
     result = torch.zeros(count, m, rhs.shape[2], dtype=rhs.dtype, device=rhs.device)
@@ -42,7 +50,7 @@ def _plain(residuals: Residuals, rhs: Tensor) -> Tensor:
                 for i in range(count):
                     result[i, rows].addmm_(block[i], rhs[i, columns])
 
-    for _ in parallel.for_each(multiply, row_panels(m, n), panel_limit(rhs.device)):
+    for _ in parallel.for_each(multiply, row_panels(m, n), residuals.panels):
         pass
     return result
 
@@ -62,4 +70,4 @@ def _transposed(residuals: Residuals, rhs: Tensor) -> Tensor:
     panels = row_panels(m, n)
     if not panels:
         return torch.zeros(count, n, rhs.shape[2], dtype=rhs.dtype, device=rhs.device)
-    return parallel.ordered_sum(multiply, panels, panel_limit(rhs.device))[0]
+    return parallel.ordered_sum(multiply, panels, residuals.panels)[0]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._stream.blocks import as_matrix, long_panels, panel_limit, task_vectors
+from .._stream.blocks import as_matrix, block_height, long_panels, panel_limit, task_vectors
+from .._stream.stored import Matrix, StoredMatrix
 from .._stream.tensors import compute_dtype
 
 
@@ -39,55 +40,86 @@ class SignMatrix:
         signs = torch.randint(0, 2, (4, long), generator=generator, dtype=torch.int8)
         return SignMatrix(width, offsets, signs.to(dtype) * 2 - 1)
 
-    def dense(self) -> Tensor:
-        """(long, width)."""
-        long = self.signs.shape[1]
-        row = torch.arange(long)
-        matrix = torch.zeros(long, self.width, dtype=self.signs.dtype)
+    def dense(self, run: slice) -> Tensor:
+        """Its rows of a run, (len(run), width)."""
+        row = torch.arange(run.start, run.stop)
+        matrix = torch.zeros(len(row), self.width, dtype=self.signs.dtype)
         for t in range(4):
             column = (row % self.width + self.offsets[row // self.width, t]) % self.width
-            matrix[row, column] += self.signs[t]
+            matrix[row - run.start, column] += self.signs[t, row]
         return matrix
 
 
 class Residuals:
-    """The N residuals of one tensor, seen as (m, n) matrices.
+    """The residuals of one tensor, seen as (m, n) matrices: all N, or the E that are chosen.
 
     Attributes:
         shape: (m, n).
-        count: N.
+        count: E.
         dtype: of the computation, float32 or float64; ``mixing``'s.
         fast_dtype: the dtype of operands of products that need no precision: it may be one that the machine multiplies
             faster.
+        chosen: which ones, in their order; whoever else is there touches no bit.
+        panels: at work at once; ``None``: as many as threads want.
     """
 
-    def __init__(self, base: Tensor, experts: Sequence[Tensor], mixing: Tensor) -> None:
-        self.base, self.experts = as_matrix(base), [as_matrix(expert) for expert in experts]
-        self.mixing = mixing
+    def __init__(
+        self,
+        base: Matrix,
+        experts: Sequence[Matrix],
+        mixing: Tensor,
+        chosen: Sequence[int] | None = None,
+        panels: int | None = None,
+    ) -> None:
+        self.base: Matrix = as_matrix(base)
+        self.experts: Sequence[Matrix] = [as_matrix(expert) for expert in experts]
+        self.mixing, self.chosen = mixing, list(range(len(experts)) if chosen is None else chosen)
         self.shape = self.base.shape[0], self.base.shape[1]
-        self.count, self.dtype, self.device = len(experts), mixing.dtype, base.device
+        self.count, self.dtype, self.device = len(self.chosen), mixing.dtype, base.device
+        self.panels = panel_limit(self.device) if panels is None else panels
         self.fast_dtype = self.dtype
 
     @classmethod
-    def of(cls, base: Tensor, experts: Sequence[Tensor], mixing: Tensor, dtype: torch.dtype | None = None) -> Residuals:
+    def of(cls, base: Matrix, experts: Sequence[Matrix], mixing: Tensor, dtype: torch.dtype | None = None) -> Residuals:
         """With the mixing on the inputs' device and in ``dtype``, or else their compute dtype."""
         return cls(base, experts, mixing.to(base.device, dtype or compute_dtype([base, *experts])))
 
+    def only(self, chosen: Sequence[int], panels: int | None = None) -> Residuals:
+        """Some of the N."""
+        return type(self)(self.base, self.experts, self.mixing, chosen, self.panels if panels is None else panels)
+
     def scaled(self, factors: Tensor) -> Residuals:
-        """factors_i · X_i, a (N,) float64 tensor on the CPU."""
-        mixing = (self.mixing.double().cpu() * factors).to(self.mixing)
-        return type(self)(self.base, self.experts, mixing)
+        """factors_i · X_i, an (E,) float64 tensor on the CPU."""
+        of_all = torch.ones(len(self.experts), dtype=torch.float64)
+        of_all[self.chosen] = factors
+        mixing = (self.mixing.double().cpu() * of_all).to(self.mixing)
+        return type(self)(self.base, self.experts, mixing, self.chosen, self.panels)
 
     def block(self, rows: slice, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """X_i[rows, columns] of all experts: (N, …, …), in ``dtype`` or else the compute dtype."""
-        theta, thetas = self.base[:, columns], [expert[:, columns] for expert in self.experts]
-        tau = task_vectors(theta, thetas, rows, self.dtype)
-        block = torch.mm(self.mixing.T.contiguous(), tau.view(self.count, -1)).view(tau.shape)
+        """X_i[rows, columns]: (E, …, …), in ``dtype`` or else the compute dtype."""
+        if isinstance(self.base, StoredMatrix):
+            formed = [self._formed(some, columns, dtype) for some in self.read_rows(rows, columns)]
+            return formed[0] if len(formed) == 1 else torch.cat(formed, dim=1)
+        return self._formed(rows, columns, dtype)
+
+    def read_rows(self, rows: slice, columns: slice) -> list[slice]:
+        """Rows of a block cut into what is read at once."""
+        first, last, _ = rows.indices(self.shape[0])
+        left, right, _ = columns.indices(self.shape[1])
+        step = block_height(last - first, right - left)
+        return [slice(start, min(start + step, last)) for start in range(first, last, step)]
+
+    def _formed(self, rows: slice, columns: slice, dtype: torch.dtype | None) -> Tensor:
+        theta, *thetas = (one[rows, columns] for one in (self.base, *self.experts))
+        tau = task_vectors(theta, thetas, slice(None), self.dtype)
+        block = torch.mm(self.mixing.T.contiguous(), tau.view(len(tau), -1)).view(tau.shape)
+        if self.count < len(tau):
+            block = block[self.chosen]
         return block if dtype is None else block.to(dtype)
 
     def sketch(self, signs: SignMatrix) -> tuple[Tensor, Tensor]:
-        """SᵀA_i for A = X or Xᵀ, tall: (N, width, short side); and ‖X_i‖², (N,) float64 on the CPU."""
-        (m, n), dense = self.shape, signs.dense().to(self.device)
+        """SᵀA_i for A = X or Xᵀ, tall: (E, width, short side); and ‖X_i‖², (E,) float64 on the CPU."""
+        m, n = self.shape
         tall = m >= n
 
         def of_panel(panel: list[slice]) -> tuple[Tensor, Tensor]:
@@ -95,15 +127,24 @@ class Residuals:
             energy = torch.zeros(self.count, dtype=torch.float64, device=self.device)
             for run in panel:
                 block = self.along(run, tall)
-                total += torch.matmul(dense[run].T, block)
+                total += torch.matmul(signs.dense(run).to(self.device).T, block)
                 energy += torch.linalg.vector_norm(block, dim=(1, 2), dtype=torch.float64).square()
             return total, energy
 
-        total, energy = parallel.ordered_sum(of_panel, long_panels(m, n), panel_limit(self.device))
+        total, energy = parallel.ordered_sum(of_panel, long_panels(m, n), self.panels)
         return total, energy.cpu()
 
+    def matrices(self) -> list[StoredMatrix]:
+        """Each residual as a matrix of its own, formed where it is read."""
+
+        def of_one(chosen: int) -> StoredMatrix:
+            block = self.only([chosen]).block
+            return StoredMatrix(self.shape, self.dtype, self.device, lambda rows, columns: block(rows, columns)[0])
+
+        return [of_one(chosen) for chosen in self.chosen]
+
     def along(self, run: slice, tall: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of A = X (tall) or Xᵀ of all experts: (N, len(run), short side)."""
+        """Rows of A = X (tall) or Xᵀ: (E, len(run), short side)."""
         if tall:
             return self.block(run, slice(None), dtype)
         return self.block(slice(None), run, dtype).mT

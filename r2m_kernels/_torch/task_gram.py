@@ -11,7 +11,6 @@ from .._interface import Grams
 from .._stream import parallel
 from .._stream.blocks import (
     BLOCK_ELEMENTS,
-    BLOCKS_PER_PANEL,
     element_panels,
     panel_limit,
     task_vectors,
@@ -21,10 +20,10 @@ from .._stream.tensors import compute_dtype
 # Products are summed in the compute dtype within a tile and in float64 across tiles. A BLAS may sum a short product
 # one term after another, and then a tile of 8192 equal-signed terms is off by 29·2⁻²⁴ (seen): 256 keep it under 10.
 TILE = 256
-
-
+# Blocks of a panel: parts of a tensor are whole panels, and few of them are to fit a small budget.
+BLOCKS_PER_PANEL = 4
 # Elements that are widened to float64 at once.
-STRIP = 2**18
+STRIP = BLOCK_ELEMENTS
 
 
 def gram_panel_elements(precise: bool) -> int:
@@ -72,7 +71,7 @@ def _gram(base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     total = torch.zeros(count, count, dtype=torch.float64, device=base.device)
     squares = torch.zeros((), dtype=torch.float64, device=base.device)
-    panels = element_panels(flat_base.numel())
+    panels = element_panels(flat_base.numel(), BLOCKS_PER_PANEL)
     for gram, square in parallel.for_each(panel_gram, panels, panel_limit(base.device)):
         total += gram
         squares += square

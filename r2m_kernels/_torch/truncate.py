@@ -12,15 +12,17 @@ three, two only turn the subspace, and may have operands in bfloat16 where the C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._interface import Effort, ShiftedFactors
+from .._interface import Effort, Pace, ShiftedFactors
 from .._stream import parallel
-from .._stream.blocks import long_panels, panel_limit
+from .._stream.blocks import long_panels
 from .._stream.factors import RATE, stacked
+from .._stream.stored import Matrix
 from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
@@ -28,6 +30,11 @@ SHIFT = 0.8
 # Rows of a block for each component kept, and the multiple it is rounded up to (BLAS runs better there).
 WIDTH_RATIO = 1.4
 WIDTH_MULTIPLE = 8
+# Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
+# what the library sums in, float32 of the same size, fits the cache.
+PRODUCT_ROWS = 256
+# Columns of a block that are widened to float64 at once.
+PRODUCT_COLUMNS = 1024
 # Ratio of the smallest to the largest eigenvalue of the sketch's Gram: below it the spectrum is too steep for a step,
 # which squares it, in float32 (k^-1 at rank 100: 2e-5) or float64.
 STEEP = {torch.float32: 2.0**-18, torch.float64: 2.0**-40}
@@ -57,17 +64,79 @@ def shifted_truncation(
     of_tensors = []
     for index, key in enumerate(keys.tolist()):
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
-        steps, width = -(-effort.iterations // 2), truncation_width(rank, effort.oversampling)
-        of_tensors.append(_truncate(of_tensor, key, rank, steps, width, effort.tolerance))
+        (m, n), everyone = of_tensor.shape, range(len(experts))
+        found = _subspace(of_tensor, key, truncation_width(rank, effort.oversampling), effort)
+        rows = _times(found.unit, found.basis, m >= n)
+        rotations, trusted, gap = _leading(found, everyone, rows, rank)
+        left, right = (rows.new_empty(len(experts), rank, side) for side in (max(m, n), min(m, n)))
+        for i in everyone:
+            torch.mm(_lengthened(rotations[i], found, i), rows[i], out=left[i])
+            torch.mm(rotations[i], found.basis[i], out=right[i])
+        of_tensors.append((*_sides(left, right, m >= n), trusted, gap))
     left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
     return ShiftedFactors(left, right, None, trusted, gap)
 
 
-def _truncate(
-    residuals: Residuals, key: int, rank: int, steps: int, width: int, tolerance: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, n = residuals.shape
-    tall, short = m >= n, min(m, n)
+def truncate_by_expert(
+    base: Matrix,
+    experts: Sequence[Matrix],
+    mixing: Tensor,
+    key: int,
+    rank: int,
+    effort: Effort,
+    pace: Pace,
+    residuals: Callable[..., Residuals] = Residuals.of,
+) -> Iterator[ShiftedFactors]:
+    """See :class:`r2m_kernels._interface.Operators`."""
+    of_tensor = residuals(base, experts, mixing)
+    for start in range(0, len(experts), pace.experts):
+        some = of_tensor.only(range(len(experts))[start : start + pace.experts], pace.panels)
+        found = _subspace(some, key, truncation_width(rank, effort.oversampling), effort)
+        for place, expert in enumerate(some.chosen):
+            yield _of_expert(found, place, expert, rank)
+        del found  # before the next experts' is
+
+
+def _of_expert(found: Subspace, place: int, expert: int, rank: int) -> ShiftedFactors:
+    tall, some = found.unit.shape[0] >= found.unit.shape[1], slice(place, place + 1)
+    rows = _times(found.unit.only([expert]), found.basis[some], tall)
+    (rotation,), trusted, gap = _leading(found, [place], rows, rank)
+    left = _lengthened(rotation, found, place) @ rows[0]
+    del rows  # before the other factor is made
+    left, right = _sides(left, rotation @ found.basis[place], tall)
+    return ShiftedFactors(left[None, None], right[None, None], None, trusted.unsqueeze(0), gap.unsqueeze(0))
+
+
+def _lengthened(rotation: Tensor, found: Subspace, place: int) -> Tensor:
+    """The rotation times ‖X_i‖: what is rotated is of the residual scaled to norm 1."""
+    return rotation * found.energy[place].sqrt().to(rotation)
+
+
+def _sides(left: Tensor, right: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    """Factors of X_i from those of A_i, transposed: (…, r, long side) and (…, r, short side)."""
+    return (left.mT, right) if tall else (right.mT, left)
+
+
+class Subspace(NamedTuple):
+    """Where the residuals A_i = X_i or X_iᵀ, tall, have most of their energy.
+
+    Attributes:
+        unit: the residuals scaled to norm 1.
+        basis: (E, b, short side), orthonormal rows.
+        energy: (E,) float64, ‖X_i‖².
+        steep: (E,) bool, whose spectrum is too steep for a step: their basis is the sketch's.
+        kept: (E,) float64, the energy of the unit residual in its subspace before the last step; ``None`` without one.
+    """
+
+    unit: Residuals
+    basis: Tensor
+    energy: Tensor
+    steep: Tensor
+    kept: Tensor | None
+
+
+def _subspace(residuals: Residuals, key: int, width: int, effort: Effort) -> Subspace:
+    (m, n), steps, tolerance = residuals.shape, -(-effort.iterations // 2), effort.tolerance
     sketch, energy = residuals.sketch(SignMatrix.random(key, max(m, n), width, residuals.dtype))
     norms = energy.sqrt()
     usable = torch.isfinite(norms) & (norms > 0)
@@ -75,54 +144,69 @@ def _truncate(
     inverse = torch.where(usable, norms, torch.inf).reciprocal()
     unit = residuals.scaled(inverse)
     basis, steep = _descending(sketch * inverse.to(sketch).view(-1, 1, 1))
+    of_steep = {i: _orthonormal(sketch[i]) for i in steep.nonzero().flatten().tolist()}
+    del sketch
     kept: list[Tensor] = []
     for _ in range(0 if bool(steep.all()) else steps):
-        product, energies = _there_and_back(unit, basis, tall)
+        product, energies = _there_and_back(unit, basis, m >= n)
         kept.append(energies.sum(dim=1))
         # Not above any energy that the block holds, either: that would damp what is wanted.
-        outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, short - width)
+        outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, min(m, n) - width)
         shift = torch.minimum(SHIFT * outside, energies.amin(dim=1)).to(basis)
-        basis = torch.stack([_orthonormal(w - a * v) for w, a, v in zip(product, shift, basis, strict=True)])
+        for w, a, v in zip(product, shift, basis, strict=True):
+            w -= v.mul_(a)
+            v.copy_(_orthonormal(w))
+        del product
         if tolerance is not None and len(kept) > 1 and bool((kept[-1] - kept[-2] <= tolerance * kept[-1]).all()):
             break
-    for i in steep.nonzero().flatten().tolist():
-        basis[i] = _orthonormal(sketch[i])
-    rows = _times(unit, basis, tall)
-    left = torch.empty(len(rows), rank, rows.shape[2], dtype=rows.dtype, device=rows.device)
-    right = torch.empty(len(rows), rank, short, dtype=rows.dtype, device=rows.device)
-    gap = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    trusted = torch.isfinite(norms)
-    for i, (y, v) in enumerate(zip(rows, basis, strict=True)):
-        values, vectors = _by_size(y.double() if steep[i] else y)
-        rotation = vectors[:, :rank].T.to(y)
-        torch.mm(rotation * norms[i].to(rotation), y, out=left[i])
-        torch.mm(rotation, v, out=right[i])
-        if steep[i]:
-            trusted[i] &= bool(values[rank:].sum() <= NOTHING_LOST[residuals.dtype] * values.sum())
+    for i, rows in of_steep.items():
+        basis[i] = rows
+    return Subspace(unit, basis, energy, steep, kept[-1] if kept else None)
+
+
+def _leading(found: Subspace, places: Sequence[int], rows: Tensor, rank: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The leading directions of some of the residuals within their subspaces.
+
+    Args:
+        found: subspaces.
+        places: of the residuals among them.
+        rows: V_i A_iᵀ, (len(places), b, long side).
+        rank: r.
+
+    Returns:
+        Rotations (r, b) of rows and bases, whether to trust them, and their gap, both (len(places),).
+    """
+    energy, dtype = found.energy[list(places)], found.unit.dtype
+    trusted, gap = torch.isfinite(energy.sqrt()), torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    rotations = []
+    for i, (place, y) in enumerate(zip(places, rows, strict=True)):
+        values, vectors = _by_size(y, torch.float64 if found.steep[place] else dtype)
+        rotations.append(vectors[:, :rank].T.to(y))
+        if found.steep[place]:
+            trusted[i] &= bool(values[rank:].sum() <= NOTHING_LOST[dtype] * values.sum())
             gap[i] = 0.0
-        elif kept:
-            growth = (values.sum() - kept[-1][i]).clamp_min(0)
+        elif found.kept is not None:
+            growth = (values.sum() - found.kept[place]).clamp_min(0)
             gap[i] = growth * (values[-1] / values[rank - 1]) ** RATE if values[rank - 1] > 0 else 0.0
-    left, right = (left.mT, right) if tall else (right.mT, left)
-    return left, right, trusted, gap * energy
+    return rotations, trusted, gap * energy
 
 
 def _times(residuals: Residuals, basis: Tensor, tall: bool) -> Tensor:
-    """V_i A_iᵀ, (N, b, long side)."""
-    rows = torch.empty(*basis.shape[:2], max(residuals.shape), dtype=basis.dtype, device=basis.device)
+    """V_i A_iᵀ, (E, b, long side)."""
+    rows = basis.new_empty(*basis.shape[:2], max(residuals.shape))
 
     def multiply(panel: list[slice]) -> None:
         for run in panel:
             for v, a, out in zip(basis, residuals.along(run, tall), rows, strict=True):
                 torch.mm(v, a.T, out=out[:, run])
 
-    for _ in parallel.for_each(multiply, long_panels(*residuals.shape), panel_limit(residuals.device)):
+    for _ in parallel.for_each(multiply, long_panels(*residuals.shape), residuals.panels):
         pass
     return rows
 
 
 def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-    """V_i A_iᵀA_i, (N, b, short side), and ‖A_i v‖² of every row v, (N, b) float64 on the CPU; A is read once."""
+    """V_i A_iᵀA_i, (E, b, short side), and ‖A_i v‖² of every row v, (E, b) float64 on the CPU; A is read once."""
     fast = basis.to(residuals.fast_dtype)
 
     def of_panel(panel: list[slice]) -> tuple[Tensor, Tensor]:
@@ -135,10 +219,12 @@ def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Te
                 if y.dtype == total.dtype:
                     total[i].addmm_(y, a)
                 else:
-                    total[i] += y @ a
+                    for start in range(0, len(y), PRODUCT_ROWS):
+                        some = slice(start, start + PRODUCT_ROWS)
+                        total[i, some] += y[some] @ a
         return total, energies
 
-    total, energies = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), panel_limit(basis.device))
+    total, energies = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), residuals.panels)
     return total, energies.cpu()
 
 
@@ -150,15 +236,21 @@ def _descending(sketch: Tensor) -> tuple[Tensor, Tensor]:
     """
     basis, steep = torch.empty_like(sketch), torch.zeros(len(sketch), dtype=torch.bool)
     for i, block in enumerate(sketch):
-        values, vectors = _by_size(block)
+        values, vectors = _by_size(block, block.dtype)
         steep[i] = not bool(values[-1] > STEEP[sketch.dtype] * values[0])  # NaN and zero are, too
         torch.mm((vectors * values.clamp_min(0).rsqrt().nan_to_num(0.0, 0.0, 0.0)).T.to(block), block, out=basis[i])
     return basis, steep
 
 
-def _by_size(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of rows · rowsᵀ on the CPU, descending, in the rows' dtype."""
-    gram = (rows @ rows.T).cpu()
+def _by_size(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of rows · rowsᵀ on the CPU, descending, in a dtype."""
+    if dtype == rows.dtype:
+        gram = (rows @ rows.T).cpu()
+    else:
+        gram = torch.zeros(len(rows), len(rows), dtype=dtype)
+        for some in torch.split(rows, PRODUCT_COLUMNS, dim=1):
+            wide = some.to(dtype)
+            gram += (wide @ wide.T).cpu()
     if not bool(torch.isfinite(gram).all()):
         gram = torch.eye(len(gram), dtype=gram.dtype) * torch.nan  # LAPACK refuses it; NaN is seen by the caller
         return gram.diagonal(), gram
@@ -167,7 +259,8 @@ def _by_size(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Householder QR of (k, n) rows, k ≤ n, scaled to 1 first."""
-    largest = rows.abs().amax()
-    basis: Tensor = torch.linalg.qr((rows / largest if largest > 0 else rows).T).Q
+    """Householder QR of (k, n) rows, k ≤ n, scaled to 1 first, in place."""
+    least, most = rows.aminmax()
+    largest = torch.maximum(most, -least)
+    basis: Tensor = torch.linalg.qr((rows.div_(largest) if largest > 0 else rows).T).Q
     return basis.T

@@ -1,6 +1,8 @@
 """The Triton backend: fused kernels for CUDA and ROCm. See :mod:`r2m_kernels.ops`."""
 
 from .._interface import Traits
+from .._torch import residual_matrices as residual_matrices  # these two for what stays where it is stored: CPUs alone
+from .._torch import truncate_by_expert as truncate_by_expert
 from .._torch import weigh_rows as weigh_rows  # some 20 calls a group, two of them batched products
 from .columns import match_columns as match_columns
 from .combine import combine as combine

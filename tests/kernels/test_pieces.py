@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import ROWS, TRUNCATED, same_bits
+from cases import ROWS, TRUNCATED, matrix_with, same_bits, spectrum
 
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels._stream.state_dicts import StateDictSink, StateDictSource
@@ -121,7 +121,22 @@ def test_inputs_that_do_not_fit_are_read_once_a_pass(made):
     sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
     analyze(sources[0], sources[1:], METHODS["truncated"], memory_budget=2**16).merge()
     assert {source.read_elements_of["vector"] / source.specs["vector"].numel for source in sources} == {2}
-    assert {source.read_elements_of["tall"] / source.specs["tall"].numel for source in sources} == {3}
+    # A truncation from storage has a sketch, a step and a factor of each expert to make.
+    reads = 1 + 3 * 3 + 1
+    assert {source.read_elements_of["tall"] / source.specs["tall"].numel for source in sources} == {reads}
+    assert not any(source.whole.keys() & {"tall", "wide", "vector"} for source in sources)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_residuals_that_are_too_steep_are_truncated_again_from_storage(backend):
+    shape = (1100, 180)
+    steep = matrix_with(spectrum("k^-2", 180), *shape).float()
+    base, other = torch.zeros(shape), matrix_with(spectrum("linear", 180), *shape, seed=1).float()
+    states = {"matrix": base}, [{"matrix": steep}, {"matrix": other}, {"matrix": other + steep}]
+    config = MergeConfig.r2m(real_rank=0)
+    whole, stored = (analyze(*states, config, backend=backend, memory_budget=budget) for budget in (None, 2**16))
+    assert {one._findings.truncated["matrix"].method for one in (whole, stored)} == {"textbook"}
+    assert same_bits(whole.merge(), stored.merge())
 
 
 def test_a_strided_tensor_is_cut_like_its_copy(made):

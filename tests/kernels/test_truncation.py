@@ -107,8 +107,8 @@ def test_steep_residuals_go_to_the_textbook_and_low_rank_ones_need_no_step(kind,
     for name in ("_there_and_back", "_times"):
         original = getattr(truncate, name)
         monkeypatch.setattr(truncate, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
-    textbook = truncation._textbook
-    monkeypatch.setattr(truncation, "_textbook", lambda *a: calls.append("textbook") or textbook(*a))
+    textbook = truncation.textbook
+    monkeypatch.setattr(truncation, "textbook", lambda *a: calls.append("textbook") or textbook(*a))
     truncated("x", [matrix_with(spectrum(kind, 512), 512, 600).float()], 52)
     assert calls == (["_times"] if kind == "rank 40" else ["_times", "textbook"])
 

@@ -126,7 +126,9 @@ def test_the_list_is_the_work_that_is_done(command: Callable[..., Result], monke
     for line in listed.splitlines():
         if heading := re.fullmatch(r"(.+): \d+ pieces? of work", line):
             works = shown[heading[1]] = []
-        elif piece := re.fullmatch(r"  (\S+) \[[\d, ]+\], \w+, (?:in (\d+) parts|beside others|on all threads)", line):
+        elif piece := re.fullmatch(
+            r"  (\S+) \[[\d, ]+\], \w+, (?:in (\d+) parts|beside others|on all threads|from storage)", line
+        ):
             works.append((piece[1], int(piece[2] or 0)))
     assert command("merge", *words, "--quiet").code == 0
     assert list(shown) == ["task Gram", "truncation", "combination"]
@@ -141,7 +143,7 @@ def test_what_does_not_suffice_is_said_with_code_1(
     words = ["--base", "base.safetensors", "--expert", "a.safetensors", "--out", "out"]
     result = command("plan", *words, "--memory-budget", "1MiB")
     assert result.code == 1
-    assert "over the budget: 'square' and 2 more cannot be merged in parts" in result.out
+    assert "over the budget: 'square' and 2 more need more at once; memory counts it" in result.out
     monkeypatch.setattr("r2m.machine.free_disk", lambda directory: 1000)
     result = command("plan", *words)
     assert result.code == 1

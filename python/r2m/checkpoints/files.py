@@ -136,21 +136,30 @@ class Checkpoint:
         for start in range(0, spec.numel, _RUN):
             yield self.read_elements(name, start, min(start + _RUN, spec.numel))
 
+    def in_blocks(self, name: str) -> bool:
+        """See :class:`r2m_kernels.streaming.BlockSource`."""
+        return self._locations[name].strides is None
+
+    def read_block(self, name: str, start: int, length: int, step: int, count: int) -> Tensor:
+        """Runs of its elements, ``step`` apart, in memory of their own: (count, length). Errors are :meth:`read`'s."""
+        dtype = self.specs[name].dtype
+        size = dtype.itemsize
+        return self._read_block(name, start * size, length * size, step * size, count).view(dtype)
+
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes of the file from where a tensor begins."""
-        location, size = self._locations[name], stop - start
-        data = torch.empty(size, dtype=torch.uint8)
-        view = data.numpy().data
+        return self._read_block(name, start, stop - start, 0, 1).view(-1)
+
+    def _read_block(self, name: str, start: int, length: int, step: int, count: int) -> Tensor:
+        """The same of several runs of bytes: (count, length)."""
+        location = self._locations[name]
+        data = torch.empty(count, length, dtype=torch.uint8)
         descriptor = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             with naming(location.path):
                 whole = identity(descriptor) == self._files[location.path].identity
-                done = 0
-                while whole and done < size:
-                    # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
-                    count = os.preadv(descriptor, [view[done:]], location.offset + start + done)
-                    done += count
-                    whole = count > 0
+                for index, run in enumerate(data.numpy()):
+                    whole = whole and _filled(descriptor, run.data, location.offset + start + index * step)
                 whole = whole and identity(descriptor) == self._files[location.path].identity
         finally:
             os.close(descriptor)
@@ -158,6 +167,18 @@ class Checkpoint:
             file = quoted(location.path.name)
             raise BadCheckpoint(f"{self.label}: tensor {quoted(name)}: file {file} was changed while it was in use")
         return data
+
+
+def _filled(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Read from a place in a file until ``view`` is full; whether there was enough."""
+    done, size = 0, len(view)
+    while done < size:
+        # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 def identity(descriptor: int) -> tuple[int, ...]:

@@ -16,16 +16,22 @@ from r2m_kernels.streaming import TensorSpec
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a view, read when it is asked for: the whole, or a run of its flattened elements."""
+    """A tensor of a view, read when it is asked for: the whole, or a run of its flattened elements.
+
+    Attributes:
+        read_block: several runs at once, where a run is read without the rest.
+    """
 
     spec: TensorSpec
     read: Callable[[], Tensor]
     read_elements: Callable[[int, int], Tensor]
+    read_block: Callable[[int, int, int, int], Tensor] | None = None
 
     @classmethod
     def stored(cls, source: Checkpoint, name: str) -> LazyTensor:
         """As a checkpoint has it."""
-        return cls(source.specs[name], partial(source.read, name), partial(source.read_elements, name))
+        runs = partial(source.read_block, name) if source.in_blocks(name) else None
+        return cls(source.specs[name], partial(source.read, name), partial(source.read_elements, name), runs)
 
     @classmethod
     def computed(cls, spec: TensorSpec, read: Callable[[], Tensor]) -> LazyTensor:
@@ -90,6 +96,16 @@ class View:
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """See the protocol."""
         return self.tensors[name].read_elements(start, stop)
+
+    def in_blocks(self, name: str) -> bool:
+        """See :class:`r2m_kernels.streaming.BlockSource`."""
+        return self.tensors[name].read_block is not None
+
+    def read_block(self, name: str, start: int, length: int, step: int, count: int) -> Tensor:
+        """See there."""
+        read = self.tensors[name].read_block
+        assert read is not None
+        return read(start, length, step, count)
 
     def renamed(self, rules: Mapping[str, str | None]) -> View:
         """The same tensors under other names.
