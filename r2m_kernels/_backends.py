@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import cast
@@ -116,7 +117,22 @@ def _why_not_triton(device: torch.device) -> str:
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < OLDEST_CAPABILITY:
             return f"needs a GPU of compute capability {OLDEST_CAPABILITY}.0 or newer"
-        return ""
+        return _tried(device)
     if device.type == "cpu" and launch.INTERPRETED:
         return ""
     return f"runs on CUDA and ROCm GPUs and not on '{device.type}' (device='cuda' chooses one)"
+
+
+@functools.cache
+def _tried(device: torch.device) -> str:
+    """Whether the smallest kernel is compiled and launched on a GPU: once in a process, and why not if so."""
+    sums = importlib.import_module("._triton.sums", __package__)
+    try:
+        sums.sum_rows(torch.ones(1, 1, dtype=torch.float64, device=device))
+    except Exception as error:  # compilers, drivers and file systems raise what they like
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        return (
+            f"cannot compile or launch a kernel on '{device}' ({reason[:200]}); it needs a C compiler (CC), a cache "
+            "that can be written (TRITON_CACHE_DIR) and free GPU memory"
+        )
+    return ""

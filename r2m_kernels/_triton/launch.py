@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from ..errors import BackendUnavailable
 
 Precision = Literal["bf16", "tf32", "tf32x3", "ieee"]
 
@@ -24,6 +27,8 @@ Precision = Literal["bf16", "tf32", "tf32x3", "ieee"]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Whether kernels run on CPU tensors, in Triton's interpreter, for tests: decided when they are imported.
+# What Triton raises where a GPU has too little shared memory or its compiler fails; not mistakes in arguments.
+_REFUSALS = (OutOfResources, PTXASError)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Inputs (beside the base) whose loads a residual kernel unrolls; more are read in a loop.
@@ -91,11 +96,21 @@ def start(kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, *
 
     A grid's second dimension is the tensors of a group; what there is of each tensor has it as its first dimension,
     and nothing else is as long as a group of more than a launch may have.
+
+    Raises:
+        BackendUnavailable: this GPU or its compiler cannot do it.
     """
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for part, some in parts(grid, arguments):
-            kernel[part](*some, **constants, **options(config))
+            try:
+                kernel[part](*some, **constants, **options(config))
+            except _REFUSALS as error:
+                name = getattr(kernel, "__name__", "a kernel")
+                raise BackendUnavailable(
+                    f"backend 'triton' cannot run {name} on '{device}': {str(error).strip().partition(chr(10))[0]}; "
+                    "backend='torch' (--backend torch) needs no compiler"
+                ) from error
 
 
 def parts(grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import TRUNCATED, checkpoints, distance, floating, matrix_with, same_bits, spectrum
 from interpreter import multiply_in_tf32
+from triton.runtime.errors import OutOfResources
 
 from r2m_kernels import (
     BackendUnavailable,
@@ -21,7 +22,7 @@ from r2m_kernels import (
     truncation,
 )
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton import truncate
+from r2m_kernels._triton import launch, truncate
 from r2m_kernels.truncation import truncate_residuals
 
 SLOW = pytest.mark.slow
@@ -222,6 +223,7 @@ def test_a_nan_in_a_group_is_named_by_expert_and_tensor(bad):
 def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_tried", lambda device: "")
     chosen = _backends.choose("auto", gpu)
     assert (chosen.name, chosen.reason) == ("triton", "the fastest one this version has for cuda")
     assert _backends.choose("auto", torch.device("cpu")).name == "native"
@@ -235,6 +237,45 @@ def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
         _backends.choose("triton", gpu)
     with pytest.raises(BackendUnavailable, match="backend 'triton' runs on CUDA and ROCm GPUs and not on 'mps'"):
         _backends.choose("triton", torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore"),
+        PermissionError(13, "Permission denied", "/root/.triton/cache"),
+        OutOfResources(232448, 101376, "shared memory"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_where_triton_cannot_compile_or_launch_auto_takes_torch_and_says_why(error, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    gpu = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("r2m_kernels._triton.sums.sum_rows", fails)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    _backends._tried.cache_clear()
+    chosen = _backends.choose("auto", gpu)
+    assert chosen.name == "torch"
+    first = str(error).splitlines()[0]
+    assert chosen.reason.startswith(f"the Triton backend cannot compile or launch a kernel on 'cuda:3' ({first})")
+    assert "\n" not in chosen.reason
+    with pytest.raises(BackendUnavailable, match=r"^backend 'triton' cannot compile or launch .*backend='torch'"):
+        _backends.choose("triton", gpu)
+    _backends._tried.cache_clear()
+
+
+def test_a_kernel_that_a_gpu_cannot_run_is_named_in_one_sentence(monkeypatch):
+    def fails(*_, **__):
+        raise OutOfResources(232448, 101376, "shared memory")
+
+    with pytest.raises(BackendUnavailable) as caught:
+        launch.start({(1,): fails}, (1,), launch.sums(), torch.ones(1))
+    assert str(caught.value).startswith("backend 'triton' cannot run a kernel on 'cpu': out of resource: shared memory")
+    assert str(caught.value).endswith("backend='torch' (--backend torch) needs no compiler")
+    assert "\n" not in str(caught.value)
 
 
 def test_steep_residuals_of_a_group_are_truncated_again_and_the_others_stay():

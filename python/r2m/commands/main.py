@@ -11,7 +11,7 @@ import click
 
 from r2m.commands import again, evaluate, files, look, merge
 from r2m.commands.messages import say, settled
-from r2m.commands.process import ENDED, exit_code
+from r2m.commands.process import ENDED, exit_code, no_memory
 from r2m_kernels.errors import DoesNotFit, printable
 
 
@@ -69,6 +69,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if code is None:
             raise
         text = _describe(error) if isinstance(error, OSError) else str(error)
+        if no_memory(error):
+            text = "the GPU has not enough free memory: less with --memory-budget, or --device cpu"
         if not isinstance(error, DoesNotFit):  # which alone has lines
             text = printable(text)
         more = ["(r2m inspect --all BASE EXPERT… lists every mismatch)"] if getattr(error, "every", "") else []

@@ -37,4 +37,9 @@ def exit_code(error: Exception) -> int | None:
     """2: the input or an option cannot be used; 1: the machine refused; None: the error is ours, and shows where."""
     if isinstance(error, R2MError):
         return error.exit_code
-    return MACHINE if isinstance(error, OSError) else None
+    return MACHINE if isinstance(error, OSError) or no_memory(error) else None
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether it is torch's, about a GPU; torch need not have been imported."""
+    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
