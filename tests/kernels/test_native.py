@@ -79,7 +79,7 @@ def test_sketches_and_energies(variant, shape, dtype, around):
     for width in (16, 48):
         signs = SignMatrix.random(7, max(shape), width, residuals.dtype)
         sketch, energy = residuals.sketch(signs)
-        dense = signs.dense().double()
+        dense = signs.dense(slice(0, max(shape))).double()
         tall = shape[0] >= shape[1]
         long = exact if tall else exact.mT
         bound = dense.abs().T @ (magnitude if tall else magnitude.mT)
