@@ -137,14 +137,15 @@ def mapping(text: bytes, what: str, error: type[InvalidInput] = BadFile) -> dict
         raise
     except (ValueError, RecursionError) as reason:
         raise error(f"{what}: not valid JSON ({printable(str(reason))})") from None
-    level, depth = [content], 0
+    if not isinstance(content, dict):
+        raise error(f"{what}: expected a JSON object, got {type(content).__name__}")
+    level: list[Any] = [content]
+    depth = 0
     while level:
         if depth == _MOST_NESTED:
             raise error(f"{what}: not valid JSON (nested more than {_MOST_NESTED} deep)")
         inner = itertools.chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
         level, depth = [one for one in inner if isinstance(one, dict | list)], depth + 1
-    if not isinstance(content, dict):
-        raise error(f"{what}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

@@ -154,6 +154,7 @@ def test_a_pipe_or_device_is_not_waited_for() -> None:
         (b"\xff{}", "what: not valid JSON ("),
         (b"[" * 100_000, "what: not valid JSON ("),
         (b"[]", "what: expected a JSON object, got list"),
+        (b"null", "what: expected a JSON object, got NoneType"),
         (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "what: not valid JSON (nested more than 64 deep)"),
         (b'{"a": 1e999}', "what: not valid JSON (the number 1e999 is out of range)"),
         (b'{"a": -Infinity}', "what: not valid JSON (the number -Infinity is out of range)"),
