@@ -528,9 +528,11 @@ def test_memory_stays_within_the_budget(
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    # A steep residual is read thirty times from storage: of the largest none is.
-    ("shape", "budget", "steep"),
-    [((8192, 2048), 64, True), ((2048, 8192), 64, True), ((16384, 4096), 256, False)],
+    # A steep residual is read thirty times from storage: of the largest none is. With two threads they take more than
+    # is promised of others: docs/reliability.md.
+    ("shape", "budget", "steep", "share"),
+    [((8192, 2048), 64, True, 1.2), ((2048, 8192), 64, False, 1.2), ((2048, 8192), 64, True, 1.4)]
+    + [((16384, 4096), 256, False, 1.2)],
     ids=str,
 )
 def test_truncations_stay_within_other_budgets(
@@ -540,11 +542,12 @@ def test_truncations_stay_within_other_budgets(
     shape: tuple[int, int],
     budget: int,
     steep: bool,
+    share: float,
     threads: int,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     huge_checkpoints(shape, steep=steep)
-    bounded(start, budget, "r2m", threads)
+    bounded(start, budget, "r2m", threads, share)
 
 
 LEFT = {
