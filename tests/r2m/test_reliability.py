@@ -531,8 +531,12 @@ def test_memory_stays_within_the_budget(
     # A steep residual is read thirty times from storage: of the largest none is. With two threads they take more than
     # is promised of others: docs/reliability.md.
     ("shape", "budget", "steep", "share"),
-    [((8192, 2048), 64, True, 1.2), ((2048, 8192), 64, False, 1.2), ((2048, 8192), 64, True, 1.4)]
-    + [((16384, 4096), 256, False, 1.2)],
+    [
+        ((8192, 2048), 64, True, 1.2),
+        ((2048, 8192), 64, False, 1.2),
+        ((2048, 8192), 64, True, 1.4),
+        ((16384, 4096), 256, False, 1.2),
+    ],
     ids=str,
 )
 def test_truncations_stay_within_other_budgets(
