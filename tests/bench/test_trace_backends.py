@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bench import trace_backends
@@ -9,6 +10,7 @@ from bench.trace_backends import OUTSIDE, Ran, Tracer, one_more
 from r2m_kernels import MergeConfig, _native
 
 
+@pytest.mark.slow
 def test_the_page_says_what_runs():
     assert trace_backends.PAGE.read_text() == trace_backends.page(), "run python -m bench.trace_backends"
 

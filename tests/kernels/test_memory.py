@@ -46,7 +46,9 @@ def test_nothing_as_large_as_a_residual_is_stored(options):
     assert seen.largest == one_residual  # the merged tensor itself
 
 
-@pytest.mark.parametrize("shape", [(8, 400_000), (60, 60_000), (60_000, 60), (2, 1_000_000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 400_000), pytest.param((60, 60_000), marks=pytest.mark.slow), (60_000, 60), (2, 1_000_000)], ids=str
+)
 def test_nor_of_short_and_wide_tensors(shape):
     base = {"w": torch.randn(shape)}
     experts = [{"w": base["w"] + 0.01 * torch.randn(shape)} for _ in range(3)]

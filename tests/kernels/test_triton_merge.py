@@ -108,6 +108,7 @@ def test_nearly_steep_spectra_are_left_to_the_careful_method(monkeypatch, share,
     assert error_of(factors, matrix) <= 1.05 * float(values[12:].norm()) + 2e-6 * float(values.norm())
 
 
+@pytest.mark.slow
 def test_truncation_does_not_depend_on_the_scale():
     matrix = matrix_with(spectrum("linear", 80), 80, 96)
     optimum, ordinary = float(spectrum("linear", 80)[8:].norm()), error_of(factors_of(matrix, 8), matrix)
@@ -117,6 +118,7 @@ def test_truncation_does_not_depend_on_the_scale():
         assert error <= 1.02 * optimum
 
 
+@pytest.mark.slow
 def test_more_steps_help_and_a_tolerance_is_kept():
     matrix = matrix_with(spectrum("linear", 100), 100, 112)
     errors = [error_of(factors_of(matrix, 10, power_iterations=q), matrix) for q in (0, 3)]

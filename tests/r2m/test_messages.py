@@ -32,7 +32,7 @@ def with_streams(how: str, *arguments: str) -> int:
     return subprocess.run([sys.executable, "-c", start, *arguments], timeout=240, check=False).returncode
 
 
-@pytest.mark.parametrize("how", STREAMS)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[] if how == "full" else pytest.mark.slow) for how in STREAMS])
 def test_a_merge_that_can_tell_nobody_ends_with_its_output(how: str, checkpoints: Checkpoints) -> None:
     assert with_streams(how, "merge", *checkpoints.arguments, "--out", "merged") == 0
     assert load_file("merged/model.safetensors").keys() == checkpoints.base.keys()

@@ -123,7 +123,9 @@ def below(directory: str) -> dict[str, bytes]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("card", "remove") else pytest.mark.slow) for name in COMMANDS]
+)
 def test_any_command_meets_anything_anywhere(
     name: str, project: Files, start: Start, command: Command, numbers: Numbers
 ) -> None:

@@ -147,6 +147,7 @@ def test_five_kills(here: Path, start: Start) -> None:
     kill_and_resume(start, 5, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_many_kills(here: Path, start: Start, numbers: Numbers) -> None:
     kill_and_resume(start, numbers.kills, seed=1)
@@ -402,6 +403,7 @@ def test_more_processes_touch_no_bit(here: Path, start: Start, processes: int) -
     same_merge(start, "out", "--max-shard-size", "3MB")
 
 
+@pytest.mark.slow
 def test_bad_input_is_told_once(here: Path, start: Start) -> None:
     tensors = load_file("b.safetensors")
     tensors["block7.bias"][3] = torch.nan
@@ -501,13 +503,12 @@ def bounded(start: Start, budget: int, method: str, threads: int, share: float =
 @pytest.mark.parametrize(
     ("method", "threads", "shape", "share"),
     [
-        ("r2m", 1, (32768, 512), 1.2),
         ("r2m", 2, (8192, 1024), 1.2),
         ("rows", 2, (32768, 512), 0.55),
-        ("weight_average", 1, (32768, 512), 0.55),
+        pytest.param("r2m", 1, (32768, 512), 1.2, marks=pytest.mark.slow),
         *(
             pytest.param(*case, (32768, 512), 0.55, marks=pytest.mark.slow)
-            for case in (("rows", 1), ("ties", 1), ("ties", 2))
+            for case in (("weight_average", 1), ("rows", 1), ("ties", 1), ("ties", 2))
         ),
     ],
 )
