@@ -13,8 +13,8 @@ from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import held
-from r2m.ownership import CARD_FILE, RECIPE_FILE, digest
-from r2m.places import new_file, read_small, to_output
+from r2m.ownership import CARD_FILE, RECIPE_FILE, digest, rewrite
+from r2m.places import read_small, to_output
 from r2m.records import REPORT, WRITTEN
 from r2m.templating import render
 from r2m.workplace import settle
@@ -112,11 +112,7 @@ def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
         if not overwrite and not set(before) <= set(report[WRITTEN].get(CARD_FILE, ())):
             raise BadFile(f"{path}: was changed since a merge wrote it; --overwrite replaces it")
         text = card(directory, report, hashes=True, **more)
-        content = text.encode(errors="backslashreplace")
-        # Both are known as ours before one takes the other's place.
-        written = {**report[WRITTEN], CARD_FILE: [*before, hashlib.sha256(content).hexdigest()]}
-        new_file(report_path, REPORT.text({**report, WRITTEN: written}))
-        new_file(path, content)
+        rewrite(directory, report, CARD_FILE, before, text.encode(errors="backslashreplace"))
     return text
 
 

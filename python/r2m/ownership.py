@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
-from r2m.places import PARTIAL, opened
+from r2m.places import PARTIAL, new_file, opened
 from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels.errors import BadFile, quoted
 
@@ -41,6 +43,24 @@ def written(directory: Path) -> dict[str, list[str]]:
     """Name → digests, for :data:`WRITTEN`, of all that lies in a directory but what says of itself what it is."""
     names = sorted(set(os.listdir(directory)) - {REPORT.file, STATE.file})
     return {name: [digest(directory / name)] for name in names}
+
+
+def rewrite(directory: Path, report: Mapping[str, Any], name: str, before: Sequence[str], content: bytes) -> None:
+    """Replace one file of an output.
+
+    Args:
+        directory: the output.
+        report: its report.
+        name: the file's.
+        before: digests of what it may be until then.
+        content: what it becomes. Both are known as ours before one takes the other's place.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` is set.
+    """
+    known = {**report[WRITTEN], name: [*before, hashlib.sha256(content).hexdigest()]}
+    new_file(directory / REPORT.file, REPORT.text({**report, WRITTEN: known}))
+    new_file(directory / name, content)
 
 
 def is_named(entry: os.DirEntry[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +14,7 @@ from r2m.checkpoints import hub
 from r2m.merge import open_job
 from r2m.options import Options
 from r2m.output import INPUTS, held
-from r2m.ownership import RECIPE_FILE
+from r2m.ownership import RECIPE_FILE, rewrite
 from r2m.places import new_file
 from r2m.recipe import Recipe
 from r2m.recipe_file import dump
@@ -98,12 +97,9 @@ def _refuse_others(recipe: Recipe, places: Mapping[str, str], state: Mapping[str
 
 def _write(directory: Path, recipe: Recipe, state: Mapping[str, Any]) -> None:
     content = dump(recipe, directory)
-    text = plain_yaml.dump(content).encode()
     report = REPORT.whole(directory, f"{directory}: {REPORT.file}")
-    known = [*report[WRITTEN].get(RECIPE_FILE, ()), hashlib.sha256(text).hexdigest()]
-    # What becomes the recipe is known as ours before it does.
-    new_file(directory / REPORT.file, REPORT.text({**report, WRITTEN: {**report[WRITTEN], RECIPE_FILE: known}}))
-    new_file(directory / RECIPE_FILE, text)
+    before = report[WRITTEN].get(RECIPE_FILE, ())
+    rewrite(directory, report, RECIPE_FILE, before, plain_yaml.dump(content).encode())
     found = state["state"]
     paths = [(found["base_model"], content["base_model"])]
     paths += [(found["experts"][one["name"]]["model"], one["model"]) for one in content["models"]]
