@@ -13,10 +13,10 @@
 namespace {
 
 constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
-// Of a sketch and of what is sketched: sizes in bytes are products with these, and must not overflow.
-constexpr int64_t MOST_WIDE = int64_t{1} << 40;
-// Of experts where no list of matrices, which has to exist, bounds them: their pairs are counted and have bytes.
+// Of experts: their pairs are counted and have bytes.
 constexpr int64_t MOST_EXPERTS = int64_t{1} << 20;
+// Of numbers that are counted together: their bytes, of the widest type and a chunk beyond, stay in int64.
+constexpr int64_t MOST_NUMBERS = int64_t{1} << 58;
 
 int32_t capabilities() {
   int32_t found = 1 << R2M_PORTABLE;
@@ -43,16 +43,35 @@ const r2m::Kernels *kernels(int32_t variant) {
   return &r2m::portable::KERNELS;
 }
 
-bool usable(const r2m_matrix &matrix) {
-  return matrix.data && matrix.dtype >= R2M_FLOAT32 && matrix.dtype <= R2M_FLOAT16;
+// Whether rows × columns numbers, `each` times as many, can be counted.
+bool countable(int64_t rows, int64_t columns, int64_t each = 1) {
+  int64_t found;
+  return rows >= 0 && columns >= 0 && each >= 0 && columns <= MOST_NUMBERS && rows <= MOST_NUMBERS &&
+         !__builtin_mul_overflow(rows, columns, &found) && !__builtin_mul_overflow(found, each, &found) &&
+         found <= MOST_NUMBERS;
 }
 
-bool usable(int64_t count, const r2m_matrix *matrices) {
-  if (count < 1 || !matrices) return false;
+// Whether every element of rows [0, rows) and columns [0, columns) of a matrix has an offset, in either direction.
+bool usable(const r2m_matrix &matrix, int64_t rows, int64_t columns) {
+  const int64_t stride = matrix.row_stride;
+  return matrix.data && matrix.dtype >= R2M_FLOAT32 && matrix.dtype <= R2M_FLOAT16 && stride >= -MOST_NUMBERS &&
+         countable(rows, stride < 0 ? -stride : stride) && countable(1, columns);
+}
+
+bool usable(int64_t count, const r2m_matrix *matrices, int64_t rows, int64_t columns) {
+  if (count < 1 || count > MOST_EXPERTS + 1 || !matrices) return false;
   for (int64_t index = 0; index < count; ++index)
-    if (!usable(matrices[index])) return false;
+    if (!usable(matrices[index], rows, columns)) return false;
   return true;
 }
+
+// The base and `count` experts.
+bool usable_group(int64_t count, const r2m_matrix *inputs, int64_t rows, int64_t columns) {
+  return count >= 1 && count <= MOST_EXPERTS && usable(count + 1, inputs, rows, columns);
+}
+
+// A run of columns of one row.
+bool is_run(int64_t first, int64_t last) { return first >= 0 && last >= first && last <= MOST_NUMBERS; }
 
 int64_t compute_dtype(int32_t compute_double) { return compute_double ? R2M_FLOAT64 : R2M_FLOAT32; }
 
@@ -64,15 +83,15 @@ int32_t r2m_capabilities(void) { return capabilities(); }
 
 int32_t r2m_task_gram(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t first,
                       int64_t last, double *gram, double *squares) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !gram || !squares)
-    return R2M_BAD_ARGUMENT;
+  if (!is_run(first, last) || !usable_group(count, inputs, 1, last) || !gram || !squares) return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   return table ? table->task_gram[compute_double != 0](count, inputs, first, last, gram, squares) : R2M_NO_VARIANT;
 }
 
 int32_t r2m_row_grams(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t rows,
                       int64_t columns, double *grams, int64_t stride, double *squares) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || rows < 0 || columns < 0 || !grams || stride < rows || !squares)
+  if (!usable_group(count, inputs, rows, columns) || !grams || stride < rows || !countable(count, count + 1, stride) ||
+      !squares)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -82,8 +101,8 @@ int32_t r2m_row_grams(int32_t variant, int32_t compute_double, int64_t count, co
 int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, int64_t count, const double *grams,
                              int64_t stride, int64_t rows, const double *core, const double *mixing,
                              const double *weights, const double *scales, double eta, double power, void *out) {
-  if (count < 1 || count > MOST_EXPERTS || !grams || rows < 0 || stride < rows || !core || !mixing || !weights ||
-      !scales || !out)
+  if (count < 1 || count > MOST_EXPERTS || !grams || rows < 0 || stride < rows ||
+      !countable(count, count + 1, stride) || !core || !mixing || !weights || !scales || !out)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -94,8 +113,9 @@ int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, int64_t co
 int32_t r2m_residual(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                      const void *weights, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
                      const r2m_matrix *out) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || !usable(count, out) || !weights || first_row < 0 || rows < 0 ||
-      first_column < 0 || columns < 0)
+  if (!countable(first_row, 1) || !countable(rows, 1) || !countable(first_column, 1) || !countable(columns, 1) ||
+      !usable_group(count, inputs, first_row + rows, first_column + columns) || !usable(count, out, rows, columns) ||
+      !weights)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -106,9 +126,10 @@ int32_t r2m_sketch(int32_t variant, int32_t compute_double, int64_t count, const
                    const void *weights, int64_t columns, int64_t first_row, int64_t last_row, int32_t along_rows,
                    int64_t width, int64_t long_side, const int32_t *offsets, const void *signs,
                    const r2m_matrix *sketch, double *energy) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || !usable(count, sketch) || !weights || columns < 0 ||
-      first_row < 0 || last_row < first_row || width < 1 || width > MOST_WIDE || long_side < 0 ||
-      long_side > MOST_WIDE || long_side < (along_rows ? last_row : columns) || !offsets || !signs || !energy)
+  if (!is_run(first_row, last_row) || !usable_group(count, inputs, last_row, columns) || width < 1 ||
+      !countable(width, 2, count) || !countable(long_side, 4) || long_side < (along_rows ? last_row : columns) ||
+      !usable(count, sketch, along_rows ? width : last_row, along_rows ? columns : width) || !weights || !offsets ||
+      !signs || !energy)
     return R2M_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; ++i)
     if (sketch[i].dtype != compute_dtype(compute_double)) return R2M_BAD_ARGUMENT;
@@ -124,9 +145,10 @@ int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, cons
                     const void *coefficients, int64_t stride, int64_t rows, int64_t columns, const r2m_matrix *low_rank,
                     const r2m_matrix *out, double *largest) {
   // Without experts the result is the base, in another dtype perhaps.
-  if (!usable(count < 0 ? 0 : count + 1, inputs) || (count > 0 && !coefficients) || stride < 0 || rows < 0 ||
-      columns < 0 || (low_rank && (!low_rank->data || low_rank->dtype != compute_dtype(compute_double))) ||
-      !usable(1, out) || !largest)
+  if (count < 0 || count > MOST_EXPERTS || !usable(count + 1, inputs, rows, columns) || (count > 0 && !coefficients) ||
+      !countable(rows, stride) ||
+      (low_rank && (!usable(*low_rank, rows, columns) || low_rank->dtype != compute_dtype(compute_double))) ||
+      !usable(1, out, rows, columns) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -136,7 +158,7 @@ int32_t r2m_combine(int32_t variant, int32_t compute_double, int64_t count, cons
 
 int32_t r2m_count_magnitudes(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                              int64_t first, int64_t last, const int64_t *upper, int64_t *counts) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || first < 0 || last < first || !counts) return R2M_BAD_ARGUMENT;
+  if (!is_run(first, last) || !usable_group(count, inputs, 1, last) || !counts) return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
   return table->count_magnitudes[compute_double != 0](count, inputs, first, last, upper, counts);
@@ -145,8 +167,8 @@ int32_t r2m_count_magnitudes(int32_t variant, int32_t compute_double, int64_t co
 int32_t r2m_combine_ties(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                          const void *weights, const float *thresholds, double scale, int64_t first, int64_t last,
                          const r2m_matrix *out, double *largest) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || !weights || !thresholds || first < 0 || last < first ||
-      !usable(1, out) || !largest)
+  if (!is_run(first, last) || !usable_group(count, inputs, 1, last) || !weights || !thresholds ||
+      !usable(1, out, 1, last) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -156,8 +178,8 @@ int32_t r2m_combine_ties(int32_t variant, int32_t compute_double, int64_t count,
 int32_t r2m_combine_dare(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                          const void *weights, const int64_t *keys, double scale, double density, int64_t place,
                          int64_t first, int64_t last, const r2m_matrix *out, double *largest) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || !weights || !keys || !(density > 0 && density <= 1) || place < 0 ||
-      first < 0 || last < first || !usable(1, out) || !largest)
+  if (!is_run(first, last) || !usable_group(count, inputs, 1, last) || !weights || !keys ||
+      !(density > 0 && density <= 1) || !countable(place, 1) || !usable(1, out, 1, last) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -167,7 +189,7 @@ int32_t r2m_combine_dare(int32_t variant, int32_t compute_double, int64_t count,
 
 int32_t r2m_mean(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *experts,
                  const double *weights, int64_t first, int64_t last, const r2m_matrix *out, double *largest) {
-  if (!usable(count, experts) || !weights || first < 0 || last < first || !usable(1, out) || !largest)
+  if (!is_run(first, last) || !usable(count, experts, 1, last) || !weights || !usable(1, out, 1, last) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -176,8 +198,8 @@ int32_t r2m_mean(int32_t variant, int32_t compute_double, int64_t count, const r
 
 int32_t r2m_column_squares(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                            int64_t rows, int64_t columns, const r2m_matrix *merged, double *squares) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || rows < 0 || columns < 0 || !usable(1, merged) ||
-      merged->dtype != compute_dtype(compute_double) || !squares)
+  if (!usable_group(count, inputs, rows, columns) || !countable(count + 1, columns) ||
+      !usable(1, merged, rows, columns) || merged->dtype != compute_dtype(compute_double) || !squares)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -186,8 +208,8 @@ int32_t r2m_column_squares(int32_t variant, int32_t compute_double, int64_t coun
 
 int32_t r2m_scale_columns(int32_t variant, int32_t compute_double, const r2m_matrix *base, const r2m_matrix *change,
                           const void *factors, int64_t rows, int64_t columns, const r2m_matrix *out, double *largest) {
-  if (!usable(1, base) || !usable(1, change) || change->dtype != compute_dtype(compute_double) || !factors ||
-      rows < 0 || columns < 0 || !usable(1, out) || !largest)
+  if (!usable(1, base, rows, columns) || !usable(1, change, rows, columns) ||
+      change->dtype != compute_dtype(compute_double) || !factors || !usable(1, out, rows, columns) || !largest)
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
@@ -196,7 +218,7 @@ int32_t r2m_scale_columns(int32_t variant, int32_t compute_double, const r2m_mat
 
 int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                          const void *coefficients, int64_t rows, int64_t columns, const r2m_matrix *out) {
-  if (!usable(count < 1 ? 0 : count + 1, inputs) || !coefficients || rows < 0 || columns < 0 || !usable(1, out))
+  if (!usable_group(count, inputs, rows, columns) || !coefficients || !usable(1, out, rows, columns))
     return R2M_BAD_ARGUMENT;
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;

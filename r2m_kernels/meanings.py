@@ -8,8 +8,10 @@ and nothing about the result shows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
+
+import torch
 
 from ._stream.tensors import TensorSpec
 from .errors import quoted
@@ -42,9 +44,20 @@ QUANTISED = (
 )
 # Integers of two dimensions under these names are a weight's, whatever stands beside them.
 _PACKED = tuple(dict.fromkeys(packed for packed, _, _ in QUANTISED))
+# Under other names they are where their module has what makes numbers of them: AQLM, EXL2, Marlin, MXFP4, VPTQ, …
+_SCALE = re.compile(r"\w*(scales?|absmax|codebooks?|centroids|zero_?points?|zeros|lut)|SCB|S[UV]|s")
+_INDEX = re.compile(r"\w*(ids|index|indices|mask|bias)")  # but for what is no weight anywhere
 
 # torch.nn.utils.parametrize; original0 and so on where the weight is made from several.
 _PARAMETRIZED = "parametrizations."
+_HOOKED = ("_v", "_u", "_mask", "sv0")
+# What is beside a weight under a hook, the weight, how that is, and what undoes it.
+_HOOKS = (
+    ("_u", "_orig", "spectral_norm", "torch.nn.utils.remove_spectral_norm"),
+    ("_u", "_bar", "spectral_norm", "its quotient by the norm"),
+    ("sv0", "weight", "spectral_norm", "its quotient by the norm"),
+    ("_mask", "_orig", "pruning", "torch.nn.utils.prune.remove"),
+)
 _PREFIX = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)")
 
 
@@ -58,39 +71,60 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
     for name in tensors:
         if _PARAMETRIZED in name and (match := _PREFIX.match(name)):
             groups.setdefault(match[1], []).append(name)
-    for name, spec in tensors.items():
+    whole = [name for name, spec in tensors.items() if not spec.dtype.is_floating_point and len(spec.shape) > 1]
+    scales = _scales(tensors, {name.rpartition(".")[0] for name in whole}) if whole else {}
+    quantised = {name: _quantised(name, tensors, scales) for name in whole}
+    for name in tensors:
         found = (
-            None if spec.dtype.is_floating_point else _quantised(name, tensors),
-            _normalised(name, tensors) if name.endswith(("_orig", "_v")) else None,
+            quantised.get(name),
+            _normalised(name, tensors) if name.endswith(_HOOKED) else None,
             _parametrized(name, groups) if _PARAMETRIZED in name else None,
         )
         yield from filter(None, found)
 
 
-def _quantised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | None:
-    if tensors[name].dtype.is_floating_point or len(tensors[name].shape) < 2:
-        return None
+def _scales(tensors: Iterable[str], modules: Set[str]) -> dict[str, str]:
+    """What may scale integers: a tensor of each of these modules that has one."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if module in modules and _SCALE.fullmatch(last):
+            found.setdefault(module, name)
+    return found
+
+
+def _quantised(name: str, tensors: Mapping[str, TensorSpec], others: Mapping[str, str]) -> Composite | None:
+    """Integers that are a weight's, by their name or by a scale in their module, which ``others`` has."""
     packed = next((ending for ending in _PACKED if name == ending or name.endswith("." + ending)), None)
-    if packed is None:
+    module, _, last = name.rpartition(".")
+    scales = how = ""
+    if packed is not None:
+        start = name.removesuffix(packed)
+        beside = ((start + scale, whose) for one, scale, whose in QUANTISED if one == packed)
+        scales, whose = next((one for one in beside if one[0] in tensors), ("", ""))
+        how = f" by {whose}, which {quoted(scales)} scales" if scales else ""
+    elif (
+        tensors[name].dtype not in (torch.bool, torch.int64)
+        and not _INDEX.fullmatch(last)
+        and others.get(module, name) != name
+    ):
+        scales = others[module]
+        how = f", which {quoted(scales)} scales"
+    else:
         return None
-    module = name.removesuffix(packed)
-    beside = next(
-        ((module + scale, whose) for one, scale, whose in QUANTISED if one == packed and module + scale in tensors),
-        None,
-    )
-    scales, whose = beside or ("", "")
-    how = f" by {whose}, which {quoted(scales)} scales" if beside else ""
     return Composite(
-        (name, scales) if beside else (name,),
+        (name, scales) if scales else (name,),
         f"{quoted(name)} holds the integers of a quantised weight{how}; expected floating-point numbers: dequantise it "
         "first, or take the checkpoint that it was made from",
     )
 
 
 def _normalised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | None:
-    """``weight_norm`` and ``spectral_norm`` as hooks: NAME_g and NAME_v, NAME_orig and NAME_u."""
-    if name.endswith("_orig") and (vector := name.removesuffix("orig") + "u") in tensors:
-        return _function((name, vector), "spectral_norm", "remove_spectral_norm")
+    """Weights under hooks: NAME_g and NAME_v of ``weight_norm``, and :data:`_HOOKS`."""
+    for beside, main, how, todo in _HOOKS:
+        weight = name.removesuffix(beside) + main
+        if name.endswith(beside) and weight in tensors:
+            return _function((weight, name), how, todo)
     length = name.removesuffix("v") + "g"
     if not name.endswith("_v") or length not in tensors:
         return None
@@ -100,7 +134,7 @@ def _normalised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | Non
     plain = all(one in (1, size) for size, one in zip(shape, lengths, strict=False))
     if lengths and not (len(lengths) == len(shape) and plain and len(kept) <= 1):
         return None
-    return _function((length, name), "weight_norm", "remove_weight_norm")
+    return _function((length, name), "weight_norm", "torch.nn.utils.remove_weight_norm")
 
 
 def _parametrized(name: str, groups: Mapping[str, Sequence[str]]) -> Composite | None:
@@ -110,15 +144,15 @@ def _parametrized(name: str, groups: Mapping[str, Sequence[str]]) -> Composite |
     others = tuple(other for other in groups[prefix] if other != name)
     kinds = {"weight_norm": f"{prefix}original1", "spectral_norm": f"{prefix}0._u"}
     how = next((kind for kind, sign in kinds.items() if sign in others), "a parametrization")
-    return _function((name, *others), how, "parametrize.remove_parametrizations")
+    return _function((name, *others), how, "torch.nn.utils.parametrize.remove_parametrizations")
 
 
-def _function(names: tuple[str, ...], how: str, remover: str) -> Composite:
+def _function(names: tuple[str, ...], how: str, todo: str) -> Composite:
     several = f"{quoted(names[0])} and {quoted(names[1])} are" if len(names) > 1 else f"{quoted(names[0])} is"
     return Composite(
         names,
         f"{several} a weight under {how}, which is no linear function of them; expected the weight itself: "
-        f"torch.nn.utils.{remover} before it is saved",
+        f"{todo} before it is saved",
     )
 
 

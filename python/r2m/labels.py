@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2m.checkpoints.formats import OUTPUTS
 from r2m.checkpoints.view import LazyTensor, View
-from r2m.places import mapping, read_beside
-from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, printable
+from r2m.places import MOST_RECORD, mapping, read_beside
+from r2m.records import REPORT
+from r2m_kernels.errors import BadFile, BadOption, DoesNotFit, InvalidInput, printable
 
 FILE = "config.json"  # of transformers
 _MOST = 2**16  # classes
 _UNSAID = re.compile(r"LABEL_\d+")  # what transformers calls classes of which nobody has said anything
+_NUMBER = re.compile(r"\W*\d+\W*")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # FakeFace, AI_generated and real-art are two each
 _FAKE = re.compile(
     r"(deep)?fakes?|spoof(ed|ing)?|forge(d|ry)|synthetic|synthesi[sz]ed|generated|manipulated|altered|tampered|edited|"
-    r"artificial|ai|attack"
+    r"artificial|ai|attack|gan|diffusion"
 )
+_REAL = re.compile(r"real|genuine|authentic|original|pristine|bonafide|human|natural")
+_NOT = re.compile(r"not?|non")
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,20 @@ class Classes:
         """By what they are called."""
         if all(_UNSAID.fullmatch(label) for label in labels):
             return cls()
-        fakes = [i for i, label in enumerate(labels) if any(map(_FAKE.fullmatch, re.findall("[a-z]+", label.lower())))]
+        fakes = [i for i, label in enumerate(labels) if _is_fake(label)]
         return cls(tuple(labels), fakes[0] if len(fakes) == 1 else None)
 
     @classmethod
     def beside(cls, files: Sequence[Path]) -> Classes:
         """As the configuration in the directory of a checkpoint's files says it; nothing where there is none."""
-        return cls.called(_labels(read_beside(files[0].parent / FILE))) if files else cls()
+        if not files:
+            return cls()
+        file = files[0].parent / FILE
+        said = _labels(read_beside(file), printable(str(file)))
+        if not said and files[0].name in OUTPUTS:  # of a merge whose base has no configuration
+            merged = read_beside(files[0].parent / REPORT.file, MOST_RECORD).get("arrangement")
+            said = _listed(merged.get("labels")) if isinstance(merged, dict) else []
+        return cls.called(said)
 
     def said(self, fake: int | None) -> Classes:
         """With what somebody says of the fake's output, which counts more than any file."""
@@ -57,19 +70,27 @@ class Classes:
             return self
         return Classes(self.labels if self.fake in (None, fake) else None, fake)
 
+    def of(self, count: int) -> Classes:
+        """What is known of a head of ``count`` outputs, 0 where none is found: labels of another number are not its."""
+        return self if self.labels is None or count in (0, len(self.labels)) else Classes()
+
     def order(self, other: Classes, count: int) -> list[int] | None:
-        """Of the ``count`` outputs of ``other``, which comes first here, second, …; ``None``: nothing is known of it.
+        """Of the outputs of ``other``, which comes first here, second, …; ``None``: nothing is known of it.
+
+        Args:
+            other: of a head of ``count`` outputs, 0 where that is not known.
 
         Raises:
             ValueError: they are not the same classes.
         """
-        if self.labels and other.labels and len(self.labels) == len(other.labels) == count:
-            ours, theirs = ([_plain(label) for label in one] for one in (self.labels, other.labels))
-            if sorted(ours) == sorted(theirs) and len(set(ours)) == count:
+        labels, others = self.labels or (), other.labels or ()
+        if labels and others:
+            ours, theirs = [_plain(label) for label in labels], [_plain(label) for label in others]
+            if sorted(ours) == sorted(theirs) and len(set(ours)) == len(ours):
                 return [theirs.index(label) for label in ours]
-        if count == 2 and self.fake is not None and other.fake is not None:
+        if (count or len(others)) == 2 and self.fake is not None and other.fake is not None:
             return [0, 1] if self.fake == other.fake else [1, 0]
-        if self.labels and other.labels:
+        if labels and others and not any(all(map(_NUMBER.fullmatch, one)) for one in (labels, others)):
             raise ValueError
         return None
 
@@ -117,8 +138,16 @@ def agree(
     """
     turned: dict[str, list[int]] = {}
     views, notes, whose = dict(experts), [], "what is asked for"
-    known = {name: Classes.beside(view.files).said(said.get(name)) for name, view in experts.items()}
     counts = {name: _outputs(view, heads[name]) for name, view in experts.items()}
+    known = {}
+    for name, view in experts.items():
+        beside = Classes.beside(view.files)
+        known[name] = beside.of(counts[name]).said(said.get(name))
+        if beside.labels and beside.of(counts[name]) != beside:
+            notes.append(
+                f"{view.label}: its {FILE} has {len(beside.labels)} labels and its head {counts[name]} outputs: "
+                "they say nothing of it"
+            )
     indices = [*said.items(), *((name, wanted.fake) for name in experts if wanted.fake is not None)]
     for name, index in indices:
         if counts[name] != 2 or index not in (0, 1):
@@ -145,6 +174,11 @@ def agree(
         if wanted.labels is None and theirs:
             wanted = Classes(tuple(theirs[i] for i in order), wanted.fake)
         if order != sorted(order):
+            if not heads[name]:
+                raise DoesNotFit(
+                    f"{view.label}: its labels are {known[name]}, of {whose} {wanted}, and which tensors are its head "
+                    "is not known; name them (head_tensors, --head-tensors)"
+                )
             views[name] = view.having({one: _rows(view.tensors[one], order) for one in heads[name]})
             turned[name] = order
             notes.append(
@@ -160,7 +194,7 @@ def _first(
     first = next((name for name in experts if known[name] != Classes()), None)
     if first is None:
         return Classes(), ""
-    ours = Classes.beside(base.files)
+    ours = Classes.beside(base.files).of(counts[first])
     try:
         same = ours.order(known[first], counts[first]) is not None
     except ValueError:  # a base that told other things apart
@@ -168,31 +202,95 @@ def _first(
     return (ours, base.label) if same else (known[first], experts[first].label)
 
 
-def into_config(text: bytes, classes: Classes, outputs: int) -> bytes:
-    """A ``config.json`` that says what the merged head's outputs are; as it was where that is right already."""
+def into_config(text: bytes, classes: Classes, outputs: int, dtype: str | None = None) -> bytes:
+    """A ``config.json`` that says what the merged model is; as it was where that is right already.
+
+    Args:
+        text: the base's.
+        classes: of the merged head, as far as they are known.
+        outputs: how many the merged head has; 0 where there is none.
+        dtype: of the merged tensors, where it is not the base's.
+    """
     try:
         content = mapping(text, FILE)
         before = _labels(content)
+        after = mapping(text, FILE)
     except InvalidInput:
         return text
     labels = list(classes.labels or ()) or before
     if len(labels) != outputs:  # the base's, of another head
         labels = [f"LABEL_{i}" for i in range(outputs)] if outputs and before else before
-    if labels == before:
-        return text
-    content |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if "num_labels" in content:
-        content["num_labels"] = len(labels)
-    return (json.dumps(content, indent=2) + "\n").encode()
+    timm = [one for one in (after, after.get("pretrained_cfg")) if isinstance(one, dict) and "num_classes" in one]
+    # transformers, which is not told, takes two.
+    unsaid = "model_type" in after and (len(before) or after.get("num_labels", 2)) != outputs != 0
+    for one in timm if outputs else ():
+        one["num_classes"] = outputs
+        if labels != before:
+            one.pop("label_names", None), one.pop("label_descriptions", None)
+        if classes.labels:
+            one["label_names"] = labels
+    if not timm and (labels != before or unsaid):
+        labels = labels or [f"LABEL_{i}" for i in range(outputs)]
+        after |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        after |= {"num_labels": len(labels)} if "num_labels" in after else {}
+    if dtype is not None:
+        _say_dtype(after, dtype)
+    return text if after == content else (json.dumps(after, indent=2) + "\n").encode()
 
 
-def _labels(config: Any) -> list[str]:
-    """Of a configuration, by index; none where it says none."""
-    labels = config.get("id2label") if isinstance(config, dict) else None
-    if not isinstance(labels, Mapping) or not 0 < len(labels) <= _MOST:
+def _say_dtype(config: dict[str, Any], dtype: str) -> None:
+    """In a configuration of transformers and those in it, where one is said."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _say_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and isinstance(value, str) and "float" in value:
+            config[key] = dtype
+
+
+def _labels(config: Any, what: str = FILE) -> list[str]:
+    """Of a configuration of transformers or timm, by index; none where it says none.
+
+    Raises:
+        BadFile: it says two things.
+    """
+    if not isinstance(config, dict):
         return []
-    listed = [labels.get(str(i)) for i in range(len(labels))]
-    return [str(label) for label in listed] if all(isinstance(label, str) for label in listed) else []
+    inner = config.get("pretrained_cfg")
+    places = [config, inner] if isinstance(inner, dict) else [config]
+    found = [
+        read(one.get(key))
+        for key, read in (("id2label", _listed), ("label_names", _listed), ("label2id", _inverted))
+        for one in places
+    ]
+    said = [one for one in found if one and not all(map(_UNSAID.fullmatch, one))]
+    turned = next((one for one in said[1:] if one != said[0] and sorted(one) == sorted(said[0])), None)
+    if turned is not None:
+        both = " and as ".join(printable(", ".join(one[:8])) for one in (said[0], turned))
+        raise BadFile(f"{what}: has its labels as {both}; expected one order")
+    return next(iter(said or filter(None, found)), [])
+
+
+def _listed(labels: Any) -> list[str]:
+    """Labels by index, from a list or from a mapping of indices."""
+    if isinstance(labels, Mapping):
+        labels = [labels.get(str(i)) for i in range(len(labels))] if len(labels) <= _MOST else []
+    known = isinstance(labels, list) and len(labels) <= _MOST and all(isinstance(label, str) for label in labels)
+    return labels if known else []
+
+
+def _inverted(indices: Any) -> list[str]:
+    """Labels by index, from a mapping of labels to indices."""
+    if not isinstance(indices, Mapping) or sorted(map(str, indices.values())) != sorted(map(str, range(len(indices)))):
+        return []
+    return sorted(indices, key=lambda label: int(indices[label]))
+
+
+def _is_fake(label: str) -> bool:
+    """Whether a label's words say fake, or that it is not real."""
+    words = [word.lower() for word in _WORD.findall(label)]
+    if any(map(_NOT.fullmatch, words)):
+        return any(map(_REAL.fullmatch, words))
+    return any(map(_FAKE.fullmatch, words))
 
 
 def _plain(label: str) -> str:

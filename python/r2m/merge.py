@@ -352,9 +352,9 @@ def complete(
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
     outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)
     for name, content in job.copied.items():
-        write_file(
-            directory / name, labels.into_config(content, agreed.classes, outputs) if name == labels.FILE else content
-        )
+        if name == labels.FILE:
+            content = labels.into_config(content, agreed.classes, outputs, recipe.dtype)
+        write_file(directory / name, content)
     if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe, partial.target)).encode())

@@ -49,8 +49,9 @@ def open_checkpoint(label: str, checkpoint: Checkpoint) -> TensorSource:
     for name, tensor in checkpoint.items():
         if not isinstance(name, str):
             raise BadOption(f"{label}: expected names of tensors, got {name!r}")
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+            kind = "that is nested" if tensor.is_nested else kind
             raise BadOption(f"{label}: expected dense tensors with data, got {quoted(name)} {kind}")
     return StateDictSource(label, checkpoint)
 

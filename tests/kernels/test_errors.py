@@ -387,6 +387,9 @@ def test_tensors_without_data_are_refused():
         InvalidInput, match=r"expert 'fs': expected dense tensors .* got 'a' of layout torch.sparse_coo"
     ):
         merge({"a": torch.ones(3)}, {"fs": {"a": torch.ones(3).to_sparse()}})
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(InvalidInput, match="expert 'fs': expected dense tensors with data, got 'a' that is nested"):
+        merge({"a": torch.ones(3)}, {"fs": {"a": nested}})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from r2m_kernels import MergeConfig, merge
 from r2m_kernels.errors import DoesNotFit
@@ -33,6 +33,15 @@ QUANTISED = {
     },
     "quanto": {"q.weight._data": torch.ones(32, 16, dtype=torch.int8), "q.weight._scale": torch.ones(32, 1)},
     "HQQ": {"W_q": torch.ones(128, 2, dtype=torch.uint8), "meta": torch.ones(2), "bias": torch.ones(32)},
+    "which 'q.codebooks' scales": {  # AQLM
+        "q.codes": torch.ones(32, 2, 1, dtype=torch.int16),
+        "q.codebooks": torch.ones(1, 256, 1, 8),
+        "q.scales": torch.ones(32, 1, 1, 1),
+    },
+    "which 'experts.down_proj_scales' scales": {  # MXFP4
+        "experts.down_proj_blocks": torch.ones(4, 32, 2, 16, dtype=torch.uint8),
+        "experts.down_proj_scales": torch.ones(4, 32, 2, dtype=torch.uint8),
+    },
     "'q.weight' holds the integers": {"q.weight": torch.ones(32, 16, dtype=torch.int8), "q.bias": torch.ones(32)},
 }
 
@@ -41,6 +50,12 @@ def _hooked(wrap):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nn.Sequential(wrap(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)).state_dict()
+
+
+def _pruned():
+    layer = nn.Linear(8, 6)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer.state_dict()
 
 
 class _Symmetric(nn.Module):
@@ -58,6 +73,13 @@ NORMALISED = {
     "weight_norm": lambda: _hooked(nn.utils.weight_norm),
     "weight_norm of the whole": lambda: _hooked(lambda layer: nn.utils.weight_norm(layer, dim=None)),
     "spectral_norm": lambda: _hooked(nn.utils.spectral_norm),
+    "pruning": _pruned,
+    "spectral_norm of its own class": lambda: {
+        "module.weight_bar": torch.ones(6, 8),
+        "module.weight_u": torch.ones(6),
+        "module.weight_v": torch.ones(8),
+    },
+    "spectral_norm of BigGAN": lambda: {"weight": torch.ones(6, 8), "u0": torch.ones(1, 6), "sv0": torch.ones(1)},
     "weight_norm parametrized": lambda: _hooked(parametrizations.weight_norm),
     "spectral_norm parametrized": lambda: _hooked(parametrizations.spectral_norm),
     "a parametrization": lambda: _hooked(parametrizations.orthogonal),
@@ -113,6 +135,12 @@ def test_what_looks_alike_is_merged():
         "layer.weight_scale": torch.ones(6),
         "layer.weight": torch.randn(6, 6),
         "bn.num_batches_tracked": torch.tensor(3),
+        "h.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),  # GPT-2's mask
+        "h.attn.scale": torch.ones(()),
+        "crop.coords": torch.zeros(4, 4, dtype=torch.int64),
+        "crop.scale": torch.ones(()),
+        "stem.weight_u": torch.ones(3),
+        "stem.weight": torch.randn(3, 3),
     }
     moved = {name: tensor + 1 for name, tensor in state.items()}
     merged = merge(state, {"fs": moved}, MergeConfig.weight_average())

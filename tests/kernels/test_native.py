@@ -384,6 +384,43 @@ def test_what_writes_tells_of_nan_and_inf(variant, bad):
     assert float(_native.combine([large], [[2 * large]], torch.ones(1).double(), None, None, None, [half])) == math.inf
 
 
+def calls_with(size, matrices, numbers):
+    """Arguments of each function that read nothing, and whose offsets in bytes int64 does not hold."""
+    run = (size, size)
+    return {
+        "r2m_task_gram": (1, matrices, *run, numbers, numbers),
+        "r2m_row_grams": (1, matrices, 0, size, numbers, 0, numbers),
+        "r2m_row_coefficients": (1, numbers, size, 0, numbers, numbers, numbers, numbers, 1.0, 1.0, numbers),
+        "r2m_residual": (1, matrices, numbers, size, 0, 0, 0, matrices),
+        "r2m_combine": (1, matrices, numbers, 0, 0, size, None, matrices, numbers),
+        "r2m_count_magnitudes": (1, matrices, *run, None, numbers),
+        "r2m_combine_ties": (1, matrices, numbers, numbers, 1.0, *run, matrices, numbers),
+        "r2m_combine_dare": (1, matrices, numbers, numbers, 1.0, 1.0, size, 0, 0, matrices, numbers),
+        "r2m_mean": (1, matrices, numbers, *run, matrices, numbers),
+        "r2m_scale_columns": (matrices, matrices, numbers, 0, size, matrices, numbers),
+        "r2m_weighted_sum": (1, matrices, numbers, 0, size, matrices),
+        # These would read or write: in a process whose tests are all done it would end.
+        "r2m_column_squares": (2**20, matrices, 0, size, matrices, numbers),
+        "r2m_sketch": (1, matrices, numbers, 0, 0, 0, 0, size, 0, numbers, numbers, matrices, numbers),
+    }
+
+
+@pytest.mark.parametrize("size", [2**60 + 1, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("name", sorted(set(library.DECLARED) - {"r2m_abi_version", "r2m_capabilities"}))
+def test_sizes_whose_bytes_cannot_be_counted_are_refused(name, size):
+    matrices, numbers = library.matrices([torch.zeros(8, 8)] * 2), torch.zeros(64, dtype=torch.float64).data_ptr()
+    with pytest.raises(RuntimeError, match=f"{name}: bad argument"):
+        library.load().call(name, torch.float32, *calls_with(size, matrices, numbers)[name])
+
+
+def test_strides_whose_bytes_cannot_be_counted_are_refused():
+    matrices, numbers = library.matrices([torch.zeros(8, 8)] * 2), torch.zeros(64, dtype=torch.float64).data_ptr()
+    for stride in (2**60, 2**62, -(2**63)):
+        matrices[1].row_stride = stride
+        with pytest.raises(RuntimeError, match="bad argument"):
+            library.load().call("r2m_weighted_sum", torch.float32, 1, matrices, numbers, 5, 0, matrices)
+
+
 @pytest.mark.parametrize(("width", "long"), [(2**61, 8), (16, 2**61), (2**63 - 1, 2**63 - 1)])
 def test_sketches_beyond_memory_are_refused(width, long):
     base = torch.zeros(8, 8)

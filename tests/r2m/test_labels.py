@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from r2m.labels import Classes
+from r2m.labels import Classes, into_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,6 +39,13 @@ def put(name: str, state: State, labels: Sequence[str] | None = None, **config: 
     if labels is not None:
         config |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     Path(name, "config.json").write_text(json.dumps({"model_type": "vit", **config}))
+    return name
+
+
+def put_with(name: str, state: State, config: dict[str, Any]) -> str:
+    """The same with exactly this configuration."""
+    put(name, state)
+    Path(name, "config.json").write_text(json.dumps(config))
     return name
 
 
@@ -161,6 +168,85 @@ def test_what_is_said_counts_more_than_files(command: Command) -> None:
     assert "fake: expected 0 or 1, for a head of two outputs, got 2" in result.err
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"label2id": {"fake": 0, "real": 1}},
+        {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"fake": 0, "real": 1}},
+        {"architecture": "vit_base", "label_names": ["fake", "real"]},
+        {"architecture": "vit_base", "pretrained_cfg": {"label_names": ["Fake", "Real"]}},
+        {"id2label": ["fake", "real"]},
+    ],
+)
+def test_labels_are_read_wherever_libraries_keep_them(config: dict[str, Any], command: Command) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake")), put_with("b", detector(2), config)
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 0
+    assert "expert 'b' (b): its labels are 0 " in result.err
+    assert "its head's rows were put so" in result.err
+
+
+def test_labels_of_a_merge_without_a_configuration_are_those_of_its_report(command: Command) -> None:
+    save_file(detector(0), "base.safetensors")
+    put("a", detector(1), ("fake", "real")), put("b", detector(2), ("real", "fake"))
+    assert command("merge", "--base", "base.safetensors", "--expert", "a=a", "--out", "first").code == 0
+    result = command("merge", "--base", "base.safetensors", "--expert", "b=b", "--expert", "first", "--out", "out")
+    assert result.code == 0
+    assert "expert 'first' (first): its labels are 0 fake, 1 real, of expert 'b' (b) 0 real, 1 fake;" in result.err
+
+
+def test_labels_of_another_number_of_outputs_say_nothing(command: Command) -> None:
+    things = [f"thing {i}" for i in range(1000)]
+    put("base", detector(0)), put("a", detector(1), things), put("b", detector(2), [*things[1:], "thing 0"])
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 0
+    assert "expert 'b' (b): its config.json has 1000 labels and its head 2 outputs: they say nothing" in result.err
+
+
+def test_two_orders_in_one_configuration_are_refused(command: Command) -> None:
+    both = {"id2label": {"0": "real", "1": "fake"}, "label2id": {"real": 1, "fake": 0}}
+    put("base", detector(0)), put_with("a", detector(1), both)
+    result = command("merge", "--base", "base", "--expert", "a=a", "--out", "out")
+    assert result.err == "Error: a/config.json: has its labels as real, fake and as fake, real; expected one order\n"
+
+
+def test_other_orders_of_a_head_that_is_not_found_are_refused_and_one_order_is_not(command: Command) -> None:
+    def unnamed(seed: int) -> State:
+        return {name.replace("classifier.weight", "out.w"): tensor for name, tensor in detector(seed).items()}
+
+    put("base", unnamed(0)), put("a", unnamed(1), ("real", "fake"))
+    put("b", unnamed(2), ("fake", "real")), put("c", unnamed(2), ("real", "fake"))
+    words = ("merge", "--base", "base", "--expert", "a=a", "--expert")
+    assert command(*words, "c=c", "--out", "out").code == 0
+    result = command(*words, "b=b", "--out", "other")
+    assert result.code == 2
+    assert "which tensors are its head is not known; name them (head_tensors, --head-tensors)" in result.err
+
+
+@pytest.mark.parametrize(
+    ("config", "outputs", "expected"),
+    [
+        ({"model_type": "vit"}, 5, {"id2label": {str(i): f"LABEL_{i}" for i in range(5)}}),
+        ({"model_type": "vit", "num_labels": 1000}, 2, {"num_labels": 2}),
+        ({"num_classes": 1000, "pretrained_cfg": {"num_classes": 1000}}, 2, {"pretrained_cfg": {"num_classes": 2}}),
+        ({"num_classes": 2, "label_names": ["a", "b"]}, 3, {"num_classes": 3}),
+    ],
+)
+def test_the_configuration_tells_how_many_outputs_there_are(
+    config: dict[str, Any], outputs: int, expected: dict[str, Any]
+) -> None:
+    said = json.loads(into_config(json.dumps(config).encode(), Classes(), outputs))
+    assert {key: said[key] for key in expected} == expected
+    assert "label_names" not in said
+
+
+def test_the_configuration_tells_the_type_of_what_was_written(command: Command) -> None:
+    put("base", detector(0), None, torch_dtype="float32", vision_config={"dtype": "float32"}), put("a", detector(1))
+    assert command("merge", "--base", "base", "--expert", "a", "--dtype", "bfloat16", "--out", "out").code == 0
+    config = json.loads(Path("out/config.json").read_text())
+    assert (config["torch_dtype"], config["vision_config"]) == ("bfloat16", {"dtype": "bfloat16"})
+
+
 def test_who_does_not_say_its_labels_is_told(command: Command) -> None:
     put("base", detector(0)), put("a", detector(1), ("real", "fake")), put("b", detector(2), ("LABEL_0", "LABEL_1"))
     result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
@@ -190,6 +276,10 @@ def test_one_more_and_one_less_give_the_bytes_of_a_merge_from_scratch(command: C
         (("real", "deepfake"), 1),
         (("FaceSwap_fake", "original"), 0),
         (("genuine", "AI generated"), 1),
+        (("FakeFace", "RealFace"), 0),
+        (("AiArtData", "RealArt"), 0),
+        (("real", "not real"), 1),
+        (("fake", "not fake"), 0),
         (("main", "other"), None),  # words, and not letters in them
         (("fake", "spoof"), None),
         (("LABEL_0", "LABEL_1"), None),
