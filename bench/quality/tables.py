@@ -49,7 +49,7 @@ def main_table(content: Content, rows: Sequence[str], runs: Sequence[str]) -> li
     table = []
     for row in rows:
         numbers = [content["runs"][name][row] for name in runs]
-        aucs = {group: [one["auc"][group] for one in numbers] for group in GROUPS}
+        aucs = {group: [one["auc"][group] for one in numbers] for group in GROUPS["scratch"]}
         table.append(
             {
                 "row": row,
@@ -67,7 +67,7 @@ def main_table(content: Content, rows: Sequence[str], runs: Sequence[str]) -> li
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row of the main table in words, group by group: .823 ± .012."""
-    return [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS]
+    return [f"{short(row['mean'][group])} ± {short(row['deviation'][group])}" for group in GROUPS["scratch"]]
 
 
 def differences(content: Content, row: str, groups: Iterable[str], runs: Sequence[str]) -> list[str]:
@@ -95,15 +95,15 @@ def print_tables(content: Content) -> None:
     which = reported(content)
     runs = runs_of(content, which)
     table = new_table(
-        f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", ("method", *GROUPS, "worst forgery", "ECE")
+        f"AUC over {len(runs)} {which} runs: {', '.join(runs)}", ("method", *GROUPS["scratch"], "worst forgery", "ECE")
     )
     for row in main_table(content, rows_of(content), runs):
         table.add_row(row["row"], *cells(row), f"{short(row['worst'])} {row['worst_forgery']}", short(row["ece"]))
     console.print(table)
-    table = new_table("paired difference to the weight average, 95 % interval, wins", ("method", *GROUPS))
+    table = new_table("paired difference to the weight average, 95 % interval, wins", ("method", *GROUPS["scratch"]))
     for name in rows_of(content):
         if name != "weight average":
-            table.add_row(name, *differences(content, name, GROUPS, runs))
+            table.add_row(name, *differences(content, name, GROUPS["scratch"], runs))
     console.print(table)
     for architecture, chosen in content["chosen"].items():
         words = "; ".join(f"{method} {choice}" for method, choice in chosen.items() if choice)

@@ -95,8 +95,8 @@ def _read_pgm(path: Path) -> npt.NDArray[np.uint8]:
     return np.frombuffer(pixels, dtype=np.uint8).reshape(HEIGHT, WIDTH)
 
 
-def crop_face(photograph: Picture, rng: np.random.Generator) -> Picture:
-    """Cut a slightly random square out of a photograph, (112, 92), and resample it to (48, 48), in [0, 1].
+def crop_face(photograph: Picture, rng: np.random.Generator, size: int = SIZE) -> Picture:
+    """Cut a slightly random square out of a photograph, (112, 92), and resample it to (size, size), in [0, 1].
 
     Its size (80 to 90 pixels), place (± 3 pixels) and turn (± 4 degrees) vary and half are mirrored, so that
     one photograph gives many pictures, all through the same resampling.
@@ -105,8 +105,8 @@ def crop_face(photograph: Picture, rng: np.random.Generator) -> Picture:
     angle = np.deg2rad(rng.uniform(-4.0, 4.0))
     centre_row, centre_column = HEIGHT / 2 + rng.uniform(-3.0, 3.0), WIDTH / 2 + rng.uniform(-3.0, 3.0)
     mirror = -1.0 if rng.random() < 0.5 else 1.0
-    step = side / SIZE
-    offsets = (np.arange(SIZE) - (SIZE - 1) / 2) * step
+    step = side / size
+    offsets = (np.arange(size) - (size - 1) / 2) * step
     down, right = np.meshgrid(offsets, offsets * mirror, indexing="ij")
     rows = centre_row + np.cos(angle) * down - np.sin(angle) * right
     columns = centre_column + np.sin(angle) * down + np.cos(angle) * right

@@ -1,8 +1,11 @@
 """Forgeries made by code: three families to train on and six that no detector sees in training.
 
-Each is a pure function ``(picture, donor, rng) -> picture`` on (48, 48) float32 pictures in [0, 1]; all
-randomness comes from ``rng``. ``donor`` is another person's face. They stop before the camera:
+Each is a pure function ``(picture, donor, rng) -> picture`` on square float32 pictures in [0, 1], 48 pixels wide in the
+demo; all randomness comes from ``rng``. ``donor`` is another person's face. They stop before the camera:
 ``camera.capture`` is applied afterwards to real and forged pictures alike.
+
+Lengths on the face are given for 48 pixels and grow with the picture (``unit``). What a method does to pixels does not:
+grids, blur and noise.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from numpy.random import Generator
 from torch.nn.functional import conv_transpose2d
 
 from r2m.demo.camera import compress
-from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, mix, smooth
+from r2m.demo.resampling import Picture, bilinear, clip, ellipse, grid, halve, mix, smooth, unit
 from r2m_kernels.errors import BadOption
 
 Forgery = Callable[[Picture, Picture, Generator], Picture]
@@ -25,7 +28,7 @@ Range = tuple[float, float]
 
 
 def forge(kind: str, picture: Picture, donor: Picture, rng: Generator, *, shifted: bool = False) -> Picture:
-    """Forge one picture by a kind in ``TRAINED`` or ``UNSEEN``; all are (48, 48) float32 in [0, 1], none is modified.
+    """Forge one picture by a kind in ``TRAINED`` or ``UNSEEN``; all are square float32 in [0, 1], none is modified.
 
     ``shifted`` takes the cross group's parameters, which only the trained families have.
 
@@ -41,22 +44,22 @@ def forge(kind: str, picture: Picture, donor: Picture, rng: Generator, *, shifte
 
 def _swap(picture: Picture, donor: Picture, rng: Generator, *, size: Range, edge: Range, corrected: Range) -> Picture:
     """FS, face swap: an ellipse of another face, turned and scaled, its tone partly corrected, its edge blended."""
-    side = picture.shape[0]
+    side, one = picture.shape[0], unit(picture)
     middle = (side - 1) / 2
     angle, scale = rng.uniform(-0.12, 0.12), rng.uniform(0.92, 1.08)
     rows, columns = grid(side)
     down, right = (rows - middle) * scale, (columns - middle) * scale
     face = bilinear(
         donor,
-        middle + np.cos(angle) * down - np.sin(angle) * right + rng.uniform(-1.5, 1.5),
-        middle + np.sin(angle) * down + np.cos(angle) * right + rng.uniform(-1.5, 1.5),
+        middle + np.cos(angle) * down - np.sin(angle) * right + rng.uniform(-1.5, 1.5) * one,
+        middle + np.sin(angle) * down + np.cos(angle) * right + rng.uniform(-1.5, 1.5) * one,
     )
     factor = rng.uniform(*size)
     mask = ellipse(
         side,
-        (middle + rng.uniform(-1.5, 1.5), middle + rng.uniform(-1.5, 1.5)),
-        (17.0 * factor, 13.0 * factor),
-        rng.uniform(*edge),
+        (middle + rng.uniform(-1.5, 1.5) * one, middle + rng.uniform(-1.5, 1.5) * one),
+        (17.0 * factor * one, 13.0 * factor * one),
+        rng.uniform(*edge) * one,
         rng.uniform(-0.15, 0.15),
     )
     replaced, inside, share = picture[mask > 0.5], face[mask > 0.5], rng.uniform(*corrected)
@@ -68,12 +71,12 @@ def _swap(picture: Picture, donor: Picture, rng: Generator, *, size: Range, edge
 
 def _warp(picture: Picture, donor: Picture, rng: Generator, *, bumps: int, push: Range, width: Range) -> Picture:
     """FR, face reenactment: a smooth local warp: Gaussian bumps push the features of the face by some pixels each."""
-    side = picture.shape[0]
+    side, one = picture.shape[0], unit(picture)
     rows, columns = grid(side)
     down, right = np.zeros_like(rows), np.zeros_like(rows)
     for _ in range(bumps):
         row, column = rng.uniform(0.25 * side, 0.8 * side), rng.uniform(0.25 * side, 0.75 * side)
-        direction, length, sigma = rng.uniform(0, 2 * np.pi), rng.uniform(*push), rng.uniform(*width)
+        direction, length, sigma = rng.uniform(0, 2 * np.pi), rng.uniform(*push) * one, rng.uniform(*width) * one
         bump = length * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * sigma**2))
         down += np.sin(direction) * bump
         right += np.cos(direction) * bump
@@ -164,9 +167,10 @@ def morph(picture: Picture, donor: Picture, rng: Generator) -> Picture:
 
 def _blend(picture: Picture, changed: Picture, rng: Generator) -> Picture:
     """Put an ellipse of ``changed``, about a third of the picture, into ``picture`` with a soft edge."""
-    side = picture.shape[0]
-    centre = (side / 2 + rng.uniform(-4.0, 4.0), side / 2 + rng.uniform(-4.0, 4.0))
-    mask = ellipse(side, centre, (rng.uniform(13.0, 18.0), rng.uniform(11.0, 15.0)), rng.uniform(1.0, 2.5))
+    side, one = picture.shape[0], unit(picture)
+    centre = (side / 2 + rng.uniform(-4.0, 4.0) * one, side / 2 + rng.uniform(-4.0, 4.0) * one)
+    axes = (rng.uniform(13.0, 18.0) * one, rng.uniform(11.0, 15.0) * one)
+    mask = ellipse(side, centre, axes, rng.uniform(1.0, 2.5) * one)
     return mix(picture, changed, mask)
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 Picture = npt.NDArray[np.float32]
-"""A grey picture: (rows, columns) float32 in [0, 1], 48 by 48 unless said otherwise."""
+"""A grey picture: (rows, columns) float32 in [0, 1], 48 by 48 unless said otherwise, always so in the demo."""
+
+STATED = 48  # the width in pixels that lengths of forgeries are stated for
 
 Coordinates = npt.NDArray[np.floating]
 
@@ -26,6 +28,11 @@ def bilinear(picture: Picture, rows: Coordinates, columns: Coordinates) -> Pictu
     upper = upper_left + (upper_right - upper_left) * right
     lower = lower_left + (lower_right - lower_left) * right
     return np.asarray(upper + (lower - upper) * down, dtype=np.float32)
+
+
+def unit(picture: Picture) -> float:
+    """How long one pixel of a picture 48 pixels wide is in this one."""
+    return float(picture.shape[0] / STATED)
 
 
 def grid(size: int) -> tuple[Coordinates, Coordinates]:

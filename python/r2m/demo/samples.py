@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2m.demo.camera import capture, capture_elsewhere, compress, store
-from r2m.demo.faces import PHOTOGRAPHS_EACH, Photographs, crop_face
+from r2m.demo.faces import PHOTOGRAPHS_EACH, SIZE, Photographs, crop_face
 from r2m.demo.forgeries import TRAINED, UNSEEN, Forgery, forge
 from r2m.demo.resampling import Picture, clip, halve, smooth
 
@@ -20,7 +20,7 @@ GROUPS = ("in-distribution", "cross", "unseen")
 
 
 class Group(NamedTuple):
-    """Real pictures and, for each forgery, as many forged ones: all (n, 48, 48) float32 in [0, 1]."""
+    """Real pictures and, for each forgery, forged ones: all (n, size, size) float32 in [0, 1], 48 in the demo."""
 
     real: Picture
     forged: dict[str, Picture]
@@ -48,6 +48,7 @@ def make_pictures(
     *,
     elsewhere: bool = False,
     forgery: Forgery | None = None,
+    size: int = SIZE,
 ) -> Picture:
     """Real or forged pictures: ``draws`` random crops of each photograph of these people, ordered by draw and person.
 
@@ -61,9 +62,10 @@ def make_pictures(
         seed, label: name the stream of random numbers.
         elsewhere: use the other camera and the forgery's shifted parameters.
         forgery: forges in place of the demo's of that name.
+        size: pixels on a side, a multiple of 8.
 
     Returns:
-        (people · 10 · draws, 48, 48) float32 in [0, 1].
+        (people · 10 · draws, size, size) float32 in [0, 1].
     """
     rng = stream(seed, f"{label}/{kind}")
     camera = capture_elsewhere if elsewhere else capture
@@ -71,11 +73,11 @@ def make_pictures(
     made = []
     for _, (index, person), number in product(range(draws), enumerate(people), range(PHOTOGRAPHS_EACH)):
         if kind == "real":
-            picture = crop_face(photographs[person, number], rng)
+            picture = crop_face(photographs[person, number], rng, size)
         else:
             other = people[(index + int(rng.integers(1, len(people)))) % len(people)]
-            donor = crop_face(photographs[other, rng.integers(PHOTOGRAPHS_EACH)], rng)
-            picture = forgery(crop_face(photographs[person, number], rng), donor, rng)
+            donor = crop_face(photographs[other, rng.integers(PHOTOGRAPHS_EACH)], rng, size)
+            picture = forgery(crop_face(photographs[person, number], rng, size), donor, rng)
         made.append(camera(picture, rng))
     return np.stack(made)
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Recipe:
     batch: int = 64  # pictures an update, even: half of them real
     learning_rate: float = 1e-3  # its peak, after a tenth of the steps; then it falls to 0 along a cosine
     weight_decay: float = 0.01  # decoupled, of AdamW
+    head_rate: float = 1.0  # the head's learning rate over the backbone's, in fine-tuning
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def train_detector(
 
     Args:
         base: where training starts; not modified.
-        real: (n, 48, 48) float32 in [0, 1].
+        real: (n, size, size) float32 in [0, 1].
         forged: one such array for each family: one for a specialist, all for the joint model.
         recipe, seed, progress: how; the seed is of the order of pictures. The result is in evaluation mode.
     """
@@ -109,7 +111,9 @@ def train_detector(
         pictures = torch.cat([reals[chosen_reals], fakes[chosen_fakes]])
         return nn.functional.cross_entropy(detector(_vary(pictures, order)), labels)
 
-    _optimise(detector.parameters(), loss, recipe, progress)
+    backbone: dict[str, Any] = {"params": list(detector.backbone.parameters())}
+    head = {"params": list(detector.head.parameters()), "lr": recipe.head_rate * recipe.learning_rate}
+    _optimise([backbone, head], loss, recipe, progress)
     return detector
 
 
@@ -121,7 +125,10 @@ def _vary(pictures: Tensor, order: torch.Generator) -> Tensor:
 
 
 def _optimise(
-    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], recipe: Recipe, progress: Progress
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    loss: Callable[[], Tensor],
+    recipe: Recipe,
+    progress: Progress,
 ) -> None:
     """AdamW with a short warm-up and a cosine decay."""
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
