@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from r2m.demo.evaluation import group_auc, score_group
+from r2m.demo.evaluation import ensemble, group_auc, score_group
 
 from bench.quality.groups import validation_group
-from bench.quality.methods import Method
+from bench.quality.methods import Candidate, Method, merged
 from bench.quality.models import Models, Run
 from bench.quality.networks import load_state
-from r2m_kernels import MergeConfig, merge
 
 Validated = dict[str, dict[str, float]]
 """Method → candidate in words → AUC on the validation people of one run."""
@@ -24,10 +23,11 @@ def validate(run: Run, methods: Sequence[Method]) -> Validated:
     """Every candidate of every method on one run; those without a choice too, since ideas are compared by it."""
     (base, experts), group = Models(run).trained(), validation_group(run)
 
-    def judged(config: MergeConfig) -> float:
-        return group_auc(score_group(load_state(run.architecture, merge(base, experts, config)), group))
+    def judged(candidate: Candidate) -> float:
+        detectors = [load_state(run.architecture, state) for state in merged(candidate, base, experts)]
+        return group_auc(ensemble([score_group(detector, group) for detector in detectors]))
 
-    return {m.name: {words: judged(config) for words, config in m.candidates.items()} for m in methods}
+    return {m.name: {words: judged(one) for words, one in m.candidates.items()} for m in methods}
 
 
 def choose(validated: Mapping[str, Validated]) -> dict[str, dict[str, str]]:

@@ -1,16 +1,64 @@
 """Everything that is compared, and what each method may choose from: as many candidates for all, eight.
 
-Whatever needs no choice is a method with one candidate. ``R2M`` is this package's default, untuned.
+A candidate is a configuration of the package or a rule in plain PyTorch (``competitors``, ``decorrelated``). Whatever
+needs no choice is a method with one candidate. ``R2M`` is this package's default, untuned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from r2m_kernels import MergeConfig
+from bench.quality.competitors import dc_merge, larv, monosoup, resmerge, score, swudi
+from bench.quality.decorrelated import (
+    compressed_ensemble,
+    core_at_full_length,
+    decorrelated,
+    mean_of,
+    tsv_m_by_core,
+)
+from bench.quality.parts import StateDict
+from r2m_kernels import MergeConfig, merge
 
 BUDGET = 8
+Candidate = MergeConfig | Callable[..., StateDict | list[StateDict]]
+"""A configuration, or a function of base and experts: at module level, or a ``partial`` of one: processes get it."""
+
+
+def merged(candidate: Candidate, base: StateDict, experts: Sequence[StateDict], **overrides: Any) -> list[StateDict]:
+    """What a candidate makes of them: one state dict, or several whose mean logit counts.
+
+    Args:
+        candidate: of a method.
+        base: the specialists' base.
+        experts: the specialists.
+        overrides: fields of the configuration; a rule takes its own arguments of these names.
+    """
+    made = merge(base, experts, candidate, **overrides) if isinstance(candidate, MergeConfig) else None
+    made = candidate(base, experts, **overrides) if made is None else made
+    return made if isinstance(made, list) else [made]
+
+
+def key(candidate: Candidate) -> str:
+    """A candidate in words that stay the same: function and arguments, or the fields that are not the defaults."""
+    if isinstance(candidate, MergeConfig):
+        default = MergeConfig().to_dict()
+        fields = {name: value for name, value in candidate.to_dict().items() if value != default[name]}
+        return f"MergeConfig({_words(fields)})"
+    if isinstance(candidate, partial):
+        return f"{candidate.func.__name__}({_words(candidate.keywords)})"
+    return f"{candidate.__name__}()"
+
+
+def _words(arguments: Mapping[str, Any]) -> str:
+    def word(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({', '.join(map(word, value))})"
+        return key(value) if isinstance(value, MergeConfig) or callable(value) else repr(value)
+
+    return ", ".join(f"{name}={word(value)}" for name, value in sorted(arguments.items()))
 
 
 @dataclass(frozen=True)
@@ -19,33 +67,51 @@ class Method:
 
     Attributes:
         name: the row of the table.
-        candidates: words → configuration.
+        candidates: words → candidate.
         kind: ``peer``, ``ours``, ``ablation`` or ``idea``, which has no row on the page.
     """
 
     name: str
-    candidates: Mapping[str, MergeConfig]
+    candidates: Mapping[str, Candidate]
     kind: str = "peer"
 
     @property
     def tuned(self) -> bool:
         return len(self.candidates) > 1
 
-    def picked(self, chosen: Mapping[str, str]) -> MergeConfig:
+    def picked(self, chosen: Mapping[str, str]) -> Candidate:
         """The one candidate that validation chose, for one architecture."""
         return self.candidates[chosen[self.name]]
 
 
-def _fixed(name: str, config: MergeConfig, kind: str = "peer") -> Method:
-    return Method(name, {"": config}, kind)
+def _fixed(name: str, candidate: Candidate, kind: str = "peer") -> Method:
+    return Method(name, {"": candidate}, kind)
+
+
+def averaged(scale: float) -> MergeConfig:
+    """The weight average with its change times ``scale``."""
+    return MergeConfig.weight_average().replace(core_scale=scale)
+
+
+def lengthened(scale: float) -> MergeConfig:
+    """R²M by default with its change times ``scale``, the classifier's mean apart."""
+    return MergeConfig.r2m(core_scale=scale, eta=scale)
 
 
 def peers() -> list[Method]:
     """Other methods of the literature, each with the same tuning budget; averages need none."""
     scales = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2)
+    clean = {"effective rank": None, "energy 0.5": 0.5, "energy 0.8": 0.8, "energy 0.95": 0.95}
+    tiers = {"tanh": None, "tiers ± 0.2": 0.2}
+    under = {
+        "average": averaged(1.0),
+        "average × 1.2": averaged(1.2),
+        "Iso-C": MergeConfig.iso_c(),
+        "TSV-M": MergeConfig.tsv_m(),
+    }
     return [
-        _fixed("weight average", MergeConfig.weight_average()),
-        _fixed("weight average × 1.2", MergeConfig.weight_average().replace(core_scale=1.2)),
+        _fixed("weight average", averaged(1.0)),
+        *(_fixed(f"weight average × {scale:g}", averaged(scale)) for scale in (1.2, 1.5, 2.0)),
         Method(
             "task arithmetic",
             {f"λ {s:g}": MergeConfig.task_arithmetic(s) for s in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)},
@@ -63,18 +129,76 @@ def peers() -> list[Method]:
             {f"rank {r:g}, λ {s:g}": MergeConfig.cart(r, s) for r in (0.08, 0.16, 0.32, 0.5) for s in (0.5, 1.0)},
         ),
         Method("TSV-M", {f"α {s:g}": MergeConfig.tsv_m(s) for s in scales}),
+        _fixed("TSV-M × 1", MergeConfig.tsv_m(1.0)),
+        _fixed("TSV-M × 1.2", MergeConfig.tsv_m(1.2)),
         Method("Iso-C", {f"α {s:g}": MergeConfig.iso_c(s) for s in scales}),
         Method("STAR", {f"share {s:g}": MergeConfig.star(s) for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9)}),
+        Method("SCORE", {f"α {s:g}": partial(score, scale=s) for s in scales}),
+        Method(
+            "SWUDI",
+            {
+                f"{n} steps, share {s:g}": partial(swudi, steps=float(n), share=s)
+                for n in (3, 10, 30, 100)
+                for s in (0.5, 1.0)
+            },
+        ),
+        Method(
+            "MonoSoup",
+            {
+                f"{words}, × {s:g}": partial(monosoup, energy=energy, then=averaged(s))
+                for words, energy in clean.items()
+                for s in (1.0, 1.5)
+            },
+        ),
+        Method(
+            "LARV",
+            {
+                f"{words}, {name}": partial(larv, tiers=tier, then=then)
+                for words, tier in tiers.items()
+                for name, then in under.items()
+            },
+        ),
+        Method(
+            "ResMerge",
+            {
+                f"budget {b:g}, × {s:g}": partial(resmerge, budget=b, scale=s)
+                for b in (0.2, 0.5, 1.0, 2.0)
+                for s in (1.0, 1.2)
+            },
+        ),
+        Method(
+            "DC-Merge",
+            {
+                f"{'smooth' if smooth else 'as they are'}, {'elected' if elect else 'summed'}, α {s:g}": partial(
+                    dc_merge, smooth=smooth, elect=elect, scale=s
+                )
+                for smooth in (True, False)
+                for elect in (True, False)
+                for s in (0.6, 1.0)
+            },
+        ),
     ]
 
 
 def ours() -> list[Method]:
-    """R²M: as it comes, as the paper has it, tuned, and with one part of it changed at a time."""
-    r2m = MergeConfig.r2m
+    """R²M as it comes, longer, tuned, by rows and as the paper has it; and what we made beside it."""
+    r2m, kit = MergeConfig.r2m, MergeConfig.r2m_paper
+    clean = {"effective rank": None, "energy 0.5": 0.5, "energy 0.8": 0.8, "energy 0.95": 0.95}
     return [
         _fixed("R2M", r2m(), "ours"),
-        _fixed("R2M, rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
-        _fixed("R2M, paper's settings", MergeConfig.r2m_paper(), "ours"),
+        _fixed("R2M × 1.2", lengthened(1.2), "ours"),
+        Method(
+            "R2M on cleaned specialists",
+            {
+                f"{words}, × {s:g}": partial(monosoup, energy=energy, then=lengthened(s))
+                for words, energy in clean.items()
+                for s in (1.0, 1.5)
+            },
+            "ours",
+        ),
+        _fixed("R2M by rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
+        _fixed("R2M, public kit's settings", kit(), "ours"),
+        _fixed("R2M, public kit's settings without a Real subspace", kit(real_rank=None), "ours"),
         _fixed("R2M, centred as summaries have it", MergeConfig.r2m_centred(), "ours"),
         Method(
             "R2M with a relative eta, tuned",
@@ -85,19 +209,47 @@ def ours() -> list[Method]:
             },
             "ours",
         ),
-        _fixed("R2M, whole residuals", r2m(rank=1.0), "ablation"),
-        _fixed("R2M, head merged", r2m(head="merge"), "ablation"),
-        _fixed("R2M, core not restored", r2m(core_mode="mean"), "ablation"),
-        _fixed("R2M, residuals at rank 0.2", r2m(rank=0.2), "ablation"),
-        _fixed("R2M without residuals", r2m(eta=0.0), "ablation"),
-        _fixed("R2M without norm matching", r2m(norm_match=False), "ablation"),
-        _fixed("R2M without a Real subspace", r2m(real_rank=0), "ablation"),
-        _fixed("R2M, centred", r2m(center=True), "ablation"),
-        _fixed("R2M, own residuals", r2m(residual="own"), "ablation"),
-        _fixed("R2M, weighted layers", r2m(layer_weight="frobenius"), "ablation"),
+        _fixed("R2M decorrelated", partial(decorrelated), "ours"),
+        _fixed("R2M decorrelated, by tensor", partial(decorrelated, by_tensor=True), "ours"),
+        _fixed("R2M decorrelated, K1", partial(decorrelated, residual="matched"), "ours"),
+        _fixed("TSV-M by R2M's core, K3", partial(tsv_m_by_core, scale=1.2, power=0.5), "ours"),
+        Method(
+            "TSV-M by R2M's core",
+            {
+                f"power {p:g}, α {s:g}": partial(tsv_m_by_core, scale=s, power=p)
+                for p in (0.5, 1.0)
+                for s in (0.6, 0.8, 1.0, 1.2)
+            },
+            "ours",
+        ),
+        _fixed("mean of R2M and TSV-M", partial(mean_of, configs=(r2m(), MergeConfig.tsv_m())), "ours"),
+        _fixed("compressed ensemble, rank 0.05", partial(compressed_ensemble), "ours"),
+        _fixed("compressed ensemble, rank 1", partial(compressed_ensemble, rank=0.0, own_vectors=False), "ours"),
     ]
+
+
+def ablations() -> list[Method]:
+    """The default with one part of it changed at a time."""
+    r2m = MergeConfig.r2m
+    changed: dict[str, Candidate] = {
+        **{f"R2M, rank {r:g}": r2m(rank=r) for r in (0.02, 0.05, 0.2, 0.4, 1.0)},
+        "R2M, k = 2": r2m(real_rank=2),
+        "R2M, the mean as core": r2m(real_rank=None),
+        "R2M without a Real subspace": r2m(real_rank=0),
+        "R2M without residuals": r2m(eta=0.0),
+        **{f"R2M, η {e:g}": r2m(eta=e) for e in (0.5, 0.8, 1.2, 1.5)},
+        "R2M without norm matching": r2m(norm_match=False),
+        "R2M, centred": r2m(center=True),
+        "R2M, own residuals": r2m(residual="own"),
+        "R2M, core not restored": r2m(core_mode="mean"),
+        "R2M, core at full length": partial(core_at_full_length, config=r2m()),
+        "R2M by rows": r2m(row_power=3.0),
+        "R2M, head merged": r2m(head="merge"),
+        "R2M, weighted layers": r2m(layer_weight="frobenius"),
+    }
+    return [_fixed(name, candidate, "ablation") for name, candidate in changed.items()]
 
 
 def all_methods() -> list[Method]:
     """In the order of the table."""
-    return [*peers(), *ours()]
+    return [*peers(), *ours(), *ablations()]

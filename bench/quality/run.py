@@ -26,9 +26,9 @@ from bench.machine import RESULTS, machine, write_json
 from bench.quality import docs, judging, pictures, settings, studies, tables
 from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
-from bench.quality.methods import all_methods
+from bench.quality.methods import Candidate, all_methods, merged
 from bench.quality.models import CACHE, Models, Run
-from r2m_kernels import MergeConfig, merge
+from r2m_kernels import MergeConfig
 
 # Rows that the studies follow, beside the ensemble.
 SCRATCH = tuple(name for name, regime in settings.REGIMES.items() if regime == "scratch")
@@ -99,7 +99,7 @@ def _next(run: Run, runs: Sequence[Run]) -> Run:
     return alike[(alike.index(run) + 1) % len(alike)]
 
 
-def _judge(run: Run, configs: Mapping[str, MergeConfig]) -> dict[str, Any]:
+def _judge(run: Run, candidates: Mapping[str, Candidate]) -> dict[str, Any]:
     models, groups = Models(run), groups_of(run)
     base, experts = models.trained()
 
@@ -107,7 +107,8 @@ def _judge(run: Run, configs: Mapping[str, MergeConfig]) -> dict[str, Any]:
     specialists = {row: scored(expert) for row, expert in zip(SPECIALISTS.values(), experts, strict=True)}
     scores = {"base": scored(base), **specialists, "joint training": scored(models.joint())}
     scores |= {"ensemble": judging.mean_of(list(specialists.values()))}
-    scores |= {row: scored(merge(base, experts, config)) for row, config in configs.items()}
+    for row, candidate in candidates.items():
+        scores[row] = judging.mean_of([scored(state) for state in merged(candidate, base, experts)])
     return {row: judging.numbers(of_row) for row, of_row in scores.items()}
 
 

@@ -14,7 +14,7 @@ from r2m.demo.resampling import Picture
 from r2m.demo.samples import Group
 from torch import Tensor
 
-from bench.quality import settings
+from bench.quality import methods, settings
 from bench.quality.groups import all_families, groups_of, validation_group
 from bench.quality.judging import aucs, mean_of, score
 from bench.quality.models import Models, Run, StateDict
@@ -46,7 +46,7 @@ def sweeps(run: Run) -> Numbers:
     }
 
 
-def many(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
+def many(run: Run, configs: Mapping[str, methods.Candidate]) -> Numbers:
     """One to six specialists, in several orders: mean AUC over all six families, and over the unseen ones.
 
     Args:
@@ -66,7 +66,7 @@ def many(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
     return {"merges": rows}
 
 
-def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
+def robustness(run: Run, configs: Mapping[str, methods.Candidate]) -> Numbers:
     """What one bad specialist does, and 16-bit storage: in-distribution and unseen AUC of each method."""
     models, groups = Models(run), groups_of(run, LOOKED_AT)
     base, (fs, fr, efs) = models.trained()
@@ -82,12 +82,17 @@ def robustness(run: Run, configs: Mapping[str, MergeConfig]) -> Numbers:
 
 
 def _merged(
-    run: Run, configs: Mapping[str, MergeConfig], base: StateDict, experts: list[StateDict], groups: Mapping[str, Group]
+    run: Run,
+    configs: Mapping[str, methods.Candidate],
+    base: StateDict,
+    experts: list[StateDict],
+    groups: Mapping[str, Group],
 ) -> Numbers:
     """AUC of the ensemble and of every merge in every group, and the numbers of the report."""
     scored = {"ensemble": mean_of([score(run, _cast(expert, torch.float32), groups) for expert in experts])}
     for row, config in configs.items():
-        scored[row] = score(run, _cast(merge(base, experts, config), torch.float32), groups)
+        states = methods.merged(config, base, experts)
+        scored[row] = mean_of([score(run, _cast(state, torch.float32), groups) for state in states])
     return {"auc": {row: aucs(scores) for row, scores in scored.items()}, "report": _report(base, experts)}
 
 

@@ -1,0 +1,290 @@
+"""What the quality benchmark compares, held to what its formulas imply: extremes, identities, optimality."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from cases import checkpoints, distance
+
+from bench.quality import competitors, methods
+from bench.quality.competitors import cleaned, dc_merge, larv, monosoup, resmerge, score, swudi
+from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of, tsv_m_by_core
+from bench.quality.parts import Parts, together
+from r2m_kernels import MergeConfig, merge
+
+SHAPES = {"wide": (8, 21), "tall.weight": (12, 2, 3, 3), "bias": (8,), "norm.running_var": (8,), "head.weight": (2, 12)}
+AVERAGE = MergeConfig.weight_average()
+EXACT = 1e-9  # in float64, relative to the update: eigenvalues of what is squared
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Base and three experts of different lengths, in float64."""
+    base, experts = checkpoints(3, dtype=torch.float64, shapes=SHAPES, seed=3, scales=[1.0, 1.4, 0.8])
+    return tuple([{name: state[name] for name in SHAPES} for state in states] for states in ([base], experts))
+
+
+def apart(trained, one, other):
+    (base,), _ = trained
+    return distance(one, other) / distance(base, other)
+
+
+def test_classifier_and_statistics_are_means_and_a_kernel_is_a_matrix(trained):
+    (base,), experts = trained
+    parts = Parts.of(base, experts)
+    assert {name: tuple(tau.shape) for name, tau in parts.tau.items()} == {
+        "wide": (3, 8, 21),
+        "tall.weight": (3, 12, 18),
+    }
+    assert set(parts.vectors) == {"bias"}
+    made = score(base, experts, scale=2.0)
+    average = merge(base, experts, AVERAGE)
+    for name in ("head.weight", "norm.running_var"):
+        assert torch.allclose(made[name], average[name], rtol=0, atol=1e-14)
+    assert torch.allclose(made["bias"] - base["bias"], 2 * (average["bias"] - base["bias"]))
+    assert [(name, tensor.dtype, tensor.shape) for name, tensor in made.items()] == [
+        (name, tensor.dtype, tensor.shape) for name, tensor in base.items()
+    ]
+
+
+def test_the_core_is_the_packages(trained):
+    (base,), experts = trained
+    parts = Parts.of(base, experts)
+    config = MergeConfig.r2m(eta=0.0)
+    changes = {name: parts.gain**0.5 * torch.tensordot(parts.core, tau, 1) for name, tau in parts.tau.items()}
+    assert apart(trained, parts.merged(changes, parts.gain**0.5), merge(base, experts, config)) < EXACT
+    longer = core_at_full_length(base, experts, config=config)
+    assert apart(trained, longer, merge(base, experts, config.replace(core_mode="mean", core_scale=parts.gain))) < EXACT
+
+
+def test_score_between_its_extremes(trained):
+    (base,), experts = trained
+    tau = Parts.of(base, experts).tau["wide"]
+    u, _, v = torch.linalg.svd(tau, full_matrices=False)
+    left, right = (
+        torch.linalg.svd(torch.cat(list(side), 1), full_matrices=False) for side in (u[..., :2], v.mT[..., :2])
+    )
+    left, right = left[0] @ left[2], right[0] @ right[2]
+    everything, diagonal = (score(base, experts, trim=trim)["wide"] - base["wide"] for trim in (math.inf, 0.0))
+    assert torch.allclose(everything, left @ left.T @ tau.sum(0) @ right @ right.T, atol=1e-12)
+    assert torch.allclose(left.T @ diagonal @ right, torch.diag((left.T @ tau.sum(0) @ right).diag()), atol=1e-12)
+    kept = []
+    for one in left.T @ tau @ right:
+        off = one - torch.diag(one.diag())
+        kept.append(torch.where((off - off.mean()).abs() <= 1.96 * off.std() / 3, one, torch.diag(one.diag())))
+    found = left.T @ (score(base, experts)["wide"] - base["wide"]) @ right
+    assert torch.allclose(found, sum(kept), atol=1e-12)
+
+
+def test_swudi_goes_from_the_mean_to_the_minimum(trained):
+    (base,), experts = trained
+    assert apart(trained, swudi(base, experts, steps=0.0), merge(base, experts, AVERAGE)) < EXACT
+    # At the minimum the gradient of WUDI's loss is 0: Σ (X − τ_i) τ_iᵀ τ_i / ‖τ_i‖² = 0.
+    tau = Parts.of(base, experts).tau["tall.weight"]
+
+    def gradient(steps, share=1.0):
+        change = (swudi(base, experts, steps=steps, share=share)["tall.weight"] - base["tall.weight"]).flatten(1)
+        parts = (change - tau) @ tau.mT @ tau / tau.square().sum((1, 2), keepdim=True)
+        return float(parts.sum(0).norm())
+
+    start, late = gradient(0.0), gradient(1e9)
+    assert late < 1e-9 * start
+    assert start > gradient(3.0) > gradient(30.0) > late
+    assert late < gradient(1e9, share=0.5) < start
+
+
+def test_monosoup_weighs_high_and_low_parts(trained):
+    (base,), _ = trained
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    values = torch.tensor([4.0, 2.0, 1.0, 0.5] + [0.0] * 4, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(21, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    expert = {**base, "wide": base["wide"] + turn * values @ basis.T}
+    found = turn.T @ (cleaned(base, expert)["wide"] - base["wide"]) @ basis
+    # e^entropy of 8/15, 4/15, 2/15, 1/15 is 3.05: all four. With 90 % of the energy two are high.
+    assert torch.allclose(found, torch.diag(values), atol=1e-10)
+    found = turn.T @ (cleaned(base, expert, energy=0.9)["wide"] - base["wide"]) @ basis
+    low = 1 / 16 + (15 / 16) * math.sqrt(1.25 / 21.25)
+    expected = values * torch.tensor([1 - low, 1 - low, low, low] + [0.0] * 4, dtype=torch.float64)
+    assert torch.allclose(found, torch.diag(expected), atol=1e-10)
+    untouched = [name for name in base if torch.equal(cleaned(base, expert)[name], expert[name])]
+    assert untouched == [name for name in base if name != "wide"]
+
+
+def test_monosoup_of_what_did_not_change_is_it(trained):
+    (base,), _ = trained
+    assert distance(monosoup(base, [base, base]), base) == 0
+
+
+def test_larv_scales_by_thirds_before_the_merge(trained):
+    (base,), experts = trained
+    config = MergeConfig.r2m(svd="exact")
+    assert apart(trained, larv(base, experts, then=config, tiers=0.0), merge(base, experts, config)) < EXACT
+    # With two layers the scores' thirds are the smaller and the larger one.
+    alone = larv(base, experts[:1], then=AVERAGE, tiers=0.25)
+    factors = [float((alone[name] - base[name]).norm() / (experts[0][name] - base[name]).norm()) for name in SHAPES]
+    assert sorted(factors[:2]) == pytest.approx([0.75, 1.25])
+    assert factors[2:] == pytest.approx([1.0] * 3)
+    # Of two layers alike in everything the later one is longer.
+    twice, again = ({"first": state["wide"], "second": state["wide"]} for state in (base, experts[0]))
+    smooth = larv(twice, [again], then=AVERAGE)
+    first, second = (float((smooth[n] - twice[n]).norm() / (again[n] - twice[n]).norm()) for n in twice)
+    assert 0.5 <= first < second <= 1.5
+
+
+def test_resmerge_of_equal_experts_is_their_residual_and_a_share_of_their_first_component(trained):
+    (base,), experts = trained
+    made = resmerge(base, [experts[0]] * 3, budget=0.3)["wide"] - base["wide"]
+    u, values, vh = torch.linalg.svd(experts[0]["wide"] - base["wide"], full_matrices=False)
+    kept = values.clone()
+    kept[0] = 0.3 * values[1:].norm()
+    assert torch.allclose(made, u * kept @ vh, atol=1e-10)
+
+
+def test_resmerge_lengthens_what_coheres(trained):
+    (base,), _ = trained
+    first, along, across = torch.zeros(3, 8, 21, dtype=torch.float64)
+    first[0, 0], along[1, 1], across[2, 2] = 9.0, 1.0, 1.0
+
+    def residual(cosine):
+        """Of two experts with one first component and residuals of length 1 and 2 at that cosine."""
+        other = 2 * (cosine * along + (1 - cosine**2) ** 0.5 * across)
+        experts = [{**base, "wide": base["wide"] + first + rest} for rest in (along, other)]
+        return resmerge(base, experts, budget=0.0)["wide"] - base["wide"], other
+
+    # Their mean direction has a cosine of .894 to each: β = 1 − .3 · ((1 + .6) / 2 + (1 + .894) / 2) / 2 = .738.
+    made, other = residual(0.6)
+    direction = (along + other / 2) / (along + other / 2).norm()
+    assert torch.allclose(made, direction * 1.5 * 0.8944272**0.7379179, atol=1e-6)
+    # Cosines of .447 are below 1/√2: the plain mean.
+    made, other = residual(-0.6)
+    assert torch.allclose(made, (along + other) / 2, atol=1e-12)
+
+
+def test_dc_merge_keeps_own_blocks(trained):
+    (base,), experts = trained
+    one = dc_merge(base, experts[:1], smooth=False)["wide"]  # alone it keeps everything
+    assert torch.allclose(one, experts[0]["wide"], atol=1e-12)
+    flat = torch.linalg.svdvals(dc_merge(base, experts[:1])["wide"] - base["wide"])
+    assert torch.allclose(
+        flat,
+        torch.full((8,), float(torch.linalg.svdvals(experts[0]["wide"] - base["wide"]).mean()), dtype=torch.float64),
+    )
+    u, _, vh = torch.linalg.svd(Parts.of(base, experts).tau["wide"], full_matrices=False)
+    left, right = together(u[..., :2]), together(vh.mT[..., :2])
+    for elect in (False, True):
+        made = left.T @ (dc_merge(base, experts, elect=elect)["wide"] - base["wide"]) @ right
+        own = torch.block_diag(*[torch.ones(2, 2)] * 3) > 0
+        assert made[~own].abs().max() < 1e-12 < made[own].abs().min()
+
+
+def test_what_is_outside_is_orthogonal_to_every_task_vector(trained):
+    (base,), experts = trained
+    parts = Parts.of(base, experts)
+    for by_tensor in (False, True):
+        plain, more = (
+            decorrelated(base, experts, core=0.0, residual="none", outside=outside, by_tensor=by_tensor)
+            for outside in (0.0, 1.0)
+        )
+        inner = torch.stack(
+            [(tau * (more[name] - plain[name]).reshape(tau.shape[1:])).sum((1, 2)) for name, tau in parts.tau.items()]
+        )
+        inner = inner if by_tensor else inner.sum(0)
+        assert inner.abs().max() < EXACT * parts.gram.trace()
+        assert distance(plain, more) > 0.1 * distance(base, merge(base, experts, AVERAGE))
+
+
+def test_the_decorrelated_rule_is_its_formula(trained):
+    (base,), experts = trained
+    tsv, average = merge(base, experts, MergeConfig.tsv_m().replace(svd="exact")), merge(base, experts, AVERAGE)
+    parts = Parts.of(base, experts)
+    flat = torch.cat([tau.flatten(1) for tau in parts.tau.values()], 1)
+    d, mean = (torch.cat([(state[name] - base[name]).flatten() for name in parts.tau]) for state in (tsv, average))
+    _, _, vh = torch.linalg.svd(flat, full_matrices=False)
+    core = vh[0] * (vh[0] @ mean)
+    stretch = flat.norm(dim=1).mean() / mean.norm()
+    outside = d - vh.T @ (vh @ d)
+    expected = 1.2 * stretch * core + (mean - core) + 1.5 * outside
+    made = decorrelated(base, experts)
+    found = torch.cat([(made[name] - base[name]).flatten() for name in parts.tau])
+    assert float((found - expected).norm() / expected.norm()) < 1e-7
+    matched = decorrelated(base, experts, residual="matched")
+    ours = merge(base, experts, MergeConfig.r2m(core_scale=0.0))
+    for name in parts.tau:
+        twice = (made[name] - matched[name]).flatten() + 2 * (ours[name] - base[name]).flatten()
+        assert torch.allclose(
+            twice,
+            (mean - core).split([t[0].numel() for t in parts.tau.values()])[list(parts.tau).index(name)],
+            atol=1e-7,
+        )
+
+
+def test_weights_of_decorrelated_experts(trained):
+    (base,), experts = trained
+    even = tsv_m_by_core(base, experts, scale=0.9, power=0.0)
+    tsv = merge(base, experts, MergeConfig.tsv_m(0.9).replace(svd="exact"))
+    names = [name for name in SHAPES if "head" not in name]  # which the package's method merges like the rest
+    assert (
+        apart(
+            trained,
+            {n: even[n] for n in names} | {"head.weight": base["head.weight"]},
+            {n: tsv[n] for n in names} | {"head.weight": base["head.weight"]},
+        )
+        < 1e-7
+    )
+    assert apart(trained, even, tsv_m_by_core(base, experts, scale=0.9, power=1.0)) > 0.01
+
+
+def test_a_compressed_ensemble_at_full_rank_is_the_specialists(trained):
+    (base,), experts = trained
+    for made, expert in zip(compressed_ensemble(base, experts, rank=1.0), experts, strict=True):
+        assert distance(made, expert) < EXACT * distance(base, expert)
+    shared = compressed_ensemble(base, experts, rank=0.0, own_vectors=False)
+    average = merge(base, experts, AVERAGE)
+    assert all(torch.allclose(made["bias"], average["bias"], atol=1e-14) for made in shared)
+    assert all(torch.linalg.matrix_rank(made["wide"] - average["wide"], rtol=1e-9) == 1 for made in shared)
+
+
+def test_the_mean_of_merges(trained):
+    (base,), experts = trained
+    half = mean_of(base, experts, configs=(AVERAGE, AVERAGE.replace(core_scale=2.0)))
+    assert apart(trained, half, merge(base, experts, AVERAGE.replace(core_scale=1.5))) < EXACT
+
+
+def test_candidates_cross_processes_and_are_told_apart():
+    every = [one for method in methods.all_methods() for one in method.candidates.values()]
+    for candidate in every:
+        assert methods.key(pickle.loads(pickle.dumps(candidate))) == methods.key(candidate)
+    for method in methods.all_methods():
+        keys = list(map(methods.key, method.candidates.values()))
+        assert len(set(keys)) == len(keys)
+    names = [method.name for method in methods.all_methods()]
+    assert len(set(names)) == len(names)
+    assert methods.key(partial(competitors.score, scale=1.2)) == "score(scale=1.2)"
+    assert methods.key(MergeConfig.r2m(rank=0.2)) == "MergeConfig(rank=0.2)"
+
+
+def test_every_candidate_makes_detectors_that_load(trained):
+    (base,), experts = trained
+    for method in methods.all_methods():
+        for candidate in method.candidates.values():
+            for state in methods.merged(candidate, base, experts):
+                assert [(n, t.shape, t.dtype) for n, t in state.items()] == [
+                    (n, t.shape, t.dtype) for n, t in base.items()
+                ]
+                assert all(bool(tensor.isfinite().all()) for tensor in state.values()), (
+                    method.name,
+                    methods.key(candidate),
+                )
+
+
+def test_what_no_expert_changed_stays(trained):
+    (base,), experts = trained
+    frozen = [{**expert, "wide": base["wide"]} for expert in experts]
+    for method in methods.all_methods():
+        candidate = next(iter(method.candidates.values()))
+        for state in [] if isinstance(candidate, MergeConfig) else methods.merged(candidate, base, frozen):
+            assert torch.allclose(state["wide"], base["wide"], atol=1e-14), method.name
