@@ -113,6 +113,12 @@ class Models:
         longer = replace(recipe, steps=10 * recipe.steps)
         return self._fine_tuned(f"{kind} overtrained", longer, self._pictures, (kind,))
 
+    def moved(self, kind: str, rate: int) -> StateDict:
+        """A specialist whose backbone was trained at ``rate`` times the learning rate, and its head as ever."""
+        recipe = self.run.setting.specialist
+        faster = replace(recipe, learning_rate=rate * recipe.learning_rate, head_rate=recipe.head_rate / rate)
+        return self._fine_tuned(f"{kind} at rate {rate}", faster, self._pictures, (kind,))
+
     def shuffled(self, kind: str) -> StateDict:
         """A specialist whose labels mean nothing: its real and forged pictures were thrown together and mixed."""
         return self._fine_tuned(f"{kind} shuffled", self.run.setting.specialist, self._mixed, (kind,))

@@ -23,6 +23,9 @@ SECOND_BASE = FRESH[:2]
 FIRST_LOOK, SECOND_LOOK = (6, 7, 8, 9, 10), (11, 12, 13, 14, 15)
 # Where up to six specialists are merged, and where something is wrong with one of them.
 MANY = (0, 1)
+# Where specialists are fine-tuned at other rates, for task vectors of 1 to 20 % of a pretrained base.
+MOVED = (0, 1)
+RATES = (3, 6, 12, 24)  # times the learning rate of the backbone
 MAIN, FURTHER = TRAINED, tuple(FURTHER_FORGERIES)
 
 REGIMES = {"cnn": "scratch", "vit": "scratch", "mobilenet": "pretrained", "lite0": "pretrained"}
