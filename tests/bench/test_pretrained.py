@@ -73,6 +73,20 @@ def test_every_pretrained_specialist_draws_its_pictures_in_an_order_of_its_own()
     assert {scratch.order(name) for name in names} == {3}
 
 
+def test_a_specialist_that_moves_farther_has_the_head_of_the_others(monkeypatch, tmp_path):
+    recipes = {}
+    monkeypatch.setattr(Models, "_get", lambda self, name, recipe, train: recipes.setdefault(name, recipe))
+    made = Models(Run("mobilenet", 3), tmp_path)
+    made.specialist("FS")
+    for rate in settings.RATES:
+        made.moved("FS", rate)
+    usual = recipes.pop("FS")
+    for rate, recipe in zip(settings.RATES, recipes.values(), strict=True):
+        assert recipe.learning_rate == pytest.approx(rate * 1e-4)
+        assert recipe.learning_rate * recipe.head_rate == pytest.approx(usual.learning_rate * usual.head_rate)
+        assert recipe.steps == usual.steps
+
+
 def test_groups_share_no_people_and_one_array_of_real_pictures(monkeypatch):
     asked = {}
 
