@@ -101,9 +101,9 @@ bench-peers: .venv-peers/ready  ## the environment in which `make bench` also ru
 	$(call on_top,.venv-peers,.venv,mergekit==0.1.5 fusion-bench==0.2.33 transformers==5.24.0)
 
 # What people make their detectors with. A floor above the peers, which do without torchvision: PyPI's is no CPU build.
-zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers and torchvision
+zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers, torchvision and peft
 .venv-zoo/ready: .venv-peers/ready
-	$(call on_top,.venv-zoo,.venv-peers .venv,timm==1.0.31 open_clip_torch==3.3.0)
+	$(call on_top,.venv-zoo,.venv-peers .venv,timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.0)
 
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5

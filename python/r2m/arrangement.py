@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from r2m import refit
+from r2m.checkpoints.adapters import changes, onto
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.view import LazyTensor, View, constant, folded, reshaped, zeros
 from r2m.labels import Agreed, Classes, agree
@@ -61,12 +62,14 @@ def arrange(
     Raises:
         InvalidInput: names that collide, no such head; or they do not fit, and a preset would help.
     """
-    arranged = _arranged(base, experts, config, arrangement, renames or {}, fakes or {})
-    if arrangement.preset is not None:
-        return arranged
     try:
+        arranged = _arranged(base, experts, config, arrangement, renames or {}, fakes or {})
+        if arrangement.preset is not None:
+            return arranged
         plan_tensors(arranged.base, arranged.experts, arranged.config)
     except InvalidInput as error:
+        if arrangement.preset is not None:
+            raise
         names = [name for source in (base, *experts.values()) for name in source.specs]
         beginnings = {key: tuple(old for step in one.steps for old in step) for key, one in PRESETS.items()}
         near = [key for key, starts in beginnings.items() if any(name.startswith(starts) for name in names)]
@@ -156,6 +159,7 @@ def _arranged(
 ) -> Arranged:
     origin = renamed(base, arrangement)
     views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
+    views = {name: onto(origin, view) if view.source.adapter else view for name, view in views.items()}
     arranged = Arranged(_as_convolutions(origin, views), views, config)
     if arrangement.layout.factored:
         arranged = _unfactored(arranged)
@@ -181,8 +185,12 @@ def _as_convolutions(base: View, experts: Mapping[str, View]) -> View:
 
 
 def renamed(source: Checkpoint, arrangement: Arrangement, first: Rules | None = None) -> View:
-    """A checkpoint under the names that are asked for; the rules of ``first`` come before those for all."""
-    view = View.of(source).renamed({**(first or {}), **arrangement.rename})
+    """A checkpoint under the names that are asked for; the rules of ``first`` come before those for all.
+
+    Of an adapter it is what it changes.
+    """
+    view = changes(source) if source.adapter else View.of(source)
+    view = view.renamed({**(first or {}), **arrangement.rename})
     for step in arrangement.layout.steps:
         view = view.renamed(step)
     return view

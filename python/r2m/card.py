@@ -218,7 +218,7 @@ def _digests(path: str, key: str | None) -> list[str]:
     from r2m.checkpoints.reader import open_checkpoint
 
     digests = []
-    for file in open_checkpoint(path, path, key).files:
+    for file in open_checkpoint(path, path, key, adapters=True).files:
         with open(file, "rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
     return digests

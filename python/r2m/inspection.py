@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r2m.arrangement import Arranged, arrange
+from r2m.checkpoints.adapters import described
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.labels import Classes
@@ -49,8 +50,8 @@ def family(shapes: Mapping[str, Sequence[int]]) -> str | None:
     return None
 
 
-def describe(path: str, source: Checkpoint) -> list[str]:
-    """A checkpoint in a few lines."""
+def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str]:
+    """A checkpoint in a few lines; of an adapter also whether ``base`` is its own."""
     specs = source.specs
     stored = {name: spec for name, spec in specs.items() if name not in source.aliases}
     parameters = sum(spec.numel for spec in stored.values() if spec.dtype.is_floating_point)
@@ -59,6 +60,8 @@ def describe(path: str, source: Checkpoint) -> list[str]:
     begin = Counter(name.partition(".")[0] for name in specs)
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
     title = f"{printable(path)}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
+    if source.adapter is not None:
+        return [title, *_rows(described(source, base))]
     classes = Classes.beside(source.files)
     rows = {
         "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
@@ -72,7 +75,11 @@ def describe(path: str, source: Checkpoint) -> list[str]:
         "notes": "; ".join(source.notes),
         "tied": ", ".join(f"{printable(name)} = {printable(first)}" for name, first in source.aliases.items()),
     }
-    return [title, *(f"  {row:<8}{text}" for row, text in rows.items() if text)]
+    return [title, *_rows(rows)]
+
+
+def _rows(rows: Mapping[str, str]) -> list[str]:
+    return [f"  {row:<8}{text}" for row, text in rows.items() if text]
 
 
 def inspect(
@@ -93,8 +100,12 @@ def inspect(
         InvalidInput: one of them cannot be read.
     """
     arrangement = arrangement or Arrangement()
-    sources = [open_checkpoint(path, printable(path), arrangement.key) for path in paths]
-    text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source)]
+    sources = [
+        open_checkpoint(path, printable(path), arrangement.key, adapters=index > 0 or len(paths) == 1)
+        for index, path in enumerate(paths)
+    ]
+    base = paths[0] if paths[1:] else None
+    text = [line for path, source in zip(paths, sources, strict=True) for line in describe(path, source, base)]
     if len(paths) == 1:
         return text, True
     experts = dict(zip(name_experts(paths[1:]), sources[1:], strict=True))

@@ -18,6 +18,8 @@ from r2m import distributed, former, labels, machine, ownership, plain_yaml, pre
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
+from r2m.checkpoints.adapter_config import CONFIG
+from r2m.checkpoints.adapters import made_for
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import FORMATS, Format
 from r2m.checkpoints.reader import open_checkpoint
@@ -90,7 +92,12 @@ class Job:
             for name, count in self.specialists.items()
             if count > 1
         ]
-        return left_out + counted
+        others = [
+            f"{source.label}: was made for {quoted(source.adapter.base)}, by its {CONFIG}, and not for this base"
+            for source in self.sources
+            if source.adapter and source.adapter.base and made_for(source.adapter.base, self.recipe.base) is False
+        ]
+        return left_out + counted + others
 
     @property
     def files(self) -> list[Path]:
@@ -180,7 +187,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     key = recipe.arrangement.key
     base = open_checkpoint(recipe.base, f"base ({printable(recipe.base)})", key)
     experts = {
-        name: open_checkpoint(one.path, f"expert {quoted(name)} ({printable(one.path)})", key)
+        name: open_checkpoint(one.path, f"expert {quoted(name)} ({printable(one.path)})", key, adapters=True)
         for name, one in recipe.experts.items()
     }
     if key is not None and not any(key in source.keys for source in (base, *experts.values())):

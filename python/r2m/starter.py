@@ -37,7 +37,8 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
     experts = name_experts(words)
     origin = open_checkpoint(base, f"base ({printable(base)})")
     sources = {
-        name: open_checkpoint(path, f"expert {quoted(name)} ({printable(path)})") for name, path in experts.items()
+        name: open_checkpoint(path, f"expert {quoted(name)} ({printable(path)})", adapters=True)
+        for name, path in experts.items()
     }
     preset, arranged = _fitting(origin, sources)
     directory = to.parent
@@ -90,6 +91,8 @@ def _preprocessing(experts: Mapping[str, str]) -> str:
 
 
 def _described(source: Checkpoint) -> str:
+    if source.adapter is not None:
+        return source.adapter.title
     shapes = {name: spec.shape for name, spec in source.specs.items()}
     return f"{family(shapes) or 'unknown family'}, {len(shapes)} tensor{'s' * (len(shapes) != 1)}"
 

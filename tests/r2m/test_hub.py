@@ -128,6 +128,13 @@ def publish(tmp_path: Path, checkpoints: Checkpoints) -> None:
     (base / "tf_model.h5").write_bytes(b"x" * 1000)
     torch.save(checkpoints.experts["fs"], expert / "fs" / "clip.pth")
     save_file(checkpoints.experts["fr"], expert / "model.safetensors")
+    adapter = tmp_path / "hub" / "lab" / "lora"
+    adapter.mkdir()
+    factors = {"A": torch.ones(2, 17), "B": torch.ones(24, 2)}
+    names = {f"base_model.model.block.lora_{side}.weight": factor for side, factor in factors.items()}
+    save_file(names, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1}')
+    (adapter / "training_args.bin").write_bytes(b"x" * 1000)
 
 
 REFERENCES = (
@@ -137,6 +144,8 @@ REFERENCES = (
     "fs=hf://lab/experts/fs/clip.pth",
     "--expert",
     "fr=hf://lab/experts@main",
+    "--expert",
+    "lora=hf://lab/lora",
 )
 
 
@@ -153,15 +162,16 @@ def test_a_merge_from_the_hub(
     code, _, err = ended(start("merge", *REFERENCES, "--out", "merged", environment=environment))
     assert code == 0, err
     local = ("--base", "base.safetensors", "--expert", "fs=fs.safetensors", "--expert", "fr=fr.safetensors")
-    assert ended(start("merge", *local, "--out", "local"))[0] == 0
+    assert ended(start("merge", *local, "--expert", "lora=hub/lab/lora", "--out", "local"))[0] == 0
     merged, expected = load_file("merged/model.safetensors"), load_file("local/model.safetensors")
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     assert json.loads(Path("merged/config.json").read_text()) == {"model_type": "clip"}
-    assert not any("tf_model" in one for one in asked)
+    assert not any("tf_model" in one or "training_args" in one for one in asked)
     # The recipe holds the commit, and repeats the merge without the network.
     recipe = yaml.safe_load(Path("merged/r2m_config.yaml").read_text())
     assert recipe["base_model"] == f"hf://lab/clip@{COMMIT}"
     assert recipe["models"][0]["model"] == f"hf://lab/experts@{COMMIT}/fs/clip.pth"
+    assert recipe["models"][2]["model"] == f"hf://lab/lora@{COMMIT}"
     asked.clear()
     again = ended(start("merge", "merged/r2m_config.yaml", "--out", "again", "--offline", environment=environment))
     assert again[0] == 0, again[2]

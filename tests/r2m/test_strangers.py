@@ -112,4 +112,4 @@ def test_a_checkpoint_beside_such_files_is_read() -> None:
 
 def test_a_file_of_adapters_is_named() -> None:
     save_file({f"base_model.model.q.lora_{one}.weight": torch.ones(2, 2) for one in "AB"}, "x.safetensors")
-    assert refusal("x.safetensors").startswith("base (x): is an adapter (LoRA): factors beside a model; merge it into ")
+    assert refusal("x.safetensors").startswith("base (x): is an adapter (LoRA): factors beside a model; give its ")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r2m.checkpoints.adapter_config import AdapterConfig
 from r2m.places import naming
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
@@ -69,6 +70,7 @@ class Checkpoint:
         files: the files that are read.
         keys: what the tensors lay under, in those that hold more.
         notes: what else is in them and was left out, a clause for each.
+        adapter: whose factors its tensors are, under the names of the model; ``None``: they are weights.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Checkpoint:
         locations: Mapping[str, Location],
         files: Mapping[Path, TensorFile],
         index: tuple[Path, str] | None = None,
+        adapter: AdapterConfig | None = None,
     ) -> None:
         self.label = label
         self.specs = specs
@@ -88,6 +91,7 @@ class Checkpoint:
         self._locations = locations
         self._files = files
         self._index = index
+        self.adapter = adapter
 
     @property
     def fingerprints(self) -> list[dict[str, str | int]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2m.checkpoints import layout
+from r2m.checkpoints.adapter_config import CONFIG
 from r2m.checkpoints.formats import INDEXES
 from r2m.extras import need
 from r2m.places import read_small
@@ -27,7 +28,7 @@ _REFERENCE = re.compile(
 # Whose errors are the network's: the library has used one after the other.
 _NETWORK = ("requests", "httpx", "httpx2")
 # Beside the weights.
-SMALL_FILES = ("config.json", "preprocessor_config.json", "README.md")
+SMALL_FILES = ("config.json", "preprocessor_config.json", "README.md", CONFIG)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _fetched(reference: str, repository: str, revision: str | None, file: str | 
     api = HfApi()
     info = api.model_info(repository, revision=revision)
     names = sorted(one.rfilename for one in info.siblings or () if "/" not in one.rfilename)
-    weights = layout.chosen(names, reference)
+    weights = layout.chosen(names, reference, adapters=True)
     files = [weights, *(name for name in SMALL_FILES if name in names)]
     if weights in INDEXES:
         index = hf_hub_download(repository, weights, revision=info.sha)

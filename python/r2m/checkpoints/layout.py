@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from r2m.checkpoints import strangers
+from r2m.checkpoints.adapter_config import CONFIG, WEIGHTS
 from r2m.checkpoints.formats import FORMATS
 from r2m.places import mapping
 from r2m_kernels import checks
@@ -25,7 +26,9 @@ def encode_index(file_of: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def chosen(names: Sequence[str], label: str, beside: Sequence[str] = (), directory: str = "DIR") -> str:
+def chosen(
+    names: Sequence[str], label: str, beside: Sequence[str] = (), directory: str = "DIR", *, adapters: bool = False
+) -> str:
     """The file that a directory's checkpoint is in, or its index.
 
     The formats count in the order of their table, which is that of ``transformers``; of each its single file comes
@@ -36,11 +39,17 @@ def chosen(names: Sequence[str], label: str, beside: Sequence[str] = (), directo
         label: how error messages name it.
         beside: names of what else is in it.
         directory: what it is called.
+        adapters: whether it may be one of :data:`r2m.checkpoints.adapter_config.WEIGHTS`.
 
     Raises:
         BadCheckpoint: there is none, or there are several and no index; the directory is known as something else.
     """
     whole = any(name in names for one in FORMATS.values() for name in (one.single, one.index))
+    if adapters and not whole and (CONFIG in names or any(name in names for name in WEIGHTS)):
+        missing = next((one for one in ((CONFIG,), WEIGHTS) if not any(name in names for name in one)), None)
+        if missing:
+            raise BadCheckpoint(f"{label}: is an adapter of PEFT without its {' or '.join(missing)}")
+        return next(name for name in WEIGHTS if name in names)
     parts = "" if whole else strangers.of_parts([*names, *beside], directory)
     if parts:
         raise BadCheckpoint(f"{label}: {parts}")

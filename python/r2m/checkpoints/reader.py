@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r2m.checkpoints import formats, hub, layout, strangers
+from r2m.checkpoints.adapter_config import CONFIG, WEIGHTS, read_config
+from r2m.checkpoints.adapters import under_model_names
 from r2m.checkpoints.files import Checkpoint, TensorFile
 from r2m.checkpoints.layout import some
 from r2m.places import confined, opened, read_small
 from r2m_kernels.errors import BadCheckpoint, quoted
 
 
-def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, label: str, key: str | None = None, *, adapters: bool = False) -> Checkpoint:
     """Open a safetensors file, a file of ``torch.save``, or a directory with one of them or with an index and shards.
 
     :func:`r2m.checkpoints.layout.chosen` says which files of a directory count.
@@ -26,6 +28,7 @@ def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Che
         label: how error messages name the checkpoint; should hold the path as the user gave it.
         key: what the tensors lie under in a file of torch.save that holds more, with dots; in one without it, and by
             default, :func:`r2m.checkpoints.state_dict.chosen` finds them.
+        adapters: whether it may be an adapter of PEFT, which :mod:`r2m.checkpoints.adapters` folds onto its base.
 
     Raises:
         BadCheckpoint: nothing there, no such file, damaged, or an index that does not fit its files.
@@ -33,23 +36,36 @@ def open_checkpoint(path: str | Path, label: str, key: str | None = None) -> Che
     """
     given, path = str(path), hub.local(path)
     if given and path.is_dir():
-        return _open_directory(path, label, key)
+        return _open_directory(path, label, key, adapters)
     if not given or not path.exists():
         name = "/".join(path.parts[-2:])
         of_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and not formats.of_suffix(path)
         hint = f"; from the Hub it is {hub.SCHEME}{name}" if of_the_hub else ""
         raise BadCheckpoint(f"{label}: no such file or directory{hint}")
+    if adapters and path.name in WEIGHTS and (path.parent / CONFIG).is_file():
+        return _open_adapter(path, label, label)
     return _open_single(path, label, label, key)
 
 
-def _open_directory(directory: Path, label: str, key: str | None) -> Checkpoint:
+def _open_directory(directory: Path, label: str, key: str | None, adapters: bool) -> Checkpoint:
     # Names with a leading dot are leftovers of other programs, such as macOS's "._" companions.
     entries = {entry.name: entry.is_file() for entry in sorted(directory.iterdir())}
     files = [name for name, is_file in entries.items() if is_file and name[0] != "."]
-    name = layout.chosen(files, label, [other for other in entries if other not in files], str(directory))
+    beside = [other for other in entries if other not in files]
+    name = layout.chosen(files, label, beside, str(directory), adapters=adapters)
     if name in formats.INDEXES:
         return _open_shards(directory, label, name, key)
+    if adapters and name in WEIGHTS and CONFIG in files:
+        return _open_adapter(directory / name, label, f"{label}: file {quoted(name)}")
     return _open_single(directory / name, label, f"{label}: file {quoted(name)}", key)
+
+
+def _open_adapter(path: Path, label: str, what: str) -> Checkpoint:
+    config = read_config(path.parent, label)
+    file = under_model_names(_open_file(path, what, None), what)
+    if not file.specs:
+        raise BadCheckpoint(f"{what}: holds no tensors")
+    return Checkpoint(label, file.specs, file.locations, {path: file}, (path.parent / CONFIG, config.digest), config)
 
 
 def _open_single(path: Path, label: str, what: str, key: str | None) -> Checkpoint:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from r2m.checkpoints.adapter_config import UNLOADED
 from r2m_kernels.errors import printable
 
 HEAD_BYTES = 512  # of a file, by which it is recognised
@@ -28,7 +29,7 @@ class _Kind(NamedTuple):
 # What it is, what to do.
 _ADAPTER = (
     "an adapter (LoRA): factors beside a model",
-    "merge it into its model and save that: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(OUT)",
+    f"give its directory as an expert (--expert) beside the base it was made for, or {UNLOADED}",
 )
 _DOWNLOAD = "download the file itself (its size is on its page)"
 _KINDS = (
