@@ -144,7 +144,12 @@ class GramStep(Step):
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
         """Gram matrices of a former run; rows' are not written down: the combination finds them again, to the bit."""
         known = super().remembered(journal)
-        return {name: None if value is None else TaskGram.from_plain(value) for name, value in known.items()}
+        seen = {tensor.name for tensor in self.over.tensors if tensor.role not in ("matrix", "vector")}
+        return {
+            name: None if value is None else TaskGram.from_plain(value)
+            for name, value in known.items()
+            if value is not None or name in seen
+        }
 
     def _summed(self, tensors: Sequence[PlannedTensor], grams: RowGrams) -> Grams:
         """Keeps the rows of whole tensors; their sums, (L, P) as pairs are."""

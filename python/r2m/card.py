@@ -15,7 +15,7 @@ from r2m.inspection import family
 from r2m.output import held
 from r2m.ownership import CARD_FILE, RECIPE_FILE, digest, rewrite
 from r2m.places import read_small, to_output
-from r2m.records import REPORT, WRITTEN
+from r2m.records import REPORT, WRITTEN, as_written
 from r2m.templating import render
 from r2m.workplace import settle
 from r2m_kernels.errors import BadFile, printable
@@ -61,28 +61,34 @@ def card(
     """
     what = f"{out}: {RECIPE_FILE}"
     recipe = plain_yaml.load(read_small(out / RECIPE_FILE, what), what)
-    paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
-    paths = {name: path if hub.is_reference(path) else to_output(at or out, path) for name, path in paths.items()}
+    with as_written(what):
+        paths = {"base": recipe["base_model"], **{one["name"]: one["model"] for one in recipe["models"]}}
+        paths = {name: path if hub.is_reference(path) else to_output(at or out, path) for name, path in paths.items()}
+        public = _yaml(_public(recipe))
     cards = {name: _front_matter(path) for name, path in paths.items()}
     licences = {name: _licence_of(content) for name, content in cards.items()}
     chosen = licence or most_restrictive(list(licences.values()))
-    measured = _measured(evaluation, out) if evaluation else {}
-    return render(
-        "card.md",
-        header=_yaml(_header(out, report, list(paths.values()), cards, chosen, measured)),
-        report=report,
-        names=", ".join(report["experts"]),
-        unknown=[name for name, own in licences.items() if own is None and licence is None],
-        forbids=chosen if "-nc" in chosen and licence is None else None,
-        inputs=[
-            (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path, recipe.get("key")) if hashes else ())
-            for name, path in paths.items()
-        ],
-        hashes=hashes,
-        measured=measured,
-        metrics=_METRICS,
-        recipe=_yaml(_public(recipe)),
-    )
+    with as_written("evaluation"):
+        measured = _measured(evaluation, out) if evaluation else {}
+        results = _results(measured)
+    inputs = [
+        (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path, recipe.get("key")) if hashes else ())
+        for name, path in paths.items()
+    ]
+    with as_written(f"{out}: {REPORT.file}"):
+        return render(
+            "card.md",
+            header=_yaml(_header(out, report, list(paths.values()), cards, chosen, results)),
+            report=report,
+            names=", ".join(report["experts"]),
+            unknown=[name for name, own in licences.items() if own is None and licence is None],
+            forbids=chosen if "-nc" in chosen and licence is None else None,
+            inputs=inputs,
+            hashes=hashes,
+            measured=measured,
+            metrics=_METRICS,
+            recipe=public,
+        )
 
 
 def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
@@ -147,13 +153,29 @@ def _header(
     paths: Sequence[str],
     cards: Mapping[str, Mapping[str, Any]],
     licence: str,
-    measured: Mapping[str, Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What the Hub reads."""
     ids = ["/".join(path.removeprefix(hub.SCHEME).split("/")[:2]) for path in paths if hub.is_reference(path)]
     listed = [content.get("datasets") for content in cards.values()]
     datasets = {name for one in listed for name in (one if isinstance(one, list) else [one]) if isinstance(name, str)}
-    results = [
+    title = f"R2M merge of {', '.join(map(printable, report['experts']))}"
+    header = {
+        "base_model": list(dict.fromkeys(name.partition("@")[0] for name in ids)),
+        "base_model_relation": "merge",
+        "license": licence,
+        "library_name": _library(out, report),
+        "pipeline_tag": "image-classification",
+        "tags": ["merge", "r2m", "deepfake-detection"],
+        "datasets": sorted(datasets),
+        "model-index": [{"name": title, "results": list(results)}] if results else [],
+    }
+    return {key: value for key, value in header.items() if value}
+
+
+def _results(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the Hub reads of an evaluation."""
+    return [
         {
             "task": {"type": "image-classification"},
             "dataset": {"name": dataset, "type": dataset},
@@ -165,18 +187,6 @@ def _header(
         }
         for dataset, numbers in measured.items()
     ]
-    title = f"R2M merge of {', '.join(map(printable, report['experts']))}"
-    header = {
-        "base_model": list(dict.fromkeys(name.partition("@")[0] for name in ids)),
-        "base_model_relation": "merge",
-        "license": licence,
-        "library_name": _library(out, report),
-        "pipeline_tag": "image-classification",
-        "tags": ["merge", "r2m", "deepfake-detection"],
-        "datasets": sorted(datasets),
-        "model-index": [{"name": title, "results": results}] if results else [],
-    }
-    return {key: value for key, value in header.items() if value}
 
 
 def _front_matter(path: str) -> dict[str, Any]:

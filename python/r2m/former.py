@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -112,7 +113,12 @@ def _of_the_same(before: dict[str, Any], known: dict[str, Any], now: dict[str, A
     if difference(before, now):
         return {}
     places = [names.index(name) for name in order]
-    return {
-        name: gram if gram is None else {**gram, "tasks": [[gram["tasks"][i][j] for j in places] for i in places]}
-        for name, gram in known.items()
-    }
+    return {name: gram if gram is None else _gram(gram, places) for name, gram in known.items()}
+
+
+def _gram(found: dict[str, Any], places: list[int]) -> dict[str, Any]:
+    """A Gram matrix of some experts alone; TypeError where it has no numbers."""
+    tasks = [[found["tasks"][i][j] for j in places] for i in places]
+    if not all(type(number) in (int, float) for number in (*itertools.chain.from_iterable(tasks), found["base"])):
+        raise TypeError
+    return {"tasks": tasks, "base": found["base"]}

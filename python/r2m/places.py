@@ -85,7 +85,7 @@ def read_small(
 
 def confined(path: Path) -> bool:
     """Whether a file lies in its directory, links resolved; or where the Hugging Face cache keeps its contents."""
-    real, root = path.resolve(), path.parent.resolve()
+    real, root = (Path(os.path.realpath(one)) for one in (path, path.parent))  # a link to itself is its own
     cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     return real.is_relative_to(root) or cached
 

@@ -5,18 +5,20 @@ A key more does not make another version; a key that goes or means something els
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from r2m.places import MOST_RECORD, read_mapping, to_output
-from r2m_kernels.errors import BadFile
+from r2m_kernels.errors import BadFile, R2MError, printable
 
 WRITTEN = "written"
 VERSION, SEAL = "schema_version", "digest"
+_SHOWN = 100  # letters of what is wrong with a file
 SEALED = "SHA-256 of all else in it, as JSON with sorted keys: whether anybody has changed it"
 
 
@@ -175,16 +177,37 @@ EVALUATION = Record(
 RECORDS = (REPORT, STATE, EVALUATION)
 
 
+@contextlib.contextmanager
+def as_written(what: str) -> Iterator[None]:
+    """In the block a file is taken as r2m writes it; one that a stranger has put together is refused where it is not.
+
+    Args:
+        what: how error messages name it.
+
+    Raises:
+        BadFile: something is not there, or is of another kind than it should be.
+    """
+    try:
+        yield
+    except R2MError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        said = printable(f"{type(error).__name__}: {error}")[:_SHOWN]
+        raise BadFile(f"{what}: is not as r2m writes it ({said})") from error
+
+
 def read_evaluation(directory: str | Path) -> dict[str, Any]:
     """What :data:`EVALUATION` holds in a directory, sources as who is elsewhere has them.
 
     Raises:
         BadFile: it is none.
     """
+    what = f"{directory}: {EVALUATION.file}"
     try:
-        result = EVALUATION.read(Path(directory), f"{directory}: {EVALUATION.file}")
+        result = EVALUATION.read(Path(directory), what)
+    except OSError:
+        raise BadFile(f"{directory}: expected a directory of r2m evaluate, with {EVALUATION.file}") from None
+    with as_written(what):
         for one in result["models"].values():
             one["source"] = to_output(directory, one["source"])
-    except (OSError, KeyError, TypeError, AttributeError):
-        raise BadFile(f"{directory}: expected a directory of r2m evaluate, with {EVALUATION.file}") from None
     return result

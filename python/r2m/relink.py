@@ -18,7 +18,7 @@ from r2m.ownership import RECIPE_FILE, rewrite
 from r2m.places import new_file
 from r2m.recipe import Recipe
 from r2m.recipe_file import dump
-from r2m.records import REPORT, STATE, WRITTEN
+from r2m.records import REPORT, STATE, WRITTEN, as_written
 from r2m_kernels.errors import BadFile, BadOption, quoted
 
 BASE = "base"
@@ -72,9 +72,11 @@ def relink(out: str | Path, places: Mapping[str, str]) -> Recipe:
         experts = {name: replace(one, path=places.get(name, one.path)) for name, one in before.experts.items()}
         recipe = replace(before, base=places.get(BASE, before.base), experts=experts)
         refuse_lost(recipe, out)
-        state = STATE.whole(Path(out), f"{out}: {STATE.file}")
-        _refuse_others(recipe, places, state)
-        _write(Path(out), recipe, state)
+        what = f"{out}: {STATE.file}"
+        state = STATE.whole(Path(out), what)
+        with as_written(what):
+            _refuse_others(recipe, places, state)
+            _write(Path(out), recipe, state)
     return recipe
 
 

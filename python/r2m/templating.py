@@ -21,8 +21,14 @@ def render(name: str, **values: Any) -> str:
     Args:
         name: a file of ``templates/``.
         values: what it needs, and no less.
+
+    Raises:
+        LookupError: something that it needs is not there.
     """
-    return _environment().get_template(name).render(values)
+    try:
+        return _environment().get_template(name).render(values)
+    except jinja2.UndefinedError as error:
+        raise LookupError(str(error)) from error
 
 
 @functools.cache

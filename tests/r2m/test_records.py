@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from r2m import former
 from r2m.records import EVALUATION, REPORT, SEAL, STATE, VERSION, Record
 
@@ -74,3 +76,49 @@ def test_nothing_is_taken_from_the_state_of_another_version(checkpoints: Checkpo
         Path("out/r2m_state.json").write_bytes(replace(STATE, version=version).text(content))
         assert bool(former.grams("out", content["state"])) == taken
         assert isinstance(former.shard_size("out"), int) == taken
+
+
+def sealed_again(record: Record, directory: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """A record that somebody has changed, and then sealed."""
+    path = Path(directory, record.file)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_bytes(record.text(content))
+
+
+@pytest.mark.parametrize(
+    ("record", "change", "words"),
+    [
+        (REPORT, lambda report: report.update(experts=True), ("card", "out")),
+        (REPORT, lambda report: report.update(warnings=[3]), ("card", "out")),
+        (REPORT, lambda report: report.pop("core"), ("report", "out")),
+        (STATE, lambda state: state.pop("state"), ("relink", "out", "base=base.safetensors")),
+        (STATE, lambda state: state.update(grams=[1]), ("relink", "out", "base=base.safetensors")),
+        (
+            EVALUATION,
+            lambda found: found["models"]["out"].update(datasets=[1]),
+            ("card", "out", "--evaluation", "eval"),
+        ),
+    ],
+)
+def test_what_a_stranger_put_together_is_refused_in_one_sentence(
+    record: Record, change: Any, words: Any, checkpoints: Checkpoints, command: Command
+) -> None:
+    assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
+    Path("scores.csv").write_text("path,label,probability\na.png,0,0.25\nb.png,1,0.75\n")
+    assert command("evaluate", "--scores", "out=scores.csv", "--bootstrap", "5", "--out", "eval").code == 0
+    sealed_again(EVALUATION, "eval", lambda found: found["models"]["out"].update(source="../out"))
+    sealed_again(record, "eval" if record is EVALUATION else "out", change)
+    result = command(*words)
+    assert result.code == 2
+    assert "is not as r2m writes it" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_grams_that_are_none_are_found_again(checkpoints: Checkpoints, command: Command) -> None:
+    assert command("merge", *checkpoints.arguments, "--out", "plain").code == 0
+    for value in (None, {"tasks": [["1"] * 3] * 3, "base": 1.0}):
+        assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
+        sealed_again(STATE, "out", lambda state, value=value: state["grams"].update({"block.bias": value}))
+        assert command("remove", "out", "--expert", "efs", "--quiet").code == 0
+        shutil.rmtree("out")

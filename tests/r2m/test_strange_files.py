@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 Command = Callable[..., "Result"]
 NAMES = ("config.json", "preprocessor_config.json", "README.md", "r2m_report.json")
-# None: a pipe.
-CONTENTS = {
-    "pipe": None,
+# Or what makes something else in its place.
+CONTENTS: dict[str, str | Callable[[Path], None]] = {
+    "pipe": os.mkfifo,
+    "link to itself": lambda path: path.symlink_to(path.name),
     "deep": "[" * 100_000,
     "inf": '{"size": 1e999, "image_mean": [0, 0, 0], "image_std": [1, 1, 1], "specialists": {"a": 1e999}}',
     "digits": '{"size": ' + "9" * 5000 + "}",
@@ -40,7 +41,8 @@ def test_files_beside_an_expert_neither_hang_nor_end_in_a_traceback(
     shutil.copy("fs.safetensors", "expert/model.safetensors")
     content = CONTENTS[kind]
     for name in NAMES:
-        os.mkfifo(f"expert/{name}") if content is None else Path("expert", name).write_text(content)
+        path = Path("expert", name)
+        path.write_text(content) if isinstance(content, str) else content(path)
     done = command("merge", "--base", checkpoints.base_path, "--expert", "expert", "--out", "out")
     assert (done.code, done.err.count("Error")) == (0, 0)
     assert json.loads(Path("out/r2m_report.json").read_text())["specialists"] == {"expert": 1}

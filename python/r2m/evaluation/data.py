@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -119,7 +120,7 @@ def _folders(directory: Path, request: Request) -> dict[str, list[Frame]]:
         return {entry: FOLDERS[name] for entry, name in names.items() if name in FOLDERS}
 
     if labelled(directory):
-        return {directory.resolve().name: _images(directory, labelled(directory), request)}
+        return {os.path.basename(os.path.realpath(directory)): _images(directory, labelled(directory), request)}
     inside = {entry: labelled(entry) for entry in sorted(directory.iterdir()) if entry.is_dir()}
     if not any(inside.values()):
         raise BadFile(

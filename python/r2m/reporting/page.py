@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.places import csv_table, new_directory, read_small, write_file
-from r2m.records import REPORT, read_evaluation
+from r2m.records import EVALUATION, REPORT, as_written, read_evaluation
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
 from r2m.sweep import SWEEP_FILE
@@ -60,19 +61,24 @@ def write_page(
     measured, scores = None, {}
     if evaluation is not None:
         measured = read_evaluation(evaluation)
-        scores = _scores(Path(evaluation), measured)
+        with as_written(f"{evaluation}: {EVALUATION.file}"):
+            scores = _scores(Path(evaluation), measured)
     rows = _sweep_rows(Path(swept)) if swept is not None else []
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadFile(f"to ({to}): exists already and is not an empty directory")
-    pictures = list(of_merge(report))
+    with as_written(f"{out}: {REPORT.file}"):
+        pictures = list(of_merge(report))
     if spectra:
         pictures += of_residuals(out, spectra)
     if measured is not None:
-        pictures += of_evaluation(measured, scores)
+        with as_written(f"{evaluation}: {EVALUATION.file}"):
+            pictures += of_evaluation(measured, scores)
     if swept is not None and rows:
-        pictures += of_sweep(rows, Path(swept), measured)
-    files = {PAGE_FILE: page(report, pictures).encode(errors="xmlcharrefreplace")}
+        with as_written(f"{swept}: {SWEEP_FILE}"):
+            pictures += of_sweep(rows, Path(swept), measured)
+    with as_written(f"{out}: {REPORT.file}"):
+        files = {PAGE_FILE: page(report, pictures).encode(errors="xmlcharrefreplace")}
     for one in pictures:
         files |= {f"{one.name}.png": one.png, f"{one.name}.csv": csv_table(one.rows)}
     with new_directory(target) as partial:
@@ -232,11 +238,11 @@ def of_sweep(rows: Rows, swept: Path, measured: Mapping[str, Any] | None) -> Ite
 
 
 def _point_aucs(points: Sequence[str], swept: Path, measured: Mapping[str, Any]) -> dict[str, float]:
-    point_of = {str((swept / point).resolve()): point for point in points}
+    point_of = {os.path.realpath(swept / point): point for point in points}
     aucs = {}
     for one in measured["models"].values():
-        source = Path(one["source"]).resolve()
-        point = point_of.get(str(source)) or point_of.get(str(source.parent))
+        source = os.path.realpath(one["source"])
+        point = point_of.get(source) or point_of.get(os.path.dirname(source))
         if point is not None and one["average"]["auc"] is not None:
             aucs[point] = float(one["average"]["auc"])
     return aucs
