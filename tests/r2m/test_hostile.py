@@ -11,7 +11,7 @@ from heavy import Numbers
 
 CHECKPOINTS, PROJECTS = (Path(__file__).with_name(f"fuzz_{name}.py") for name in ("inputs", "projects"))
 Start = Callable[..., Child]
-SHARES = {"safetensors": 0.3, "index": 0.1, "torch": 0.3, "projects": 0.3}
+SHARES = {"safetensors": 0.3, "index": 0.15, "torch": 0.35, "projects": 0.2}
 
 
 def fuzz(start: Start, kind: str, count: int, seed: int) -> None:
