@@ -28,6 +28,15 @@ def render(template: Path, **content: Any) -> str:
     return environment.get_template(template.name).render(table=table, **content)
 
 
+def put(text: str, name: str, section: str, command: str) -> str:
+    """A text with what lies between the two comments of ``name`` replaced, as a Markdown file has them."""
+    begin, end = f"<!-- {name}:begin, written by `{command}` -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"there is no {begin} with an {end} after it")
+    return f"{before}{begin}\n\n{section.strip()}\n\n{rest[rest.index(end) :]}"
+
+
 def update(path: Path, text: str, *, check: bool, command: str) -> int:
     """Write a file, or only look whether it is the text; an exit code."""
     if check and path.read_text() != text:

@@ -22,7 +22,7 @@ from .findings import Findings, Residuals
 from .norm_matching import LEAST_SHARE
 from .real_subspace import GRAM_ERROR
 
-# Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality.md.
+# Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality-studies.md.
 CALIBRATED = {
     "smallest cosine": 0.05,  # of two task vectors: below, they hardly have anything in common
     "longest/median task vector": 3.0,  # above, one update drowns the others

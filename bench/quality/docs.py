@@ -1,40 +1,59 @@
-"""docs/quality.md, from the committed JSON: its numbers are made here, its text is ``page.md.j2``.
+"""docs/quality*.md and the README's lines on quality, from the committed summary: numbers here, text in ``pages/``.
 
     python -m bench.quality.docs [--check]
 
-``--check`` exits with 1 where the page is another. ``ideas.md`` is measured no more: see bench/README.md.
+``--check`` exits with 1 where a page is another.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from r2m.demo.evaluation import auc
 
-from bench.machine import RESULTS, ROOT
-from bench.markdown import render, update
+from bench.machine import ROOT
+from bench.markdown import put, render, update
 from bench.quality import settings, tables
-from bench.quality.groups import GROUPS
-from bench.quality.tables import against, cells, difference, differences, reported, runs_of, short
-from r2m_kernels import MergeConfig
+from bench.quality.groups import UNSEEN
+from bench.quality.store import STORE
+from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, difference, short, shown
 
-RESULT, PAGE = RESULTS / "quality.json", ROOT / "docs" / "quality.md"
+KNOWN = "in-distribution"
+SUMMARY, DOCS, README = STORE / "summary.json", ROOT / "docs", ROOT / "README.md"
+TEMPLATES = Path(__file__).with_name("pages")
+COMMAND = "python -m bench.quality.docs"
 Content = Mapping[str, Any]
 Rows = list[list[str]]
-TOLERATED, GOAL = -0.005, 0.022
-LOOKED_AT = ["in-distribution", "unseen"]
-FOLLOWED = ("joint training", "ensemble", "weight average × 1.2", "TIES", "CART", "R2M", "R2M, paper's settings")
+# What the first page's tables show, of what there is.
+MAIN = (
+    "joint training",
+    ENSEMBLE,
+    AVERAGE,
+    SCALED,
+    "task arithmetic",
+    "TIES",
+    "CART",
+    "STAR",
+    "TSV-M",
+    "SCORE",
+    "SWUDI",
+    "MonoSoup",
+    "R2M",
+    "R2M decorrelated",
+    "R2M, paper's settings",
+)
 # A merge is bad where it ranks this much worse than the ensemble of the same specialists (AUC).
 BAD = 0.10
 
 
 class Rule(NamedTuple):
-    """An alarm on one number of the report, ``above`` or ``below`` a threshold that was set on the development runs."""
+    """An alarm on one number of the report, ``above`` or ``below`` a threshold."""
 
     number: str  # as ``studies`` calls it
     side: str
@@ -55,149 +74,217 @@ RULES = (
 )
 
 
-def text(content: Content) -> str:
-    """The whole page."""
-    runs = runs_of(content, reported(content))
-    parts = {name: runs_of(content, reported(content), name) for name in ("cnn", "vit")}
-    rows = tables.rows_of(content, ideas=False)
-    today = MergeConfig.r2m().to_dict()
-    former = [f"`{name}={value!r}`" for name, value in content["default"].items() if today.get(name) != value]
-    return render(
-        Path(__file__).with_name("page.md.j2"),
-        content=content,
-        former=former,
-        titles=_titles,
-        short=short,
-        tolerated=TOLERATED,
-        goal=GOAL,
-        looked_at=LOOKED_AT,
-        groups=list(GROUPS["scratch"]),
-        runs=runs,
-        which=reported(content),
-        verdict=_verdict(content, runs),
-        results=[
-            [_bold(row["row"]), *cells(row), short(row["worst"]), row["worst_forgery"], short(row["ece"])]
-            for row in tables.main_table(content, rows, runs)
-        ],
-        differences=[
-            [_bold(row), *differences(content, row, GROUPS["scratch"], runs)]
-            for row in rows
-            if row not in ("weight average", "base")
-        ],
-        parts=parts,
-        by_part=[
-            [row, *(cell for part in parts.values() for cell in differences(content, row, LOOKED_AT, part))]
-            for row in FOLLOWED
-        ],
-        rows=rows,
-        curves=_curves(list(content["sweeps"].values())),
-        several=_several([one for of_run in content["many"].values() for one in of_run["merges"]]),
-        wrong=_wrong(list(content["robustness"].values())),
-        features=_features([one["features"] for one in content["analysis"].values()]),
-        heads=_heads([one["heads"] for one in content["analysis"].values()]),
-        identities=_identities([one["identities"] for one in content["analysis"].values()]),
-        alarms=_alarms(content),
-    )
+def pages(content: Content) -> dict[Path, str]:
+    """Every page, and the README with its lines."""
+    made = partial(render, content=content, **_names(content))
+    found = {DOCS / path.name.removesuffix(".j2"): made(path) for path in sorted(TEMPLATES.glob("quality*.md.j2"))}
+    lines = made(TEMPLATES / "readme.md.j2")
+    return {**found, README: put(README.read_text(), "quality", lines, COMMAND)}
 
 
-def _bold(row: str) -> str:
-    return f"**{row}**" if row == "R2M" else row
-
-
-def _titles(firsts: Iterable[str]) -> list[str]:
-    return [f"{first}, {group}" for first in firsts for group in LOOKED_AT]
-
-
-def _means(rows: Iterable[str], columns: Iterable[Any], numbers: Callable[[str, Any], Iterable[float]]) -> Rows:
-    """A row each: its name, and the mean of some numbers in every column."""
-    columns = list(columns)
-    return [[row, *(short(float(np.mean([*numbers(row, column)]))) for column in columns)] for row in rows]
-
-
-def _verdict(content: Content, runs: Sequence[str]) -> dict[str, Any]:
-    """R²M against every baseline, how many bars it meets, and how far it goes to what no merge has."""
-    pairs = [(other, group) for other in tables.BASELINES for group in LOOKED_AT]
-    gained = {(other, group): against(content, "R2M", other, group, runs) for other, group in pairs}
-    marked = {pair: difference(gained[pair]) + " **below**" * (gained[pair]["low"] < TOLERATED) for pair in pairs}
-    gains = {group: gained["weight average", group]["mean"] for group in LOOKED_AT}
-
-    def share(other: str, group: str) -> float:
-        rows = ("R2M", other, "weight average")
-        ours, theirs, average = (float(np.mean(tables.values(content, row, group, runs))) for row in rows)
-        return 100 * (ours - average) / (theirs - average)
-
+def _names(content: Content) -> dict[str, Any]:
+    """What templates can say."""
+    studies = content["studies"]
+    studied = [name for name in settings.REGIMES if any(run.startswith(name) for run in studies)]
+    sections = {name: (*shown(content, name), UNSEEN.get(name, "code")) for name in content["sections"]}
     return {
-        "rows": [[other, *(marked[other, group] for group in LOOKED_AT)] for other in tables.BASELINES],
-        "met": sum(one["low"] >= TOLERATED for one in gained.values()),
-        "bars": len(pairs),
-        "gains": gains,
-        "missing": {group: short(GOAL - gain) for group, gain in gains.items() if gain < GOAL},
-        "share": share,
+        "sections": sections,
+        "deciding": {name: of for name, of in sections.items() if name in UNSEEN},
+        "kinds": lambda *kinds: [row for row, kind in content["methods"].items() if kind in kinds],
+        "trained": list(tables.TRAINED),
+        "average": AVERAGE,
+        "default": DEFAULT,
+        "ensemble": ENSEMBLE,
+        "calibration_header": list(CALIBRATION.values()),
+        "main": _main,
+        "full": _full,
+        "minus": _minus,
+        "against": _against,
+        "share": lambda section, group: _percent(section["rows"][DEFAULT]["share"][group]),
+        "best": partial(_best, content),
+        "by_part": _by_part,
+        "forgeries": _forgeries,
+        "calibrations": _calibrations,
+        "short": short,
+        "difference": difference,
+        "studied": studied,
+        "several": partial(_several, studies),
+        "wrong": partial(_wrong, studies),
+        "features": {name: _features(studies, name) for name in studied},
+        "alarms": partial(_alarms, studies),
+        "readme": _readme(sections),
     }
 
 
-def _curves(sweeps: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], Rows]]:
-    """Header and rows of each."""
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _readme(sections: Mapping[str, Any]) -> Rows:
+    """R²M minus both averages, in each regime."""
     return [
-        (
-            [name, *(f"{place:g}" for place, _ in points)],
-            _means(LOOKED_AT, range(len(points)), lambda group, i, name=name: (s[name][i][1][group] for s in sweeps)),
-        )
-        for name, points in sweeps[0].items()
+        [f"{other}, {name}", *tables.differences(section, DEFAULT, other, (KNOWN, unseen))]
+        for name, (_, section, unseen) in sections.items()
+        if name in UNSEEN
+        for other in (AVERAGE, SCALED)
     ]
 
 
-def _several(merges: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _best(content: Content, section: Content, unseen: str) -> dict[str, Any]:
+    """The single model merged without data that is highest in-distribution, and of how many."""
+    rows = {
+        row: of["minus"][AVERAGE]
+        for row, of in section["rows"].items()
+        if content["methods"].get(row) in ("peer", "ours") and "ensemble" not in row
+    }
+    row = max(rows, key=lambda row: rows[row][KNOWN]["mean"])
+    return {"row": row, "of": len(rows), "known": rows[row][KNOWN]["mean"], "unseen": rows[row][unseen]["mean"]}
+
+
+def _by_part(section: Content, unseen: str, rows: Iterable[str]) -> tuple[list[str], Rows]:
+    """Header and difference to the weight average by architecture."""
+    places = [(part, group) for part in section["parts"] for group in (KNOWN, unseen)]
+    body = [
+        [_bold(row), *(difference(section["parts"][part][row][group]) for part, group in places)]
+        for row in rows
+        if row in section["rows"] and row != AVERAGE
+    ]
+    return ["method", *(f"{part}, {group}" for part, group in places)], body
+
+
+def _bold(row: str) -> str:
+    return f"**{row}**" if row == DEFAULT else row
+
+
+def _main(section: Content, unseen: str) -> Rows:
+    """The first page's table: AUC and difference to the average in two groups, calibration."""
+    groups, rows = [KNOWN, unseen], []
+    for row in (one for one in MAIN if one in section["rows"]):
+        of = section["rows"][row]
+        gains = [difference(of["minus"][AVERAGE][group]) if row != AVERAGE else "" for group in groups]
+        cells = [cell for group, gain in zip(groups, gains, strict=True) for cell in (short(of["mean"][group]), gain)]
+        rows.append([_bold(row), *cells, *tables.calibrated(section, row, KNOWN)])
+    return rows
+
+
+def _full(section: Content, rows: Iterable[str]) -> Rows:
+    """AUC of every group, worst group and forgery, and calibration in-distribution."""
+    groups = section["groups"]
+    return [
+        [
+            _bold(row),
+            *tables.cells(section, row, groups),
+            section["rows"][row]["worst_group"],
+            f"{short(section['rows'][row]['worst'])} {section['rows'][row]['worst_forgery']}",
+            *tables.calibrated(section, row, groups[0]),
+        ]
+        for row in rows
+        if row in section["rows"]
+    ]
+
+
+def _minus(section: Content, rows: Iterable[str], other: str) -> Rows:
+    """Differences to another row in every group."""
+    return [
+        [_bold(row), *tables.differences(section, row, other, section["groups"])]
+        for row in rows
+        if row in section["rows"] and row != other
+    ]
+
+
+def _against(section: Content, group: str, row: str = DEFAULT, other: str = AVERAGE) -> str:
+    """One difference in words: what is shown, and what is not."""
+    found = section["rows"][row]["minus"][other][group]
+    words = "ahead by" if found["low"] > 0 else "behind by" if found["high"] < 0 else "not shown to differ,"
+    size = short(abs(found["mean"])) if found["low"] > 0 or found["high"] < 0 else short(found["mean"], True)
+    return f"{words} {size} (95 % interval {short(found['low'], True)} to {short(found['high'], True)})"
+
+
+def _forgeries(section: Content) -> tuple[list[str], Rows]:
+    """Header and AUC of every forgery, for what the first page shows."""
+    rows = [row for row in MAIN if row in section["rows"]]
+    first = next(iter(section["rows"].values()))["forgeries"]
+    kinds = [(group, kind) for group, of in first.items() for kind in of]
+    body = [
+        [f"{kind} ({group})", *(short(section["rows"][row]["forgeries"][group][kind]) for row in rows)]
+        for group, kind in kinds
+    ]
+    return ["forgery", *rows], body
+
+
+def _calibrations(section: Content) -> tuple[list[str], Rows]:
+    """Header; ECE, F1 and best F1 in every group."""
+    body = [
+        [_bold(row), *(cell for group in section["groups"] for cell in tables.calibrated(section, row, group))]
+        for row in section["rows"]
+    ]
+    return ["method", *(f"{name}, {group}" for group in section["groups"] for name in CALIBRATION.values())], body
+
+
+def _of(studies: Content, architecture: str, what: str) -> list[Any]:
+    return [of[what] for run, of in studies.items() if run.partition("-")[0] == architecture and what in of]
+
+
+def _several(studies: Content, architecture: str) -> dict[str, Any]:
+    """Mean AUC over six families by the number of specialists."""
+    merges = [one for of in _of(studies, architecture, "many") for one in of]
     counts = sorted({len(one["experts"]) for one in merges})
-    aucs = {count: [one["auc"] for one in merges if len(one["experts"]) == count] for count in counts}
-    rows = _means(merges[0]["auc"], counts, lambda row, count: (one[row]["six families"] for one in aucs[count]))
-    return {"header": ["specialists", *map(str, counts)], "series": len(aucs[counts[0]]), "rows": rows}
+    rows = [
+        [_bold(row)]
+        + [
+            short(_mean(one["auc"][row]["six families"] for one in merges if len(one["experts"]) == count))
+            for count in counts
+        ]
+        for row in (merges[0]["auc"] if merges else ())
+    ]
+    return {"header": ["specialists", *map(str, counts)], "rows": rows}
 
 
-def _wrong(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    aucs: dict[str, list[Any]] = {}
-    for run in runs:
-        for case, numbers in run.items():
-            aucs.setdefault(case, []).append(numbers["auc"])
-    methods = list(runs[0]["as trained"]["auc"])
-    rows = _means(aucs, methods, lambda case, row: (one[row]["in-distribution"] for one in aucs[case]))
-    return {"header": ["case", *methods], "rows": [[f"{case} ({len(aucs[case])} runs)", *r] for case, *r in rows]}
+def _wrong(studies: Content, architecture: str) -> dict[str, Any]:
+    """In-distribution AUC of every case."""
+    runs = _of(studies, architecture, "robustness")
+    methods = list(runs[0]["as trained"]) if runs else []
+    rows = [
+        [case, *(short(_mean(run[case][row]["in-distribution"] for run in runs)) for row in methods)]
+        for case in (runs[0] if runs else ())
+    ]
+    return {"header": ["case", *methods], "rows": rows, "runs": len(runs)}
 
 
-def _features(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _features(studies: Content, architecture: str) -> dict[str, Any]:
     """Cosines between specialists and from them to merges, and how far apart Real and Fake lie in each model."""
+    runs = _of(studies, architecture, "features")
     models = runs[0]["models"]
     experts = [models.index(kind) for kind in settings.MAIN]
 
-    def cosine(kind: str, model: str | None = None) -> float:
+    def cosine(kind: str, model: str | None = None) -> str:
         pairs = [(i, j) for i in experts for j in experts if i < j]
         pairs = pairs if model is None else [(i, models.index(model)) for i in experts]
-        return float(np.mean([[one[kind][i][j] for i, j in pairs] for one in runs]))
-
-    def spread(model: str, key: str) -> float:
-        return float(np.mean([one["spread"][model][key] for one in runs]))
+        return f"{_mean(one[kind][i][j] for one in runs for i, j in pairs):.2f}"
 
     formats = {"separation": ".2f", "off_axis": ".3f", "size": ".2f"}
-    rows = [[model, *(format(spread(model, key), digits) for key, digits in formats.items())] for model in models]
-    return {"cosine": cosine, "spread": rows}
+    rows = [
+        [_bold(model)] + [format(_mean(one["spread"][model][key] for one in runs), how) for key, how in formats.items()]
+        for model in models
+    ]
+    columns = [(kind, model) for model in (None, AVERAGE, DEFAULT) for kind in ("real", "fake")]
+    return {
+        "cosines": [cosine(*column) for column in columns],
+        "holds": cosine("real") > cosine("fake"),
+        "rows": rows,
+        "common": f"{_mean(one['common'] for one in runs):.2f}",
+        "runs": len(runs),
+    }
 
 
-def _heads(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    places = [(trunk, group) for trunk in runs[0] for group in LOOKED_AT]
-    labels = next(iter(runs[0].values()))
-    rows = _means(labels, places, lambda label, place: (one[place[0]][label][place[1]] for one in runs))
-    return {"trunks": list(runs[0]), "rows": rows}
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
-def _identities(runs: Sequence[Mapping[str, float]]) -> Rows:
-    numbers = {key: [one[key] for one in runs] for key in runs[0]}
-    return [[key, f"{np.mean(value):.2g}", f"{max(value):.2g}"] for key, value in numbers.items()]
-
-
-def judged(merges: Iterable[Mapping[str, Any]], rule: Rule) -> list[str]:
+def judged(merges: Sequence[Content], rule: Rule) -> list[str]:
     """AUC of a number, bad above good merges; then bad ones with an alarm of all bad, and good ones of all good.
 
-    Merges whose report lacks the number count as without alarm.
+    Merges whose report lacks the number count as without alarm; where none is bad there is no AUC.
     """
     sign = 1.0 if rule.side == "above" else -1.0
     numbers: dict[bool, list[float | None]] = {True: [], False: []}
@@ -205,32 +292,40 @@ def judged(merges: Iterable[Mapping[str, Any]], rule: Rule) -> list[str]:
         numbers[one["shortfall"] > BAD].append(one["report"][rule.number])
     known = {bad: np.array([sign * number for number in of if number is not None]) for bad, of in numbers.items()}
     alarms = [f"{(known[bad] > sign * rule.threshold).sum()}/{len(numbers[bad])}" for bad in (True, False)]
-    return [short(auc(known[False], known[True])), ", ".join(alarms)]
+    ranked = short(auc(known[False], known[True])) if all(map(len, known.values())) else "–"
+    return [ranked, ", ".join(alarms)]
 
 
-def _alarms(content: Content) -> Rows:
-    runs: dict[bool, list[Any]] = {True: [], False: []}
-    for name, merges in content["diagnosis"].items():
-        runs[name in content["development"]] += merges
-    rows = []
-    for rule in RULES:
-        rates = *judged(runs[True], rule), *judged(runs[False], rule)
-        rows.append([rule.number, f"{rule.side} {rule.threshold:g}", *rates, "yes" if rule.warns else "no"])
-    return rows
+def _alarms(studies: Content) -> tuple[list[str], Rows]:
+    """Header, and every rule by regime."""
+    merges: dict[str, list[Any]] = {}
+    for run, of in studies.items():
+        merges.setdefault(settings.REGIMES[run.partition("-")[0]], []).extend(of["diagnosis"])
+    header = [f"{what}, {regime}" for regime in merges for what in ("AUC", "bad found, false alarms")]
+    rows = [
+        [
+            rule.number,
+            f"{rule.side} {rule.threshold:g}",
+            *(cell for of in merges.values() for cell in judged(of, rule)),
+            "yes" if rule.warns else "no",
+        ]
+        for rule in RULES
+    ]
+    return ["number of the report", "alarm", *header, "a warning?"], rows
 
 
-def write(content: Content, path: Path = PAGE) -> None:
-    """The page, from the content of the JSON."""
-    path.write_text(text(content))
+def write(content: Content) -> None:
+    """Every page."""
+    for path, text in pages(content).items():
+        path.write_text(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    return update(
-        PAGE, text(json.loads(RESULT.read_text())), check=options.check, command="python -m bench.quality.docs"
-    )
+    made = pages(json.loads(SUMMARY.read_text()))
+    return max(update(path, text, check=options.check, command=COMMAND) for path, text in made.items())
 
 
 if __name__ == "__main__":

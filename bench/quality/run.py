@@ -1,10 +1,13 @@
-"""Train, merge by every method, judge, and write it down.
+"""Train, choose, judge, and write it down.
 
-    python -m bench.quality [--quick] [--processes N] [--out DIRECTORY]
+    python -m bench.quality [--quick] [--only STAGE] [--processes N] [--tables] [--out DIRECTORY]
 
-Everything: two architectures, five development and ten fresh seeds, into bench/results/quality.json, pictures beside
-it, and docs/quality.md from them. ``--quick``: one seed of each architecture at a third of the training, into
-build/quality/quick, in minutes; its numbers show how it runs and not more. Trained detectors stay in build/quality.
+Stages, in order: ``development``: candidates on the validation people of the development seeds, and everything judged
+there; ``studies``: further looks at these seeds; ``protocol``: what protocol.json names, on the fresh seeds; ``fresh``:
+all other rows there. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in
+docs/. ``--tables`` makes these alone, from what was judged. ``--quick``: one seed of each architecture at a part of the
+training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in build/quality,
+and neither what was trained nor what was judged is done again.
 """
 
 from __future__ import annotations
@@ -15,101 +18,144 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from r2m.demo.detectors import SPECIALISTS
 
-from bench.machine import RESULTS, machine, write_json
-from bench.quality import docs, judging, pictures, settings, studies, tables
+from bench.machine import machine, write_json
+from bench.quality import docs, pictures, protocol, settings, store, studies, tables
 from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
+from bench.quality.judging import Pictures, digest_of_states, identity, made_of
 from bench.quality.methods import Candidate, all_methods, merged
-from bench.quality.models import CACHE, Models, Run
-from r2m_kernels import MergeConfig
+from bench.quality.models import CACHE, Models, Run, StateDict
+from bench.quality.networks import ARCHITECTURES
 
-# Rows that the studies follow, beside the ensemble.
-SCRATCH = tuple(name for name, regime in settings.REGIMES.items() if regime == "scratch")
-FOLLOWED = ("weight average", "weight average × 1.2", "TIES", "CART", "R2M")
 Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=STAGES)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tables", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
+    out = options.out or (CACHE / "quick" if options.quick else store.STORE)
     start = time.monotonic()
     with ProcessPoolExecutor(
         options.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
-        content = measure(pool, options.quick)
-    content["machine"] = {**machine(), "processes": options.processes}
-    content["took_seconds"] = round(time.monotonic() - start)
-    # Five digits: what is printed has three.
-    rounded = json.loads(json.dumps(content, default=str), parse_float=lambda number: float(f"{float(number):.5g}"))
-    write_json(out / "quality.json", rounded)
-    content = json.loads((out / "quality.json").read_text())
+        if not options.tables:
+            for stage in [options.only] if options.only else ["development"] if options.quick else STAGES:
+                STAGES[stage](pool, out, options.quick)
+        content = tables.summarize(out, pool.map)
+    content = json.loads(json.dumps(content), parse_float=tables.rounded)
+    write_json(out / "summary.json", content)
     pictures.draw_all(content, out)
     tables.print_tables(content)
-    if not options.quick and options.out is None:
+    if out == store.STORE:
         docs.write(content)
-    print(f"{content['took_seconds']} s; {out / 'quality.json'} and pictures beside it")
+    print(f"{time.monotonic() - start:.0f} s; {out / 'summary.json'} and pictures beside it")
     return 0
 
 
-def measure(pool: ProcessPoolExecutor, quick: bool) -> dict[str, Any]:
-    """All numbers, from validation to studies."""
-    development = [Run(name, seed, quick) for name in SCRATCH for seed in settings.DEVELOPMENT]
-    fresh = [Run(name, seed, quick) for name in SCRATCH for seed in settings.FIRST_LOOK + settings.SECOND_LOOK]
-    if quick:
-        development, fresh = [run for run in development if run.seed == 0], []
-    methods = all_methods()
-    validated = _each(pool, "validated", validate, [(run, methods) for run in development])
-    chosen = choose(validated)
-    content: dict[str, Any] = {"quick": quick, "validated": validated, "chosen": chosen}
-    content["methods"] = {method.name: method.kind for method in methods}
-    content["default"] = MergeConfig.r2m().to_dict()
-    configs = {name: {method.name: method.picked(chosen[name]) for method in methods} for name in chosen}
-    content["runs"] = _each(
-        pool, "judged", _judge, [(run, configs[run.architecture]) for run in [*development, *fresh]]
-    )
-    content["development"], content["fresh"] = [run.name for run in development], [run.name for run in fresh]
-    studied = [run for run in fresh if run.seed in settings.SECOND_LOOK]
-    looked_at = [run for run in studied if run.seed in settings.SECOND_LOOK[:2]] or development
-    content["sweeps"] = _each(pool, "swept", studies.sweeps, [(run,) for run in looked_at])
-    if not quick:
-        followed = {name: {row: of_name[row] for row in FOLLOWED} for name, of_name in configs.items()}
-        bad = [(run, followed[run.architecture]) for run in development if run.seed in settings.MANY]
-        content["robustness"] = _each(pool, "robustness", studies.robustness, bad)
-        content["many"] = _each(pool, "many", studies.many, bad)
-        content["analysis"] = _each(pool, "analysis", studies.analysis, [(run,) for run in studied])
-        strangers = [(run, _next(run, runs)) for runs in (development, studied) for run in runs]
-        content["diagnosis"] = _each(pool, "diagnosis", studies.diagnosis, strangers)
-    return content
+def _develop(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+    """Choices, and everything that may be looked at before the protocol is written."""
+    runs = _development(quick)
+    # A quick run shows that there is a choice.
+    methods = [
+        replace(one, candidates=dict([*one.candidates.items()][: 2 if quick else None])) for one in all_methods()
+    ]
+    write_json(out / "validated.json", _each(pool, "validated", validate, [(run, methods) for run in runs]))
+    _judge_all(pool, out, runs)
 
 
-def _next(run: Run, runs: Sequence[Run]) -> Run:
-    """Another run of its architecture among these."""
-    alike = [one for one in runs if one.architecture == run.architecture]
-    return alike[(alike.index(run) + 1) % len(alike)]
+def _study(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+    write_json(out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in _development(quick)]))
 
 
-def _judge(run: Run, candidates: Mapping[str, Candidate]) -> dict[str, Any]:
-    models, groups = Models(run), groups_of(run)
+def _protocol(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+    """On fresh seeds, what the protocol names and nothing else: the default is decided by it."""
+    content = protocol.read()
+    protocol.check(content, {method.name: method for method in all_methods()})
+    _judge_all(pool, out, _fresh(), protocol.rows(content))
+
+
+def _everything(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+    _judge_all(pool, out, _fresh())
+
+
+STAGES = {"development": _develop, "studies": _study, "protocol": _protocol, "fresh": _everything}
+
+
+def _development(quick: bool) -> list[Run]:
+    runs = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.development_of(name)]
+    return [run for run in runs if run.seed == settings.DEVELOPMENT[0]] if quick else runs
+
+
+def _fresh() -> list[Run]:
+    return [Run(name, seed) for name in ARCHITECTURES for seed in settings.fresh_of(name)]
+
+
+def _judge_all(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run], only: Sequence[str] | None = None) -> None:
+    """By every method, or by some alone."""
+    chosen = choose(json.loads((out / "validated.json").read_text()))
+    calls = []
+    for run in runs:
+        of_run = chosen.get(run.architecture) or chosen["mobilenet"]  # a second base takes what the first chose
+        rows = {
+            one.name: one.picked({one.name: "", **of_run}) for one in all_methods() if only is None or one.name in only
+        }
+        calls.append((run, rows, out, only is None))
+    _each(pool, "judged", judge, calls)
+
+
+def judge(run: Run, rows: Mapping[str, Candidate], out: Path, whole: bool) -> None:
+    """Logits of base, specialists, joint model and every merge on all test pictures, into the file of the run.
+
+    Args:
+        run: whose detectors.
+        rows: row → how it merges.
+        out: directory of the results.
+        whole: these are all rows; what else the file holds goes.
+
+    Raises:
+        SystemExit: for a fresh seed, where the protocol is not committed as it is.
+    """
+    about = {**machine(), **({"protocol": protocol.committed()} if run.seed in settings.FRESH else {})}
+    start, path = time.monotonic(), store.logits_of(run.name, out)
+    models, pictures = Models(run), Pictures(groups_of(run))
     base, experts = models.trained()
+    judged = store.load(path) if path.exists() else store.Judged(pictures.places)
+    if judged.places != pictures.places:
+        judged = store.Judged(pictures.places)
+    spent = judged.about.get("seconds", 0)
 
-    scored = partial(judging.score, run, groups=groups)
-    specialists = {row: scored(expert) for row, expert in zip(SPECIALISTS.values(), experts, strict=True)}
-    scores = {"base": scored(base), **specialists, "joint training": scored(models.joint())}
-    scores |= {"ensemble": judging.mean_of(list(specialists.values()))}
-    for row, candidate in candidates.items():
-        scores[row] = judging.mean_of([scored(state) for state in merged(candidate, base, experts)])
-    return {row: judging.numbers(of_row) for row, of_row in scores.items()}
+    def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
+        if judged.made_of.get(row) != made_from:
+            judged.add(row, pictures.scores(run, states()), made_from)
+            judged.about = {**about, "seconds": spent + round(time.monotonic() - start)}
+            store.save(judged, path)
+
+    trained = {"base": base, **dict(zip(SPECIALISTS.values(), experts, strict=True)), "joint training": models.joint()}
+    for row, state in trained.items():
+        add(row, made_of(digest_of_states([state]), pictures.digest), lambda state=state: [state])
+    material = made_of(digest_of_states([base, *experts]), pictures.digest)
+    for row, candidate in rows.items():
+        add(
+            row,
+            f"{material} {made_of(identity(candidate))}",
+            lambda candidate=candidate: merged(candidate, base, experts),
+        )
+    if whole and (gone := judged.logits.keys() - trained.keys() - rows.keys()):
+        for row in gone:
+            del judged.logits[row], judged.made_of[row]
+        store.save(judged, path)
 
 
 def _each(

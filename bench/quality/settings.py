@@ -19,8 +19,6 @@ FRESH = tuple(range(100, 110))
 LATER = tuple(range(110, 130))
 # The second pretrained base has two fresh seeds, and takes what was chosen on the first base's.
 SECOND_BASE = FRESH[:2]
-# Of bench/results/quality.json, judged before there was a pretrained regime: looked at in two halves.
-FIRST_LOOK, SECOND_LOOK = (6, 7, 8, 9, 10), (11, 12, 13, 14, 15)
 # Where up to six specialists are merged, and where something is wrong with one of them.
 MANY = (0, 1)
 # Where specialists are fine-tuned at other rates, for task vectors of 1 to 20 % of a pretrained base.

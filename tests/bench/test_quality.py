@@ -1,31 +1,41 @@
-"""The quality benchmark: choices see validation people alone, numbers are right, the page is the JSON's."""
+"""The quality benchmark: choices see validation people alone, numbers are right, nothing is judged twice."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from r2m.demo.detectors import SPECIALISTS
 from r2m.demo.faces import split_people
+from r2m.demo.samples import Group
 
-from bench.quality import choosing, docs, groups, judging, methods, settings, tables
+from bench.quality import choosing, groups, judging, methods, run, settings, store
 from bench.quality.docs import RULES
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
 from r2m_kernels import MergeConfig
 from r2m_kernels.report import CALIBRATED
 
-ROOT = Path(__file__).resolve().parents[2]
-JSON = ROOT / "bench" / "results" / "quality.json"
+
+class Untrained(Models):
+    """Detectors of a run that nobody trained."""
+
+    def base(self):
+        return new_network(self.run.architecture, 0).state_dict()
+
+    def specialist(self, kind):
+        return new_network(self.run.architecture, 1 + settings.MAIN.index(kind)).state_dict()
+
+    def joint(self, kinds=settings.MAIN):
+        return new_network(self.run.architecture, 9).state_dict()
 
 
-def test_choices_cannot_see_a_test_group(monkeypatch):
+def test_choices_cannot_see_a_test_group(monkeypatch, tmp_path):
     # By what the module can name …
     tree = ast.parse(Path(choosing.__file__).read_text())
     imported = {
@@ -38,13 +48,6 @@ def test_choices_cannot_see_a_test_group(monkeypatch):
     assert "bench.quality.studies" not in {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
     # … and by what it does: whose pictures are made while it chooses.
-    class Untrained(Models):
-        def base(self):
-            return new_network(self.run.architecture, 0).state_dict()
-
-        def specialist(self, kind):
-            return new_network(self.run.architecture, 1 + settings.MAIN.index(kind)).state_dict()
-
     asked = []
 
     def recorded(name):
@@ -59,9 +62,10 @@ def test_choices_cannot_see_a_test_group(monkeypatch):
     for name in ("make_pictures", "make_group"):
         monkeypatch.setattr(groups, name, recorded(name))
     monkeypatch.setattr(choosing, "Models", Untrained)
-    run = Run("cnn", 3, quick=True)
-    found = choosing.validate(run, [methods.Method("average", {"": MergeConfig.weight_average()})])
-    assert 0 <= found["average"][""] <= 1
+    candidates = {"1": MergeConfig.weight_average(), "2": MergeConfig.task_arithmetic(0.5)}
+    found = choosing.validate(Run("cnn", 3, quick=True), [methods.Method("average", candidates)], tmp_path)
+    assert list(found["average"]) == ["1", "2"]
+    assert all(0 <= auc <= 1 for auc in found["average"].values())
     people = split_people(3)
     assert asked
     assert all(one == set(people.validation) for one in asked)
@@ -85,61 +89,94 @@ def test_every_method_has_the_same_budget():
 
 def test_the_seeds_that_judge_are_not_those_that_choose():
     assert not set(settings.DEVELOPMENT) & set(settings.FRESH)
-    assert not set(settings.FIRST_LOOK + settings.SECOND_LOOK) & set(settings.FRESH)
+    assert not set(settings.LATER) & set(settings.DEVELOPMENT + settings.FRESH)
 
 
-def test_paired_differences_have_bootstrap_intervals():
-    assert judging.paired([0.02] * 5) == {"mean": 0.02, "low": 0.02, "high": 0.02, "wins": 5, "runs": 5}
+def test_paired_differences_have_bootstrap_intervals_over_seeds():
+    same = judging.paired({seed: [0.02, 0.02] for seed in range(5)})
+    assert same == {"mean": pytest.approx(0.02), "low": pytest.approx(0.02), "high": pytest.approx(0.02)} | {
+        "wins": 10,
+        "runs": 10,
+    }
     values = np.random.default_rng(0).normal(0.5, 1.0, 40)
-    found = judging.paired(values.tolist())
+    found = judging.paired({seed: [value] for seed, value in enumerate(values)})
     half = 1.96 * values.std() / np.sqrt(40)
     assert found["low"] == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.15 * half)
     assert found["wins"] == int((values > 0).sum())
+    # Two runs of a seed that say the same are one piece of evidence.
+    doubled = judging.paired({seed: [value, value] for seed, value in enumerate(values)})
+    assert (doubled["low"], doubled["high"]) == pytest.approx((found["low"], found["high"]))
 
 
 def test_calibration_error_by_hand():
     # A tenth and nine tenths sure, and right as often: nothing to complain of.
     low, high = np.log(0.15 / 0.85), np.log(0.85 / 0.15)
     scores = {"real": np.array([low] * 17 + [high] * 3), "a": np.array([low] * 3 + [high] * 17)}
-    assert judging.calibration_error(scores) == pytest.approx(0.0, abs=1e-12)
+    assert judging.calibration(scores)["ece"] == pytest.approx(0.0, abs=1e-12)
     # Always wrong and sure of it.
-    assert judging.calibration_error({"real": np.full(4, 50.0), "a": np.full(9, -50.0)}) == pytest.approx(1.0)
+    assert judging.calibration({"real": np.full(4, 50.0), "a": np.full(9, -50.0)})["ece"] == pytest.approx(1.0)
     # One class three times as large counts no more: half of all is right with 0.85, half wrong.
     uneven = {"real": np.array([low] * 4), "a": np.array([low] * 12)}
-    assert judging.calibration_error(uneven) == pytest.approx(0.5 - 0.15)
+    assert judging.calibration(uneven)["ece"] == pytest.approx(0.5 - 0.15)
 
 
-def test_short_numbers():
-    assert tables.short(0.8234) == ".823"
-    assert tables.short(-0.0046, True) == "-.005"
-    assert tables.short(0.0, True) == "+.000"
-    assert tables.difference({"mean": 0.01, "low": -0.002, "high": 0.021, "wins": 7, "runs": 10}) == (
-        "+.010 [-.002, +.021] 7/10"
-    )
+def test_f1_by_hand():
+    # A threshold at 0 finds one forgery of two and no real picture; one at -1.5 both, with half of the real ones.
+    scores = {"real": np.array([-2.0, -1.0] * 4), "a": np.array([1.0, -1.25])}
+    found = judging.calibration(scores)
+    assert found["f1"] == pytest.approx(2 * 0.5 / 1.5)
+    assert found["best_f1"] == pytest.approx(2 * 1.0 / (1.5 + 1.0))
 
 
-def test_the_page_is_what_the_json_gives():
-    assert docs.main(["--check"]) == 0
-    content = json.loads(JSON.read_text())
-    name = content["fresh"][0]
-    content["runs"][name]["R2M"]["auc"]["unseen"] += 0.1
-    assert docs.text(content) != docs.PAGE.read_text()
+def test_pictures_that_groups_share_are_scored_once():
+    real, forged, other = (np.full((count, 2, 2), value, np.float32) for value, count in ((0, 2), (1, 3), (2, 1)))
+    pictures = judging.Pictures({"a": Group(real, {"x": forged}), "b": Group(real, {"y": other})})
+    assert pictures.places == {"a": {"real": (0, 2), "x": (2, 5)}, "b": {"real": (0, 2), "y": (5, 6)}}
+    split = pictures.split(np.arange(6.0))
+    assert split["b"]["y"].tolist() == [5.0]
+    assert split["b"]["real"].tolist() == split["a"]["real"].tolist() == [0.0, 1.0]
 
 
-def test_the_json_is_of_the_default_that_is_in_the_package():
-    content = json.loads(JSON.read_text())
-    # Options that came later have defaults that change nothing.
-    then = {name: tuple(value) if isinstance(value, list) else value for name, value in content["default"].items()}
-    # Measured by rows; the evidence issue measures the default again, and its page then says so.
-    assert MergeConfig(**{"head": "merge", **then}) in (
-        MergeConfig.r2m(),
-        MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge"),
-    )
-    assert [run.partition("-")[2] for run in content["fresh"]] == [
-        str(seed) for seed in settings.FIRST_LOOK + settings.SECOND_LOOK
-    ] * 2
-    assert not content["quick"]
+@pytest.fixture
+def judging_here(monkeypatch, tmp_path):
+    """Judges an untrained run, and tells which merges were made."""
+    few = {"in-distribution": Group(*(np.random.default_rng(0).random((2, 4, 48, 48)).astype(np.float32)))}
+    few["in-distribution"] = Group(few["in-distribution"].real, {"FS": few["in-distribution"].forged})
+    monkeypatch.setattr(run, "groups_of", lambda _: few)
+    monkeypatch.setattr(run, "Models", Untrained)
+    made = []
+    monkeypatch.setattr(run, "merged", lambda *given: (made.append(given[0]), methods.merged(*given))[1])
+
+    def judge(rows, whole=True, seed=0):
+        made.clear()
+        run.judge(Run("cnn", seed), rows, tmp_path, whole)
+        return list(made), store.load(store.logits_of(f"cnn-{seed}", tmp_path))
+
+    return judge
+
+
+def test_what_was_judged_is_not_judged_again(judging_here):
+    average, longer = MergeConfig.weight_average(), MergeConfig.task_arithmetic(0.5)
+    made, first = judging_here({"a": average, "b": longer})
+    assert made == [average, longer]
+    assert list(first.logits) == ["base", *SPECIALISTS.values(), "joint training", "a", "b"]
+    made, again = judging_here({"a": average, "b": average}, whole=False)
+    assert made == [average]  # b is another now
+    assert again.logits["b"].tolist() == again.logits["a"].tolist() == first.logits["a"].tolist()
+    assert judging_here({"a": average}, whole=False)[1].logits.keys() == first.logits.keys()
+    made, last = judging_here({"a": average})
+    assert not made
+    assert "b" not in last.logits
+
+
+def test_a_fresh_seed_is_refused_without_a_committed_protocol(judging_here, monkeypatch, tmp_path):
+    protocol_of_tests = tmp_path / "protocol.json"
+    protocol_of_tests.write_text("{}")
+    monkeypatch.setattr(run.protocol, "PATH", protocol_of_tests)
+    with pytest.raises(SystemExit, match="fresh seeds are scored after the protocol is committed"):
+        judging_here({"a": MergeConfig.weight_average()}, seed=settings.FRESH[0])
+    assert not store.logits_of("cnn-100", tmp_path).exists()
 
 
 def test_warnings_use_the_thresholds_that_were_found():
@@ -148,21 +185,22 @@ def test_warnings_use_the_thresholds_that_were_found():
 
 
 @pytest.mark.slow
-def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path):
-    def run(out):
-        command = [sys.executable, "-m", "bench.quality", "--quick", "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        return done.stdout, json.loads((out / "quality.json").read_text())
+def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ARCHITECTURES", ("cnn",))
 
-    printed, first = run(tmp_path / "one")
+    def quick(out):
+        assert run.main(["--quick", "--out", str(out)]) == 0
+        return capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+
+    printed, first = quick(tmp_path / "one")
     assert re.search(r"^ *R2M  ", printed, re.MULTILINE)
     for column in ("in-distribution", "cross", "unseen", "natural"):
         assert column in printed
-    for picture in ("differences.svg", "sweeps.svg", "forgeries.png"):
-        assert (tmp_path / "one" / f"quality_{picture}").stat().st_size > 10_000
-    _, again = run(tmp_path / "two")
-    assert {key: first[key] for key in ("runs", "validated", "chosen")} == {
-        key: again[key] for key in ("runs", "validated", "chosen")
+    for picture in ("scratch.svg", "forgeries.png"):
+        assert (tmp_path / "one" / picture).stat().st_size > 10_000
+    _, again = quick(tmp_path / "two")
+    assert {key: first[key] for key in ("sections", "validated", "chosen")} == {
+        key: again[key] for key in ("sections", "validated", "chosen")
     }
     # Training too, and not only what the cache keeps.
     cached = Models(Run("cnn", 0, quick=True)).specialist("FS")

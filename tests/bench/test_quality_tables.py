@@ -1,0 +1,253 @@
+"""From logits to pages: what is kept, what tables make of it, what the protocol decides, what pages say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from r2m.demo.detectors import SPECIALISTS
+from sklearn.metrics import roc_auc_score
+
+from bench.machine import output
+from bench.quality import docs, judging, protocol, settings, store, tables
+from bench.quality.methods import all_methods, key
+from r2m_kernels import MergeConfig
+
+GROUPS = {
+    "scratch": {"in-distribution": ("FS", "FR"), "unseen": ("a", "b")},
+    "pretrained": {"in-distribution": ("FS", "FR"), "code": ("a",), "neural": ("n",)},
+}
+# How far apart Real and Fake are for a row, beside the seed's luck.
+SKILL = {"weight average": 0.5, "weight average × 1.2": 0.55, "TSV-M × 1": 0.7, "R2M": 0.9, "joint training": 2.0}
+SKILL |= {"base": 0.0, **dict.fromkeys(SPECIALISTS.values(), 0.8)}
+PROTOCOL = {
+    "question": "Which?",
+    "groups": {"scratch": ["in-distribution", "unseen"], "pretrained": ["in-distribution", "code"]},
+    "candidates": {"R2M": "", "TSV-M × 1": ""},
+    "baselines": ["weight average", "weight average × 1.2"],
+    "bar": -0.005,
+    "fallback": "R2M",
+    "conditions": {"more": [["TSV-M × 1", "R2M", "pretrained", "code", "low"]]},
+}
+
+
+def judged(run, skill=SKILL, pictures=30):
+    """A run whose logits are drawn."""
+    architecture, seed = run.split("-")
+    groups = GROUPS[settings.REGIMES[architecture]]
+    rng, places, end = np.random.default_rng(int(seed)), {}, pictures
+    for group, kinds in groups.items():
+        places[group] = {"real": (0, pictures)}
+        for kind in kinds:
+            places[group][kind] = (end, end := end + pictures)
+    made = store.Judged(places, about={"commit": "0", "seconds": 1})
+    noise = rng.normal(size=end)
+    for row, distance in skill.items():
+        made.add(row, noise + 0.3 * rng.normal(size=end) + distance * (np.arange(end) >= pictures), "x")
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A directory of results with two fresh seeds in each regime, and one of a second base; and their summary."""
+    directory = tmp_path_factory.mktemp("results")
+    path = directory / "protocol.json"
+    path.write_text(json.dumps(PROTOCOL))
+    runs = [f"{name}-{seed}" for name in ("cnn", "vit", "mobilenet") for seed in settings.FRESH[:2]]
+    for run in [*runs, "lite0-100", "cnn-0"]:
+        store.save(judged(run), store.logits_of(run, directory))
+    validated = {run: {"TSV-M": {"α 1": 0.5, "α 2": 0.6}} for run in ("cnn-0", "vit-0", "mobilenet-0")}
+    (directory / "validated.json").write_text(json.dumps(validated))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "PATH", path)
+        yield directory, tables.summarize(directory)
+
+
+def test_a_file_of_logits_comes_back_and_is_the_same_bytes_again(tmp_path):
+    made, path = judged("cnn-3"), tmp_path / "cnn-3.npz"
+    store.save(made, path)
+    first, found = path.read_bytes(), store.load(path)
+    assert (found.places, found.made_of, found.about) == (made.places, made.made_of, made.about)
+    assert all(np.array_equal(found.logits[row], made.logits[row]) for row in SKILL)
+    assert found.scores("R2M")["unseen"]["b"].tolist() == made.logits["R2M"][-30:].astype(float).tolist()
+    store.save(found, path)
+    assert path.read_bytes() == first
+    with pytest.raises(ValueError, match="R2M: logits that are no finite float16, the largest 1e"):
+        made.add("R2M", np.full(3, 1e6), "x")
+
+
+def test_tables_are_of_the_logits(results):
+    directory, content = results
+    section = content["sections"]["scratch"]["fresh"]
+    assert section["runs"] == ["cnn-100", "cnn-101", "vit-100", "vit-101"]
+    assert section["seeds"] == 2
+    row = section["rows"]["R2M"]
+    scores = store.load(store.logits_of("cnn-101", directory)).scores("R2M")["unseen"]
+    labels = np.repeat([0.0, 1.0], 30)
+    by_hand = [roc_auc_score(labels, np.concatenate([scores["real"], scores[kind]])) for kind in ("a", "b")]
+    assert row["auc"]["unseen"][1] == pytest.approx(np.mean(by_hand))
+    assert row["mean"]["unseen"] == pytest.approx(np.mean(row["auc"]["unseen"]))
+    average = section["rows"]["weight average"]
+    assert row["minus"]["weight average"]["unseen"]["mean"] == pytest.approx(
+        row["mean"]["unseen"] - average["mean"]["unseen"]
+    )
+    ensemble = section["rows"]["ensemble"]
+    share = (row["mean"]["unseen"] - average["mean"]["unseen"]) / (
+        ensemble["mean"]["unseen"] - average["mean"]["unseen"]
+    )
+    assert row["share"]["unseen"] == pytest.approx(share)
+    assert ensemble["share"]["unseen"] == pytest.approx(1.0)
+    assert content["sections"]["second base"]["fresh"]["runs"] == ["lite0-100"]
+    assert content["sections"]["scratch"]["development"]["runs"] == ["cnn-0"]
+    assert content["chosen"]["vit"] == {"TSV-M": "α 2"}
+
+
+def test_the_ensemble_is_the_mean_logit_of_the_specialists(results):
+    path = store.logits_of("cnn-0", results[0])
+    found = store.load(path)
+    mean = np.mean([found.logits[row].astype(float) for row in SPECIALISTS.values()], axis=0)
+    labels, places = np.repeat([0.0, 1.0], 30), found.places["unseen"]["b"]
+    auc = roc_auc_score(labels, np.concatenate([mean[:30], mean[slice(*places)]]))
+    assert tables.numbers_of(path)["rows"]["ensemble"]["forgeries"]["unseen"]["b"] == pytest.approx(auc)
+
+
+def test_a_row_that_some_run_lacks_is_in_no_table_and_the_same_logits_make_the_same_tables(results, tmp_path):
+    store.save(judged("cnn-100"), store.logits_of("cnn-100", tmp_path))
+    kept = {row: skill for row, skill in SKILL.items() if row != "TSV-M × 1"}
+    store.save(judged("cnn-101", kept), store.logits_of("cnn-101", tmp_path))
+    content = tables.summarize(tmp_path)
+    assert list(content["sections"]["scratch"]["fresh"]["rows"]) == [
+        row for row in results[1]["sections"]["scratch"]["fresh"]["rows"] if row != "TSV-M × 1"
+    ]
+    assert content["protocol"]["decided"] is None  # nor is anything decided
+    assert json.dumps(content) == json.dumps(tables.summarize(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("gains", "default", "more"),
+    [
+        ({}, "R2M", False),
+        ({"TSV-M × 1": 0.2}, "TSV-M × 1", True),
+        ({"R2M": 0.02}, "TSV-M × 1", True),
+        ({"R2M": 0.02, "TSV-M × 1": 0.0}, "R2M", False),
+    ],
+)
+def test_the_protocol_decides(gains, default, more):
+    over_average = {"R2M": 0.05, "TSV-M × 1": 0.04, "weight average": 0.0, "weight average × 1.2": 0.01} | gains
+
+    def against(regime, row, other, group):
+        mean = over_average[row] - over_average[other]
+        return {"mean": mean, "low": mean - 0.02}
+
+    content = {**PROTOCOL, "conditions": {"more": [["TSV-M × 1", "R2M", "pretrained", "code", "mean"]]}}
+    decided = protocol.decide(content, against)
+    assert decided["default"] == default
+    assert [held for *_, held in decided["conditions"]["more"]] == [more]
+    assert all(len(bars) == 8 for bars in decided["bars"].values())
+    for row, bars in decided["bars"].items():
+        assert (row in decided["holding"]) == all(found["low"] >= -0.005 for *_, found in bars)
+    by_low = {**content, "conditions": {"more": [["TSV-M × 1", "R2M", "pretrained", "code", "low"]]}}
+    lows = over_average["TSV-M × 1"] - over_average["R2M"] - 0.02
+    assert protocol.decide(by_low, against)["conditions"]["more"][0][-1] == (lows > 0)
+
+
+def test_the_protocol_decides_on_its_groups(results):
+    decided = results[1]["protocol"]["decided"]
+    bars = decided["bars"]["R2M"]
+    assert [bar[:3] for bar in bars[:2]] == [
+        ["scratch", "in-distribution", "weight average"],
+        ["scratch", "in-distribution", "weight average × 1.2"],
+    ]
+    row = results[1]["sections"]["scratch"]["fresh"]["rows"]["R2M"]
+    assert bars[0][3] == row["minus"]["weight average"]["in-distribution"]
+
+
+def test_the_protocol_is_known_by_its_commit(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x", *words], check=True)
+
+    path = tmp_path / "protocol.json"
+    monkeypatch.setattr(protocol, "PATH", path)
+    path.write_text("{}")
+    git("init", "-q")
+    for change in ("", " "):
+        path.write_text("{}" + change)
+        with pytest.raises(
+            SystemExit, match=r"after the protocol is committed: .*protocol.json is not, or was changed"
+        ):
+            protocol.committed()
+        git("add", ".")
+        git("commit", "-qm", "one")
+    found = protocol.committed()
+    assert found["sha256"] == protocol.digest()
+    assert found["commit"] == output("git", "-C", str(tmp_path), "rev-parse", "HEAD")
+
+
+def test_the_protocol_names_rows_that_are_what_they_were():
+    methods = {method.name: method for method in all_methods()}
+    (average,) = methods["weight average"].candidates.values()
+    content = {**PROTOCOL, "candidates": {"weight average": key(average)}, "conditions": {}}
+    protocol.check(content, methods)
+    with pytest.raises(SystemExit, match="the protocol names 'nobody', which"):
+        protocol.check({**content, "baselines": ["nobody"]}, methods)
+    with pytest.raises(SystemExit, match="the protocol means 'another'"):
+        protocol.check({**content, "candidates": {"weight average": "another"}}, methods)
+
+
+def test_pages_say_what_the_tables_have(results):
+    content = results[1]
+    text = {path.name: page for path, page in docs.pages(content).items()}
+    found = content["sections"]["scratch"]["fresh"]["rows"]["R2M"]["minus"]["weight average"]["unseen"]
+    for page in ("quality.md", "quality-methods.md", "README.md", "quality-protocol.md"):
+        assert tables.difference(found) in text[page], page
+    found["mean"] += 0.1
+    changed = {path.name: page for path, page in docs.pages(content).items()}
+    assert {name for name in text if text[name] != changed[name]} == {"quality.md", "quality-methods.md", "README.md"}
+
+
+def test_pages_are_what_the_summary_gives():
+    assert docs.main(["--check"]) == 0
+
+
+def test_short_numbers():
+    assert tables.short(0.8234) == ".823"
+    assert tables.short(-0.0046, True) == "-.005"
+    assert tables.short(0.0, True) == "+.000"
+    assert tables.difference({"mean": 0.01, "low": -0.002, "high": 0.021, "wins": 7, "runs": 10}) == (
+        "+.010 [-.002, +.021] 7/10"
+    )
+
+
+COMMITTED = sorted(store.STORE.glob("logits/*.npz"))
+
+
+def test_committed_logits_are_small():
+    assert sum(path.stat().st_size for path in COMMITTED) < 20e6
+
+
+def test_fresh_seeds_were_judged_after_the_protocol():
+    for path in COMMITTED:
+        if int(path.stem.split("-")[1]) not in settings.FRESH:
+            continue
+        made = store.load(path).about["protocol"]
+        assert made["sha256"] == protocol.digest(), path.stem
+        judged_at = output("git", "log", "-1", "--format=%H", "--", str(path))
+        if judged_at and output("git", "cat-file", "-t", made["commit"]):
+            order = ["git", "merge-base", "--is-ancestor", made["commit"], judged_at]
+            assert subprocess.run(order, cwd=store.STORE, check=False).returncode == 0, path.stem
+
+
+def test_rows_were_merged_by_the_configurations_that_they_name():
+    fixed = {one.name: candidate for one in all_methods() if not one.tuned for candidate in one.candidates.values()}
+    for path in COMMITTED:
+        for row, made_from in store.load(path).made_of.items():
+            if isinstance(fixed.get(row), MergeConfig):
+                assert made_from.split()[1] == judging.made_of(judging.identity(fixed[row])), (path.stem, row)
+
+
+@pytest.mark.slow
+def test_the_summary_is_what_the_committed_logits_give():
+    again = json.loads(json.dumps(tables.summarize(store.STORE)), parse_float=tables.rounded)
+    assert again == json.loads(docs.SUMMARY.read_text())
