@@ -1,7 +1,7 @@
 """Everything that is compared, and what each method may choose from: as many candidates for all, eight.
 
 A candidate is a configuration of the package or a rule in plain PyTorch (``competitors``, ``decorrelated``). Whatever
-needs no choice is a method with one candidate. ``R2M`` is this package's default, untuned.
+needs no choice is a method with one candidate. ``R2M`` is the first candidate for the default, untuned.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ Candidate = MergeConfig | Callable[..., StateDict | list[StateDict]]
 """A configuration, or a function of base and experts: at module level, or a ``partial`` of one: processes get it."""
 
 
+# R²M with residuals at a tenth of full rank, all rows alike: the first candidate for the default, whatever that is.
+A = MergeConfig.r2m(rank=0.1, row_power=0.0, core_scale=1.0, core_mode="restored", eta=1.0, head="mean")
+
+
 def merged(candidate: Candidate, base: StateDict, experts: Sequence[StateDict], **overrides: Any) -> list[StateDict]:
     """What a candidate makes of them: one state dict, or several whose mean logit counts.
 
@@ -42,10 +46,10 @@ def merged(candidate: Candidate, base: StateDict, experts: Sequence[StateDict], 
 
 
 def key(candidate: Candidate) -> str:
-    """A candidate in words that stay the same: function and arguments, or the fields that are not the defaults."""
+    """A candidate in words that stay the same: function and arguments, or the fields that ``A`` has not."""
     if isinstance(candidate, MergeConfig):
-        default = MergeConfig().to_dict()
-        fields = {name: value for name, value in candidate.to_dict().items() if value != default[name]}
+        others = A.to_dict()
+        fields = {name: value for name, value in candidate.to_dict().items() if value != others[name]}
         return f"MergeConfig({_words(fields)})"
     if isinstance(candidate, partial):
         return f"{candidate.func.__name__}({_words(candidate.keywords)})"
@@ -94,8 +98,8 @@ def averaged(scale: float) -> MergeConfig:
 
 
 def lengthened(scale: float) -> MergeConfig:
-    """R²M by default with its change times ``scale``, the classifier's mean apart."""
-    return MergeConfig.r2m(core_scale=scale, eta=scale)
+    """``A`` with its change times ``scale``, the classifier's mean apart."""
+    return A.replace(core_scale=scale, eta=scale)
 
 
 def peers() -> list[Method]:
@@ -182,7 +186,7 @@ def peers() -> list[Method]:
 
 def ours() -> list[Method]:
     """R²M as it comes, longer, tuned, by rows and as the paper has it; and what we made beside it."""
-    r2m, kit = MergeConfig.r2m, MergeConfig.r2m_paper
+    r2m, kit = A.replace, MergeConfig.r2m_paper
     clean = {"effective rank": None, "energy 0.5": 0.5, "energy 0.8": 0.8, "energy 0.95": 0.95}
     return [
         _fixed("R2M", r2m(), "ours"),
@@ -196,6 +200,8 @@ def ours() -> list[Method]:
             },
             "ours",
         ),
+        _fixed("R2M by rows, rank .2", r2m(rank=0.2, row_power=3.0), "ours"),
+        _fixed("R2M by rows, rank .4", r2m(rank=0.4, row_power=3.0), "ours"),
         _fixed("R2M by rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
         _fixed("R2M, public kit's settings", kit(), "ours"),
         _fixed("R2M, public kit's settings without a Real subspace", kit(real_rank=None), "ours"),
@@ -229,8 +235,8 @@ def ours() -> list[Method]:
 
 
 def ablations() -> list[Method]:
-    """The default with one part of it changed at a time."""
-    r2m = MergeConfig.r2m
+    """The first candidate with one part of it changed at a time."""
+    r2m = A.replace
     changed: dict[str, Candidate] = {
         **{f"R2M, rank {r:g}": r2m(rank=r) for r in (0.02, 0.05, 0.2, 0.4, 1.0)},
         "R2M, k = 2": r2m(real_rank=2),
@@ -243,7 +249,7 @@ def ablations() -> list[Method]:
         "R2M, own residuals": r2m(residual="own"),
         "R2M, core not restored": r2m(core_mode="mean"),
         "R2M, core at full length": partial(core_at_full_length, config=r2m()),
-        "R2M by rows": r2m(row_power=3.0),
+        "R2M by rows, rank .1": r2m(row_power=3.0),
         "R2M, head merged": r2m(head="merge"),
         "R2M, weighted layers": r2m(layer_weight="frobenius"),
     }

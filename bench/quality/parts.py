@@ -5,9 +5,12 @@ The package holds no task vector whole; here all of them are, so that a rule is 
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from r2m_kernels.heads import head_names
 from r2m_kernels.reference.checkpoints import changed, kinds, task_vectors
 
 StateDict = dict[str, Tensor]
+Result = TypeVar("Result")
+REMEMBERED = 160  # three decompositions of every matrix of the largest network here, some 300 MB
 OfMatrix = Callable[[Tensor], Tensor]
 """Task matrices of one tensor, (N, m, n) float64 → what is added to the base's, (m, n)."""
 
@@ -102,12 +107,33 @@ def leading_core(gram_: Tensor) -> Tensor:
     return core
 
 
+def remembered(function: Callable[[Tensor], Result]) -> Callable[[Tensor], Result]:
+    """A function of one tensor with its last results kept by content: candidates of a run share most decompositions.
+
+    Nobody writes into a result.
+    """
+    results: OrderedDict[bytes, Result] = OrderedDict()
+
+    def call(tensor: Tensor) -> Result:
+        digest = hashlib.blake2b(repr(tensor.shape).encode())
+        digest.update(tensor.contiguous().numpy())
+        made = results.pop(digest.digest()) if digest.digest() in results else function(tensor)
+        results[digest.digest()] = made
+        if len(results) > REMEMBERED:
+            results.popitem(last=False)
+        return made
+
+    return call
+
+
+@remembered
 def svd(tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N, m, n) → U (N, m, s), σ (N, s), V (N, n, s)."""
     u, values, vh = torch.linalg.svd(tau, full_matrices=False)
     return u, values, vh.mT
 
 
+@remembered
 def together(vectors: Tensor) -> Tensor:
     """(N, m, r), orthonormal columns each → (m, N·r), the nearest with all columns orthonormal (polar factor)."""
     u, _, vh = torch.linalg.svd(vectors.transpose(0, 1).flatten(1), full_matrices=False)
