@@ -82,6 +82,12 @@ def core_at_full_length(base: State, experts: Sequence[State], *, config: MergeC
     return merge(base, experts, config.replace(core_scale=config.core_scale * Parts.of(base, experts).gain ** 0.5))
 
 
+def small_whole(base: State, experts: Sequence[State], *, config: MergeConfig, side: int = 16) -> StateDict:
+    """A configuration with whole matrices of a short side up to ``side``, of which a tenth is next to nothing."""
+    small = [name for name, tau in Parts.of(base, experts).tau.items() if min(tau.shape[1:]) <= side]
+    return merge(base, experts, config.replace(ranks=tuple((name, 1.0) for name in small)))
+
+
 def mean_of(base: State, experts: Sequence[State], *, configs: tuple[MergeConfig, ...]) -> StateDict:
     """The mean of several merges' weights."""
     states = [merge(base, experts, config) for config in configs]

@@ -17,6 +17,7 @@ from bench.quality.decorrelated import (
     core_at_full_length,
     decorrelated,
     mean_of,
+    small_whole,
     tsv_m_by_core,
 )
 from bench.quality.parts import StateDict
@@ -202,6 +203,11 @@ def ours() -> list[Method]:
         ),
         _fixed("R2M by rows, rank .2", r2m(rank=0.2, row_power=3.0), "ours"),
         _fixed("R2M by rows, rank .4", r2m(rank=0.4, row_power=3.0), "ours"),
+        _fixed(
+            "R2M by rows, rank .4, small matrices whole",
+            partial(small_whole, config=r2m(rank=0.4, row_power=3.0)),
+            "ours",
+        ),
         _fixed("R2M by rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
         _fixed("R2M, public kit's settings", kit(), "ours"),
         _fixed("R2M, public kit's settings without a Real subspace", kit(real_rank=None), "ours"),
@@ -250,6 +256,7 @@ def ablations() -> list[Method]:
         "R2M, core not restored": r2m(core_mode="mean"),
         "R2M, core at full length": partial(core_at_full_length, config=r2m()),
         "R2M by rows, rank .1": r2m(row_power=3.0),
+        "R2M, small matrices whole": partial(small_whole, config=r2m()),
         "R2M, head merged": r2m(head="merge"),
         "R2M, weighted layers": r2m(layer_weight="frobenius"),
     }

@@ -12,7 +12,14 @@ from cases import checkpoints, distance
 
 from bench.quality import competitors, methods
 from bench.quality.competitors import cleaned, dc_merge, larv, monosoup, resmerge, score, swudi
-from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of, tsv_m_by_core
+from bench.quality.decorrelated import (
+    compressed_ensemble,
+    core_at_full_length,
+    decorrelated,
+    mean_of,
+    small_whole,
+    tsv_m_by_core,
+)
 from bench.quality.parts import Parts, together
 from r2m_kernels import MergeConfig, merge
 
@@ -246,6 +253,16 @@ def test_a_compressed_ensemble_at_full_rank_is_the_specialists(trained):
     average = merge(base, experts, AVERAGE)
     assert all(torch.allclose(made["bias"], average["bias"], atol=1e-14) for made in shared)
     assert all(torch.linalg.matrix_rank(made["wide"] - average["wide"], rtol=1e-9) == 1 for made in shared)
+
+
+def test_small_matrices_stay_whole(trained):
+    (base,), experts = trained
+    config = MergeConfig.r2m(rank=0.3, norm_match=False)
+    made = small_whole(base, experts, config=config, side=8)  # one has a short side of 8, the other of 12
+    cut, whole = merge(base, experts, config), merge(base, experts, config.replace(rank=1.0))
+    assert torch.allclose(made["wide"], whole["wide"], atol=1e-12)
+    assert not torch.allclose(made["wide"], cut["wide"], atol=1e-3)
+    assert torch.allclose(made["tall.weight"], cut["tall.weight"], atol=1e-12)
 
 
 def test_the_mean_of_merges(trained):
