@@ -208,6 +208,12 @@ def ours() -> list[Method]:
             partial(small_whole, config=r2m(rank=0.4, row_power=3.0)),
             "ours",
         ),
+        _fixed(
+            "R2M by rows, rank .4, η 1.2, small matrices whole",
+            partial(small_whole, config=r2m(rank=0.4, row_power=3.0, eta=1.2)),
+            "ours",
+        ),
+        _fixed("R2M by rows, rank .4, η 1.2", r2m(rank=0.4, row_power=3.0, eta=1.2), "ours"),
         _fixed("R2M by rows on whole residuals", r2m(rank=1.0, row_power=3.0, head="merge"), "ours"),
         _fixed("R2M, public kit's settings", kit(), "ours"),
         _fixed("R2M, public kit's settings without a Real subspace", kit(real_rank=None), "ours"),
