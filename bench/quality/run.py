@@ -138,7 +138,8 @@ def judge(run: Run, rows: Mapping[str, Candidate], out: Path, whole: bool) -> No
 
     def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
         if judged.made_of.get(row) != made_from:
-            judged.add(row, pictures.scores(run, states()), made_from)
+            twin = next((name for name, made in judged.made_of.items() if made == made_from), None)  # under another name
+            judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
             judged.about = {**about, "seconds": spent + round(time.monotonic() - start)}
             store.save(judged, path)
 
