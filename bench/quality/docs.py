@@ -19,7 +19,7 @@ from r2m.demo.evaluation import auc
 
 from bench.machine import ROOT
 from bench.markdown import put, render, update
-from bench.quality import settings, tables
+from bench.quality import protocol, settings, tables
 from bench.quality.groups import UNSEEN
 from bench.quality.store import STORE
 from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, difference, short, shown
@@ -44,9 +44,9 @@ MAIN = (
     "SCORE",
     "SWUDI",
     "MonoSoup",
-    "R2M",
+    *protocol.read()["candidates"],
     "R2M decorrelated",
-    "R2M, paper's settings",
+    "R2M, public kit's settings",
 )
 # A merge is bad where it ranks this much worse than the ensemble of the same specialists (AUC).
 BAD = 0.10

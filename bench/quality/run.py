@@ -1,6 +1,6 @@
 """Train, choose, judge, and write it down.
 
-    python -m bench.quality [--quick] [--only STAGE] [--processes N] [--tables] [--out DIRECTORY]
+    python -m bench.quality [--quick] [--only STAGE [--runs GLOB]] [--processes N] [--tables] [--out DIRECTORY]
 
 Stages, in order: ``development``: candidates on the validation people of the development seeds, and everything judged
 there; ``studies``: further looks at these seeds; ``protocol``: what protocol.json names, on the fresh seeds; ``fresh``:
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=STAGES)
+    parser.add_argument("--runs", default="*", metavar="GLOB", help="of a stage only runs of such a name: cnn-10*")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as pool:
         if not options.tables:
             for stage in [options.only] if options.only else ["development"] if options.quick else STAGES:
-                STAGES[stage](pool, out, options.quick)
+                every = _development(options.quick) if stage in ("development", "studies") else _fresh()
+                STAGES[stage](pool, out, [run for run in every if fnmatch(run.name, options.runs)])
         content = tables.summarize(out, pool.map)
     content = json.loads(json.dumps(content), parse_float=tables.rounded)
     write_json(out / "summary.json", content)
@@ -64,30 +67,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _develop(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+def _develop(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
     """Choices, and everything that may be looked at before the protocol is written."""
-    runs = _development(quick)
-    # A quick run shows that there is a choice.
+    quick = all(run.quick for run in runs)  # shows that there is a choice
     methods = [
         replace(one, candidates=dict([*one.candidates.items()][: 2 if quick else None])) for one in all_methods()
     ]
-    write_json(out / "validated.json", _each(pool, "validated", validate, [(run, methods) for run in runs]))
+    _add(out / "validated.json", _each(pool, "validated", validate, [(run, methods) for run in runs]))
     _judge_all(pool, out, runs)
 
 
-def _study(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
-    write_json(out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in _development(quick)]))
+def _study(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
+    _add(out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in runs]))
 
 
-def _protocol(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
+def _add(path: Path, found: Mapping[str, Any]) -> None:
+    """Runs to a file of several, in the order of all."""
+    every = {**(json.loads(path.read_text()) if path.exists() else {}), **found}
+    write_json(path, {name: every[name] for name in sorted(every, key=tables.order)})
+
+
+def _protocol(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
     """On fresh seeds, what the protocol names and nothing else: the default is decided by it."""
     content = protocol.read()
     protocol.check(content, {method.name: method for method in all_methods()})
-    _judge_all(pool, out, _fresh(), protocol.rows(content))
+    _judge_all(pool, out, runs, protocol.rows(content))
 
 
-def _everything(pool: ProcessPoolExecutor, out: Path, quick: bool) -> None:
-    _judge_all(pool, out, _fresh())
+def _everything(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
+    _judge_all(pool, out, runs)
 
 
 STAGES = {"development": _develop, "studies": _study, "protocol": _protocol, "fresh": _everything}
@@ -104,10 +112,11 @@ def _fresh() -> list[Run]:
 
 def _judge_all(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run], only: Sequence[str] | None = None) -> None:
     """By every method, or by some alone."""
-    chosen = choose(json.loads((out / "validated.json").read_text()))
+    validated = out / "validated.json"
+    chosen = choose(json.loads(validated.read_text())) if validated.exists() else {}
     calls = []
     for run in runs:
-        of_run = chosen.get(run.architecture) or chosen["mobilenet"]  # a second base takes what the first chose
+        of_run = chosen.get(run.architecture, chosen.get("mobilenet", {}))  # a second base takes what the first chose
         rows = {
             one.name: one.picked({one.name: "", **of_run}) for one in all_methods() if only is None or one.name in only
         }
@@ -138,7 +147,9 @@ def judge(run: Run, rows: Mapping[str, Candidate], out: Path, whole: bool) -> No
 
     def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
         if judged.made_of.get(row) != made_from:
-            twin = next((name for name, made in judged.made_of.items() if made == made_from), None)  # under another name
+            twin = next(
+                (name for name, made in judged.made_of.items() if made == made_from), None
+            )  # under another name
             judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
             judged.about = {**about, "seconds": spent + round(time.monotonic() - start)}
             store.save(judged, path)

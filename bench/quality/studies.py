@@ -18,10 +18,11 @@ from bench.quality.judging import Pictures, mean_of
 from bench.quality.methods import all_methods, merged
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
+from bench.quality.tables import DEFAULT
 from r2m_kernels import MergeConfig, analyze, merge
 
 # Rows that are followed, beside the ensemble: none of them has a choice.
-FOLLOWED = ("weight average", "weight average × 1.2", "TSV-M × 1", "R2M")
+FOLLOWED = ("weight average", "weight average × 1.2", "TSV-M × 1", DEFAULT)
 ORDERS = 2  # in which six specialists are added one at a time
 UNEQUAL = 3.0  # times the norm of one specialist's task vector
 
@@ -114,7 +115,7 @@ def features(run: Run) -> Numbers:
     ``common``: length of the mean of the specialists' unit axes from Real to Fake, 1 where all have the same.
     """
     base, experts = Models(run).trained()
-    configs = {"weight average": MergeConfig.weight_average(), "R2M": MergeConfig.r2m()}
+    configs = {"weight average": MergeConfig.weight_average(), DEFAULT: MergeConfig.r2m()}
     merges = {name: merge(base, experts, config) for name, config in configs.items()}
     states = {"base": base, **dict(zip(settings.MAIN, experts, strict=True)), **merges}
     group = groups_of(run, ["in-distribution"])["in-distribution"]

@@ -20,7 +20,9 @@ from bench.quality.methods import all_methods
 from r2m_kernels import MergeConfig
 
 Content = Mapping[str, Any]
-AVERAGE, SCALED, DEFAULT, ENSEMBLE = "weight average", "weight average × 1.2", "R2M", "ensemble"
+AVERAGE, SCALED, ENSEMBLE = "weight average", "weight average × 1.2", "ensemble"
+# The package's default, by whatever name it is compared.
+DEFAULT = next(one.name for one in all_methods() if list(one.candidates.values()) == [MergeConfig.r2m()])
 # What every row is compared with, run by run.
 COMPARED = (AVERAGE, SCALED, DEFAULT)
 TRAINED = ("base", *SPECIALISTS.values(), "joint training", ENSEMBLE)
@@ -36,7 +38,7 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
         directory: with ``logits/``, and ``validated.json`` and ``studies.json`` where these were made.
         each: as ``map``: one that works on several runs at once.
     """
-    paths = sorted(directory.glob("logits/*.npz"), key=lambda path: _place(path.stem))
+    paths = sorted(directory.glob("logits/*.npz"), key=lambda path: order(path.stem))
     runs = dict(zip((path.stem for path in paths), each(numbers_of, paths), strict=True))
     validated = _read(directory / "validated.json")
     content: dict[str, Any] = {
@@ -76,6 +78,12 @@ def numbers_of(path: Path) -> dict[str, Any]:
     return {"rows": numbers, "about": judged.about}
 
 
+def order(run: str) -> tuple[int, int]:
+    """To sort names of runs by: architecture, then seed."""
+    architecture, seed = _place(run)
+    return list(settings.REGIMES).index(architecture), seed
+
+
 def _place(run: str) -> tuple[str, int]:
     architecture, seed = run.removesuffix("-quick").split("-")
     return architecture, int(seed)
@@ -98,6 +106,7 @@ def _decided(fresh: Content) -> dict[str, Any]:
         return {**found, "decided": None}
     return {
         **found,
+        "runs": {regime: len(of) for regime, of in runs.items()},
         "decided": protocol.decide(
             content, lambda regime, row, other, group: difference_in(runs[regime], row, other, group)
         ),
