@@ -13,6 +13,7 @@ from r2m.demo.training import Recipe, train_detector
 from bench.quality import efficientnet, groups, mobilenet, models, networks, packages, settings, super_resolution
 from bench.quality.forgeries import FURTHER_FORGERIES
 from bench.quality.models import Models, Run
+from r2m_kernels import analyze
 
 MAKERS = {"mobilenet": mobilenet.mobilenet, "lite0": efficientnet.efficientnet_lite0}
 needs_packages = pytest.mark.skipif(
@@ -130,6 +131,37 @@ def test_a_forgery_covers_the_same_part_of_a_face_at_any_size(kind):
 
     # Twice as wide without longer lengths it would be a quarter.
     assert 0.75 < covered(96) / covered(48) < 1.25
+
+
+@pytest.mark.slow
+@needs_packages
+def test_a_quick_specialist_is_trained_again_to_the_bit_and_moves_a_little(tmp_path):
+    torch.set_num_threads(1)
+    run = Run("mobilenet", 0, quick=True)
+    first, again = (Models(run, tmp_path / name) for name in ("first", "again"))
+    base, specialist = first.base(), first.specialist("FS")
+    assert all(torch.equal(tensor, specialist[name]) for name, tensor in again.specialist("FS").items())
+    assert all(torch.equal(tensor, specialist[name]) for name, tensor in base.items() if "running" in name)
+    report = analyze(base, {"FS": specialist}).report()
+    assert 0.0001 < report["task_vectors"]["relative_to_base"]["FS"] < 0.01  # a tenth of the steps of 1 %
+
+
+@pytest.mark.slow
+@needs_packages
+@pytest.mark.parametrize("kind", super_resolution.NETWORKS)
+def test_super_resolution_keeps_the_face_and_not_its_detail(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(super_resolution, "CACHE", tmp_path)
+    wanted = (read_photographs(), split_people(0).test[:2], kind, 1, 0, 80)
+    made = super_resolution.make_pictures(*wanted)
+    assert made.shape == (20, 80, 80)
+    assert np.array_equal(made, super_resolution.make_pictures(*wanted))  # from the disk
+    forgery = super_resolution._forgery(*super_resolution.NETWORKS[kind])
+    rng = np.random.default_rng(0)
+    picture = crop_face(read_photographs()[0, 0], rng, 80)
+    forged = forgery(picture, picture, rng)
+    coarse, coarse_forged = (one.reshape(10, 8, 10, 8).mean(axis=(1, 3)) for one in (picture, forged))
+    assert np.corrcoef(coarse.ravel(), coarse_forged.ravel())[0, 1] > 0.9
+    assert np.abs(forged - picture).mean() > 0.01
 
 
 def test_seeds_of_one_purpose_have_no_other():
