@@ -27,6 +27,8 @@ _NO_FLAG = ""  # methods set it
 # What the public kit and its sister project truncate where they truncate.
 ATTENTION_AND_MLP = ("*attn*", "*attention*", "*mlp*")
 MOST_APART = 1e4  # weights, where rows are weighed: a residual counts as zero from some 10⁵ on
+# Maps of singular values that need them all.
+WHOLE_SPECTRUM = ("rescale", "reweigh")
 _RANDOMIZED = ("svd", "power_iterations", "oversampling", "tolerance", "seed")
 
 
@@ -108,13 +110,14 @@ class MergeConfig:
         check=checks.weights,
         unset="equal",
     )
-    spectrum: Literal["truncate", "rescale", "orthogonal"] = option(
+    spectrum: Literal["truncate", "rescale", "orthogonal", "reweigh"] = option(
         "truncate",
         _NO_FLAG,
         "What becomes of a residual's singular values.",
         "truncate: the leading r_l stay. rescale: the fewest whose sum is rank (then a share) of all, scaled up to the "
         "sum of all (STAR). orthogonal: the leading r_l ≤ min(m, n)/N stay, and the singular vectors of all experts "
-        "are made orthonormal together (TSV-M).",
+        "are made orthonormal together (TSV-M). reweigh: all stay, those within the effective rank by one factor and "
+        "the others by another (MonoSoup).",
     )
     core_spectrum: Literal["keep", "flat"] = option(
         "keep", _NO_FLAG, "flat: N times the core, all its singular values set to their mean (Iso-C)."
@@ -208,6 +211,9 @@ class MergeConfig:
             raise BadOption(f"rank: expected a share of the nuclear norm with spectrum='rescale', got {self.rank}")
         if self.ranks and self.spectrum == "rescale":
             raise BadOption("ranks: spectrum='rescale' has a share of the nuclear norm, expected none")
+        if self.spectrum == "reweigh" and (self.rank != 1.0 or isinstance(self.rank, int) or self.ranks):
+            asked = f"rank={self.rank} and {len(self.ranks)} ranks by name"
+            raise BadOption(f"rank: spectrum='reweigh' keeps all singular values; expected rank=1.0 alone, got {asked}")
         if self.row_power > 0 and self.eta != 0 and self.eta_mode == "relative":
             raise BadOption(
                 "eta_mode: 'relative' needs the residual term's norm, which row_power="
@@ -350,6 +356,20 @@ class MergeConfig:
     def iso_c(cls, scale: float = 1.0) -> MergeConfig:
         """θ₀ + scale · Σ τ_i with equal singular values; vectors: scale · mean."""
         return cls._averaged(core_spectrum="flat", core_scale=checks.number("scale", scale))
+
+    @classmethod
+    @method(
+        "mean of task vectors, singular values within and beyond the effective rank weighed apart",
+        "MonoSoup, arXiv 2602.09689",
+        uses=("exclude",),
+    )
+    def mono_soup(cls) -> MergeConfig:
+        """θ₀ + mean of the τ_i with singular values weighed in two parts; vectors: mean.
+
+        With one expert it is the paper's method, by the authors' rule without a threshold: the parts are told apart by
+        the effective rank of Roy and Vetterli. The mean over several is this package's.
+        """
+        return cls._averaged(real_rank=0, spectrum="reweigh", eta=1.0, svd="exact")
 
     def replace(self, **overrides: Any) -> MergeConfig:
         """A copy with some fields changed.

@@ -18,7 +18,12 @@ def map_spectra(factors: GroupFactors, config: MergeConfig, dtype: torch.dtype) 
     """The configured map on a group's truncated residuals, in ``dtype``; as they are for ``"truncate"``."""
     if config.spectrum == "truncate":
         return factors
-    mapped = rescaled(factors, float(config.rank)) if config.spectrum == "rescale" else orthogonalized(factors)
+    if config.spectrum == "rescale":
+        mapped = rescaled(factors, float(config.rank))
+    elif config.spectrum == "reweigh":
+        mapped = reweighed(factors)
+    else:
+        mapped = orthogonalized(factors)
     # What came with the factors is not true of these.
     return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype), products=None)
 
@@ -33,8 +38,7 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     Returns:
         Factors as wide as the widest of all needs; the others' are padded with zeros.
     """
-    # Components are orthogonal on both sides: their lengths' products are the singular values.
-    nuclear = factors.left.double().norm(dim=2) * factors.right.double().norm(dim=3)
+    nuclear = _singular_values(factors)
     totals = nuclear.sum(dim=2, keepdim=True)
     # The first component whose running sum reaches the share is the last one kept. A hair below, for share = 1.
     before = nuclear.cumsum(dim=2) - nuclear
@@ -44,6 +48,33 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     width = max(1, int(keep.sum(dim=2).max()))
     left = factors.left[..., :width] * gain[:, :, None, :width].to(factors.left)
     return replace(factors, left=left, right=factors.right[:, :, :width].contiguous())
+
+
+def reweighed(factors: GroupFactors) -> GroupFactors:
+    """Singular values within the effective rank K times 1 − λ, those beyond times λ (MonoSoup).
+
+    K = ⌈exp H⌉, H the entropy of σ/Σσ (Roy & Vetterli 2007); λ = ρ + (1 − ρ) √t, where ρ = (σ_{K+1}/σ_1)² and t is the
+    share of energy beyond K.
+
+    Args:
+        factors: at full rank, by descending singular value.
+    """
+    values = _singular_values(factors).cpu()  # a few numbers of each matrix, and many small calls
+    shares = (values / values.sum(dim=2, keepdim=True)).nan_to_num(0.0)  # of a residual that is zero
+    effective = torch.xlogy(shares, shares).sum(dim=2, keepdim=True).neg().exp()
+    # A hair above a whole number is that number; K itself, too, is at most all of them.
+    within = torch.arange(values.shape[2]) < (effective * (1 - 1e-12)).ceil()
+    beyond = values * ~within
+    tail = (beyond.norm(dim=2, keepdim=True) / values.norm(dim=2, keepdim=True)).nan_to_num(0.0)  # √t
+    next_to_first = (beyond.amax(dim=2, keepdim=True) / values.amax(dim=2, keepdim=True)).nan_to_num(0.0).square()
+    low = next_to_first + (1 - next_to_first) * tail
+    gain = torch.where(within, 1 - low, low)
+    return replace(factors, left=factors.left * gain.unsqueeze(2).to(factors.left))
+
+
+def _singular_values(factors: GroupFactors) -> Tensor:
+    """(L, N, r) float64: components are orthogonal on both sides, and their lengths' products are singular values."""
+    return factors.left.double().norm(dim=2) * factors.right.double().norm(dim=3)
 
 
 def orthogonalized(factors: GroupFactors) -> GroupFactors:

@@ -20,7 +20,7 @@ from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
 from ._stream.stored import StoredMatrix
 from ._stream.tensors import compute_dtype, fetched, tensor_key
-from .config import MergeConfig
+from .config import WHOLE_SPECTRUM, MergeConfig
 from .findings import Findings, Truncated
 from .norm_matching import any_residual
 from .plain_truncation import Truncatable, exact, sketch_width, test_matrix, textbook, textbook_by_expert
@@ -114,7 +114,7 @@ def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Ope
     """Who truncates matrices of a shape."""
     by_the_book = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
     width = sketch_width(rank, config) if by_the_book else operators.truncation_width(rank, config.oversampling)
-    if config.svd == "exact" or config.spectrum == "rescale" or min(shape) <= max(width, EXACT_UP_TO):
+    if config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM or min(shape) <= max(width, EXACT_UP_TO):
         return "exact"
     return "textbook" if by_the_book else "shifted"
 

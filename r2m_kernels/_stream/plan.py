@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..config import MergeConfig
+from ..config import WHOLE_SPECTRUM, MergeConfig
 from .tensors import TensorSpec
 
 Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
@@ -98,7 +98,7 @@ def by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
 def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:
     """r_l of a matrix tensor: how many singular values of each of ``count`` residuals are computed."""
     smaller = min(shape[0], math.prod(shape[1:]))
-    if config.spectrum == "rescale":
+    if config.spectrum in WHOLE_SPECTRUM:
         return smaller
     if config.truncate and not fits([name], config.truncate):
         return smaller

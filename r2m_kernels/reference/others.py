@@ -73,6 +73,26 @@ def star(base: StateDict, experts: Sequence[StateDict], share: float, weights: W
     return _each(base, experts, weights, of_matrix)
 
 
+def mono_soup(base: StateDict, experts: Sequence[StateDict], weights: Weights = None) -> dict[str, Tensor]:
+    """Singular values of each τ times 1 − λ up to its effective rank and times λ beyond (arXiv 2602.09689)."""
+
+    def of_matrix(tau: Tensor, w: Tensor) -> Tensor:
+        soups = torch.zeros_like(tau)
+        for one, soup in zip(tau, soups, strict=True):
+            u, s, vh = torch.linalg.svd(one, full_matrices=False)
+            if s[0] > 0:
+                p = (s / s.sum())[s > 0]
+                rank = math.ceil(math.exp(-float((p * p.log()).sum())) * (1 - 1e-12))
+                low = 0.0
+                if rank < len(s):
+                    rho = float(s[rank] / s[0]) ** 2
+                    low = rho + (1 - rho) * math.sqrt(float(s[rank:].square().sum() / s.square().sum()))
+                soup += (1 - low) * u[:, :rank] * s[:rank] @ vh[:rank] + low * u[:, rank:] * s[rank:] @ vh[rank:]
+        return mixed(w, soups)
+
+    return _each(base, experts, weights, of_matrix)
+
+
 def tsv_m(base: StateDict, experts: Sequence[StateDict], scale: float, weights: Weights = None) -> dict[str, Tensor]:
     """θ₀ + scale · Σ of the τ at rank min(m, n)/N, singular vectors orthonormal together (arXiv 2412.00081)."""
 

@@ -56,6 +56,11 @@ def message(error):
             "rank: expected a share of the nuclear norm with spectrum='rescale', got 4",
         ),
         (
+            {"spectrum": "reweigh"},
+            "rank: spectrum='reweigh' keeps all singular values; expected rank=1.0 alone, got rank=0.1 and 0 ranks by "
+            "name",
+        ),
+        (
             {"elementwise": "ties"},
             "elementwise: 'ties' has neither residuals nor subspace; expected eta=0, real_rank=None and "
             "core_spectrum='keep', got eta=1, real_rank=1, core_spectrum='keep'",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import ROWS, TRUNCATED, checkpoints, distance, floating
+from cases import ROWS, TRUNCATED, checkpoints, distance, floating, matrix_with
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ CONFIGS = {
     "R2M, layers scaled": MergeConfig.r2m(scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(rank=0.2, scale="column"),
 }
+MAPPED = ("star", "mono_soup", "tsv_m")  # other singular values than the residuals'
 # A repeated expert is one of twice the weight; but TSV-M gives each its own directions, and DARE its own mask.
 REPEATABLE = {
     "R2M": MergeConfig.r2m(svd="exact"),
@@ -29,6 +30,7 @@ REPEATABLE = {
     "weight average": MergeConfig.weight_average(),
     "CART": MergeConfig.cart(0.2, 0.5).replace(svd="exact", eta_mode="constant"),
     "STAR": MergeConfig.star(),
+    "MonoSoup": MergeConfig.mono_soup(),
     "TIES": MergeConfig.ties(0.3, 0.9),
     "R2M, layers scaled": MergeConfig.r2m(svd="exact", scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(svd="exact", scale="column"),
@@ -114,6 +116,25 @@ def test_star_keeps_the_nuclear_norm_in_few_components():
     assert math.isclose(merged[:needed].sum(), whole.sum(), rel_tol=1e-5)
 
 
+def test_mono_soup_weighs_singular_values_in_two_parts():
+    # Eight of one size and 32 of a fifth of it, so that the first beyond is a fifth of the largest.
+    values = torch.cat([torch.full((8,), 1.0), torch.full((32,), 0.2)]).double()
+    base, expert = {"w": torch.zeros(40, 50).double()}, {"w": matrix_with(values, 40, 50)}
+    merged = torch.linalg.svdvals(merge(base, [expert], MergeConfig.mono_soup())["w"])
+    shares = [1 / 14.4] * 8 + [0.2 / 14.4] * 32
+    rank = math.ceil(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert 8 < rank < 40
+    low = 0.04 + 0.96 * math.sqrt((40 - rank) * 0.04 / (8 + 32 * 0.04))
+    within = torch.arange(40) < rank
+    expected = values * torch.where(within, 1 - low, low)
+    assert torch.allclose(merged, expected.sort(descending=True).values, rtol=1e-6)
+
+
+def test_mono_soup_of_a_single_direction_is_the_expert():
+    base, expert = {"w": torch.zeros(30, 20)}, {"w": torch.outer(torch.randn(30), torch.randn(20))}
+    assert distance(expert, merge(base, [expert], MergeConfig.mono_soup())) < 1e-5 * distance(base, expert)
+
+
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     density=st.floats(0.01, 1.0),
@@ -164,12 +185,12 @@ def test_dare_drops_other_elements_of_every_expert_and_tensor():
     assert not torch.equal(one["a"] == base["a"], one["b"] == base["b"])
 
 
-@pytest.mark.parametrize("name", ["star", "tsv_m"])
+@pytest.mark.parametrize("name", MAPPED)
 def test_a_mapped_analysis_has_one_rank(name):
     base, experts = checkpoints(3)
     analysis = analyze(base, experts, CONFIGS[name])
     assert floating(analysis.merge(eta=0.5)).keys() == floating(base).keys()
-    with pytest.raises(InvalidInput, match=r"^rank: this analysis was made with"):
+    with pytest.raises(InvalidInput, match=r"^rank: (this analysis was made with|spectrum='reweigh' keeps all)"):
         analysis.merge(rank=0.05)
 
 
@@ -181,7 +202,7 @@ def test_reports_of_other_methods_hold_no_warnings_about_what_they_do_not_do(nam
     report = analyze(base, experts, CONFIGS[name]).report()
     assert report["warnings"] == []
     for row in report["tensors"]:
-        if row["role"] == "matrix" and name in ("star", "tsv_m"):
+        if row["role"] == "matrix" and name in MAPPED:
             assert row["kept_energy"] is None
 
 

@@ -183,8 +183,8 @@ def drawn_method(number: int, method: str, case: Case) -> tuple[MergeConfig, Cal
     if method in R2M:
         config = METHODS[method].make(**drawn_options(draw, case))
         definition: Callable[..., dict[str, Tensor]] = partial(r2m, config=config)
-    elif method == "weight_average":
-        config, definition = MergeConfig.weight_average(), others.weight_average
+    elif method in ("weight_average", "mono_soup"):
+        config, definition = make_config(method, {}), getattr(others, method)
     elif method in ("ties", "dare"):
         density = draw.choice([share, 1.0])
         config = make_config(method, {"density": density, "scale": scale}).replace(seed=number)
