@@ -29,6 +29,8 @@ ATTENTION_AND_MLP = ("*attn*", "*attention*", "*mlp*")
 MOST_APART = 1e4  # weights, where rows are weighed: a residual counts as zero from some 10⁵ on
 # Maps of singular values that need them all.
 WHOLE_SPECTRUM = ("rescale", "reweigh")
+# Those that give all experts one pair of bases, a share of it each.
+JOINT_BASES = ("orthogonal", "trim")
 _RANDOMIZED = ("svd", "power_iterations", "oversampling", "tolerance", "seed")
 
 
@@ -110,14 +112,15 @@ class MergeConfig:
         check=checks.weights,
         unset="equal",
     )
-    spectrum: Literal["truncate", "rescale", "orthogonal", "reweigh"] = option(
+    spectrum: Literal["truncate", "rescale", "orthogonal", "trim", "reweigh"] = option(
         "truncate",
         _NO_FLAG,
         "What becomes of a residual's singular values.",
         "truncate: the leading r_l stay. rescale: the fewest whose sum is rank (then a share) of all, scaled up to the "
         "sum of all (STAR). orthogonal: the leading r_l ≤ min(m, n)/N stay, and the singular vectors of all experts "
-        "are made orthonormal together (TSV-M). reweigh: all stay, those within the effective rank by one factor and "
-        "the others by another (MonoSoup).",
+        "are made orthonormal together (TSV-M). trim: in the bases that these span, residuals keep their diagonals and "
+        "what is small beside them (SCORE). reweigh: all stay, those within the effective rank times one factor and "
+        "those beyond times another (MonoSoup).",
     )
     core_spectrum: Literal["keep", "flat"] = option(
         "keep", _NO_FLAG, "flat: N times the core, all its singular values set to their mean (Iso-C)."
@@ -356,6 +359,22 @@ class MergeConfig:
     def iso_c(cls, scale: float = 1.0) -> MergeConfig:
         """θ₀ + scale · Σ τ_i with equal singular values; vectors: scale · mean."""
         return cls._averaged(core_spectrum="flat", core_scale=checks.number("scale", scale))
+
+    @classmethod
+    @method(
+        "base + scale · sum of task vectors without what conflicts in a basis that all share",
+        "SCORE, arXiv 2603.05768",
+        uses=(*_RANDOMIZED, "exclude"),
+    )
+    def score(cls, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · Σ of the τ_i in TSV-M's bases, off-diagonal outliers cut; vectors: scale · mean.
+
+        As the authors' code has it, which takes 1.96/N standard deviations for the border, but for one thing: it
+        measures from the mean of the off-diagonal entries, which turns with the arbitrary signs of singular vectors and
+        is 0 on average over them; here it is 0.
+        """
+        scale = checks.number("scale", scale, minimum=0.0)
+        return cls._averaged(real_rank=0, spectrum="trim", core_scale=scale, eta=scale, eta_mode="sum")
 
     @classmethod
     @method(

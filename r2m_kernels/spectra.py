@@ -7,25 +7,46 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._interface import Operators
 from ._stream.factors import GroupFactors
 from .config import MergeConfig
+from .plain_truncation import Truncatable
+from .real_subspace import mean_weights
 
 # Directions of a Gram matrix below this share of its largest eigenvalue are rounding: they have no polar factor.
 NOTHING = 1e-13
+# Standard deviations, over the number of experts, up to which an off-diagonal entry stays: SCORE's authors' choice.
+TRIM = 1.96
 
 
-def map_spectra(factors: GroupFactors, config: MergeConfig, dtype: torch.dtype) -> GroupFactors:
-    """The configured map on a group's truncated residuals, in ``dtype``; as they are for ``"truncate"``."""
+def map_spectra(
+    factors: GroupFactors,
+    inputs: Truncatable[Tensor],
+    mixing: Tensor,
+    config: MergeConfig,
+    operators: Operators,
+    dtype: torch.dtype,
+) -> GroupFactors:
+    """The configured map on a group's truncated residuals, in ``dtype``; as they are for ``"truncate"``.
+
+    Args:
+        factors: of the residuals X_i.
+        inputs, mixing: what they are made of.
+        config: how to map them.
+        operators: of the backend.
+        dtype: of the result.
+    """
     if config.spectrum == "truncate":
         return factors
     if config.spectrum == "rescale":
         mapped = rescaled(factors, float(config.rank))
     elif config.spectrum == "reweigh":
         mapped = reweighed(factors)
+    elif config.spectrum == "trim":
+        mapped = trimmed(factors, inputs, mixing, mean_weights(config, len(inputs.experts)), operators)
     else:
         mapped = orthogonalized(factors)
-    # What came with the factors is not true of these.
-    return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype), products=None)
+    return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype))
 
 
 def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
@@ -47,7 +68,7 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     gain = totals / kept.clamp_min(torch.finfo(torch.float64).tiny) * keep
     width = max(1, int(keep.sum(dim=2).max()))
     left = factors.left[..., :width] * gain[:, :, None, :width].to(factors.left)
-    return replace(factors, left=left, right=factors.right[:, :, :width].contiguous())
+    return replace(factors, left=left, right=factors.right[:, :, :width].contiguous(), products=None)
 
 
 def reweighed(factors: GroupFactors) -> GroupFactors:
@@ -69,12 +90,13 @@ def reweighed(factors: GroupFactors) -> GroupFactors:
     next_to_first = (beyond.amax(dim=2, keepdim=True) / values.amax(dim=2, keepdim=True)).nan_to_num(0.0).square()
     low = next_to_first + (1 - next_to_first) * tail
     gain = torch.where(within, 1 - low, low)
-    return replace(factors, left=factors.left * gain.unsqueeze(2).to(factors.left))
+    return replace(factors, left=factors.left * gain.unsqueeze(2).to(factors.left), products=None)
 
 
 def _singular_values(factors: GroupFactors) -> Tensor:
     """(L, N, r) float64: components are orthogonal on both sides, and their lengths' products are singular values."""
-    return factors.left.double().norm(dim=2) * factors.right.double().norm(dim=3)
+    lengths: Tensor = factors.left.double().norm(dim=2) * factors.right.double().norm(dim=3)
+    return lengths
 
 
 def orthogonalized(factors: GroupFactors) -> GroupFactors:
@@ -83,7 +105,44 @@ def orthogonalized(factors: GroupFactors) -> GroupFactors:
     With U = [U_1 … U_N] and V alike, F_i becomes Û_i diag(σ_i) V̂_iᵀ, Û = U (UᵀU)^(−1/2), in float64: where N·r is
     min(m, n), UᵀU has small eigenvalues.
     """
+    left, right, values = _joint_bases(factors)
+    return _shared_out(factors, left * values.flatten(1).unsqueeze(1), right)
+
+
+def trimmed(
+    factors: GroupFactors, inputs: Truncatable[Tensor], mixing: Tensor, weights: Tensor, operators: Operators
+) -> GroupFactors:
+    """Residuals in the joint bases Û, V̂ of :func:`orthogonalized`, without what conflicts off the diagonal (SCORE).
+
+    M_i = Ûᵀ X_i V̂ of the whole X_i; off its diagonal those entries stay that are no larger than 1.96/N of the root of
+    their mean square, the diagonal counting as zeros. Û (Σ w_i M_i) V̂ᵀ is shared out by columns of V̂: F_i is what lies
+    along those that came from expert i, over w_i, so that Σ w_i F_i is all of it.
+
+    Args:
+        factors: of the X_i; products with those are as exact as their type.
+        inputs, mixing: what the X_i are made of.
+        weights: (N,) w.
+        operators: of the backend.
+    """
     size, count, _, rank = factors.left.shape
+    left, right, _ = _joint_bases(factors)
+    sides = right.to(factors.right.dtype).unsqueeze(1).expand(-1, count, -1, -1)
+    moved = operators.residual_matmul(inputs.bases, inputs.experts, mixing, sides, precision="tf32x3")
+    # All M_iᵀ by one product, (L, N, N·r, N·r).
+    cores = (moved.mT.flatten(1, 2).double() @ left).view(size, count, count * rank, count * rank)
+    squares = cores.square()
+    squares.diagonal(dim1=2, dim2=3).zero_()
+    cores *= squares <= squares.mean(dim=(2, 3), keepdim=True) * (TRIM / count) ** 2
+    shares = weights.to(cores.device, non_blocking=True)
+    total = (shares @ cores.flatten(2)).view(size, count * rank, count * rank).mT
+    left = left @ total / shares.repeat_interleave(rank)
+    # ⟨F_i, F_j⟩ of all pairs at once: sums over blocks of two Gram matrices' product by element.
+    pairs = (left.mT @ left).mul_(right.mT @ right).view(size, count, rank, count, rank)
+    return replace(_shared_out(factors, left, right), products=pairs.sum(dim=(2, 4)))
+
+
+def _joint_bases(factors: GroupFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """Û (L, m, N·r), V̂ (L, n, N·r) and singular values (L, N, r) of residuals, all float64."""
     left, right = factors.left.double(), factors.right.double().mT
     # F = U σ Vᵀ from the side that is not orthonormal yet: its triangle is turned, and the other side with it.
     basis, weighted = (left, right) if factors.basis == "left" else (right, left)
@@ -92,9 +151,15 @@ def orthogonalized(factors: GroupFactors) -> GroupFactors:
     weighted, basis = q @ u, basis @ vt.mT
     left, right = (basis, weighted) if factors.basis == "left" else (weighted, basis)
     left, right = (_polar(side.transpose(1, 2).flatten(2)) for side in (left, right))
-    left = (left * values.view(size, 1, count * rank)).view(size, -1, count, rank).transpose(1, 2).contiguous()
+    return left, right, values
+
+
+def _shared_out(factors: GroupFactors, left: Tensor, right: Tensor) -> GroupFactors:
+    """(L, m, N·r) and (L, n, N·r), side by side, as factors of N experts."""
+    size, count, _, rank = factors.left.shape
+    left = left.view(size, -1, count, rank).transpose(1, 2).contiguous()
     right = right.view(size, -1, count, rank).permute(0, 2, 3, 1).contiguous()
-    return replace(factors, left=left, right=right, ordered=False)
+    return replace(factors, left=left, right=right, ordered=False, products=None)
 
 
 def flattened(changes: Tensor) -> Tensor:

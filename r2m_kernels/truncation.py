@@ -163,11 +163,13 @@ class TruncationStep(Step):
         steep = [] if later else untrusted(factors.trusted)
         tensors, dtype = group.tensors, group.compute_dtype
         if not steep:
-            return [self._kept(tensors, factors, dtype)]
+            return [self._kept(tensors, inputs, factors, dtype)]
         fine = [place for place in range(len(tensors)) if place not in steep]
         again = textbook(inputs.some(steep), self._mixing, rank, self._config, operators)
-        made = [self._kept([tensors[place] for place in steep], again, dtype)]
-        return [*made, self._kept([tensors[place] for place in fine], factors.some(fine), dtype)] if fine else made
+        made = [self._kept([tensors[place] for place in steep], inputs.some(steep), again, dtype)]
+        if fine:
+            made.append(self._kept([tensors[place] for place in fine], inputs.some(fine), factors.some(fine), dtype))
+        return made
 
     def from_storage(self, tensor: PlannedTensor, inputs: Sequence[StoredMatrix], pace: Pace) -> list[Made]:
         """The same; factors go into the store an expert at a time, and their products are worked out from there."""
@@ -177,7 +179,7 @@ class TruncationStep(Step):
         method = _method(base.shape, tensor.rank, config, operators)
         if method == "exact":
             factors = exact(matrix, self._mixing, tensor.rank, operators, keep_float64=False)
-            return [self._kept([tensor], factors, compute_dtype(inputs))]
+            return [self._in_store([tensor], factors)]
         effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
         key = tensor_key(config.seed, tensor.name, tensor.spec.shape)
         fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, effort, pace)
@@ -220,13 +222,22 @@ class TruncationStep(Step):
                 group, operators = self.over.load(self._run.loader, steep), self._run.backend.operators
                 inputs = Truncatable(group.names, group.bases, group.experts)
                 factors = textbook(inputs, self._mixing, steep[0].rank, self._config, operators)
-                again = self._kept(steep, factors, group.compute_dtype)
+                again = self._in_store(steep, factors)
                 for tensor, *known in zip(steep, *fetched(again.numbers[:2]), strict=True):
                     values[tensor.name] = Truncated(known[0], known[1], again.method)
         return [[values[tensor.name] for tensor in tensors] for tensors, _ in found]
 
-    def _kept(self, tensors: Sequence[PlannedTensor], factors: GroupFactors, dtype: torch.dtype) -> Made:
-        factors = map_spectra(factors, self._config, dtype)
+    def _kept(
+        self,
+        tensors: Sequence[PlannedTensor],
+        inputs: Truncatable[Tensor],
+        factors: GroupFactors,
+        dtype: torch.dtype,
+    ) -> Made:
+        operators = self._run.backend.operators
+        return self._in_store(tensors, map_spectra(factors, inputs, self._mixing, self._config, operators, dtype))
+
+    def _in_store(self, tensors: Sequence[PlannedTensor], factors: GroupFactors) -> Made:
         for index, tensor in enumerate(tensors):
             self._run.factors.put(tensor.name, factors.of(index))
         trusted = torch.ones_like(factors.gap) if factors.trusted is None else factors.trusted

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..config import WHOLE_SPECTRUM, MergeConfig
+from ..config import JOINT_BASES, WHOLE_SPECTRUM, MergeConfig
 from .tensors import TensorSpec
 
 Role = Literal["matrix", "vector", "statistic", "copied", "extra"]
@@ -105,7 +105,7 @@ def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: i
     rank = next((rank for glob, rank in config.ranks if fits([name], [glob])), config.rank)
     if config.rank_rounding == "down" and isinstance(rank, float):
         rank = max(1, math.floor(rank * smaller * (1 + 1e-12)))
-    return truncation_rank(rank, shape, smaller // count if config.spectrum == "orthogonal" else None)
+    return truncation_rank(rank, shape, smaller // count if config.spectrum in JOINT_BASES else None)
 
 
 def truncation_rank(rank: float | int, shape: Sequence[int], most: int | None = None) -> int:

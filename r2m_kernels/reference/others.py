@@ -93,20 +93,40 @@ def mono_soup(base: StateDict, experts: Sequence[StateDict], weights: Weights = 
     return _each(base, experts, weights, of_matrix)
 
 
+def score(base: StateDict, experts: Sequence[StateDict], scale: float, weights: Weights = None) -> dict[str, Tensor]:
+    """θ₀ + scale · Σ of the τ in TSV-M's bases, off the diagonal only up to 1.96/N of the root of their mean square.
+
+    From arXiv 2603.05768, whose code measures from the mean there, which depends on the signs of singular vectors.
+    """
+
+    def of_matrix(tau: Tensor, w: Tensor) -> Tensor:
+        count, r = len(tau), max(1, min(tau.shape[1:]) // len(tau))
+        u, _, vh = torch.linalg.svd(tau, full_matrices=False)
+        u, v = (_together(side[..., :r]).transpose(0, 1).flatten(1) for side in (u, vh.mT))
+        core = u.T @ tau @ v
+        others = core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))
+        border = 1.96 / count * others.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        kept = torch.where(others.abs() > border, 0.0, core)
+        return scale * count * u @ mixed(w, kept) @ v.T
+
+    return _each(base, experts, weights, of_matrix, scale)
+
+
+def _together(vectors: Tensor) -> Tensor:
+    """(N, m, r) with orthonormal columns each → the nearest with all N·r columns orthonormal."""
+    count, _, r = vectors.shape
+    u, _, vh = torch.linalg.svd(vectors.transpose(0, 1).flatten(1), full_matrices=False)
+    together: Tensor = u @ vh
+    return together.view(-1, count, r).transpose(0, 1)
+
+
 def tsv_m(base: StateDict, experts: Sequence[StateDict], scale: float, weights: Weights = None) -> dict[str, Tensor]:
     """θ₀ + scale · Σ of the τ at rank min(m, n)/N, singular vectors orthonormal together (arXiv 2412.00081)."""
-
-    def orthonormal(vectors: Tensor) -> Tensor:
-        """(N, m, r) with orthonormal columns each → the nearest with all N·r columns orthonormal."""
-        count, _, r = vectors.shape
-        u, _, vh = torch.linalg.svd(vectors.transpose(0, 1).flatten(1), full_matrices=False)
-        together: Tensor = u @ vh
-        return together.view(-1, count, r).transpose(0, 1)
 
     def of_matrix(tau: Tensor, w: Tensor) -> Tensor:
         count, r = len(tau), max(1, min(tau.shape[1:]) // len(tau))
         u, s, vh = torch.linalg.svd(tau, full_matrices=False)
-        u, v = orthonormal(u[..., :r]), orthonormal(vh[:, :r].mT)
+        u, v = _together(u[..., :r]), _together(vh[:, :r].mT)
         return scale * count * mixed(w, u * s[:, None, :r] @ v.mT)
 
     return _each(base, experts, weights, of_matrix, scale)

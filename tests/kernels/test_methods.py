@@ -21,7 +21,7 @@ CONFIGS = {
     "R2M, layers scaled": MergeConfig.r2m(scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(rank=0.2, scale="column"),
 }
-MAPPED = ("star", "mono_soup", "tsv_m")  # other singular values than the residuals'
+MAPPED = ("star", "mono_soup", "score", "tsv_m")  # other singular values than the residuals'
 # A repeated expert is one of twice the weight; but TSV-M gives each its own directions, and DARE its own mask.
 REPEATABLE = {
     "R2M": MergeConfig.r2m(svd="exact"),
@@ -114,6 +114,24 @@ def test_star_keeps_the_nuclear_norm_in_few_components():
     assert 1 < needed < len(whole)
     assert int((merged > 1e-4 * merged[0]).sum()) == needed
     assert math.isclose(merged[:needed].sum(), whole.sum(), rel_tol=1e-5)
+
+
+def test_score_cuts_what_conflicts_in_the_shared_basis_and_keeps_what_is_small():
+    """Experts with singular vectors of their own, e1, e2 and e3, e4, each with an entry in the other's block."""
+    base = {"w": torch.zeros(4, 4).double()}
+    first, second = torch.diag(torch.tensor([10.0, 9.0, 0.0, 0.0])), torch.diag(torch.tensor([0.0, 0.0, 8.0, 7.0]))
+    first[2, 3], first[3, 2], second[0, 1] = 0.5, 0.01, -0.4
+    # The border of the first is .98 · (.2501/16)^½ = .123, that of the second .98 · .4/4 = .098.
+    expected = torch.diag(torch.tensor([10.0, 9.0, 8.0, 7.0]))
+    expected[3, 2] = 0.01
+    merged = merge(base, [{"w": first.double()}, {"w": second.double()}], MergeConfig.score())
+    assert torch.allclose(merged["w"], expected.double(), atol=1e-9)
+
+
+def test_score_of_one_expert_is_the_expert():
+    base, experts = checkpoints(1, dtype=torch.float64)
+    merged = merge(base, experts, MergeConfig.score())
+    assert distance(experts[0], merged) < 1e-6 * distance(base, merged)
 
 
 def test_mono_soup_weighs_singular_values_in_two_parts():

@@ -29,7 +29,7 @@ NEAR = 3e-2  # and where it is randomized
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 R2M = ("r2m", "r2m_paper", "r2m_centred", "r2m_truncated")
 # Singular vectors of nothing, which are whatever the solver says, go into their results.
-NEED_FULL_RANK = ("tsv_m", "iso_c")
+NEED_FULL_RANK = ("tsv_m", "score", "iso_c")
 
 
 @dataclass

@@ -171,6 +171,7 @@ def test_every_option_reaches_the_configuration(configuration: Callable[..., dic
         ("--method cart --rank 4 --scale 0.5 --seed 3", replace(MergeConfig.cart(4, 0.5), seed=3)),
         ("--method star", MergeConfig.star(0.4)),
         ("--method star --rank 0.7", MergeConfig.star(0.7)),
+        ("--method score --scale 0.9 --svd exact", MergeConfig.score(0.9).replace(svd="exact")),
         ("--method mono_soup", MergeConfig.mono_soup()),
         ("--method tsv_m --scale 0.8 --seed 3", replace(MergeConfig.tsv_m(0.8), seed=3)),
         ("--method iso_c --scale 0.5", MergeConfig.iso_c(0.5)),
