@@ -37,7 +37,11 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         m, n = tensor.matrix_shape if tensor.truncated else (1, 0)
         return inputs.factor_bytes(tensor, config) * n // (m + n)
 
-    return Pass("combination", tensors, block_elements, beside=beside)
+    def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
+        merged = tensor.role in ("matrix", "vector")
+        return kind_of(tensor, config).workspace_bytes(tensor, len(inputs.experts)) if merged else 0
+
+    return Pass("combination", tensors, block_elements, beside=beside, workspace=workspace)
 
 
 class CombinationStep(Step):

@@ -136,6 +136,15 @@ class MergeConfig:
     density: float = option(
         0.2, METHOD, "Share of each expert's elements that ties and dare keep, in (0, 1].", check=checks.share
     )
+    descent_steps: int = option(
+        0,
+        METHOD,
+        "Steps of gradient descent from the mean in swudi.",
+        "On Σ_i w_i ‖(X − τ_i) τ_iᵀ‖² / ‖τ_i‖², each matrix by itself, from the core; λ times what comes out is added "
+        "to the base, and there are no residuals. 0: none.",
+        minimum=0,
+        metavar="T",
+    )
     ranks: tuple[tuple[str, float | int], ...] = option(
         (),
         TRUNCATION,
@@ -237,6 +246,13 @@ class MergeConfig:
             raise BadOption(
                 f"elementwise: '{self.elementwise}' has neither residuals nor subspace; expected eta=0, real_rank=None "
                 f"and core_spectrum='keep', got eta={self.eta:g}, real_rank={self.real_rank}, "
+                f"core_spectrum='{self.core_spectrum}'"
+            )
+
+        if self.descent_steps and (self.eta != 0 or self.elementwise != "none" or self.core_spectrum != "keep"):
+            raise BadOption(
+                "descent_steps: descent has neither residuals nor another map; expected eta=0, elementwise='none' and "
+                f"core_spectrum='keep', got eta={self.eta:g}, elementwise='{self.elementwise}', "
                 f"core_spectrum='{self.core_spectrum}'"
             )
 
@@ -375,6 +391,21 @@ class MergeConfig:
         """
         scale = checks.number("scale", scale, minimum=0.0)
         return cls._averaged(real_rank=0, spectrum="trim", core_scale=scale, eta=scale, eta_mode="sum")
+
+    @classmethod
+    @method(
+        "base + scale · what descent on the interference of task vectors makes of their mean",
+        "SWUDI by early stopping, arXiv 2606.07289",
+        uses=("exclude",),
+    )
+    def swudi(cls, descent_steps: int = 30, scale: float = 1.0) -> MergeConfig:
+        """θ₀ + scale · X_T, after T steps of descent from the mean; vectors: scale · mean.
+
+        SWUDI's filter of WUDI's closed form, in steps of descent in place of its 1 − e^(−tλ) and without its cut to the
+        leading directions. A derivation: start, length and number of steps are this package's.
+        """
+        scale = checks.number("scale", scale)
+        return cls._averaged(descent_steps=descent_steps, core_scale=scale)
 
     @classmethod
     @method(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import elements, spectra
+from . import descent, elements, spectra
 from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.factors import Factors, stacked
@@ -23,7 +23,7 @@ from .config import MergeConfig
 from .findings import Findings, Residuals
 from .update_scale import gain
 
-# Elements of the matrices whose singular values are made equal at once.
+# Elements of the matrices that are worked on at once, whole and in float64.
 FLAT_ELEMENTS = 2**25
 
 
@@ -34,6 +34,11 @@ class Term:
     def block_elements(tensor: PlannedTensor) -> int | None:
         """Elements of the blocks it is made in; ``None`` where the tensor is needed whole."""
         return BLOCK_ELEMENTS
+
+    @staticmethod
+    def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
+        """What making it whole takes beside its inputs and result."""
+        return 0
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         """The merged tensors, or a part of one, into contiguous ``outs``, rounded once; (L,) largest magnitudes."""
@@ -150,13 +155,50 @@ class Flat(Term):
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         largest = []
-        # Of few tensors at once: whole matrices in float64, three of each.
+        # Three of each.
         size = max(1, FLAT_ELEMENTS // max(1, outs[0].numel()))
         for start in range(0, len(outs), size):
             some = slice(start, start + size)
             bases, experts = group.bases[some], [expert[some] for expert in group.experts]
             changes = operators.weighted_sum(bases, experts, self.coefficients, torch.float64)
             largest.append(operators.add(bases, spectra.flattened(changes), outs[some]))
+        return torch.cat(largest)
+
+
+@dataclass(frozen=True)
+class Descent(Term):
+    """θ₀ + λ X_T, where descent from the core on the task vectors' interference is after T steps.
+
+    Attributes:
+        core, weights: (N,) c, where it starts, and w, what each expert's loss counts.
+        core_scale: λ.
+        steps: T.
+    """
+
+    core: Tensor
+    weights: Tensor
+    core_scale: float
+    steps: int
+
+    @staticmethod
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        return None
+
+    @staticmethod
+    def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
+        return descent.workspace_elements(experts, *tensor.matrix_shape) * torch.float64.itemsize
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        largest, one = [], torch.ones(1, dtype=torch.float64)
+        size = max(1, FLAT_ELEMENTS // max(1, outs[0].numel() * len(group.experts)))
+        for start in range(0, len(outs), size):
+            some = slice(start, start + size)
+            bases, experts = group.bases[some], [expert[some] for expert in group.experts]
+            each = [operators.weighted_sum(bases, [expert], one, torch.float64) for expert in experts]
+            changes = torch.stack(each, dim=1)
+            del each
+            moved = descent.descended(changes, self.core, self.weights, self.steps)
+            largest.append(operators.add(bases, moved.mul_(self.core_scale), outs[some]))
         return torch.cat(largest)
 
 
@@ -205,6 +247,8 @@ def _unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
         return ByElements
     if tensor.role == "vector":
         return Linear
+    if config.descent_steps:
+        return Descent
     if config.core_spectrum == "flat":
         return Flat
     if config.eta == 0:
@@ -256,6 +300,8 @@ class Terms:
         kind = _unmatched(first, config)
         if kind is ByElements:
             return ByElements(weights, core_scale, elements.Rule.of(config, self.findings.thresholds))
+        if kind is Descent:
+            return Descent(real.core, weights, core_scale, config.descent_steps)
         if first.role == "vector":  # λ · mean + η Σ_i w_i s_i (τ_i − mean), the mean being Σ w_j τ_j
             return Linear(core_scale * weights + eta * weights * (scales - weights @ scales))
         # Where η came out as 0 nothing is weighted: the residual term is rounding.

@@ -216,14 +216,14 @@ def _share(
 
     flight, factors = memory.flight or 0, (memory.factors or 0) if config.eta != 0 else 0
     paces = {(name, work.tensors[0].name): work.pace for name in works for work in works[name] if work.pace is not None}
-    uncut = {
-        tensor.name
-        for one in passes
-        for tensor in one.tensors
-        if one.block_elements(tensor) is None and (one.name, tensor.name) not in paces
-    }
+    uncut: dict[str, int] = {}
+    for one in passes:
+        for tensor in one.tensors:
+            if one.block_elements(tensor) is None and (one.name, tensor.name) not in paces:
+                needed = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
+                uncut[tensor.name] = max(needed, uncut.get(tensor.name, 0))
     cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
-    excess = {tensor.name: inputs.working_bytes(tensor) - flight for tensor in tensors if tensor.name in uncut}
+    excess = {tensor.name: uncut[tensor.name] - flight for tensor in tensors if tensor.name in uncut}
     by_name = {tensor.name: tensor for tensor in tensors}
     for (_, name), pace in paces.items():
         needed = budget.truncation_bytes(by_name[name], inputs, config, pace) - (memory.stored or 0)
@@ -237,7 +237,7 @@ def _share(
         spill=memory.spill,
         memory=(memory.stored or flight) + max(over.values(), default=0) + factors + kept,
         works=works,
-        in_parts=len(cut - uncut),
+        in_parts=len(cut - uncut.keys()),
         over=list(over),
     )
 

@@ -39,6 +39,7 @@ class Pass:
             threads; ``None`` where it is loaded.
         reads: how often that reads its inputs.
         beside: bytes that stay in memory while a tensor passes in parts.
+        workspace: bytes that a tensor takes beside its inputs and result where all of it is needed at once.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Pass:
     pace: Callable[[PlannedTensor, Inputs, Memory, int], Pace | None] = lambda *_: None
     reads: Callable[[PlannedTensor, Inputs, Pace], int] = lambda *_: 1
     beside: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
+    workspace: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
 
     def load(self, loader: Loader, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
@@ -200,7 +202,9 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
         elif not work.shared:
             yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
-    largest = max((loader.inputs.working_bytes(work.tensors[0]) for work in shared), default=1)
+    whole = [work.tensors[0] for work in shared]
+    inputs, workspace = loader.inputs, step.over.workspace
+    largest = max((inputs.working_bytes(tensor) + workspace(tensor, inputs) for tensor in whole), default=1)
     limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max(1, largest)))
     each = for_each(lambda work: step.work(step.over.load(loader, work.tensors)), shared, limit)
     yield from zip((work.tensors for work in shared), each, strict=True)

@@ -143,6 +143,23 @@ def iso_c(base: StateDict, experts: Sequence[StateDict], scale: float, weights: 
     return _each(base, experts, weights, of_matrix, scale)
 
 
+def swudi(
+    base: StateDict, experts: Sequence[StateDict], descent_steps: int, scale: float, weights: Weights = None
+) -> dict[str, Tensor]:
+    """θ₀ + scale · X_T, by T steps 1/L down Σ_i w_i ‖(X − τ_i) τ_iᵀ‖² / ‖τ_i‖² from the mean (arXiv 2606.07289)."""
+
+    def of_matrix(tau: Tensor, w: Tensor) -> Tensor:
+        gram = tau.mT @ tau
+        loss = (w / gram.diagonal(dim1=1, dim2=2).sum(1)).nan_to_num(0.0, 0.0, 0.0)
+        length = 1 / float((mixed(loss, gram) @ mixed(loss, gram)).norm() ** 0.5 or 1.0)
+        x = mixed(w, tau)
+        for _ in range(descent_steps):
+            x = x + length * mixed(loss, (tau - x) @ gram)
+        return scale * x
+
+    return _each(base, experts, weights, of_matrix, scale)
+
+
 def ties(
     base: StateDict, experts: Sequence[StateDict], density: float, scale: float, weights: Weights = None
 ) -> dict[str, Tensor]:

@@ -65,6 +65,12 @@ def message(error):
             "elementwise: 'ties' has neither residuals nor subspace; expected eta=0, real_rank=None and "
             "core_spectrum='keep', got eta=1, real_rank=1, core_spectrum='keep'",
         ),
+        ({"descent_steps": -1}, "descent_steps: expected a whole number of at least 0, got -1"),
+        (
+            {"descent_steps": 5},
+            "descent_steps: descent has neither residuals nor another map; expected eta=0, elementwise='none' and "
+            "core_spectrum='keep', got eta=1, elementwise='none', core_spectrum='keep'",
+        ),
         ({"row_power": -1}, "row_power: expected a finite number of at least 0, got -1"),
         (
             {"eta_mode": "relative", "row_power": 3.0},

@@ -32,6 +32,7 @@ REPEATABLE = {
     "STAR": MergeConfig.star(),
     "MonoSoup": MergeConfig.mono_soup(),
     "TIES": MergeConfig.ties(0.3, 0.9),
+    "SWUDI": MergeConfig.swudi(7),
     "R2M, layers scaled": MergeConfig.r2m(svd="exact", scale="layer"),
     "R2M, columns scaled": MergeConfig.r2m(svd="exact", scale="column"),
 }
@@ -151,6 +152,19 @@ def test_mono_soup_weighs_singular_values_in_two_parts():
 def test_mono_soup_of_a_single_direction_is_the_expert():
     base, expert = {"w": torch.zeros(30, 20)}, {"w": torch.outer(torch.randn(30), torch.randn(20))}
     assert distance(expert, merge(base, [expert], MergeConfig.mono_soup())) < 1e-5 * distance(base, expert)
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (40, 12)], ids=["wide", "tall"])
+def test_swudi_descends_to_the_sum_where_experts_have_inputs_of_their_own(shape):
+    base, half = {"w": torch.zeros(shape).double()}, shape[1] // 2
+    first, second = (matrix_with(torch.linspace(1, 0.6, min(half, *shape)).double(), shape[0], half) for _ in range(2))
+    nothing = torch.zeros(shape[0], half).double()
+    experts = [{"w": torch.cat([first, nothing], 1)}, {"w": torch.cat([nothing, 2 * second], 1)}]
+    total = {"w": torch.cat([first, 2 * second], 1)}
+    errors = [distance(total, merge(base, experts, MergeConfig.swudi(steps))) for steps in (1, 4, 16, 64, 512)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.2 * distance(base, total)
+    assert errors[-1] < 1e-6 * distance(base, total)
 
 
 @given(

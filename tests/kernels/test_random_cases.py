@@ -193,6 +193,9 @@ def drawn_method(number: int, method: str, case: Case) -> tuple[MergeConfig, Cal
             definition = partial(definition, seed=number)
     elif method == "star":
         config, definition = MergeConfig.star(share), partial(others.star, share=share)
+    elif method == "swudi":
+        options = {"descent_steps": draw.choice([1, 2, 7, 30]), "scale": scale}
+        config, definition = make_config(method, options), partial(others.swudi, **options)
     elif method == "cart":
         rank = draw.choice([0.15, 1.0] if case.low_rank else [0.1, share])
         config, definition = MergeConfig.cart(rank, scale), partial(others.cart, rank=rank, scale=scale)

@@ -172,6 +172,7 @@ def test_every_option_reaches_the_configuration(configuration: Callable[..., dic
         ("--method star", MergeConfig.star(0.4)),
         ("--method star --rank 0.7", MergeConfig.star(0.7)),
         ("--method score --scale 0.9 --svd exact", MergeConfig.score(0.9).replace(svd="exact")),
+        ("--method swudi --descent-steps 12 --scale 1.2", MergeConfig.swudi(12, 1.2)),
         ("--method mono_soup", MergeConfig.mono_soup()),
         ("--method tsv_m --scale 0.8 --seed 3", replace(MergeConfig.tsv_m(0.8), seed=3)),
         ("--method iso_c --scale 0.5", MergeConfig.iso_c(0.5)),

@@ -82,6 +82,13 @@ def test_what_is_read_written_and_spilled_is_what_was_said(method: str, budget: 
         assert found.enough == (method != "r2m")
 
 
+def test_what_a_descent_takes_beside_is_counted() -> None:
+    flat, descent = (planned(config, memory_budget="1MiB") for config in (MergeConfig.iso_c(), MergeConfig.swudi()))
+    # In float64 of "tall": two experts' task vectors three times and five matrices more, and six of its columns' size.
+    beside = 8 * (11 * 2000 * 600 + 6 * 600**2)
+    assert descent.shares[0].memory - flat.shares[0].memory == beside
+
+
 def test_processes_share_what_one_has() -> None:
     one = planned(METHODS["r2m"], memory_budget="1MiB")
     for count in (2, 3):
