@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -65,9 +64,9 @@ def made_of(*parts: str) -> str:
 
 
 def identity(candidate: Candidate) -> str:
-    """What a candidate is: every option, or a function's arguments and source."""
+    """What a candidate is: its key, and of a function the source."""
     if isinstance(candidate, MergeConfig):
-        return json.dumps(candidate.to_dict(), sort_keys=True)
+        return key(candidate)
     function = candidate.func if isinstance(candidate, functools.partial) else candidate
     return key(candidate) + inspect.getsource(inspect.getmodule(function) or parts) + inspect.getsource(parts)
 
