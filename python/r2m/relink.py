@@ -14,7 +14,7 @@ from r2m.checkpoints import hub
 from r2m.merge import open_job
 from r2m.options import Options
 from r2m.output import INPUTS, held
-from r2m.ownership import RECIPE_FILE, rewrite
+from r2m.ownership import RECIPE_FILE, digest, rewrite
 from r2m.places import new_file
 from r2m.recipe import Recipe
 from r2m.recipe_file import dump
@@ -66,6 +66,7 @@ def relink(out: str | Path, places: Mapping[str, str]) -> Recipe:
     former.recipe_of(out)  # where it is none, nothing is made beside it
     with held(out):
         before = former.recipe_of(out)
+        _refuse_edited(Path(out))
         for name in places:
             if name != BASE and name not in before.experts:
                 raise BadOption(f"{name}: expected one of {', '.join((BASE, *before.experts))}")
@@ -78,6 +79,18 @@ def relink(out: str | Path, places: Mapping[str, str]) -> Recipe:
             _refuse_others(recipe, places, state)
             _write(Path(out), recipe, state)
     return recipe
+
+
+def _refuse_edited(directory: Path) -> None:
+    """The recipe is written anew: what somebody has put into it, a comment perhaps, would be lost."""
+    report = REPORT.whole(directory, f"{directory}: {REPORT.file}")
+    with as_written(f"{directory}: {REPORT.file}"):
+        known = report[WRITTEN].get(RECIPE_FILE, ())
+    if digest(directory / RECIPE_FILE) not in known:
+        raise BadFile(
+            f"{directory / RECIPE_FILE}: was changed since a merge wrote it, and would be written anew; change its "
+            "paths there, and merge it into another directory"
+        )
 
 
 def _refuse_others(recipe: Recipe, places: Mapping[str, str], state: Mapping[str, Any]) -> None:

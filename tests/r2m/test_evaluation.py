@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from r2m.evaluation import run
 from r2m.evaluation.data import read_dataset, read_scores
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.metrics import Scores, _Ranked, auc_interval, average, judge, metrics
@@ -254,6 +255,35 @@ def test_finished_scores_are_judged(command: Command) -> None:
     ]
     again = command("evaluate", "--scores", "scores.csv", "--out", "eval")
     assert (again.code, again.err) == (2, "Error: out (eval): holds an evaluation already; --overwrite replaces it\n")
+
+
+def test_of_two_evaluations_in_one_directory_the_second_is_refused(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_csv([["path", "label", "probability"], ["a.png", 0, 0.25], ["b.png", 1, 0.75]])
+    words = ("evaluate", "--scores", path, "--bootstrap", "5", "--out", "new/eval")
+    held, refused = run.write_result, []
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(run, "write_result", held)
+        refused.append(command(*words, "--overwrite"))
+        held(*arguments)
+
+    monkeypatch.setattr(run, "write_result", meanwhile)
+    assert command(*words).code == 0
+    assert [one.err for one in refused] == ["Error: new/eval/scores: another process is writing it\n"]
+    assert os.listdir("new/eval") == ["evaluation.json"]
+    assert command("evaluate", "--scores", "none.csv", "--out", "other/eval").code == 2
+    assert not Path("other").exists()
+
+
+def test_names_cannot_make_rows_of_their_own(command: Command) -> None:
+    rows = [[f"{label}.png", label, 0.5, "d\n\x1b[2Jmean  best"] for label in (0, 1)]
+    path = write_csv([["path", "label", "probability", "dataset"], *rows])
+    result = command("evaluate", "--scores", f"a\nb={path}", "--bootstrap", "5")
+    assert result.code == 0
+    assert len(result.out.split("\n")) == 3
+    assert all(line.isprintable() for line in result.out.split("\n"))
 
 
 def test_a_set_of_one_class_is_named_and_not_zero(command: Command) -> None:

@@ -109,3 +109,15 @@ def test_another_checkpoint_is_no_place(places: list[str], sentence: str, outsid
     result = command("relink", "merged", *places)
     assert (result.code, result.err.startswith(f"Error: {sentence}")) == (2, True), result.err
     assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == before
+
+
+def test_a_recipe_that_somebody_has_changed_is_not_written_anew(outside: Path, command: Command) -> None:
+    shutil.copytree(outside / "elsewhere", outside / "archive")
+    recipe = Path("merged/r2m_config.yaml")
+    recipe.write_text(f"# why fs counts twice\n{recipe.read_text()}")
+    before = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
+    names = ("fs", "fr", "efs")
+    result = command("relink", "merged", *(f"{name}=../archive/{name}.safetensors" for name in names))
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "merged/r2m_config.yaml: was changed since a merge wrote it, and would be written anew" in result.err
+    assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == before

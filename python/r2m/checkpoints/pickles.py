@@ -70,7 +70,9 @@ def read(content: bytes, meaning: Meaning, at: int = 0) -> tuple[Any, int]:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise Refused("is damaged", damaged=True) from error
-    raise Refused(f"has more than {_MOST_OPCODES} opcodes")
+    raise Refused(
+        f"has more than {_MOST_OPCODES} opcodes, as a quarter of a million tensors have; expected fewer, or safetensors"
+    )
 
 
 class _Machine:

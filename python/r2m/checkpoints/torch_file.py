@@ -256,4 +256,6 @@ def _bound_directory(tail: bytes, what: str) -> None:
     elif size == 2**32 - 1:
         _refuse(what, "its list of entries is damaged")
     if size > _MOST_DIRECTORY:
-        raise BadCheckpoint(f"{what}: its list of entries has {size} bytes, expected at most {_MOST_DIRECTORY}")
+        raise BadCheckpoint(
+            f"{what}: its list of entries has {size} bytes, expected at most {_MOST_DIRECTORY}, or safetensors"
+        )

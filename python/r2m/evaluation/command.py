@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import sklearn
 import torch
 from torch import nn
 
+from r2m import places
 from r2m.checkpoints import hub
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
@@ -21,13 +22,12 @@ from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.metrics import judge_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
-from r2m.places import from_output
 from r2m.preprocessing import Preprocessing, beside
 from r2m.progress import bars
 from r2m.recipe import Arrangement
 from r2m.records import EVALUATION
 from r2m_kernels import __version__
-from r2m_kernels.errors import BadFile, BadOption, quoted
+from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 
 SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
 
@@ -45,6 +45,28 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
         InvalidInput: an option, a model or a dataset cannot be used; nothing is written then.
         OSError: of the file system.
     """
+    with _alone(out):
+        return _evaluated(request, out, overwrite, quiet)
+
+
+@contextmanager
+def _alone(out: str | None) -> Iterator[None]:
+    """Nobody else evaluates into a directory meanwhile; one that is made for it goes again where it stays empty."""
+    if out is None:
+        yield
+        return
+    new = [one for one in (Path(out), *Path(out).parents) if not one.exists()]  # the deepest first
+    Path(out).mkdir(parents=True, exist_ok=True)
+    try:
+        with places.beside(Path(out) / "scores"):
+            yield
+    finally:
+        for one in new:
+            with suppress(OSError):
+                one.rmdir()
+
+
+def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> list[str]:
     _check(request, out, overwrite)
     named = name_experts([*request.models, *request.scores])
     checkpoints = dict(list(named.items())[: len(request.models)])
@@ -60,7 +82,7 @@ def evaluate(request: Request, out: str | None = None, *, overwrite: bool = Fals
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
     judged = {
         name: {
-            "source": os.path.abspath(path) if out is None else from_output(out, path),
+            "source": os.path.abspath(path) if out is None else places.from_output(out, path),
             "detector": request.detector if name in models else None,
             "preprocessing": preprocessings[name].plain() if name in models else None,
             **judge_all(scores[name], resamples=request.bootstrap, seed=request.seed),
@@ -139,14 +161,14 @@ def table(result: dict[str, Any]) -> list[str]:
             if judged is None:
                 continue
             if not judged["real videos"] or not judged["fake videos"]:
-                one_class.add(f"{dataset}: {'fake' if judged['fake videos'] else 'real'} alone")
+                one_class.add(f"{printable(dataset)}: {'fake' if judged['fake videos'] else 'real'} alone")
             interval = judged["intervals"]["video_auc"]
             spread = "–" if interval is None else "{:.3f} to {:.3f}".format(*interval)
             numbers = [str(judged["frames"]), str(judged["videos"]), *(_number(judged[name]) for name in SHOWN)]
-            rows.append([dataset, model, *numbers, spread])
+            rows.append([printable(dataset), printable(model), *numbers, spread])
     if len(names) > 1:
         for model, one in result["models"].items():
-            rows.append(["mean", model, "", "", *(_number(one["average"].get(name)) for name in SHOWN), ""])
+            rows.append(["mean", printable(model), "", "", *(_number(one["average"].get(name)) for name in SHOWN), ""])
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     line = "  ".join(f"{{:{'<' if column < 2 else '>'}{width}}}" for column, width in enumerate(widths))
     text = [line.format(*row).rstrip() for row in [headings, *rows]]
