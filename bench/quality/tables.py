@@ -50,11 +50,12 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
         "about": {name: run["about"] for name, run in runs.items()},
         "sections": {},
     }
+    begun = {name: run["rows"] for name, run in runs.items() if {AVERAGE, DEFAULT} <= run["rows"].keys()}
     for section, architectures in SECTIONS.items():
         for which, fresh in (("fresh", True), ("development", False)):
-            if names := [n for n in runs if _place(n)[0] in architectures and _is_fresh(n) == fresh]:
-                content["sections"].setdefault(section, {})[which] = _section({n: runs[n]["rows"] for n in names})
-    content["protocol"] = _decided({name: run["rows"] for name, run in runs.items() if _is_fresh(name)})
+            if names := [n for n in begun if _place(n)[0] in architectures and _is_fresh(n) == fresh]:
+                content["sections"].setdefault(section, {})[which] = _section({n: begun[n] for n in names})
+    content["protocol"] = _decided({name: rows for name, rows in begun.items() if _is_fresh(name)})
     return content
 
 

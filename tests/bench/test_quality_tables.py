@@ -125,7 +125,12 @@ def test_a_row_that_some_run_lacks_is_in_no_table_and_the_same_logits_make_the_s
     store.save(judged("cnn-100"), store.logits_of("cnn-100", tmp_path))
     kept = {row: skill for row, skill in SKILL.items() if row != "TSV-M × 1"}
     store.save(judged("cnn-101", kept), store.logits_of("cnn-101", tmp_path))
+    store.save(
+        judged("vit-100", {"base": 0.0, **dict.fromkeys(SPECIALISTS.values(), 0.8)}),
+        store.logits_of("vit-100", tmp_path),
+    )
     content = tables.summarize(tmp_path)
+    assert content["sections"]["scratch"]["fresh"]["runs"] == ["cnn-100", "cnn-101"]  # the third is hardly begun
     assert list(content["sections"]["scratch"]["fresh"]["rows"]) == [
         row for row in results[1]["sections"]["scratch"]["fresh"]["rows"] if row != "TSV-M × 1"
     ]
