@@ -160,6 +160,15 @@ class MergeConfig:
         "Truncate the residuals of these matrices alone, by name; those of the others stay whole.",
         unset="all",
     )
+    whole_up_to: int = option(
+        0,
+        TRUNCATION,
+        "Matrices whose short side is at most this are not truncated.",
+        "A tenth of nine columns is one. Those with a rank of their own in ranks keep it.",
+        minimum=0,
+        metavar="SIDE",
+        free=True,
+    )
     rank_rounding: Literal["up", "down"] = option(
         "up", _NO_FLAG, "What a share of min(m, n) that is no whole number becomes; never less than 1."
     )

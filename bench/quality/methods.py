@@ -29,7 +29,7 @@ Candidate = MergeConfig | Callable[..., StateDict | list[StateDict]]
 
 
 # R²M with residuals at a tenth of full rank, all rows alike: the first candidate for the default, whatever that is.
-A = MergeConfig.r2m(rank=0.1, row_power=0.0, core_scale=1.0, core_mode="restored", eta=1.0, head="mean")
+A = MergeConfig.r2m(rank=0.1, row_power=0.0, core_scale=1.0, core_mode="restored", eta=1.0, head="mean", whole_up_to=0)
 
 
 def merged(candidate: Candidate, base: StateDict, experts: Sequence[StateDict], **overrides: Any) -> list[StateDict]:
@@ -64,6 +64,14 @@ def _words(arguments: Mapping[str, Any]) -> str:
         return key(value) if isinstance(value, MergeConfig) or callable(value) else repr(value)
 
     return ", ".join(f"{name}={word(value)}" for name, value in sorted(arguments.items()))
+
+
+def configuration(candidate: Candidate) -> Candidate:
+    """A candidate as the package's configuration, where it has come to have one."""
+    if isinstance(candidate, partial) and candidate.func is small_whole:
+        config: MergeConfig = candidate.keywords["config"]
+        return config.replace(whole_up_to=candidate.keywords.get("side", 16))
+    return candidate
 
 
 @dataclass(frozen=True)

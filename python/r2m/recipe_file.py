@@ -57,7 +57,7 @@ _MOST_BYTES = 2**20  # of a recipe: hundreds of experts
 _SHOWN = 80  # letters of a value in a message
 # What merges did before there were these options. A recipe that lists all others and not these was written by one of
 # 0.1.0, and means what it meant.
-_BEFORE = {"head": "merge", "truncate": (), "rank_rounding": "up"}
+_BEFORE = {"head": "merge", "truncate": (), "rank_rounding": "up", "whole_up_to": 0}
 FORMER_FIELDS = OPTIONS.keys() - _BEFORE.keys()
 # What is different in recipes without parameters.
 _CHANGED = {

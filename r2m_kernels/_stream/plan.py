@@ -102,7 +102,10 @@ def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: i
         return smaller
     if config.truncate and not fits([name], config.truncate):
         return smaller
-    rank = next((rank for glob, rank in config.ranks if fits([name], [glob])), config.rank)
+    own = next((rank for glob, rank in config.ranks if fits([name], [glob])), None)
+    if own is None and smaller <= config.whole_up_to and config.spectrum == "truncate":
+        return smaller
+    rank = config.rank if own is None else own
     if config.rank_rounding == "down" and isinstance(rank, float):
         rank = max(1, math.floor(rank * smaller * (1 + 1e-12)))
     return truncation_rank(rank, shape, smaller // count if config.spectrum in JOINT_BASES else None)

@@ -32,6 +32,7 @@ def merge(
     ranks: Sequence[tuple[str, float | int]] = (),
     truncate: Sequence[str] = (),
     rank_rounding: str = "up",
+    whole_up_to: int = 0,
     exclude: Sequence[str] = (),
     head: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -57,7 +58,8 @@ def merge(
     removed = projector if residual == "own" else core.unsqueeze(1).expand(count, count)
     fake = {name: tau[name] - mixed(removed.T, tau[name]) for name in matrices}
     for name, residuals in fake.items():
-        share = next((one for glob, one in ranks if fits(name, [glob])), rank)
+        usual = 1.0 if min(residuals.shape[1:]) <= whole_up_to else rank
+        share = next((one for glob, one in ranks if fits(name, [glob])), usual)
         if truncate and not fits(name, truncate):
             share = 1.0
         rounded, hair = (math.floor, 1e-12) if rank_rounding == "down" else (math.ceil, -1e-12)

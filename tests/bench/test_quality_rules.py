@@ -263,6 +263,7 @@ def test_small_matrices_stay_whole(trained):
     assert torch.allclose(made["wide"], whole["wide"], atol=1e-12)
     assert not torch.allclose(made["wide"], cut["wide"], atol=1e-3)
     assert torch.allclose(made["tall.weight"], cut["tall.weight"], atol=1e-12)
+    assert apart(trained, made, merge(base, experts, config.replace(whole_up_to=8))) < EXACT
 
 
 def test_the_mean_of_merges(trained):

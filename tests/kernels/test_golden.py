@@ -37,6 +37,8 @@ CONFIGS = {
     "layers scaled": {**PAPER, "scale": "layer"},
     "columns scaled": {**PAPER, "scale": "column"},
     "rows, columns scaled": {"rank": 1.0, "row_power": 1.0, "scale": "column"},
+    "small matrices whole": {"rank": 0.3, "whole_up_to": 41, "ranks": (("conv1d*", 2),)},
+    "rows, small matrices whole": {"rank": 0.3, "whole_up_to": 41, "row_power": 3.0},
     "some truncated, rounded down": {**PAPER, "truncate": ("enc*", "conv.*"), "rank_rounding": "down", "rank": 0.1},
     "authors' kit": MergeConfig.r2m_paper(rank=0.2, truncate=("enc*", "conv.*"), exclude=("*1d*", "*bias*")).to_dict(),
 }

@@ -308,7 +308,7 @@ def test_a_mutated_recipe_is_read_or_refused(tmp_path: Path, edits: list[tuple[i
 
 
 ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge")
-YOUNGER = ("head", "truncate", "rank_rounding")
+YOUNGER = ("head", "truncate", "rank_rounding", "whole_up_to")
 
 
 def of_01(method: str, config: MergeConfig) -> dict[str, Any]:
