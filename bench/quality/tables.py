@@ -16,13 +16,15 @@ from rich.console import Console
 from bench.quality import protocol, settings, store
 from bench.quality.choosing import choose
 from bench.quality.judging import by_forgery, calibration, mean_of, paired
-from bench.quality.methods import all_methods
+from bench.quality.methods import all_methods, configuration
 from r2m_kernels import MergeConfig
 
 Content = Mapping[str, Any]
 AVERAGE, SCALED, ENSEMBLE = "weight average", "weight average × 1.2", "ensemble"
 # The package's default, by whatever name it is compared.
-DEFAULT = next(one.name for one in all_methods() if list(one.candidates.values()) == [MergeConfig.r2m()])
+DEFAULT = next(
+    one.name for one in all_methods() if [*map(configuration, one.candidates.values())] == [MergeConfig.r2m()]
+)
 # What every row is compared with, run by run.
 COMPARED = (AVERAGE, SCALED, DEFAULT)
 TRAINED = ("base", *SPECIALISTS.values(), "joint training", ENSEMBLE)
