@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._stream.blocks import BLOCK_ELEMENTS
+from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
@@ -17,7 +17,7 @@ from ._stream.schedule import Found, Pass, Step
 from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
-from .terms import Terms, kind_of
+from .terms import Terms, by_factors, kind_of
 
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
@@ -30,6 +30,8 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
             return None
         if tensor.role not in ("matrix", "vector"):
             return BLOCK_ELEMENTS
+        if by_factors(tensor, config):
+            return row_block_elements(*tensor.matrix_shape)
         return kind_of(tensor, config).block_elements(tensor)
 
     def beside(tensor: PlannedTensor, inputs: Inputs) -> int:
@@ -41,7 +43,14 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         merged = tensor.role in ("matrix", "vector")
         return kind_of(tensor, config).workspace_bytes(tensor, len(inputs.experts)) if merged else 0
 
-    return Pass("combination", tensors, block_elements, beside=beside, workspace=workspace)
+    return Pass(
+        "combination",
+        tensors,
+        block_elements,
+        beside=beside,
+        workspace=workspace,
+        by_factors=lambda tensor: by_factors(tensor, config),
+    )
 
 
 class CombinationStep(Step):
@@ -102,7 +111,7 @@ class CombinationStep(Step):
         # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
             torch.empty(theta.shape, dtype=self._specs[name].dtype, device=theta.device)
-            for theta, name in zip(group.experts[0], group.names, strict=True)
+            for theta, name in zip(group.bases or group.experts[0], group.names, strict=True)
         ]
         if first.role in ("statistic", "extra"):
             return outs, self._operators.mean(group.experts, self._terms.findings.real.weights, outs)

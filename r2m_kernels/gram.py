@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import low_rank
 from ._interface import Grams, Operators, RowGrams
 from ._stream.blocks import row_block_elements
 from ._stream.loader import Group
-from ._stream.plan import Plan, PlannedTensor, by_rows
+from ._stream.plan import Plan, PlannedTensor, Role, by_rows
 from ._stream.processes import Journal
 from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
@@ -50,19 +51,21 @@ class TaskGram:
     Attributes:
         tasks: (N, N) float64 ⟨τ_i, τ_j⟩, exactly symmetric.
         base: ‖θ₀‖².
+        factored: whether it was worked out from factors, whose bits are others than whole task vectors'.
     """
 
     tasks: Tensor
     base: float
+    factored: bool = False
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for journals."""
-        return {"tasks": self.tasks.tolist(), "base": self.base}
+        return {"tasks": self.tasks.tolist(), "base": self.base, "factored": self.factored}
 
     @classmethod
     def from_plain(cls, value: dict[str, Any]) -> TaskGram:
         """From :meth:`plain`."""
-        return cls(torch.tensor(value["tasks"], dtype=torch.float64), value["base"])
+        return cls(torch.tensor(value["tasks"], dtype=torch.float64), value["base"], value.get("factored", False))
 
 
 def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
@@ -72,9 +75,12 @@ def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     def block_elements(tensor: PlannedTensor) -> int:
         if by_rows(tensor, config):
             return row_block_elements(*tensor.matrix_shape)
+        if tensor.factored:
+            return low_rank.RUN
         return operators.gram_panel_elements(_precise(tensor, config))
 
-    return Pass("task Gram", tensors, block_elements, base_of=("matrix", "vector", "statistic"))
+    base_of: tuple[Role, ...] = ("matrix", "vector", "statistic")
+    return Pass("task Gram", tensors, block_elements, base_of=base_of, by_factors=lambda tensor: tensor.factored)
 
 
 def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
@@ -100,6 +106,12 @@ class GramStep(Step):
     def work(self, group: Group) -> Grams | RowGrams:
         """The group's :class:`Grams`; of a part its panels', or its rows'."""
         first, operators = group.tensors[0], self._operators
+        if group.factored:
+            m = first.matrix_shape[0]
+            if group.part is None:
+                return low_rank.task_grams(group.bases, group.experts, m)
+            base, experts = group.inputs(0)
+            return low_rank.part_grams(base, experts, m, first=group.part.start == 0)
         if by_rows(first, self._config):
             rows, _ = group.in_rows([])
             grams = operators.row_grams(rows.bases, rows.experts)
@@ -132,7 +144,8 @@ class GramStep(Step):
             if tasks.ndim == 2:
                 tasks = from_pairs(tasks)
             if tensors[0].role in ("matrix", "vector"):
-                values.append(list(map(TaskGram, (tasks + tasks.mT) / 2, base.tolist())))
+                factored = [tensors[0].factored] * len(tensors)
+                values.append(list(map(TaskGram, (tasks + tasks.mT) / 2, base.tolist(), factored)))
             else:
                 values.append([None] * len(tensors))
         return values
@@ -144,11 +157,14 @@ class GramStep(Step):
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
         """Gram matrices of a former run; rows' are not written down: the combination finds them again, to the bit."""
         known = super().remembered(journal)
-        seen = {tensor.name for tensor in self.over.tensors if tensor.role not in ("matrix", "vector")}
+        looked_at = {tensor.name for tensor in self.over.tensors if tensor.role not in ("matrix", "vector")}
+        # With other experts beside them those of another merge may have come from factors, or not.
+        factored = {tensor.name: tensor.factored for tensor in self.over.tensors}
+        grams = {name: None if value is None else TaskGram.from_plain(value) for name, value in known.items()}
         return {
-            name: None if value is None else TaskGram.from_plain(value)
-            for name, value in known.items()
-            if value is not None or name in seen
+            name: one
+            for name, one in grams.items()
+            if (name in looked_at if one is None else one.factored == factored.get(name))
         }
 
     def _summed(self, tensors: Sequence[PlannedTensor], grams: RowGrams) -> Grams:

@@ -14,6 +14,7 @@ from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
     BlockSource,
+    LowRankSource,
     PartialSink,
     PartialSource,
     TensorSink,
@@ -31,6 +32,7 @@ __all__ = [
     "BlockSource",
     "Inputs",
     "Journal",
+    "LowRankSource",
     "NoJournal",
     "PartialSink",
     "PartialSource",

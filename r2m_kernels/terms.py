@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import descent, elements, spectra
+from . import descent, elements, low_rank, spectra
 from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.factors import Factors, stacked
@@ -52,6 +52,8 @@ class Linear(Term):
     coefficients: Tensor
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+        if group.factored:
+            return _by_factors(operators, group, self.coefficients, None, outs)
         return operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
 
 
@@ -100,8 +102,24 @@ class LowRank(Term):
         if self.rows is not None:
             left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
             left = left if group.rows is None else left[:, :, group.rows]
+        if group.factored:
+            return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, self.scale), outs)
         group, outs = group.in_rows(outs)
         return operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
+
+
+def _by_factors(
+    operators: Operators,
+    group: Group,
+    coefficients: Tensor,
+    products: low_rank.Products | None,
+    outs: Sequence[Tensor],
+) -> Tensor:
+    """A linear term, with truncated residuals or without, of task vectors that are factors themselves."""
+    m, n = group.tensors[0].matrix_shape
+    bases = group.bases if group.part is None else [base.view(-1, n) for base in group.bases]
+    outs = outs if group.part is None else [out.view(-1, n) for out in outs]
+    return low_rank.combine(operators, bases, group.experts, m, coefficients, products, outs, group.rows)
 
 
 def _rows(factor: Tensor, rank: int) -> Tensor:
@@ -256,6 +274,11 @@ def _unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
     if not tensor.full_rank:
         return LowRank
     return ByRows if by_rows(tensor, config) else Linear
+
+
+def by_factors(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    """Whether what a tensor becomes can be made of its task vectors' factors."""
+    return tensor.factored and kind_of(tensor, config) in (Linear, LowRank)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import low_rank
 from ._interface import Effort, Operators, Pace, ShiftedFactors
 from ._stream.blocks import as_matrix
 from ._stream.budget import Inputs, Memory, pace_of
@@ -134,7 +135,14 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         # Sketch and steps of some experts, and the factor of each.
         return -(-count // pace.experts) * (1 + -(-config.power_iterations // 2)) + count
 
-    return Pass("truncation", tensors, pace=pace, reads=reads)
+    return Pass(
+        "truncation",
+        tensors,
+        pace=pace,
+        reads=reads,
+        by_factors=lambda tensor: tensor.factored,
+        base_by_factors=False,
+    )
 
 
 class TruncationStep(Step):
@@ -155,6 +163,10 @@ class TruncationStep(Step):
 
     def work(self, group: Group) -> list[Made]:
         """Factors go into the store; what is known of them."""
+        if group.factored:
+            first, dtype = group.tensors[0], group.compute_dtype
+            exact = low_rank.truncate(group.experts, first.matrix_shape[0], self._mixing, first.rank, dtype)
+            return [self._in_store(group.tensors, exact)]
         inputs, operators = Truncatable(group.names, group.bases, group.experts), self._run.backend.operators
         rank, known = group.tensors[0].rank, [self._grams[name] for name in group.names]
         factors = truncate(inputs, self._mixing, rank, self._config, operators, known)
@@ -288,10 +300,14 @@ class ResidualFactors:
         # Analyzed at full rank, where factors were not needed, and asked for at a smaller one: truncated now.
         key = (tensor.name, tensor.rank)
         if key not in self._late:
-            group, operators = self._run.loader.load([tensor]), self._run.backend.operators
-            (self._late[key],) = truncate_residuals(
-                group.names, group.bases, group.experts, mixing, tensor.rank, self._findings.config, operators
-            )
+            group, operators = self._run.loader.load([tensor], factored=tensor.factored), self._run.backend.operators
+            if group.factored:
+                m, dtype = tensor.matrix_shape[0], group.compute_dtype
+                self._late[key] = low_rank.truncate(group.experts, m, mixing, tensor.rank, dtype).of(0)
+            else:
+                (self._late[key],) = truncate_residuals(
+                    group.names, group.bases, group.experts, mixing, tensor.rank, self._findings.config, operators
+                )
         return self._late[key]
 
     def products(self, config: MergeConfig) -> dict[str, Tensor]:

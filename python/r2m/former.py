@@ -76,8 +76,10 @@ def record(state: Mapping[str, Any], analysis: Analysis) -> bytes:
 
     Its digest binds what was found to the inputs it was found in.
     """
+    factored = {tensor.name for tensor in analysis.plan.tensors if tensor.factored}
     grams: dict[str, Any] = {
-        name: {"tasks": gram.tolist(), "base": analysis.base_squares[name]} for name, gram in analysis.grams.items()
+        name: {"tasks": gram.tolist(), "base": analysis.base_squares[name], "factored": name in factored}
+        for name, gram in analysis.grams.items()
     }
     grams |= {tensor.name: None for tensor in analysis.plan.of("statistic", "extra")}  # looked at, for NaN
     return STATE.text({"state": state, "grams": dict(sorted(grams.items()))}, indent=None)
@@ -121,4 +123,4 @@ def _gram(found: dict[str, Any], places: list[int]) -> dict[str, Any]:
     tasks = [[found["tasks"][i][j] for j in places] for i in places]
     if not all(type(number) in (int, float) for number in (*itertools.chain.from_iterable(tasks), found["base"])):
         raise TypeError
-    return {"tasks": tasks, "base": found["base"]}
+    return {"tasks": tasks, "base": found["base"], "factored": found["factored"] is True}

@@ -155,7 +155,7 @@ STATE = Record(
     1,
     {
         "state": "what decides every byte of the output: versions, options, inputs and what tells whether they changed",
-        "grams": "by tensor, inner products of task vectors and the base's squared length",
+        "grams": "by tensor, inner products of task vectors, the base's squared length, and whether factors gave them",
     },
     sealed=True,
 )

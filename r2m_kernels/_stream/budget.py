@@ -28,6 +28,8 @@ TRUNCATION_PRODUCTS = 3 * BLOCK_RATIO
 # What libraries take once they multiply and decompose: pages of their code, and workspaces of each thread.
 LIBRARY_BYTES = 3 * 2**23
 WORKSPACE_BYTES = 2**22
+# Of the factors of task vectors, as float64, while residuals are truncated: themselves, and a QR decomposition's.
+FACTOR_COPIES = 4
 # What a core does while it reads a byte of inputs from memory and subtracts it: 30 GFLOP/s against 4 GB/s.
 FLOPS_PER_BYTE = 15
 # Bytes of inputs in one group, where no budget says less. What comes from elsewhere waits in pinned memory, which is
@@ -60,13 +62,17 @@ class Inputs:
         return [source for source in sources if tensor.name in source.specs]
 
     def nbytes(self, tensor: PlannedTensor) -> int:
-        """Bytes read for a tensor: the base's and every expert's, each in its own dtype."""
+        """Bytes read for a tensor: the base's and every expert's, each in its own dtype, or its factors'."""
+        if tensor.factored:
+            own = self.base.specs[tensor.name]
+            return own.nbytes + tensor.change_elements * max(COMPUTE_BYTES, own.dtype.itemsize)
         return sum(source.specs[tensor.name].nbytes for source in self.read_for(tensor))
 
     def working_bytes(self, tensor: PlannedTensor) -> int:
         """What a tensor takes while it is merged whole: its inputs, a wide result and its output."""
         wide = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
-        return self.nbytes(tensor) + tensor.spec.numel * (wide + tensor.spec.dtype.itemsize)
+        algebra = tensor.change_elements * torch.float64.itemsize * FACTOR_COPIES
+        return self.nbytes(tensor) + tensor.spec.numel * (wide + tensor.spec.dtype.itemsize) + algebra
 
     def in_parts(self, tensor: PlannedTensor) -> bool:
         """Whether a tensor can be read in parts."""
@@ -163,7 +169,8 @@ def _kept(
     """The largest that fit, by name then. Statistics, extras and copies pass once or are small."""
     names = set()
     for tensor in sorted(tensors, key=lambda tensor: (-inputs.nbytes(tensor), tensor.name)):
-        if tensor.role in ("matrix", "vector") and inputs.nbytes(tensor) <= room and brought(tensor):
+        used = tensor.role in ("matrix", "vector") and not tensor.factored
+        if used and inputs.nbytes(tensor) <= room and brought(tensor):
             names.add(tensor.name)
             room -= inputs.nbytes(tensor)
     return frozenset(names)
@@ -177,6 +184,7 @@ def stays(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, flight: in
     """
     fast = config.svd == "randomized" and config.spectrum == "truncate" and config.eta != 0
     narrow = tensor.truncated and _block_rows(tensor, config) < min(tensor.matrix_shape)
+    narrow = narrow and not tensor.factored
     return fast and narrow and inputs.working_bytes(tensor) > flight and inputs.in_blocks(tensor)
 
 
@@ -227,7 +235,7 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
 
 def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:
     """Of a tensor's truncation; 0 where there is none."""
-    if not tensor.truncated or config.eta == 0:
+    if not tensor.truncated or config.eta == 0 or tensor.factored:
         return 0.0
     return 2 * TRUNCATION_PRODUCTS * tensor.spec.numel * tensor.rank * experts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, printable, quoted
 from ..heads import classifier
 from ..meanings import refusal
-from .plan import Plan, PlannedTensor, fits, residual_rank
-from .tensors import FLOATING, TensorSource, TensorSpec, dtype_name
+from .plan import Plan, PlannedTensor, by_rows, fits, goes_by_factors, residual_rank
+from .tensors import FLOATING, LowRankSource, TensorSource, TensorSpec, dtype_name
 
 # Mismatches of one checkpoint that are all shown; of more there are counts, by how names begin, and examples.
 LISTED, EXAMPLES, BEGINNINGS = 6, 3, 4
 DESCRIBED, NAMED = 2, 5  # checkpoints whose mismatches are shown, and that are named at all
+# A matrix is merged by its task vectors' factors if its short side is this many times all their columns.
+FACTORED_SHARE = 4
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -54,6 +57,9 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         for name, spec in base.specs.items()
         if name not in aliases and name not in own.replaced
     ]
+    if goes_by_factors(config):
+        whole = [tensor.role != "matrix" or by_rows(tensor, config) for tensor in tensors]
+        tensors = [one if kept else _with_changes(one, experts) for one, kept in zip(tensors, whole, strict=True)]
     if not any(tensor.role != "copied" for tensor in tensors):
         raise DoesNotFit(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
@@ -118,6 +124,14 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str],
         return PlannedTensor(name, spec, "vector")
     rank = residual_rank(config, name, spec.shape, count)
     return PlannedTensor(name, spec, "matrix", rank, config.eta != 0 and config.spectrum != "truncate")
+
+
+def _with_changes(tensor: PlannedTensor, experts: Mapping[str, TensorSource]) -> PlannedTensor:
+    """With the ranks of its task vectors, where all are known and far below its own."""
+    sources = [source for source in experts.values() if isinstance(source, LowRankSource)]
+    ranks = [rank for source in sources if (rank := source.change_rank(tensor.name)) is not None]
+    few = len(ranks) == len(experts) and FACTORED_SHARE * sum(ranks) <= min(tensor.matrix_shape)
+    return replace(tensor, change_ranks=tuple(ranks)) if few else tensor
 
 
 def _extras(base: TensorSource, experts: Mapping[str, TensorSource]) -> dict[str, TensorSpec]:

@@ -19,7 +19,7 @@ from .budget import Inputs
 from .plan import PlannedTensor
 from .state_dicts import StateDictSource
 from .stored import StoredMatrix
-from .tensors import BlockSource, PartialSource, TensorSource, compute_dtype
+from .tensors import BlockSource, LowRankSource, PartialSource, TensorSource, compute_dtype
 
 # Bytes of a tensor looked at together in search of NaN.
 WINDOW = 2**24
@@ -33,12 +33,14 @@ class Group:
         bases: L tensors; none of extras.
         experts: N lists of L tensors.
         part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
+        factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them.
     """
 
     tensors: Sequence[PlannedTensor]
     bases: list[Tensor] = field(default_factory=list)
     experts: list[list[Tensor]] = field(default_factory=list)
     part: slice | None = None
+    factored: bool = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -65,7 +67,7 @@ class Group:
     def single(self, index: int) -> Group:
         """A group of one of its tensors, with its inputs."""
         base, experts = self.inputs(index)
-        return Group([self.tensors[index]], [base], [[expert] for expert in experts], self.part)
+        return Group([self.tensors[index]], [base], [[expert] for expert in experts], self.part, self.factored)
 
     def in_rows(self, outs: Sequence[Tensor]) -> tuple[Group, Sequence[Tensor]]:
         """A part of a matrix, which is whole rows then, and what is written of it, as rows; whole ones as they are."""
@@ -97,16 +99,40 @@ class Loader:
         self._pinned = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
 
-    def load(self, tensors: Sequence[PlannedTensor], part: slice | None = None, *, with_base: bool = True) -> Group:
-        """A group's inputs on the device, or a part of a single tensor's; copied ones come without."""
+    def load(
+        self,
+        tensors: Sequence[PlannedTensor],
+        part: slice | None = None,
+        *,
+        with_base: bool = True,
+        factored: bool = False,
+    ) -> Group:
+        """A group's inputs on the device, or a part of a single tensor's; copied ones come without.
+
+        Args:
+            with_base: whether the base's are among them.
+            factored: whether the experts' come as factors, whole ones of a part too.
+        """
         if tensors[0].role == "copied":
             return Group(tensors, part=part)
+        if factored:
+            own = [self.inputs.base] if with_base else []
+            read = [self.whole(one, own) if part is None else self._part(one, own, part) for one in tensors]
+            changes = [[self._change(source, one) for one in tensors] for source in self.inputs.experts]
+            return Group(tensors, [base for bases in read for base in bases], changes, part, factored=True)
         sources = self.inputs.sources if with_base else self.inputs.experts
         loaded = [
             self.whole(tensor, sources) if part is None else self._part(tensor, sources, part) for tensor in tensors
         ]
         of_sources = [list(of_source) for of_source in zip(*loaded, strict=True)]
         return Group(tensors, of_sources[0] if with_base else [], of_sources[1:] if with_base else of_sources, part)
+
+    def _change(self, source: TensorSource, tensor: PlannedTensor) -> Tensor:
+        """The factors of one task vector, on the device."""
+        assert isinstance(source, LowRankSource)
+        change = source.read_change(tensor.name)
+        self._count(change)
+        return (change.pin_memory() if self._pinned else change).to(self.device, non_blocking=self._pinned)
 
     def ahead(self, load: Callable[[], Group]) -> tuple[Group, torch.cuda.Event | None]:
         """A group, and the event after which kernels may use it."""

@@ -25,6 +25,7 @@ class PlannedTensor:
             ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
         rank: truncation rank of a matrix; 0 for other roles.
         mapped: its residuals' singular values are changed, not only cut off: never linear in the task vectors.
+        change_ranks: of a matrix that may be merged by its task vectors' factors, how many columns each expert's have.
     """
 
     name: str
@@ -32,6 +33,17 @@ class PlannedTensor:
     role: Role
     rank: int = 0
     mapped: bool = False
+    change_ranks: tuple[int, ...] | None = None
+
+    @property
+    def factored(self) -> bool:
+        """Whether its task vectors are there as factors."""
+        return self.change_ranks is not None
+
+    @property
+    def change_elements(self) -> int:
+        """Numbers of all those factors."""
+        return sum(self.matrix_shape) * sum(self.change_ranks) if self.change_ranks else 0
 
     @property
     def full_rank(self) -> bool:
@@ -93,6 +105,13 @@ def by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
     """Whether a tensor's whole residuals are weighted row by row, by their lengths in the rows' Gram matrices."""
     whole = tensor.full_rank and config.elementwise == "none" and config.core_spectrum != "flat"
     return whole and config.eta != 0 and config.row_power > 0
+
+
+def goes_by_factors(config: MergeConfig) -> bool:
+    """Whether a merge can do with the factors of task vectors: whole ones are nowhere needed."""
+    plain = config.elementwise == "none" and config.core_spectrum != "flat" and config.scale != "column"
+    plain = plain and config.descent_steps == 0
+    return plain and config.spectrum == "truncate" and config.svd != "textbook"
 
 
 def residual_rank(config: MergeConfig, name: str, shape: Sequence[int], count: int) -> int:

@@ -40,6 +40,8 @@ class Pass:
         reads: how often that reads its inputs.
         beside: bytes that stay in memory while a tensor passes in parts.
         workspace: bytes that a tensor takes beside its inputs and result where all of it is needed at once.
+        by_factors: whether of a tensor the factors of its task vectors are enough.
+        base_by_factors: whether the base's is needed beside them.
     """
 
     name: str
@@ -50,10 +52,14 @@ class Pass:
     reads: Callable[[PlannedTensor, Inputs, Pace], int] = lambda *_: 1
     beside: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     workspace: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
+    by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
+    base_by_factors: bool = True
 
     def load(self, loader: Loader, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
-        return loader.load(tensors, part, with_base=tensors[0].role in self.base_of)
+        factored = self.by_factors(tensors[0])
+        with_base = tensors[0].role in self.base_of and (self.base_by_factors or not factored)
+        return loader.load(tensors, part, with_base=with_base, factored=factored)
 
 
 def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConfig, processes: int) -> list[set[str]]:
@@ -176,7 +182,7 @@ def _groups(
     filled: dict[object, int] = {}
     for tensor in tensors:
         dtypes = tuple(source.specs[tensor.name].dtype for source in inputs.read_for(tensor))
-        key = (tensor.role, tensor.spec.shape, tensor.rank, dtypes)
+        key = (tensor.role, tensor.spec.shape, tensor.rank, dtypes, tensor.change_ranks)
         size = inputs.nbytes(tensor)
         most = memory.group if on_device(tensor) else min(budget.GROUP_BYTES, memory.group)
         if key not in alike or filled[key] + size > most:

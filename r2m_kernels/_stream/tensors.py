@@ -116,6 +116,19 @@ class BlockSource(PartialSource, Protocol):
         ...
 
 
+@runtime_checkable
+class LowRankSource(TensorSource, Protocol):
+    """A checkpoint that knows of some tensors how they came from the merge's base: by a product of few columns."""
+
+    def change_rank(self, name: str) -> int | None:
+        """Columns r of the factors of θ − θ₀; 0: it is the base's. ``None``: it is not known."""
+        ...
+
+    def read_change(self, name: str) -> Tensor:
+        """(m + n, r) float32 or float64: θ − θ₀, as (m, n), is the upper part by the lower one transposed."""
+        ...
+
+
 class TensorSink(Protocol):
     """Takes the merged tensors, in any order and from several threads at once."""
 

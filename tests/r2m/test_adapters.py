@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., "Result"]
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-zoo" / "bin" / "python"
-OUTPUT = "model.safetensors"
+OUTPUT, REPORT, STATE = "model.safetensors", "r2m_report.json", "r2m_state.json"
 BASE = {
     "blocks.0.attn.qkv.weight": (24, 8),
     "blocks.0.attn.qkv.bias": (24,),
@@ -252,6 +252,65 @@ def test_a_merge_has_the_bytes_of_one_of_whole_checkpoints(base: dict[str, Tenso
     scratch = [word for name in ("fs", "efs", "fr") for word in ("--expert", f"{name}={name}.safetensors")]
     assert command("merge", "--base", "base.safetensors", *scratch, "--out", "other", "--rank", "0.5").code == 0
     assert Path("mixed", OUTPUT).read_bytes() == Path("other", OUTPUT).read_bytes()
+
+
+def test_which_changes_are_known_by_their_factors(base: dict[str, Tensor]) -> None:
+    tokens = {"tokens.lora_embedding_A": numbers(3, 30, seed=60), "tokens.lora_embedding_B": numbers(8, 3, seed=61)}
+    specialist("fs", 50)
+    write("stored", tokens | {"tokens.base_layer.weight": base["tokens.weight"] + 1})
+    write("plain", tokens)
+    write("dora", pair(QKV, (24, 3), (3, 8)) | {f"{QKV}.lora_magnitude_vector": torch.ones(24)}, use_dora=True)
+    names = [f"{QKV}.weight", "conv.weight", "tokens.weight", "point.weight", "head.weight"]
+    origin = View.of(open_checkpoint("base.safetensors", "base"))
+
+    def known(where: str, over: View) -> list[int | None]:
+        view = onto(origin, changes(open_checkpoint(where, "expert", adapters=True))).over(over)
+        for name in names:
+            if view.change_rank(name) is not None:
+                change, m = view.read_change(name).double(), view.specs[name].shape[0]
+                product = (change[:m] @ change[m:].T).view(view.specs[name].shape)
+                close(view.read(name), base[name] + product)
+        return [view.change_rank(name) for name in names]
+
+    assert known("fs", origin) == [3, 3, 0, 0, None]
+    assert known("plain", origin) == [0, 0, 3, 0, 0]
+    assert known("stored", origin) == [0, 0, None, 0, 0]  # what it was added to is not the base's
+    assert known("dora", origin) == [None, 0, 0, 0, 0]
+    assert known("fs", View.of(open_checkpoint("base.safetensors", "base"))) == [None] * 5
+
+
+WIDE = {"layer.weight": (64, 48), "conv.weight": (50, 6, 3, 3), "untouched.weight": (40, 30), "bias": (64,)}
+
+
+def test_adapters_alone_are_merged_by_their_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = {name: numbers(*shape, seed=seed) for seed, (name, shape) in enumerate(WIDE.items())}
+    save_file(base, "base.safetensors")
+    for seed, name in enumerate(("fs", "fr")):
+        factors = pair("layer", (64, 3), (3, 48), 10 * seed) | pair("conv", (50, 3, 1, 1), (3, 6, 3, 3), 10 * seed + 2)
+        write(name, factors, use_rslora=name == "fr")
+        unloaded(name)
+    save_file({name: tensor + 0.1 * numbers(*tensor.shape, seed=9) for name, tensor in base.items()}, "efs.safetensors")
+    merge = ("merge", "--base", "base.safetensors", "--rank", "4", "--expert")
+    assert command(*merge, "fs", "--expert", "fr", "--out", "factors").code == 0
+    assert command(*merge, "fs.safetensors", "--expert", "fr.safetensors", "--out", "whole").code == 0
+    found, expected = load_file(Path("factors", OUTPUT)), load_file(Path("whole", OUTPUT))
+    for name, tensor in expected.items():
+        update = float((tensor - base[name]).abs().max())
+        assert bool(((found[name] - tensor).abs() <= 4 * 2**-23 * tensor.abs() + 1e-6 * update).all())
+    # They were read as such: the base and the factors, and once a bias of each, which is kept.
+    steps = {step["step"]: step["bytes_read"] for step in json.loads(Path("factors", REPORT).read_text())["steps"]}
+    sizes = {name: tensor.nbytes for name, tensor in base.items()}
+    factors = 2 * 4 * 3 * (64 + 48 + 50 + 54)
+    matrices = sum(sizes.values()) - sizes["bias"] + factors
+    assert steps == {"task Gram": matrices + 3 * sizes["bias"], "truncation": factors, "combination": matrices}
+    # Beside a whole checkpoint they are whole, too: its inner products do not serve a merge without it.
+    assert command(*merge, "fs", "--expert", "fr", "--expert", "efs=efs.safetensors", "--out", "mixed").code == 0
+    assert command("remove", "mixed", "--expert", "efs").code == 0
+    assert Path("mixed", OUTPUT).read_bytes() == Path("factors", OUTPUT).read_bytes()
+    assert Path("mixed", STATE).read_bytes() == Path("factors", STATE).read_bytes()
 
 
 def test_both_files_of_an_adapter_are_inputs(base: dict[str, Tensor], command: Command) -> None:

@@ -238,7 +238,9 @@ def _change(
     shape: tuple[int, ...], names: tuple[str, str], factors: Factors, kind: str, magnitudes: LazyTensor | None
 ) -> Change:
     alone = added(zeros(TensorSpec(shape, torch.float32)), factors, None, by_column=False)
-    return Change(alone.spec, alone.read, alone.read_elements, None, names, kind, magnitudes, factors=factors)
+    return Change(
+        alone.spec, alone.read, alone.read_elements, names=names, kind=kind, magnitudes=magnitudes, factors=factors
+    )
 
 
 def _refuse_shapes(source: Checkpoint, names: tuple[str, str], left: TensorSpec, right: TensorSpec, rank: int) -> None:

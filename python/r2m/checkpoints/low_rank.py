@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from r2m.checkpoints.view import LazyTensor
+from r2m.checkpoints.view import Added, LazyTensor
 from r2m_kernels.streaming import TensorSpec
 
 ROWS, COLUMNS = 128, 1024  # of a tile
@@ -45,6 +45,11 @@ class Factors:
         left, right = self.left, self.right
         return replace(self, shape=self.shape[::-1], left=lambda: right().T, right=lambda: left().T)
 
+    def stacked(self, dtype: torch.dtype) -> Tensor:
+        """(m + n, r): the left one with the scale in it, above the right one transposed."""
+        wide = torch.promote_types(self.dtype, torch.float64)
+        return torch.cat([self.left().to(wide) * self.scale, self.right().to(wide).T]).to(dtype)
+
 
 def added(base: LazyTensor, factors: Factors, magnitudes: Callable[[], Tensor] | None, by_column: bool) -> LazyTensor:
     """The sum base + scale · left · right, in float32 or, where the base has it, float64.
@@ -58,7 +63,9 @@ def added(base: LazyTensor, factors: Factors, magnitudes: Callable[[], Tensor] |
     whole = _Sum(base, factors, magnitudes, by_column)
     spec = TensorSpec(base.spec.shape, whole.stored)
     block = None if base.read_block is None else whole.read_block
-    return LazyTensor(spec, whole.read, whole.read_elements, block)
+    # With lengths of their own rows are changed by more than the product.
+    change = Added(base, factors.rank, lambda: factors.stacked(whole.stored)) if magnitudes is None else None
+    return LazyTensor(spec, whole.read, whole.read_elements, block, change)
 
 
 class _Sum:

@@ -15,17 +15,34 @@ from r2m_kernels.streaming import TensorSpec
 
 
 @dataclass(frozen=True)
+class Added:
+    """A product of few columns that was added to a tensor.
+
+    Attributes:
+        to: the tensor.
+        rank: its columns r.
+        read: (m + n, r), of both factors, as :class:`r2m_kernels.streaming.LowRankSource` has it.
+    """
+
+    to: LazyTensor
+    rank: int
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class LazyTensor:
     """A tensor of a view, read when it is asked for: the whole, or a run of its flattened elements.
 
     Attributes:
         read_block: several runs at once, where a run is read without the rest.
+        change: of one that is another with a product added.
     """
 
     spec: TensorSpec
     read: Callable[[], Tensor]
     read_elements: Callable[[int, int], Tensor]
     read_block: Callable[[int, int, int, int], Tensor] | None = None
+    change: Added | None = None
 
     @classmethod
     def stored(cls, source: Checkpoint, name: str) -> LazyTensor:
@@ -68,7 +85,7 @@ def constant(tensor: Tensor) -> LazyTensor:
 
 
 class View:
-    """Tensors by name, as a :class:`r2m_kernels.streaming.PartialSource`. Its methods give other views.
+    """Tensors by name, as a source of :mod:`r2m_kernels.streaming` in all its kinds. Its methods give other views.
 
     Attributes:
         label: how error messages name the checkpoint.
@@ -83,6 +100,7 @@ class View:
         self.aliases = {name: first for name, first in aliases.items() if name in tensors and first in tensors}
         self.specs = {name: tensor.spec for name, tensor in tensors.items()}
         self.files, self.fingerprints = source.files, source.fingerprints
+        self._base: Mapping[str, LazyTensor] = {}
 
     @classmethod
     def of(cls, source: Checkpoint) -> View:
@@ -106,6 +124,27 @@ class View:
         read = self.tensors[name].read_block
         assert read is not None
         return read(start, length, step, count)
+
+    def change_rank(self, name: str) -> int | None:
+        """See :class:`r2m_kernels.streaming.LowRankSource`; known where :meth:`over` has said what the base is."""
+        tensor, base = self.tensors[name], self._base.get(name)
+        if base is None or (tensor is not base and (tensor.change is None or tensor.change.to is not base)):
+            return None
+        return 0 if tensor.change is None or tensor is base else tensor.change.rank
+
+    def read_change(self, name: str) -> Tensor:
+        """See there."""
+        tensor = self.tensors[name]
+        if tensor is self._base[name] or tensor.change is None:
+            m = tensor.spec.shape[0]
+            return torch.empty(m + tensor.spec.numel // m, 0)
+        return tensor.change.read()
+
+    def over(self, base: View) -> View:
+        """The same, knowing the base that it is merged into."""
+        view = View(self.source, self.tensors, self.aliases)
+        view._base = base.tensors
+        return view
 
     def renamed(self, rules: Mapping[str, str | None]) -> View:
         """The same tensors under other names.
