@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import checkpoints, distance
 
-from bench.quality import competitors, methods
+from bench.quality import competitors, ideas, methods, trials
 from bench.quality.competitors import cleaned, dc_merge, larv, monosoup, resmerge, score, swudi
 from bench.quality.decorrelated import (
     compressed_ensemble,
@@ -306,3 +306,29 @@ def test_what_no_expert_changed_stays(trained):
         candidate = next(iter(method.candidates.values()))
         for state in [] if isinstance(candidate, MergeConfig) else methods.merged(candidate, base, frozen):
             assert torch.allclose(state["wide"], base["wide"], atol=1e-14), method.name
+
+
+def test_ideas_start_from_the_first_candidate(trained):
+    (base,), experts = trained
+    expected = merge(base, experts, methods.A.replace(svd="exact"))
+    assert apart(trained, ideas.default(base, experts), expected) < EXACT
+    rows = ideas.core_towards(base, experts, steps=None, rank=0.4, row_power=3.0)
+    config = methods.A.replace(svd="exact", rank=0.4, row_power=3.0)
+    assert apart(trained, rows, merge(base, experts, config)) < 1e-7  # power steps that end
+
+
+def test_every_idea_makes_detectors(trained):
+    (base,), experts = trained
+    for name, idea in trials.IDEAS.items():
+        for state in methods.merged(idea, base, experts):
+            assert all(bool(tensor.isfinite().all()) for tensor in state.values()), name
+            assert [tensor.shape for tensor in state.values()] == [tensor.shape for tensor in base.values()]
+
+
+def test_the_page_of_ideas_is_what_was_found():
+    assert trials.main(["--check"]) == 0
+
+
+def test_differences_are_paired_by_run():
+    rows = {"a": {"x": {"g": 0.7}, "y": {"g": 0.5}, "z": {"g": 0.9}}, "b": {"x": {"g": 0.6}, "y": {"g": 0.6}}}
+    assert trials.apart(rows, "a", "b", "g") == "+.000 ± .100 (1/2)"
