@@ -17,7 +17,7 @@ from ._stream.schedule import Found, Pass, Step
 from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
-from .terms import Terms, by_factors, kind_of
+from .terms import Terms, by_factors, kind_of, unmatched
 
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
@@ -41,7 +41,7 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
         merged = tensor.role in ("matrix", "vector")
-        return kind_of(tensor, config).workspace_bytes(tensor, len(inputs.experts)) if merged else 0
+        return unmatched(tensor, config).workspace_bytes(tensor, len(inputs.experts)) if merged else 0
 
     return Pass(
         "combination",

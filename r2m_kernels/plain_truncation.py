@@ -169,7 +169,17 @@ def _exact_factors(inputs: Truncatable[M], mixing: Tensor, rank: int, operators:
         piece = operators.residual_matmul(theta, thetas, mixing, identity, transpose=wide)
         grams += operators.residual_matmul(theta, thetas, mixing, piece, transpose=not wide)
     vectors = leading_eigenvectors(grams.cpu(), rank).to(device)
+    del grams, piece  # as large as all vectors
     return vectors, operators.residual_matmul(bases, experts, mixing, vectors, transpose=wide)
+
+
+def exact_bytes(shape: tuple[int, int], rank: int, count: int) -> int:
+    """What :func:`exact` takes at most beyond its inputs, of ``count`` residuals of one matrix, to float64 factors."""
+    short, long = sorted(shape)
+    # The Gram matrices, once more to be solved, their vectors, and a workspace.
+    solved = (3 * count + 3) * short**2
+    made = count * rank * (short + long + (long if shape[0] <= shape[1] else short))  # one side is copied
+    return torch.float64.itemsize * max(solved, made)
 
 
 def test_matrix(seed: int, name: str, shape: Sequence[int], width: int) -> Tensor:

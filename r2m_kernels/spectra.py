@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._interface import Operators
+from ._stream.budget import COMPUTE_BYTES
 from ._stream.factors import GroupFactors
 from .config import MergeConfig
 from .plain_truncation import Truncatable
@@ -47,6 +48,28 @@ def map_spectra(
     else:
         mapped = orthogonalized(factors)
     return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype))
+
+
+def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeConfig) -> int:
+    """What that takes at most beyond the factors, of ``count`` residuals of one matrix of this shape."""
+    if config.spectrum == "truncate":
+        return 0
+    (short, long), size, width = sorted(shape), torch.float64.itemsize, count * rank
+    if config.spectrum in ("rescale", "reweigh"):
+        return width * (shape[0] * size + (short + long) * COMPUTE_BYTES)
+    # A QR of the long side holds it three times. The polar factor of one side beside the other takes less.
+    joint = size * (3 * width * long + 4 * width**2)
+    # Products with all residuals in two types, and by element of all experts' cores and their squares.
+    trimmed = width * (long + short) * size + count * width * shape[0] * (size + COMPUTE_BYTES)
+    trimmed += 3 * count * width**2 * size
+    return max(joint, trimmed) if config.spectrum == "trim" else joint
+
+
+def flattening_bytes(shape: tuple[int, int]) -> int:
+    """What :func:`flattened` takes at most for one matrix of this shape, with what it is given and what it returns."""
+    m, n = shape
+    matrices = 2 if m <= n else 3
+    return torch.float64.itemsize * (matrices * m * n + 4 * min(m, n) ** 2)
 
 
 def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
@@ -106,7 +129,8 @@ def orthogonalized(factors: GroupFactors) -> GroupFactors:
     min(m, n), UᵀU has small eigenvalues.
     """
     left, right, values = _joint_bases(factors)
-    return _shared_out(factors, left * values.flatten(1).unsqueeze(1), right)
+    left *= values.flatten(1).unsqueeze(1)
+    return _shared_out(factors, left, right)
 
 
 def trimmed(
@@ -143,15 +167,20 @@ def trimmed(
 
 def _joint_bases(factors: GroupFactors) -> tuple[Tensor, Tensor, Tensor]:
     """Û (L, m, N·r), V̂ (L, n, N·r) and singular values (L, N, r) of residuals, all float64."""
-    left, right = factors.left.double(), factors.right.double().mT
-    # F = U σ Vᵀ from the side that is not orthonormal yet: its triangle is turned, and the other side with it.
-    basis, weighted = (left, right) if factors.basis == "left" else (right, left)
-    q, triangle = torch.linalg.qr(weighted)
+    on_left = factors.basis == "left"
+    # F = U σ Vᵀ from the side that is not orthonormal yet: its triangle is turned, and the other side with it. These
+    # are as large as all residuals' factors: one after another, and none by two names.
+    q, triangle = torch.linalg.qr((factors.right.mT if on_left else factors.left).double())
     u, values, vt = _svd(triangle)
-    weighted, basis = q @ u, basis @ vt.mT
-    left, right = (basis, weighted) if factors.basis == "left" else (weighted, basis)
-    left, right = (_polar(side.transpose(1, 2).flatten(2)) for side in (left, right))
-    return left, right, values
+    weighted = q @ u
+    del q
+    basis = (factors.left if on_left else factors.right.mT).double() @ vt.mT
+    left, right = (basis, weighted) if on_left else (weighted, basis)
+    del weighted, basis
+    left = left.transpose(1, 2).flatten(2)
+    left = _polar(left)
+    right = right.transpose(1, 2).flatten(2)
+    return left, _polar(right), values
 
 
 def _shared_out(factors: GroupFactors, left: Tensor, right: Tensor) -> GroupFactors:

@@ -9,7 +9,7 @@ from ._stream.budget import Inputs
 from ._stream.compatibility import plan as plan_tensors
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess
-from ._stream.schedule import Pass, Work, shares, work_list
+from ._stream.schedule import Pass, Work, shares, whole_bytes, work_list
 from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
@@ -53,5 +53,6 @@ __all__ = [
     "shares",
     "sources_digest",
     "usable_device",
+    "whole_bytes",
     "work_list",
 ]

@@ -16,6 +16,7 @@ from torch.nn import functional
 from . import descent, elements, low_rank, spectra
 from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
+from ._stream.budget import COMPUTE_BYTES
 from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, by_rows
@@ -171,6 +172,11 @@ class Flat(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return None
 
+    @staticmethod
+    def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
+        wide = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize) * tensor.spec.numel  # which is a result's already
+        return max(0, spectra.flattening_bytes(tensor.matrix_shape) - wide)
+
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         largest = []
         # Three of each.
@@ -257,10 +263,11 @@ def kind_of(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
     """What a matrix or vector becomes, which decides whether it may be cut."""
     if tensor.role == "matrix" and config.scale == "column":
         return MatchedColumns
-    return _unmatched(tensor, config)
+    return unmatched(tensor, config)
 
 
-def _unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
+def unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
+    """The same before columns are matched."""
     if config.elementwise != "none":
         return ByElements
     if tensor.role == "vector":
@@ -320,7 +327,7 @@ class Terms:
     def _plain(self, group: Group, core_scale: float, eta: float) -> Term:
         real, scales, config = self.findings.real, self.residuals.scales, self.config
         tensors, first, weights, core = group.tensors, group.tensors[0], real.weights, core_scale * real.core
-        kind = _unmatched(first, config)
+        kind = unmatched(first, config)
         if kind is ByElements:
             return ByElements(weights, core_scale, elements.Rule.of(config, self.findings.thresholds))
         if kind is Descent:

@@ -24,8 +24,8 @@ from ._stream.tensors import compute_dtype, fetched, tensor_key
 from .config import WHOLE_SPECTRUM, MergeConfig
 from .findings import Findings, Truncated
 from .norm_matching import any_residual
-from .plain_truncation import Truncatable, exact, sketch_width, test_matrix, textbook, textbook_by_expert
-from .spectra import map_spectra
+from .plain_truncation import Truncatable, exact, exact_bytes, sketch_width, test_matrix, textbook, textbook_by_expert
+from .spectra import map_spectra, mapping_bytes
 
 Method = Literal["shifted", "textbook", "exact"]
 # Short sides up to this are truncated exactly: a sketch would save nothing there.
@@ -135,11 +135,20 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         # Sketch and steps of some experts, and the factor of each.
         return -(-count // pace.experts) * (1 + -(-config.power_iterations // 2)) + count
 
+    def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
+        """Factors and what makes them, beyond a result of the tensor's size; of the fast method nothing more."""
+        shape, count, kept = tensor.matrix_shape, len(inputs.experts), inputs.factor_bytes(tensor, config)
+        made = kept + mapping_bytes(shape, tensor.rank, count, config)
+        if _method(shape, tensor.rank, config, operators) == "exact":  # whose factors are float64 until they are mapped
+            made = max(exact_bytes(shape, tensor.rank, count), kept + made)
+        return max(0, inputs.nbytes(tensor) + made - inputs.working_bytes(tensor))
+
     return Pass(
         "truncation",
         tensors,
         pace=pace,
         reads=reads,
+        workspace=workspace,
         by_factors=lambda tensor: tensor.factored,
         base_by_factors=False,
     )

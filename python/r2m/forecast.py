@@ -31,6 +31,7 @@ from r2m_kernels.streaming import (
     plan_passes,
     plan_tensors,
     shares,
+    whole_bytes,
     work_list,
 )
 
@@ -174,12 +175,14 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
     of_processes = []
     for names in shares(plan, passes, inputs, config, resources.processes):
         tensors = [tensor for tensor in plan.tensors if tensor.name in names]
-        memory = budget.split(resources.budget, tensors, inputs, config, threads=resources.threads)
+        whole = whole_bytes(passes, inputs)
+        memory = budget.split(resources.budget, tensors, inputs, config, threads=resources.threads, whole=whole)
         works = {}
         for one in passes:
             own = [tensor for tensor in one.tensors if tensor.name in names]
             works[one.name] = work_list(one, own, inputs, memory, resources.threads)
-        of_processes.append(_share(tensors, works, passes, memory, inputs, config))
+        beside = budget.library_bytes(resources.threads)
+        of_processes.append(_share(tensors, works, passes, memory, inputs, config, beside))
     files = plan_files(
         plan.output_specs(inputs.base.specs, output.dtype), output.metadata, output.max_shard_size, plan.aliases
     )
@@ -203,7 +206,9 @@ def _share(
     memory: budget.Memory,
     inputs: Inputs,
     config: MergeConfig,
+    beside: int,
 ) -> Share:
+    """What falls to a process that works on some tensors; ``beside``: bytes of libraries."""
     uses: Counter[str] = Counter()
     for one in passes:
         for work in works[one.name]:
@@ -215,19 +220,21 @@ def _share(
         return inputs.nbytes(tensor) * uses[tensor.name] - once
 
     flight, factors = memory.flight or 0, (memory.factors or 0) if config.eta != 0 else 0
+    room = memory.stored or flight
     paces = {(name, work.tensors[0].name): work.pace for name in works for work in works[name] if work.pace is not None}
-    uncut: dict[str, int] = {}
+    cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    needed: dict[str, int] = {}
     for one in passes:
         for tensor in one.tensors:
-            if one.block_elements(tensor) is None and (one.name, tensor.name) not in paces:
-                needed = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
-                uncut[tensor.name] = max(needed, uncut.get(tensor.name, 0))
-    cut = {work.tensors[0].name for of_pass in works.values() for work in of_pass if work.parts}
-    excess = {tensor.name: uncut[tensor.name] - flight for tensor in tensors if tensor.name in uncut}
-    by_name = {tensor.name: tensor for tensor in tensors}
+            if tensor.name in by_name and one.block_elements(tensor) is None and (one.name, tensor.name) not in paces:
+                taken = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
+                taken -= inputs.nbytes(tensor) if tensor.name in memory.kept else 0  # counted there
+                needed[tensor.name] = max(needed.get(tensor.name, 0), taken)
+    uncut = set(needed)
     for (_, name), pace in paces.items():
-        needed = budget.truncation_bytes(by_name[name], inputs, config, pace) - (memory.stored or 0)
-        excess[name] = max(needed, excess.get(name, needed))
+        needed[name] = max(needed.get(name, 0), budget.truncation_bytes(by_name[name], inputs, config, pace))
+    excess = {name: taken - room for name, taken in needed.items()}
     over = {tensor.name: excess[tensor.name] for tensor in tensors if excess.get(tensor.name, 0) > 0}
     kept = sum(inputs.nbytes(tensor) for tensor in tensors if tensor.name in memory.kept)
     return Share(
@@ -235,9 +242,9 @@ def _share(
         used=sum(map(used, tensors)),
         flops=sum(budget.truncation_flops(tensor, config, len(inputs.experts)) for tensor in tensors),
         spill=memory.spill,
-        memory=(memory.stored or flight) + max(over.values(), default=0) + factors + kept,
+        memory=beside + room + max(over.values(), default=0) + factors + kept,
         works=works,
-        in_parts=len(cut - uncut.keys()),
+        in_parts=len(cut - uncut),
         over=list(over),
     )
 

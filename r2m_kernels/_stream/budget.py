@@ -101,7 +101,8 @@ class Memory:
     Attributes:
         flight: inputs, intermediate results and outputs of what is at work.
         piece: what one tensor, or the part of it at work, may take of ``flight``.
-        stored: what a truncation from storage may take, in place of what is in flight; ``None``: there is none.
+        stored: what a truncation from storage, or a tensor that is needed whole, may take in place of what is in
+            flight; ``None``: none needs more.
         factors: low-rank factors, and Gram matrices of rows, that stay in memory.
         spill: those that do not fit there.
         kept: tensors whose inputs stay in memory from the first pass to the last.
@@ -124,12 +125,13 @@ def split(
     config: MergeConfig,
     *,
     threads: int,
+    whole: Mapping[str, int],
     device: int | None = None,
     brought: Callable[[PlannedTensor], bool] = lambda tensor: True,
 ) -> Memory:
     """The split of a budget.
 
-    Half at most is for what is in flight, and more only for truncations from storage that need it. Low-rank factors
+    Half at most is for what is in flight, and more only for single tensors that need it. Low-rank factors
     come next, since those beyond their share are written and read again; what is left keeps inputs, which would only be
     read again. On a GPU what stays there is bounded by its own memory: half is for factors, a quarter for inputs, the
     rest for two groups, results and workspace.
@@ -140,6 +142,7 @@ def split(
         inputs: of all tensors.
         config: whether residuals are truncated at all.
         threads: at work at once.
+        whole: what each tensor takes that is needed whole, by name.
         device: bytes of a GPU's memory; ``None``: a CPU computes.
         brought: whether a tensor's inputs have to be brought to where they are computed with.
     """
@@ -149,11 +152,16 @@ def split(
     if budget is None:
         return Memory(None, None, None, None, 0, _kept(stay, tensors, inputs, brought), group)
     # At most half of a small budget: what is left is to be worth having.
-    budget -= min(budget // 2, LIBRARY_BYTES + threads * WORKSPACE_BYTES)
-    largest = max(map(inputs.working_bytes, tensors), default=0)
-    flight = min(budget // 2, AHEAD * threads * largest)
+    budget -= min(budget // 2, library_bytes(threads))
+    working = max(map(inputs.working_bytes, tensors), default=0)
+    flight = min(budget // 2, AHEAD * threads * working)
     pace = Pace(len(inputs.experts), threads)
-    wanted = [truncation_bytes(one, inputs, config, pace) for one in tensors if stays(one, inputs, config, flight)]
+    staying = [tensor for tensor in tensors if stays(tensor, inputs, config, flight)]
+    wanted = [truncation_bytes(tensor, inputs, config, pace) for tensor in staying]
+    elsewhere = {tensor.name for tensor in staying}
+    most = max((whole.get(one.name, 0) for one in tensors if one.name not in elsewhere), default=0)
+    flight = min(budget // 2, AHEAD * threads * max(working, most))
+    wanted += [most] if most > flight else []
     stored = None if device is not None or not wanted else min(budget, max(flight, *wanted))
     needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
     factors = min(budget - (stored or flight), needed)
@@ -161,6 +169,11 @@ def split(
     spill = needed - factors if config.eta != 0 else 0
     piece = max(1, flight // (AHEAD * threads))
     return Memory(flight, piece, stored, factors, spill, _kept(stay, tensors, inputs, brought), group)
+
+
+def library_bytes(threads: int) -> int:
+    """What libraries take beside all that is split, however small a budget is."""
+    return LIBRARY_BYTES + threads * WORKSPACE_BYTES
 
 
 def _kept(

@@ -22,7 +22,7 @@ from .loader import Loader
 from .parallel import workers
 from .plan import Plan, PlannedTensor
 from .processes import Journal, NoJournal, ProcessGroup, SingleProcess
-from .schedule import Found, Pass, Step, run_in_groups, run_on_threads, shares, work_list
+from .schedule import Found, Pass, Step, run_in_groups, run_on_threads, shares, whole_bytes, work_list
 from .spill import FactorStore
 from .state_dicts import device_of
 
@@ -114,6 +114,7 @@ class Run:
             config,
             # Threads are for CPUs: a GPU has one queue of work.
             threads=workers() if self.device.type == "cpu" else 1,
+            whole=whole_bytes(known, inputs),
             device=free,
             brought=lambda tensor: not self.loader.in_place(tensor),
         )

@@ -68,6 +68,17 @@ def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConf
     return assign(budget.costs(plan.tensors, uses, inputs, config), processes)
 
 
+def whole_bytes(passes: Sequence[Pass], inputs: Inputs) -> dict[str, int]:
+    """What each tensor takes at most on passes that need all of it, by name."""
+    most: dict[str, int] = {}
+    for one in passes:
+        for tensor in one.tensors:
+            if one.block_elements(tensor) is None:
+                taken = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
+                most[tensor.name] = max(most.get(tensor.name, 0), taken)
+    return most
+
+
 Found = Sequence[tuple[Sequence[PlannedTensor], Any]]
 
 

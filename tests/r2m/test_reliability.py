@@ -19,7 +19,7 @@ import r2m
 import torch
 from forked import Child
 from heavy import Numbers
-from r2m.merge import merge_files
+from r2m.merge import merge_files, plan_merge
 from r2m.options import Options
 from r2m.recipe import Expert, Recipe
 from safetensors.torch import load_file, save_file
@@ -524,6 +524,22 @@ def test_memory_stays_within_the_budget(
     monkeypatch.chdir(tmp_path)
     huge_checkpoints(shape, steep=True)
     bounded(start, 64, method, threads, share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("method", ["star", "tsv_m", "iso_c"])
+def test_matrices_that_are_needed_whole_take_what_plan_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, threads: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    huge_checkpoints((4096, 768), steep=False)
+    recipe = Recipe("base.safetensors", Expert.each({n: f"{n}.safetensors" for n in "abc"}), make_config(method, {}))
+    monkeypatch.setattr("r2m.machine.threads", lambda: threads)
+    planned, _ = plan_merge(recipe, "out", Options(memory_budget="64MiB"))
+    taken = peak("out", 64 << 20, method, threads)
+    assert not planned.enough
+    assert 0.8 <= taken / planned.shares[0].memory <= 1.1
 
 
 @pytest.mark.slow
