@@ -45,7 +45,6 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
     validated = _read(directory / "validated.json")
     content: dict[str, Any] = {
         "methods": {method.name: method.kind for method in all_methods()},
-        "default": MergeConfig.r2m().to_dict(),
         "validated": validated,
         "chosen": choose(validated),
         "studies": _read(directory / "studies.json"),
