@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import r2m
 import torch
+from libraries import with_libraries
 from r2m.checkpoints import low_rank
 from r2m.checkpoints.adapters import changes, made_for, onto
 from r2m.checkpoints.reader import open_checkpoint
@@ -21,14 +21,12 @@ from r2m.commands.main import main
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import r2m_kernels
 from r2m_kernels.errors import InvalidInput
 
 if TYPE_CHECKING:
     from conftest import Result
 
 Command = Callable[..., "Result"]
-PYTHON = Path(__file__).resolve().parents[2] / ".venv-zoo" / "bin" / "python"
 OUTPUT, REPORT, STATE = "model.safetensors", "r2m_report.json", "r2m_state.json"
 BASE = {
     "blocks.0.attn.qkv.weight": (24, 8),
@@ -494,18 +492,7 @@ def test_a_preset_that_would_fit_is_named(base: dict[str, Tensor], command: Comm
     assert f"backbone.{QKV}.weight" in merged
 
 
-def zoo(command: str, directory: Path) -> dict[str, Any]:
-    assert PYTHON.exists(), "their environment is missing: make zoo"
-    script = Path(__file__).with_name("zoo_adapters.py")
-    sources = os.pathsep.join(str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
-    run = subprocess.run(
-        [PYTHON, script, command, directory], capture_output=True, text=True, check=False, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+zoo = partial(with_libraries, "zoo_adapters.py")
 
 
 METHODS = {"average": ("--method", "weight_average"), "whole": ("--rank", "1.0")}

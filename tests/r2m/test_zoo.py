@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import r2m
+from libraries import with_libraries
 from r2m.commands.main import main
 
-import r2m_kernels
-
-PYTHON = Path(__file__).resolve().parents[2] / ".venv-zoo" / "bin" / "python"
 EXPERTS = ("fs", "fr", "efs")
-
-
-def zoo(command: str, directory: Path) -> dict[str, Any]:
-    assert PYTHON.exists(), "their environment is missing: make zoo"
-    script = Path(__file__).with_name("zoo.py")
-    sources = os.pathsep.join(str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
-    run = subprocess.run(
-        [PYTHON, script, command, directory], capture_output=True, text=True, check=False, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+zoo = partial(with_libraries, "zoo.py")
 
 
 @pytest.mark.slow
