@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._stream.tensors import TensorSink as TensorSink
     from ._stream.tensors import TensorSource as TensorSource
     from ._stream.tensors import TensorSpec as TensorSpec
+    from .adapters import Adapters as Adapters
     from .config import MergeConfig as MergeConfig
     from .errors import BackendUnavailable as BackendUnavailable
     from .errors import InvalidInput as InvalidInput
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Loaded when they are asked for, so that who only wants to know the options does without torch.
 _NAMES = {
     ".merging": ("Analysis", "analyze", "merge"),
+    ".adapters": ("Adapters",),
     ".config": ("MergeConfig",),
     ".errors": ("BackendUnavailable", "InvalidInput", "R2MError"),
     "._stream.run": ("ProgressEvent",),

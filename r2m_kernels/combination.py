@@ -12,7 +12,7 @@ from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
-from ._stream.run import Run
+from ._stream.run import Progress, Run
 from ._stream.schedule import Found, Pass, Step
 from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
@@ -51,6 +51,15 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         workspace=workspace,
         by_factors=lambda tensor: by_factors(tensor, config),
     )
+
+
+def write(
+    run: Run, terms: Terms, sink: TensorSink, dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> None:
+    """Every merged tensor into a sink; ``dtype`` of floating-point ones, where it is not the base's."""
+    specs = run.plan.output_specs(run.inputs.base.specs, dtype)
+    run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
+    run.each(CombinationStep(run, terms, sink, specs), progress)
 
 
 class CombinationStep(Step):

@@ -28,6 +28,7 @@ from ._stream.run import Progress, Run, RunOptions, StepRecord
 from ._stream.schedule import Pass
 from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
 from ._stream.tensors import TensorSink
+from .adapters import Adapters
 from .config import MergeConfig, checked
 from .findings import Findings, Residuals, Truncated
 from .real_subspace import real_subspace
@@ -155,15 +156,23 @@ class Analysis:
         progress: Progress | None = None,
     ) -> None:
         """Steps 4 and 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
-        config, run = checked(config, self.config), self._run
         tensor_checks.output_dtype(dtype)
+        combination.write(self._run, self._terms(checked(config, self.config)), sink, dtype, progress)
+
+    def adapters(self, config: MergeConfig | None = None, **overrides: Any) -> Adapters:
+        """The merge taken apart: one model, and what each expert adds to its matrices, by few columns.
+
+        Raises:
+            InvalidInput: as :meth:`merge`; or there are no truncated residuals with these options.
+        """
+        return Adapters(self._run, self._terms(checked(config, self.config).replace(**overrides)))
+
+    @deterministic
+    def _terms(self, config: MergeConfig) -> Terms:
         # 4. One norm for all residuals.
         residuals = self.residuals(config)
-        # 5. What each tensor is made of, and made.
-        terms = Terms(self._findings, residuals, config, self._factors.of, run.factors.rows)
-        specs = self.plan.output_specs(run.inputs.base.specs, dtype)
-        run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
-        run.each(combination.CombinationStep(run, terms, sink, specs), progress)
+        # 5. What each tensor is made of.
+        return Terms(self._findings, residuals, config, self._factors.of, self._run.factors.rows)
 
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:

@@ -7,7 +7,7 @@ class here, or a new configuration of those that are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,18 +95,22 @@ class LowRank(Term):
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         if not self.factors:
             return Linear(self.coefficients).write(operators, group, outs)
-        device = group.bases[0].device
+        left, right, scale = self.products(operators, group.bases[0].device)
+        left = left if self.rows is None or group.rows is None else left[:, :, group.rows]
+        if group.factored:
+            return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, scale), outs)
+        group, outs = group.in_rows(outs)
+        return operators.combine(group.bases, group.experts, self.coefficients, left, right, scale, outs)
+
+    def products(self, operators: Operators, device: torch.device) -> low_rank.Products:
+        """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted; there are some."""
         widest = max(factors.left.shape[2] for factors in self.factors)
         # Rows, as kernels have them; where tensors kept unlike numbers of components, with zeros below.
         lefts = [_rows(factors.left.to(device).mT, widest) for factors in self.factors]
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
             left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
-            left = left if group.rows is None else left[:, :, group.rows]
-        if group.factored:
-            return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, self.scale), outs)
-        group, outs = group.in_rows(outs)
-        return operators.combine(group.bases, group.experts, self.coefficients, left, right, self.scale, outs)
+        return low_rank.Products(left, right, self.scale)
 
 
 def _by_factors(
@@ -298,6 +302,7 @@ class Terms:
         config: of the merge.
         factors: the low-rank factors of a tensor, or those of some rows; ``None`` where it has none.
         rows: Gram matrices of a tensor's rows, by its name; ``None`` where they are not known.
+        truncated: whether truncated residuals are added; whole ones are in any case.
     """
 
     findings: Findings
@@ -305,6 +310,11 @@ class Terms:
     config: MergeConfig
     factors: Callable[[PlannedTensor, slice | None], Factors | None]
     rows: Callable[[str], Tensor | None]
+    truncated: bool = True
+
+    def without_truncated(self) -> Terms:
+        """Those of the same merge whose truncated residuals are elsewhere."""
+        return replace(self, truncated=False)
 
     @property
     def single(self) -> bool:
@@ -345,6 +355,7 @@ class Terms:
         if kind is not LowRank:
             return Linear(coefficients)
         some = group.rows if rows is None else None
-        factors = [one for tensor in tensors if eta != 0 and (one := self.factors(tensor, some)) is not None]
+        wanted = tensors if eta != 0 and self.truncated else []
+        factors = [one for tensor in wanted if (one := self.factors(tensor, some)) is not None]
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
         return LowRank(coefficients, factors, scale, rows)

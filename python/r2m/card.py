@@ -88,6 +88,7 @@ def card(
             measured=measured,
             metrics=_METRICS,
             recipe=public,
+            adapters=report.get("adapters"),
         )
 
 

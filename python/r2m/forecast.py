@@ -63,6 +63,7 @@ class Output:
         dtype: of the floating-point tensors; ``None``: the base's.
         max_shard_size: bytes of tensors per file.
         copies: of the merged tensors on the disk in the end: two where another format is written from them.
+        beside: bytes of adapters.
     """
 
     directory: Path
@@ -70,6 +71,7 @@ class Output:
     dtype: torch.dtype | None
     max_shard_size: int
     copies: int = 1
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Forecast:
 
     Attributes:
         inputs: bytes of all checkpoints.
-        output: bytes of the merged tensors' files, headers included.
+        output: bytes of the merged tensors' files, headers included, and of adapters.
         files: how many files those are.
         shares: of each process.
         budget: bytes for each process.
@@ -190,7 +192,7 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
         experts=len(inputs.experts),
         tensors=len(plan.tensors),
         inputs=sum(spec.nbytes for source in inputs.sources for spec in source.specs.values()),
-        output=sum(file.size for file in files),
+        output=sum(file.size for file in files) + output.beside,
         files=len(files),
         shares=of_processes,
         budget=resources.budget,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 import r2m_kernels
-from r2m import distributed, former, labels, machine, ownership, plain_yaml, preprocessing
+from r2m import adapted, distributed, former, labels, machine, ownership, plain_yaml, preprocessing
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import CONFIG
 from r2m.checkpoints.adapters import made_for
 from r2m.checkpoints.files import Checkpoint
-from r2m.checkpoints.formats import FORMATS, Format
+from r2m.checkpoints.formats import ADAPTERS, OUTPUT_FORMATS, Format
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
@@ -120,7 +120,7 @@ class Job:
     @property
     def format(self) -> Format:
         """Of the output."""
-        return FORMATS[self.recipe.format]
+        return OUTPUT_FORMATS[self.recipe.format]
 
     @property
     def backend(self) -> Backend:
@@ -163,9 +163,17 @@ class Job:
             **more,
         )
 
+    def write(self, analysis: Analysis, sink: SafetensorsSink, progress: Progress | None) -> None:
+        """Steps 4 and 5, of which adapters have a part of their own."""
+        if self.format is ADAPTERS:
+            analysis.adapters(self.arranged.config).write(sink, dtype=self.dtype, progress=progress)
+        else:
+            analysis.write(sink, self.arranged.config, dtype=self.dtype, progress=progress)
+
     def forecast(self, directory: Path, resources: Resources) -> Forecast:
         """What it takes with these resources; ``directory`` is on the file system of the output."""
-        written = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies)
+        beside = adapted.nbytes(self.arranged, self.recipe.adapters) if self.format is ADAPTERS else 0
+        written = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies, beside)
         inputs = Inputs(self.arranged.base, self.arranged.experts)
         return forecast(inputs, self.arranged.config, self.backend, written, resources)
 
@@ -202,6 +210,8 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     renames = {name: one.rename for name, one in recipe.experts.items()}
     fakes = {name: one.fake for name, one in recipe.experts.items() if one.fake is not None}
     arranged = arrange(base, experts, config, recipe.arrangement, renames, fakes)
+    if OUTPUT_FORMATS[recipe.format] is ADAPTERS:
+        arranged = adapted.arrange(arranged, recipe.adapters)
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
     beside = hub.local(recipe.base)
     copied = {
@@ -224,7 +234,8 @@ def merge_files(
 ) -> dict[str, Any]:
     """Merge checkpoints into a new directory.
 
-    The directory holds ``model.safetensors`` (or shards and their index; or ``model.pth``), ``config.json`` and
+    The directory holds ``model.safetensors`` (or shards and their index; or ``model.pth``; or a model and ``adapters``
+    on it), ``config.json`` and
     ``preprocessor_config.json`` where the base is a directory that has them, ``r2m_config.yaml`` (the recipe)
     and ``r2m_report.json`` (the report). It appears when all of that is on the disk. A run that is cut off leaves its
     work in ``OUT.partial``, for ``resume``; one that finds its input unusable leaves nothing.
@@ -325,7 +336,7 @@ def _merge(
         sink.tie(analysis.plan.aliases)
         sink.mark_written(journal.known("combination"))
         sink.leave(analysis.elsewhere)
-        analysis.write(sink, dtype=job.dtype, progress=progress)
+        job.write(analysis, sink, progress)
         sink.sync()
     processes.gather({})
     return analysis, sink
@@ -355,6 +366,10 @@ def complete(
     recipe, directory = job.recipe, partial.output
     if not job.format.direct:
         job.format.save(open_checkpoint(partial.tensors, "merged tensors"), directory / job.format.output, sink.names)
+    adapters = None
+    if job.format is ADAPTERS:
+        model = open_checkpoint(directory, "the model")
+        adapters = adapted.write(directory, job.arranged, recipe.adapters, analysis, model, partial.target.name)
     merged = {tensor.name: tensor.spec for tensor in analysis.plan.tensors}
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
     outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)
@@ -366,7 +381,7 @@ def complete(
         write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
     write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe, partial.target)).encode())
     write_file(directory / STATE.file, former.record(state, analysis))
-    made = sorted({path.name for path in directory.iterdir()} - {CARD_FILE, REPORT.file})
+    made = sorted({*ownership.files(directory)} - {CARD_FILE, REPORT.file})
     sizes = {name: (directory / name).stat().st_size for name in made}
     report: dict[str, Any] = {
         "method": recipe.method,
@@ -383,6 +398,7 @@ def complete(
             "labels": list(agreed.classes.labels or ()) or None,
             "folded": job.arranged.folded,
         },
+        "adapters": adapters,
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     write_file(directory / CARD_FILE, card(directory, report, at=partial.target).encode(errors="backslashreplace"))

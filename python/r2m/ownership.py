@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.formats import OUTPUTS, SAFETENSORS
+from r2m.checkpoints.adapter_config import CONFIG, WEIGHTS
+from r2m.checkpoints.formats import ADAPTERS, OUTPUTS, SAFETENSORS
 from r2m.places import PARTIAL, new_file, opened
 from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels.errors import BadFile, quoted
@@ -20,6 +21,7 @@ COPIED_FILES = ("config.json", "preprocessor_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT.file}
 _NAMES = {STATE.file, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}
+_OF_ADAPTER = {CONFIG, WEIGHTS[0], CARD_FILE}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 # Files of up to so many bytes are hashed whole, others by as many bytes in blocks all over them: whoever trained a
 # model further has changed every block, and no gigabytes are read to see it.
@@ -41,8 +43,15 @@ def digest(path: Path) -> str:
 
 def written(directory: Path) -> dict[str, list[str]]:
     """Name → digests, for :data:`WRITTEN`, of all that lies in a directory but what says of itself what it is."""
-    names = sorted(set(os.listdir(directory)) - {REPORT.file, STATE.file})
+    names = sorted({*files(directory)} - {REPORT.file, STATE.file})
     return {name: [digest(directory / name)] for name in names}
+
+
+def files(directory: Path) -> list[str]:
+    """Names of all files of an output, those of its adapters from there."""
+    inside = (directory / ADAPTERS.beside).glob("*/*")
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    return names + [path.relative_to(directory).as_posix() for path in inside]
 
 
 def rewrite(directory: Path, report: Mapping[str, Any], name: str, before: Sequence[str], content: bytes) -> None:
@@ -66,7 +75,17 @@ def rewrite(directory: Path, report: Mapping[str, Any], name: str, before: Seque
 def is_named(entry: os.DirEntry[str]) -> bool:
     """Whether something in an output has one of the names that a merge gives."""
     named = entry.name in _NAMES or bool(_SHARD.fullmatch(entry.name))
-    return (entry.is_file(follow_symlinks=False) and named) or is_unfinished(entry)
+    return (entry.is_file(follow_symlinks=False) and named) or _holds_adapters(entry) or is_unfinished(entry)
+
+
+def _holds_adapters(entry: os.DirEntry[str]) -> bool:
+    """Whether something is the directory of adapters, with nothing else in it."""
+    if entry.name != ADAPTERS.beside or not entry.is_dir(follow_symlinks=False):
+        return False
+    places = list(os.scandir(entry))
+    inside = [one for place in places if place.is_dir(follow_symlinks=False) for one in os.scandir(place)]
+    ours = all(one.is_file(follow_symlinks=False) and one.name in _OF_ADAPTER for one in inside)
+    return ours and all(place.is_dir(follow_symlinks=False) for place in places)
 
 
 def is_unfinished(entry: os.DirEntry[str]) -> bool:
@@ -92,7 +111,7 @@ def foreign(directory: Path) -> str:
         known = {}
     except (BadFile, KeyError, ValueError, TypeError):
         return f"holds '{REPORT.file}', which was changed since a merge wrote it"
-    for name in (entry.name for entry in entries if entry.is_file() and entry.name not in (REPORT.file, STATE.file)):
+    for name in sorted({*files(directory)} - {REPORT.file, STATE.file}):
         if not isinstance(known.get(name), list):
             return f"holds {quoted(name)}, and nothing says that a merge wrote it"
         if digest(directory / name) not in known[name]:

@@ -7,12 +7,12 @@ it. A key that a plain value fills is declared here once: its sentence is the co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from r2m.checkpoints.formats import FORMATS, SAFETENSORS
+from r2m.checkpoints.formats import ADAPTERS, OUTPUT_FORMATS, SAFETENSORS
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS, Preset, Rules
@@ -21,6 +21,13 @@ from r2m_kernels.config import FILES, FLAGS, METHODS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
 from r2m_kernels.options import Option, flag, option, read_options
 
+ENSEMBLE = "ensemble"
+# Of adapters, where nothing else is asked for: the method, and what it is merged with.
+_ENSEMBLE_METHOD = "cart"
+_ADAPTED: Mapping[str, Mapping[str, Any]] = {
+    ENSEMBLE: {"rank": 0.05, "head": "mean", "whole_up_to": 16},
+    "merge": {"rank": 0.05},
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
 
 
@@ -122,14 +129,14 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format: of the output, as their sentences say.
+        dtype, format, adapters: of the output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
         file: that it was read from; no part of what is written, and never written to.
 
     Raises:
-        BadOption: no such dtype or format.
+        BadOption: no such dtype or format, or adapters of another method.
     """
 
     base: str
@@ -142,8 +149,18 @@ class Recipe:
     format: str = option(
         SAFETENSORS.name,
         FILES,
-        "Of the output; " + "; ".join(f"{name}: {one.title}" for name, one in FORMATS.items() if not one.direct) + ".",
-        choices=tuple(FORMATS),
+        "Of the output; "
+        + "; ".join(f"{name}: {one.title}" for name, one in OUTPUT_FORMATS.items() if one is not SAFETENSORS)
+        + ".",
+        choices=tuple(OUTPUT_FORMATS),
+    )
+    adapters: str = option(
+        ENSEMBLE,
+        FILES,
+        "With --format adapters: on the experts' mean, so that with its own it is an expert again (ensemble), or on "
+        "the core, so that with all of them it is the merge (merge).",
+        "An ensemble is of the method cart, at rank 0.05 unless another is given.",
+        choices=(ENSEMBLE, "merge"),
     )
     arrangement: Arrangement = field(default_factory=Arrangement)
     preprocessing: Preprocessing | None = None
@@ -153,6 +170,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():
             declared.checked(getattr(self, name))
+        if self.adapters != ENSEMBLE and self.format != ADAPTERS.name:
+            raise BadOption(f"adapters: {self.adapters} is for --format {ADAPTERS.name}, got {self.format}")
+        if self.format == ADAPTERS.name and self.adapters == ENSEMBLE and self.method != _ENSEMBLE_METHOD:
+            raise BadOption(
+                f"adapters: an ensemble is the mean and what each expert has beyond it, the method {_ENSEMBLE_METHOD}; "
+                f"for {self.method} give --adapters merge"
+            )
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> Recipe:
@@ -164,15 +188,17 @@ class Recipe:
         for key in ("base", "expert"):
             if key not in given:
                 raise BadOption(f"Missing option '{flag(key)}', or a recipe.")
-        method = given.get("method", "r2m")
+        output = {one.name: given[one.key] for one in OUTPUT.values() if one.key in given}
+        method = given.get("method", default_method(output))
+        options = {key: value for key, value in given.items() if key in FLAGS}
         return cls(
             given["base"],
             Expert.each(name_experts(given["expert"])),
-            make_config(method, {key: value for key, value in given.items() if key in FLAGS}),
+            adapted(make_config(method, options), output, options),
             method,
             notes=tuple(filter(None, [METHODS[method].former])),
             arrangement=Arrangement.from_options(given),
-            **{one.name: given[one.key] for one in OUTPUT.values() if one.key in given},
+            **output,
         )
 
     def with_expert(self, name: str, expert: Expert, weight: float | None = None) -> Recipe:
@@ -209,6 +235,20 @@ class Recipe:
         if config.weights is not None:
             config = config.replace(weights=tuple(itertools.compress(config.weights, kept)))
         return replace(self, experts=dict(itertools.compress(self.experts.items(), kept)), config=config)
+
+
+def default_method(output: Mapping[str, Any]) -> str:
+    """The method of a merge that asks for none; ``output``: what is said of that, by fields."""
+    ensemble = output.get("format") == ADAPTERS.name and output.get("adapters", ENSEMBLE) == ENSEMBLE
+    return _ENSEMBLE_METHOD if ensemble else "r2m"
+
+
+def adapted(config: MergeConfig, output: Mapping[str, Any], given: Collection[str]) -> MergeConfig:
+    """A configuration for adapters, if the output is to have some; what was ``given`` stays."""
+    if output.get("format") != ADAPTERS.name or config.spectrum != "truncate":
+        return config
+    fields = _ADAPTED.get(output.get("adapters", ENSEMBLE), {})
+    return config.replace(**{name: value for name, value in fields.items() if name not in given})
 
 
 def read_rule(text: str) -> tuple[str, str]:

@@ -46,7 +46,7 @@ from r2m.checkpoints import hub
 from r2m.naming import named
 from r2m.places import from_output, read_small, to_output
 from r2m.preprocessing import Preprocessing
-from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
+from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe, adapted, default_method
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.config import METHODS, OFFERED, OPTIONS, make_config
 from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quoted
@@ -148,30 +148,26 @@ class _Special(_Keys):
     preprocessing: _Preprocessing | None = Field(None, description="of the merged model, whatever the experts have")
 
     def read(self, directory: Path) -> Recipe:
-        if self.merge_method in _ELSEWHERE:
-            raise BadOption(f"merge_method: {self.merge_method} of mergekit is {_ELSEWHERE[self.merge_method]}")
-        checks.choice("merge_method", self.merge_method, tuple(METHODS))
+        plain = {name: _read_plain(getattr(self, name), one, directory) for name, one in _PLAIN.items()}
+        output = {name: plain.pop(name) for name in OUTPUT}
+        method = self.merge_method if "merge_method" in self.model_fields_set else default_method(output)
+        if method in _ELSEWHERE:
+            raise BadOption(f"merge_method: {method} of mergekit is {_ELSEWHERE[method]}")
+        checks.choice("merge_method", method, tuple(METHODS))
         experts = [one.read(directory) for one in self.models]
         names = named([(one.name, expert.path) for one, expert in zip(self.models, experts, strict=True)])
-        plain = {name: _read_plain(getattr(self, name), one, directory) for name, one in _PLAIN.items()}
         return Recipe(
             _beside(directory, self.base_model),
             dict(zip(names, experts, strict=True)),
-            self._config(),
-            self.merge_method,
-            **{name: plain.pop(name) for name in OUTPUT},
+            self._config(method, output),
+            method,
+            **output,
             arrangement=Arrangement(self.rename, **plain),
             preprocessing=self.preprocessing.read() if self.preprocessing else None,
-            notes=() if self.parameters.keys() >= FORMER_FIELDS else self._notes(),
+            notes=() if self.parameters.keys() >= FORMER_FIELDS else _notes(method),
         )
 
-    def _notes(self) -> tuple[str, ...]:
-        """Where words that somebody wrote mean something else than they once did."""
-        method = self.merge_method
-        changed = f"merge_method: {method} is another than in 0.1.0: {_CHANGED[method]}" if method in _CHANGED else ""
-        return tuple(filter(None, [changed, METHODS[method].former]))
-
-    def _config(self) -> MergeConfig:
+    def _config(self, method: str, output: Mapping[str, Any]) -> MergeConfig:
         parameters = dict(self.parameters)
         weights = [expert.weight for expert in self.models]
         if any(weight is not None for weight in weights):
@@ -181,7 +177,7 @@ class _Special(_Keys):
         if parameters.keys() >= FORMER_FIELDS:
             parameters = {**_BEFORE, **parameters}
         try:
-            return make_config(self.merge_method, {}).replace(**_fields(parameters))
+            return adapted(make_config(method, {}), output, parameters).replace(**_fields(parameters))
         except InvalidInput as error:
             raise BadOption(f"parameters: {error}") from None
 
@@ -199,6 +195,12 @@ class _Special(_Keys):
             **_plain_written(arrangement, ARRANGEMENT, place),
             **({"preprocessing": recipe.preprocessing.plain()} if recipe.preprocessing else {}),
         }
+
+
+def _notes(method: str) -> tuple[str, ...]:
+    """Where words that somebody wrote mean something else than they once did."""
+    changed = f"merge_method: {method} is another than in 0.1.0: {_CHANGED[method]}" if method in _CHANGED else ""
+    return tuple(filter(None, [changed, METHODS[method].former]))
 
 
 _PLAIN: dict[str, Option] = {**OUTPUT, **ARRANGEMENT}  # the other keys

@@ -142,6 +142,7 @@ REPORT = Record(
         "arrangement.head": "how the classifier was merged, and which tensors it is",
         "arrangement.labels": "of its outputs, in order, where they are known",
         "arrangement.folded": "tensors that came as factors and were multiplied",
+        "adapters": "kind, ranks by matrix, modules saved whole, tensors that are the mean in all; null: none",
         "output.files": "their bytes",
         "output.bytes": "of all",
         "output.seconds": "of the whole merge",

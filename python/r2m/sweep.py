@@ -170,7 +170,7 @@ def _write(
     partial.output.mkdir()
     sink = job.sink(partial)
     sink.tie(analysis.plan.aliases)
-    analysis.write(sink, job.arranged.config, dtype=job.dtype, progress=progress)
+    job.write(analysis, sink, progress)
     workplace.check()
     complete(job, partial, sink, analysis, state, started)
     sync(partial.output)

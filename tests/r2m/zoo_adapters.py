@@ -1,22 +1,24 @@
 """Adapters made by PEFT on models of several libraries; run by test_adapters.py in their environment.
 
 ``zoo_adapters.py make DIR`` saves for each kind a base, three adapters, and the three models that
-``merge_and_unload()`` makes of them.
+``merge_and_unload()`` makes of them. ``zoo_adapters.py apart DIR`` merges specialists into a model and adapters, which
+PEFT loads on it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import zoo
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
@@ -118,6 +120,128 @@ def make(directory: Path) -> None:
     print(json.dumps({name: kind.whole for name, kind in KINDS.items()}))
 
 
+# Models that are taken apart.
+APART: dict[str, Callable[[], nn.Module]] = {
+    "timm_vit": zoo.KINDS["timm_vit"].build,
+    "clip_tower": tower,
+    "resnet": lambda: zoo.torchvision.models.resnet18(num_classes=2),
+    "efficientnet": zoo.KINDS["timm_efficientnet"].build,
+    "open_clip": lambda: zoo.open_clip.CLIP(**zoo.OPEN_CLIP).visual,
+}
+RANK = 6  # of three specialists' residuals, each of rank 2
+
+
+def apart(directory: Path) -> None:
+    """How far PEFT's models are from those that are put together by hand, in bounds, and their outputs."""
+    warnings.filterwarnings("error", message=".*(missing|no bias).*")
+    found: dict[str, Any] = {}
+    for number, (name, build) in enumerate(APART.items()):
+        torch.manual_seed(number)
+        place, base = directory / name, build().eval()
+        place.mkdir()
+        states = {expert: specialist(base.state_dict()) for expert in EXPERTS}
+        merged = merges(place, base.state_dict(), states)
+        images = torch.randn(4, 3, *picture(name), generator=torch.Generator().manual_seed(9))
+        about = json.loads((place / "ensemble" / "r2m_report.json").read_text())["adapters"]
+        mean, core = (load_file(place / kind / "model.safetensors") for kind in ("ensemble", "merge"))
+        bounds, forward = [], []
+        # An ensemble, its adapters on one model; and each on one of its own, to look at the weights.
+        adapted = with_adapters(loaded(build, mean), place / "ensemble", EXPERTS)
+        for expert, state in states.items():
+            own = {key: mean[key] if key in about["averaged"] else value for key, value in state.items()}
+            rest = {key: truncated(key, expert, states) for key in about["ranks"]}
+            expected = own | {key: (mean[key].double() + one).float() for key, one in rest.items()}
+            adapted.set_adapter(expert)
+            forward += [distance(adapted, loaded(build, one), images) for one in (own, expected)]
+            alone = with_adapters(loaded(build, mean), place / "ensemble", [expert])
+            bounds.append(beyond(alone.merge_and_unload().state_dict(), expected, mean))
+        # A merge: all at once.
+        together = with_adapters(loaded(build, core), place / "merge", EXPERTS)
+        together.base_model.set_adapter(list(EXPERTS))
+        forward.append(distance(together, loaded(build, merged), images))
+        bounds.append(beyond(together.merge_and_unload().state_dict(), merged, base.state_dict()))
+        found[name] = {"beyond": max(bounds), "forward": max(forward), **about}
+    print(json.dumps(found))
+
+
+def merges(place: Path, base: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Both kinds into files; the merge as one model."""
+    from r2m.commands.main import main
+
+    save_file(contiguous(base), place / "base.safetensors")
+    words = ["merge", "--quiet", "--base", str(place / "base.safetensors"), "--rank", str(RANK), "--svd", "exact"]
+    for expert, state in states.items():
+        save_file(contiguous(state), place / f"{expert}.safetensors")
+        words += ["--expert", f"{expert}={place / expert}.safetensors"]
+    apart = ["--format", "adapters", "--adapters"]
+    for kind in (["ensemble"], ["merge", "--method", "r2m"]):
+        assert main([*words, *apart, *kind, "--out", str(place / kind[0])]) == 0
+    assert main([*words, "--out", str(place / "merged")]) == 0
+    return load_file(place / "merged" / "model.safetensors")
+
+
+def with_adapters(model: nn.Module, out: Path, experts: Sequence[str]) -> PeftModel:
+    first, *others = experts
+    adapted = PeftModel.from_pretrained(model, str(out / "adapters" / first), adapter_name=first).eval()
+    for expert in others:
+        missing = adapted.load_adapter(str(out / "adapters" / expert), expert).missing_keys
+        assert not [key for key in missing if f".{expert}." in key], missing
+    return adapted
+
+
+def truncated(name: str, expert: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """What a specialist has beyond the mean, at rank :data:`RANK`: the short side's leading eigenvectors, float64."""
+    own = states[expert][name].double()
+    rest = (own - sum(state[name].double() for state in states.values()) / len(states)).flatten(1)
+    rest = rest if rest.shape[0] <= rest.shape[1] else rest.T  # a square one is as it is
+    leading = torch.linalg.eigh(rest @ rest.T).eigenvectors[:, -RANK:]
+    found = leading @ (leading.T @ rest)
+    return (found if found.shape == own.flatten(1).shape else found.T).reshape(own.shape)
+
+
+def picture(name: str) -> tuple[int, int]:
+    return (64, 64) if name in ("resnet", "efficientnet") else (zoo.SIZE, zoo.SIZE)
+
+
+def specialist(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that floats has moved, matrices by rank 2."""
+    state = {}
+    for name, tensor in base.items():
+        m = tensor.shape[0] if tensor.ndim > 1 else 0
+        if not tensor.is_floating_point():
+            state[name] = tensor + 7
+        elif m and min(m, tensor.numel() // m) > 2:
+            left, right = torch.randn(m, 2), torch.randn(2, tensor.numel() // m)
+            state[name] = tensor + 0.02 * (left @ right).view(tensor.shape)
+        else:
+            state[name] = tensor + 0.02 * torch.rand_like(tensor)
+    return state
+
+
+def loaded(build: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    model = build()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def distance(model: nn.Module, other: nn.Module, images: Tensor) -> float:
+    """Between two models' outputs, relative to the second's."""
+    with torch.no_grad():
+        outputs = [one(images) for one in (model, other)]
+    found, expected = (one if isinstance(one, Tensor) else one.pooler_output for one in outputs)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def beyond(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> float:
+    """By how many times the bound tensors differ: 4 ulp of float32, and a millionth of the update."""
+    worst = 0.0
+    for name, right in expected.items():
+        if right.is_floating_point():
+            bound = 4 * 2**-23 * right.abs() + 1e-6 * (right - before[name]).abs().max()
+            worst = max(worst, float(((found[name] - right).abs() / bound.clamp_min(1e-30)).max()))
+    return worst
+
+
 def trained(model: nn.Module) -> None:
     """As after some steps: whatever could be trained has moved."""
     with torch.no_grad():
@@ -131,4 +255,4 @@ def contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    {"make": make}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "apart": apart}[sys.argv[1]](Path(sys.argv[2]))

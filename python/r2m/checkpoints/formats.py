@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class Format:
         module: reads it, and writes it.
         direct: whether a merge writes it tensor by tensor, and so can go on after it was cut off. Others are written
             from that when all is merged.
+        beside: a directory of the output for what else a merge writes; empty: nothing.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Format:
     is_mine: Callable[[bytes], bool]
     module: str
     direct: bool = False
+    beside: str = ""
 
     @property
     def copies(self) -> int:
@@ -109,6 +111,11 @@ FORMATS = {
     )
 }
 SAFETENSORS = FORMATS["safetensors"]  # what a merge writes tensor by tensor
+# What a merge writes, and no file is of: a checkpoint, and adapters of PEFT beside it.
+ADAPTERS = replace(
+    SAFETENSORS, name="adapters", title="safetensors, and each expert as a LoRA of PEFT on it", beside="adapters"
+)
+OUTPUT_FORMATS = FORMATS | {ADAPTERS.name: ADAPTERS}
 SUFFIXES = tuple(suffix for one in FORMATS.values() for suffix in one.suffixes)
 INDEXES = tuple(one.index for one in FORMATS.values())
 OUTPUTS = tuple(one.output for one in FORMATS.values())

@@ -119,11 +119,12 @@ def plan_files(
     metadata: Mapping[str, str],
     max_shard_size: int,
     aliases: Mapping[str, str] | None = None,
+    single: str = SAFETENSORS.single,
 ) -> list[PlannedFile]:
     """Where every tensor goes: a function of the arguments' contents, not of the order of ``specs``.
 
     Names are sorted and fill one shard after the other, each up to ``max_shard_size`` bytes of tensors; a
-    larger tensor has a shard of its own. One shard is ``model.safetensors``, more are
+    larger tensor has a shard of its own. One shard is ``single``, more are
     ``model-00001-of-0000N.safetensors``.
 
     Args:
@@ -132,6 +133,7 @@ def plan_files(
         max_shard_size: bytes of tensors per file.
         aliases: name → the name it is tied to. Such a name is not stored: the header's metadata say so, as those of
             ``safetensors.torch.save_model`` do.
+        single: what the only file is called.
 
     Raises:
         BadCheckpoint: a dtype that safetensors cannot store.
@@ -148,7 +150,7 @@ def plan_files(
         filled += nbytes
     files = []
     for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SAFETENSORS.single
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else single
         here = set(shard)
         tied = {name: first for name, first in aliases.items() if first in here}
         if tied:

@@ -35,12 +35,19 @@ class SafetensorsSink:
         metadata: entries of the safetensors header besides ``{"format": "pt"}``, which is always there.
         max_shard_size: bytes of tensors per file, except for a single tensor larger than that.
         create: whether :meth:`begin` makes the files; otherwise another process has.
+        single: what a file is called that is the only one.
     """
 
     def __init__(
-        self, directory: str | Path, metadata: Mapping[str, str], max_shard_size: int, *, create: bool = True
+        self,
+        directory: str | Path,
+        metadata: Mapping[str, str],
+        max_shard_size: int,
+        *,
+        create: bool = True,
+        single: str = SAFETENSORS.single,
     ) -> None:
-        self._create = create
+        self._create, self._single = create, single
         self._directory = Path(directory)
         # Should the directory be replaced under its path, nothing is written to its successor.
         self._opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -67,7 +74,7 @@ class SafetensorsSink:
         """
         self.names = list(specs)
         self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
-        self._files = plan_files(specs, self._metadata, self._max_shard_size, self._aliases)
+        self._files = plan_files(specs, self._metadata, self._max_shard_size, self._aliases, self._single)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         done = self._there | self._others
         self._missing = {name: 0 if name in done else spec.numel for name, spec in self._specs.items()}

@@ -143,6 +143,7 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
         f"core coefficients: {coefficients}",
         ", ".join(numbers),
         *_head(report.get("arrangement", {}).get("head", {})),
+        *_adapters(report.get("adapters")),
     ]
 
 
@@ -153,6 +154,17 @@ def _head(head: dict[str, Any]) -> list[str]:
     if head.get("rule") in (None, "merge") or not head["tensors"]:
         return []
     return [f"head ({printable(head['rule'])}): {', '.join(map(printable, head['tensors']))}"]
+
+
+def _adapters(about: dict[str, Any] | None) -> list[str]:
+    """What adapters hold, and what they do not; nothing where there are none."""
+    if about is None:
+        return []
+    from r2m_kernels.errors import printable
+
+    counts = f"{len(about['ranks'])} layers by factors, {len(about['saved'])} modules whole"
+    averaged = f"; the mean in all of them: {', '.join(map(printable, about['averaged']))}" if about["averaged"] else ""
+    return [f"adapters ({about['kind']}): {counts}{averaged}"]
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,165 @@
+"""The output of a merge as one model and an adapter of each expert on it (``--format adapters``).
+
+In an ``ensemble`` the model is the experts' mean, and an adapter what is left of its expert, truncated; what no product
+carries is saved whole, or is the mean. In a ``merge`` the model is the core, and adapters are residuals as they enter
+the merge; what no product carries is in the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m import plain_yaml
+from r2m.arrangement import Arranged, literal
+from r2m.checkpoints.adapter_config import README
+from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, changed_layers, layers, layout
+from r2m.checkpoints.adapter_writer import AdapterWriter
+from r2m.checkpoints.files import Checkpoint
+from r2m.checkpoints.formats import ADAPTERS
+from r2m.checkpoints.view import View
+from r2m.places import sync
+from r2m.templating import render
+from r2m_kernels import Adapters, Analysis
+from r2m_kernels.errors import BadOption, printable, quoted
+from r2m_kernels.streaming import plan_tensors
+
+ENSEMBLE = "ensemble"
+
+
+def arrange(arranged: Arranged, kind: str) -> Arranged:
+    """The same where matrices that no adapter carries keep their whole residuals: those are in the model then.
+
+    Raises:
+        BadOption: an adapter would hold nothing, or its expert's name is none of a directory.
+    """
+    for name in arranged.experts:
+        if name != os.path.basename(name) or name.startswith(".") or len(os.fsencode(name)) > 255:
+            raise BadOption(f"adapters: expert {quoted(name)}: expected a name that a directory can have: NAME=PATH")
+    config = arranged.config
+    plan = plan_tensors(arranged.base, arranged.experts, config)
+    specs, matrices = {tensor.name: tensor.spec for tensor in plan.tensors}, [one.name for one in plan.of("matrix")]
+    # Of a tied weight an adapter would change one of two.
+    targets = layers(specs, [name for name in matrices if name not in plan.tied])
+    targets = carrying_biases(specs, targets) if kind == ENSEMBLE else targets
+    carried = {*targets.values()}
+    truncated = [one.name for one in plan.tensors if one.truncated and one.name in carried]
+    if not truncated or config.eta == 0 or config.spectrum != "truncate" or config.scale == "column":
+        raise BadOption(
+            "adapters: with this method and these options no residual of a layer is truncated, and they would hold "
+            "nothing; expected a rank below full, an eta above 0, and no scale by column"
+        )
+    _both_projections(layers(specs, truncated), truncated)
+    whole = tuple((literal(name), 1.0) for name in matrices if name not in carried)
+    return replace(arranged, config=config.replace(ranks=(*whole, *config.ranks)))
+
+
+def _both_projections(targets: Mapping[str, str], truncated: Iterable[str]) -> None:
+    lost = [name for name in truncated if name not in targets.values()]
+    if lost:
+        raise BadOption(
+            f"adapters: the residual of {quoted(lost[0])} is truncated, and that of the other projection of its "
+            "attention is not; expected one rank for both"
+        )
+
+
+def write(
+    directory: Path, arranged: Arranged, kind: str, analysis: Analysis, model: Checkpoint, base: str
+) -> dict[str, Any]:
+    """Adapters into directories of their own, each on the disk when this returns.
+
+    Args:
+        directory: the output, in which :data:`ADAPTERS.beside` is made.
+        arranged, analysis: of the merge.
+        kind: ``ensemble`` or ``merge``.
+        model: what is written in the output already.
+        base: what that will be called.
+
+    Returns:
+        What the report says of them.
+    """
+    parts, place = analysis.adapters(arranged.config), directory / ADAPTERS.beside
+    laid = _layout(kind, analysis, model, parts)
+    wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in laid.targets.values()}
+    place.mkdir(exist_ok=True)
+    writers = {}
+    for name in arranged.experts:
+        (place / name).mkdir(exist_ok=True)
+        writers[name] = AdapterWriter(place / name, laid, model.specs, parts.ranks, wide)
+    # A heavier expert's part of the residual term is larger; alone it is what it is.
+    weights = analysis.real_subspace.weights * len(writers) if kind == ENSEMBLE else torch.ones(len(writers))
+    for module, name in laid.targets.items():
+        changes = parts.changes(name)
+        for (expert, writer), weight in zip(writers.items(), weights.tolist(), strict=True):
+            left, right = changes[expert]
+            bias = _beyond(arranged.experts[expert], model, f"{module}{BIAS}") if laid.biased else None
+            writer.write_change(module, left / weight, right, bias)
+    for name in (name for names in laid.saved.values() for name in names):
+        for expert, writer in writers.items():
+            writer.write_whole(name, _own(arranged.experts[expert], model, name))
+    about = {
+        "kind": kind,
+        "ranks": {name: parts.ranks[name] for name in laid.targets.values()},
+        "saved": list(laid.saved),
+        "averaged": list(laid.averaged),
+    }
+    for expert, writer in writers.items():
+        writer.finish(base, _card(expert, base, about).encode(errors="backslashreplace"), README)
+    sync(place)
+    return about
+
+
+def _beyond(expert: View, model: Checkpoint, name: str) -> Tensor:
+    return expert.read(name).double() - model.read(name).double()
+
+
+def _own(expert: View, model: Checkpoint, name: str) -> Tensor:
+    """An expert's tensor; counters, which it may lack, are the model's."""
+    spec = model.specs[name]
+    return expert.read(name).to(spec.dtype) if spec.dtype.is_floating_point else model.read(name)
+
+
+def _card(expert: str, base: str, about: Mapping[str, Any]) -> str:
+    header = {
+        "base_model": base,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["lora", "r2m", "deepfake-detection"],
+    }
+    words = {"called": expert, "place": f"{ADAPTERS.beside}/{expert}"}
+    quoted_words = {key: json.dumps(printable(word), ensure_ascii=False) for key, word in words.items()}
+    return render("adapter.md", header=plain_yaml.dump(header).rstrip(), expert=expert, about=about, **quoted_words)
+
+
+def nbytes(arranged: Arranged, kind: str) -> int:
+    """Bytes of all adapters' tensors, as headers tell them: where every layer has changed."""
+    plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
+    specs = {tensor.name: tensor.spec for tensor in plan.tensors}
+    truncated = {tensor.name: tensor for tensor in plan.tensors if tensor.truncated}
+    laid = Layout(layers(specs, truncated))
+    if kind == ENSEMBLE:
+        moved = [tensor.name for tensor in plan.tensors if tensor.role != "copied" and tensor.name not in truncated]
+        laid = layout(specs, laid.targets, moved)
+    numbers = sum(one.rank * sum(one.matrix_shape) for one in truncated.values())
+    numbers += sum(specs[name].shape[0] for name in laid.targets.values()) if laid.biased else 0
+    whole = sum(specs[name].nbytes for names in laid.saved.values() for name in names)
+    return len(arranged.experts) * (numbers * torch.float32.itemsize + whole)
+
+
+def _layout(kind: str, analysis: Analysis, model: Checkpoint, parts: Adapters) -> Layout:
+    targets = layers(model.specs, parts.ranks)
+    _both_projections(targets, parts.ranks)
+    changed = {name for name, gram in analysis.grams.items() if bool(gram.any())}
+    targets = changed_layers(model.specs, targets, changed)
+    if kind != ENSEMBLE:
+        return Layout(targets)
+    looked_at = {one.name for one in analysis.plan.of("statistic", "extra")}  # and not compared
+    moved = (looked_at | changed) - {*targets.values()}
+    return layout(model.specs, targets, [name for name in model.specs if name in moved])

@@ -1,0 +1,79 @@
+"""A merge taken apart into one model and an adapter of each expert (README §6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import combination
+from ._stream.loader import Group
+from ._stream.parallel import deterministic
+from ._stream.run import Progress, Run
+from ._stream.state_dicts import StateDictSink, StateDictSource
+from ._stream.tensors import TensorSink
+from .errors import BadOption
+from .terms import LowRank, Terms, kind_of
+
+
+class Change(NamedTuple):
+    """What an expert adds to a matrix: left · right, (m, r) by (r, n), in the compute dtype."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Adapters:
+    """One model, and what each expert adds to its matrices. Made by :meth:`r2m_kernels.Analysis.adapters`.
+
+    The model is the merge without its truncated residuals: of these matrices the core alone, of all others what the
+    merge makes of them. With the changes of all experts added it is the merge. Where core and residuals are the mean
+    and what each one has beyond it, as ``MergeConfig.cart()`` has it, with one expert's it is, but for truncation,
+    that expert.
+
+    Attributes:
+        ranks: matrix → columns r of each expert's change, in the base's order.
+
+    Raises:
+        BadOption: there are no truncated residuals, or the change of a matrix is not the sum of the experts'.
+    """
+
+    def __init__(self, run: Run, terms: Terms) -> None:
+        self._run, self._terms = run, terms
+        findings, config = terms.findings, terms.config
+        if config.scale == "column":
+            raise BadOption("scale: 'column' lengthens the sum of all experts' changes; expected 'none' or 'layer'")
+        planned = [findings.at(tensor, config) for tensor in findings.plan.tensors]
+        self._tensors = {one.name: one for one in planned if one.truncated and kind_of(one, config) is LowRank}
+        self.ranks = {name: tensor.rank for name, tensor in self._tensors.items()}
+        if not self.ranks or not all(self._term(name).factors for name in [*self.ranks][:1]):
+            raise BadOption(
+                f"adapters: there are no truncated residuals with eta={config.eta:g}, rank={config.rank} and "
+                f"{len(findings.experts)} expert{'s' * (len(findings.experts) > 1)}; expected some"
+            )
+
+    def model(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The model's state dict, as :meth:`r2m_kernels.Analysis.merge` has the merge's."""
+        base = self._run.inputs.base
+        sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self._run.plan.aliases)
+        self.write(sink, dtype=dtype)
+        return sink.state_dict
+
+    @deterministic
+    def write(self, sink: TensorSink, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> None:
+        """The model into a sink, tensor by tensor."""
+        combination.write(self._run, self._terms.without_truncated(), sink, dtype, progress)
+
+    @deterministic
+    def changes(self, name: str) -> dict[str, Change]:
+        """Each expert's change of a matrix, as it enters the merge: matched, weighted, times η."""
+        left, right, scale = self._term(name).products(self._run.backend.operators, self._run.device)
+        lefts = left[0] * scale.to(left).view(-1, 1, 1)
+        changes = (Change(*(one.contiguous() for one in pair)) for pair in zip(lefts, right[0], strict=True))
+        return dict(zip(self._terms.findings.experts, changes, strict=True))
+
+    def _term(self, name: str) -> LowRank:
+        term = self._terms.of(Group([self._tensors[name]]))
+        assert isinstance(term, LowRank)
+        return term
