@@ -26,12 +26,11 @@ from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import ADAPTERS
 from r2m.checkpoints.view import View
 from r2m.places import sync
+from r2m.recipe import ENSEMBLE
 from r2m.templating import render
 from r2m_kernels import Adapters, Analysis
 from r2m_kernels.errors import BadOption, printable, quoted
 from r2m_kernels.streaming import plan_tensors
-
-ENSEMBLE = "ensemble"
 
 
 def arrange(arranged: Arranged, kind: str) -> Arranged:

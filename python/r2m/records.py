@@ -168,6 +168,8 @@ EVALUATION = Record(
         "models.*.source": "the checkpoint or the scores",
         "models.*.detector": "how it was loaded",
         "models.*.preprocessing": "of its pictures",
+        "models.*.bytes": "of its files, with those of its adapters; null for scores",
+        "models.*.looks_like": "by dataset, of what an ensemble calls fake, whose logit is how often the largest; null",
         "models.*.datasets": "by dataset: counts, metrics over frames and over videos, intervals",
         "models.*.average": "of each metric over the datasets that define it",
         "settings": "options that decide the numbers",

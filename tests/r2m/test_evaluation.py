@@ -388,6 +388,60 @@ def test_detectors_are_run(detector: str, command: Command) -> None:
     assert once["models"]["good"]["datasets"] == twice["models"]["good"]["datasets"]
 
 
+LAYERS = """
+import torch
+from torch import nn
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(48, 40), nn.LayerNorm(40), nn.Linear(40, 2)
+
+    def forward(self, images):
+        return self.head(self.norm(self.body(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))))
+"""
+
+
+def test_an_ensemble_is_the_mean_logit_of_a_model_with_each_adapter(command: Command) -> None:
+    Path("mine.py").write_text(LAYERS)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"body.weight": (40, 48), "body.bias": (40,), "norm.weight": (40,), "norm.bias": (40,)}
+    shapes |= {"head.weight": (2, 40), "head.bias": (2,)}
+    base = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(base, "base.safetensors")
+    words = ["merge", "--quiet", "--base", "base.safetensors", "--svd", "exact", "--rank", "38"]
+    for name in ("fs", "fr"):
+        moved = {key: one + 0.2 * torch.randn(one.shape, generator=generator) for key, one in base.items()}
+        moved["body.weight"] = base["body.weight"] + 0.1 * torch.randn(40, 9, generator=generator) @ torch.randn(9, 48)
+        save_file(moved, f"{name}.safetensors")
+        words += ["--expert", f"{name}={name}.safetensors"]
+    assert command(*words, "--format", "adapters", "--out", "m").code == 0
+    for number in range(12):
+        image(f"set/{'fake' if number % 2 else 'real'}/{number}.png", 20 * number)
+    evaluate = ["evaluate", "--detector", "mine:Layers", *PREPARED, "--data", "set", "--bootstrap", "5"]
+    result = command(*evaluate, "--model", "fs=fs.safetensors", "--adapters", "m", "--out", "e")
+    assert result.code == 0, result.err
+    found = json.loads(Path("e/evaluation.json").read_text())["models"]
+    assert list(found) == ["fs", "m", "m/fr", "m/fs"]
+    files = (Path(f"e/scores-{number}.csv").read_text().splitlines() for number in range(1, 5))
+    rows = [[float(row["probability"]) for row in csv.DictReader(lines)] for lines in files]
+    alone, together, *members = np.array(rows)
+    assert np.abs(members[1] - alone).max() < 1e-5  # with its adapter the mean is that specialist
+    assert np.abs(members[0] - alone).max() > 0.01
+    logits = np.log(members) - np.log1p(-np.array(members))
+    assert np.abs(together - 1 / (1 + np.exp(-logits.mean(0)))).max() < 1e-12
+    assert found["m"]["looks_like"]["set"]["fs"] == np.mean(logits.argmax(0)[together > 0.5] == 1)
+    assert "m on set: what it calls fake looks like fr (" in result.out
+    stored = {name: one["bytes"] for name, one in found.items()}
+    assert stored["fs"] == Path("fs.safetensors").stat().st_size
+    assert stored["m"] == stored["m/fs"] + stored["m/fr"] + Path("m/model.safetensors").stat().st_size
+    assert "on the disk: fs " in result.out
+    refused = command(*evaluate, "--model", "m/fs=fs.safetensors", "--adapters", "m")
+    assert (refused.code, refused.err.splitlines()[-1][:49]) == (2, "Error: model 'm/fs': is also an adapter's name, o")
+    assert command(*words, "--format", "adapters", "--adapters", "merge", "--out", "n").code == 0
+    assert "its adapters are parts of one merge, and none is a" in command(*evaluate, "--adapters", "n").err
+
+
 def test_weights_under_other_names_need_a_preset(detector: str, command: Command) -> None:
     image("set/real/a.png", 70)
     image("set/fake/b.png", 190)
@@ -447,7 +501,12 @@ def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("", "evaluate: expected --model or --scores"),
+        ("", "evaluate: expected --model, --adapters or --scores"),
+        ("--adapters m --data set", "evaluate: --adapters needs --detector"),
+        (
+            "--adapters set --detector mine:build --data set {}",
+            "expected what a merge with --format adapters",
+        ),
         ("--model good.safetensors --data set", "evaluate: --model needs --detector"),
         ("--model good.safetensors --detector mine:build", "evaluate: --model needs --data"),
         (

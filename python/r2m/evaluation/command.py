@@ -16,14 +16,16 @@ from torch import nn
 
 from r2m import places
 from r2m.checkpoints import hub
+from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
 from r2m.evaluation.detectors import load_detector
+from r2m.evaluation.ensemble import Ensemble, attribution, combined, load_ensemble
 from r2m.evaluation.metrics import judge_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, beside
-from r2m.progress import bars
+from r2m.progress import bars, readable_bytes
 from r2m.recipe import Arrangement
 from r2m.records import EVALUATION
 from r2m_kernels import __version__
@@ -68,26 +70,43 @@ def _alone(out: str | None) -> Iterator[None]:
 
 def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> list[str]:
     _check(request, out, overwrite)
-    named = name_experts([*request.models, *request.scores])
-    checkpoints = dict(list(named.items())[: len(request.models)])
-    scores = {name: read_scores(path) for name, path in named.items() if name not in checkpoints}
+    named = name_experts([*request.models, *request.adapters, *request.scores])
+    kinds = ["model"] * len(request.models) + ["adapters"] * len(request.adapters) + ["scores"] * len(request.scores)
+    paths = {kind: {name: named[name] for name, one in zip(named, kinds, strict=True) if one == kind} for kind in kinds}
+    scores = {name: read_scores(path) for name, path in paths.get("scores", {}).items()}
+    checkpoints = paths.get("model", {}) | paths.get("adapters", {})
     datasets = _datasets(request) if checkpoints else {}
     preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
-    arrangement = Arrangement(preset=request.preset)
-    models = {
-        name: load_detector(request.detector or "", path, f"model '{name}' ({path})", arrangement)
-        for name, path in checkpoints.items()
-    }
+    arrangement, detector = Arrangement(preset=request.preset), request.detector or ""
+    models: dict[str, nn.Module | Ensemble] = {}
+    for name, path in checkpoints.items():
+        load = load_detector if name in paths.get("model", {}) else load_ensemble
+        models[name] = load(detector, path, f"model '{name}' ({path})", arrangement)
+    sources, whose, attributions = dict(named), dict[str, str](), dict[str, Any]()
+    for name, one in models.items():
+        if isinstance(one, Ensemble):
+            whose |= {f"{name}/{member}": name for member in one.members}
+            sources |= {f"{name}/{member}": path for member, path in one.paths.items()}
+    twice = next((member for member in whose if member in named), None)
+    if twice is not None:
+        raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(whose[twice])}; give it another")
+    preprocessings |= {member: preprocessings[name] for member, name in whose.items()}
     evaluated = _run(request, models, preprocessings, datasets, quiet)
+    for name, one in models.items():
+        if isinstance(one, Ensemble):
+            members = {member: evaluated[f"{name}/{member}"] for member in one.members}
+            attributions[name] = attribution(members, evaluated[name])
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
     judged = {
         name: {
-            "source": os.path.abspath(path) if out is None else places.from_output(out, path),
-            "detector": request.detector if name in models else None,
-            "preprocessing": preprocessings[name].plain() if name in models else None,
+            "source": os.path.abspath(sources[name]) if out is None else places.from_output(out, sources[name]),
+            "detector": request.detector if name in evaluated else None,
+            "preprocessing": preprocessings[name].plain() if name in evaluated else None,
+            "bytes": _bytes(sources[name], models.get(name)) if name in evaluated else None,
+            "looks_like": attributions.get(name),
             **judge_all(scores[name], resamples=request.bootstrap, seed=request.seed),
         }
-        for name, path in named.items()
+        for name in (*evaluated, *paths.get("scores", {}))
     }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
     settings = ("split", "frames", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
@@ -104,16 +123,37 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     }
     if out is not None:
         run.write_result(Path(out), result, evaluated)
-    return [*table(result), *run.left_out(unreadable)]
+    return [*table(result), *_of_ensembles(result), *run.left_out(unreadable)]
+
+
+def _bytes(path: str, model: nn.Module | Ensemble | None) -> int:
+    """Of the files: of an ensemble, its model's and all adapters'."""
+    directories = [path, *(model.paths.values() if isinstance(model, Ensemble) else ())]
+    opened = (open_checkpoint(one, one, adapters=True) for one in directories)
+    return sum(file.stat().st_size for one in opened for file in one.files)
+
+
+def _of_ensembles(result: Mapping[str, Any]) -> list[str]:
+    """Whose forgeries what is called fake looks like, and what everybody takes; nothing where none has adapters."""
+    lines = [
+        f"{printable(name)} on {printable(dataset)}: what it calls fake looks like "
+        + ", ".join(f"{printable(member)} ({share:.0%})" for member, share in shares.items())
+        for name, one in result["models"].items()
+        for dataset, shares in (one["looks_like"] or {}).items()
+    ]
+    sizes = {name: one["bytes"] for name, one in result["models"].items() if one["bytes"] is not None}
+    listed = ", ".join(f"{printable(name)} {readable_bytes(size)}" for name, size in sizes.items())
+    return [*lines, f"on the disk: {listed}"] if any(one["looks_like"] for one in result["models"].values()) else []
 
 
 def _check(request: Request, out: str | None, overwrite: bool) -> None:
-    if not request.models and not request.scores:
-        raise BadOption("evaluate: expected --model or --scores")
-    if request.models and not request.detector:
-        raise BadOption("evaluate: --model needs --detector, which says what the checkpoint is the weights of")
-    if request.models and not request.data:
-        raise BadOption("evaluate: --model needs --data")
+    if not request.models and not request.adapters and not request.scores:
+        raise BadOption("evaluate: expected --model, --adapters or --scores")
+    run_here = "--model" if request.models else "--adapters" if request.adapters else ""
+    if run_here and not request.detector:
+        raise BadOption(f"evaluate: {run_here} needs --detector, which says what the checkpoint is the weights of")
+    if run_here and not request.data:
+        raise BadOption(f"evaluate: {run_here} needs --data")
     if out is not None and (Path(out) / EVALUATION.file).exists() and not overwrite:
         raise BadFile(f"out ({out}): holds an evaluation already; --overwrite replaces it")
 
@@ -130,22 +170,30 @@ def _datasets(request: Request) -> dict[str, list[Frame]]:
 
 def _run(
     request: Request,
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Ensemble],
     preprocessings: Mapping[str, Preprocessing],
     datasets: Mapping[str, Sequence[Frame]],
     quiet: bool,
 ) -> dict[str, run.Evaluated]:
-    evaluated = {}
+    evaluated: dict[str, run.Evaluated] = {}
     total = sum(map(len, datasets.values()))
 
     def show(name: str, done: int) -> None:
         if shown is not None:
             shown.show(name, done, total, f"{done}/{total}")
 
+    def scored(name: str, model: nn.Module) -> run.Evaluated:
+        progress = functools.partial(show, name)
+        return run.run_detector(name, model, datasets, preprocessings[name], request, progress)
+
     with nullcontext() if quiet else bars() as shown:
         for name, model in models.items():
-            progress = functools.partial(show, name)
-            evaluated[name] = run.run_detector(name, model, datasets, preprocessings[name], request, progress)
+            if isinstance(model, Ensemble):
+                members = {member: scored(f"{name}/{member}", model.with_adapter(member)) for member in model.members}
+                evaluated[name] = combined(members)
+                evaluated |= {f"{name}/{member}": one for member, one in members.items()}
+            else:
+                evaluated[name] = scored(name, model)
     return evaluated
 
 

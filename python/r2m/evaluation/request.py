@@ -22,6 +22,12 @@ class Request:
     """
 
     models: tuple[str, ...] = option((), MODELS, "A checkpoint to run.", flag="model", metavar="[NAME=]PATH")
+    adapters: tuple[str, ...] = option(
+        (),
+        MODELS,
+        "The output of merge --format adapters: the mean logit of its model with each adapter, and each alone.",
+        metavar="[NAME=]DIR",
+    )
     detector: str | None = option(
         None,
         MODELS,

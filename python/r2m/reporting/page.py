@@ -16,6 +16,7 @@ from r2m.evaluation.data import read_scores
 from r2m.evaluation.metrics import Scores
 from r2m.options import SWEPT
 from r2m.places import csv_table, new_directory, read_small, write_file
+from r2m.progress import readable_bytes
 from r2m.records import EVALUATION, REPORT, as_written, read_evaluation
 from r2m.reporting.figures import Picture, Rows, bars, colour, curves, finish, heatmap, picture
 from r2m.reporting.spectra import of_residuals
@@ -162,7 +163,7 @@ def of_evaluation(measured: Mapping[str, Any], scores: Mapping[str, Mapping[str,
             f"AUC over {title}: models against test sets",
             "A specialist is good on its own forgeries; below 0.5 it ranks the wrong way round. A dash: one class.",
             [
-                {"model": name, **dict(zip(datasets, row, strict=True))}
+                {"model": name, **dict(zip(datasets, row, strict=True)), "size": _size(models[name].get("bytes"))}
                 for name, row in zip(models, values, strict=True)
             ],
             lambda axes, values=values: heatmap(axes, list(models), datasets, values, 0.3),  # type: ignore[misc]
@@ -296,6 +297,10 @@ def _of_noise(report: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _size(count: int | None) -> str:
+    return "–" if count is None else readable_bytes(count)
 
 
 def _by_name(values: Mapping[str, float | None] | None) -> str:

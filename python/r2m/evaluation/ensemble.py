@@ -1,0 +1,111 @@
+"""A model with each of its adapters in turn, from one in memory: their mean logit, and whose a forgery looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from r2m.arrangement import plain, renamed
+from r2m.checkpoints.adapters import onto
+from r2m.checkpoints.formats import ADAPTERS
+from r2m.checkpoints.layout import some
+from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.view import View
+from r2m.evaluation.data import Frame
+from r2m.evaluation.detectors import load_detector
+from r2m.evaluation.run import Evaluated
+from r2m.places import MOST_RECORD, read_beside
+from r2m.recipe import ENSEMBLE, Arrangement
+from r2m.records import REPORT
+from r2m_kernels.errors import BadFile, DoesNotFit, quoted
+
+# Beyond it a probability is 0 or 1 in float64, and its logit no number.
+_LEAST = 1e-15
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A detector and its adapters.
+
+    Attributes:
+        model: in evaluation mode, with the weights of whoever was asked for last.
+        members: adapter → the tensors of the model with it.
+        paths: adapter → its directory.
+        changed: tensors that any of them changes.
+    """
+
+    model: nn.Module
+    members: Mapping[str, View]
+    paths: Mapping[str, str]
+    changed: tuple[str, ...]
+
+    def with_adapter(self, member: str) -> nn.Module:
+        """The detector with one adapter."""
+        view = self.members[member]
+        self.model.load_state_dict({name: view.read(name) for name in self.changed}, strict=False)
+        return self.model
+
+
+def load_ensemble(kind: str, out: str, label: str, arrangement: Arrangement) -> Ensemble:
+    """What a merge with ``--format adapters`` wrote, as a detector; arguments and errors are :func:`load_detector`'s.
+
+    Raises:
+        BadFile: there are no adapters.
+        DoesNotFit: they change what the detector has not.
+    """
+    place = Path(out) / ADAPTERS.beside
+    names = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    if not names:
+        raise BadFile(f"{label}: expected what a merge with --format {ADAPTERS.name} wrote, got no {ADAPTERS.beside}/")
+    about = read_beside(Path(out) / REPORT.file, MOST_RECORD).get("adapters")
+    if isinstance(about, dict) and about.get("kind") != ENSEMBLE:
+        raise BadFile(f"{label}: its adapters are parts of one merge, and none is a detector; expected an {ENSEMBLE}")
+    base = plain(open_checkpoint(out, label, arrangement.key), arrangement)
+    members = {}
+    for name in names:
+        adapter = open_checkpoint(place / name, f"{label}: adapter {quoted(name)}", adapters=True)
+        members[name] = onto(base, renamed(adapter, arrangement))
+    pairs = ((name, one) for view in members.values() for name, one in view.tensors.items())
+    parts = {name for name, one in pairs if base.tensors.get(name) is not one}
+    model = load_detector(kind, out, label, arrangement)
+    strange = sorted(parts - model.state_dict().keys())
+    if strange:
+        raise DoesNotFit(f"{label}: its adapters change what the detector {quoted(kind)} has not: {some(strange)}")
+    return Ensemble(model, members, {name: str(place / name) for name in names}, tuple(sorted(parts)))
+
+
+def combined(members: Mapping[str, Evaluated]) -> Evaluated:
+    """The scores of all together: of each frame the mean logit, as a probability."""
+    first = next(iter(members.values()))
+    rows: dict[str, list[tuple[Frame, float]]] = {}
+    for dataset, scored in first.rows.items():
+        means = 1 / (1 + np.exp(-_logits(members, dataset).mean(axis=0)))
+        rows[dataset] = [(frame, float(mean)) for (frame, _), mean in zip(scored, means, strict=True)]
+    return Evaluated(rows, dict(first.unreadable))
+
+
+def attribution(members: Mapping[str, Evaluated], together: Evaluated) -> dict[str, dict[str, float]]:
+    """Dataset → adapter → for which share of the frames that all together call fake its logit is the largest.
+
+    Datasets without such frames are not there.
+    """
+    shares = {}
+    for dataset, scored in together.rows.items():
+        fake = np.array([probability > 0.5 for _, probability in scored])
+        looks_like = Counter(_logits(members, dataset)[:, fake].argmax(axis=0).tolist())
+        if fake.any():
+            shares[dataset] = {name: looks_like[place] / int(fake.sum()) for place, name in enumerate(members)}
+    return shares
+
+
+def _logits(members: Mapping[str, Evaluated], dataset: str) -> NDArray[np.float64]:
+    """(adapters, frames) log-odds of fake."""
+    rows = [[probability for _, probability in one.rows[dataset]] for one in members.values()]
+    values = np.clip(np.array(rows, np.float64), _LEAST, 1 - _LEAST)
+    return np.log(values) - np.log1p(-values)
