@@ -125,7 +125,6 @@ APART: dict[str, Callable[[], nn.Module]] = {
     "timm_vit": zoo.KINDS["timm_vit"].build,
     "clip_tower": tower,
     "resnet": lambda: zoo.torchvision.models.resnet18(num_classes=2),
-    "efficientnet": zoo.KINDS["timm_efficientnet"].build,
     "open_clip": lambda: zoo.open_clip.CLIP(**zoo.OPEN_CLIP).visual,
 }
 RANK = 6  # of three specialists' residuals, each of rank 2
@@ -200,7 +199,7 @@ def truncated(name: str, expert: str, states: Mapping[str, Mapping[str, Tensor]]
 
 
 def picture(name: str) -> tuple[int, int]:
-    return (64, 64) if name in ("resnet", "efficientnet") else (zoo.SIZE, zoo.SIZE)
+    return (64, 64) if name == "resnet" else (zoo.SIZE, zoo.SIZE)
 
 
 def specialist(base: Mapping[str, Tensor]) -> dict[str, Tensor]:

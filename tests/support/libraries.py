@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-zoo" / "bin" / "python"
 
 
+def environment() -> dict[str, str]:
+    """Variables of a process there."""
+    sources = os.pathsep.join(str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
+
+
 def with_libraries(script: str, command: str, directory: Path) -> dict[str, Any]:
     """What a script of tests/r2m prints as JSON on its last line.
 
@@ -25,10 +31,8 @@ def with_libraries(script: str, command: str, directory: Path) -> dict[str, Any]
         directory: where.
     """
     assert PYTHON.exists(), "their environment is missing: make zoo"
-    sources = os.pathsep.join(str(Path(str(module.__file__)).parents[1]) for module in (r2m, r2m_kernels))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
     arguments = [PYTHON, ROOT / "tests" / "r2m" / script, command, directory]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment())
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert isinstance(found, dict)
