@@ -1,4 +1,4 @@
-"""A merge taken apart into one model and an adapter of each expert (README §6)."""
+"""A merge taken apart into one model and an adapter of each expert, or as one adapter of the base (README §6)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import combination
+from . import combination, low_rank
 from ._stream.loader import Group
 from ._stream.parallel import deterministic
 from ._stream.run import Progress, Run
 from ._stream.state_dicts import StateDictSink, StateDictSource
-from ._stream.tensors import TensorSink
+from ._stream.tensors import LowRankSource, TensorSink
 from .errors import BadOption
-from .terms import LowRank, Terms, kind_of
+from .terms import Linear, LowRank, Terms, kind_of
 
 
 class Change(NamedTuple):
@@ -77,3 +77,41 @@ class Adapters:
         term = self._terms.of(Group([self._tensors[name]]))
         assert isinstance(term, LowRank)
         return term
+
+
+class MergedChanges:
+    """What a merge adds to matrices, by few columns. Made by :meth:`r2m_kernels.Analysis.changes`.
+
+    Attributes:
+        ranks: matrix → Σ r_j of what the experts' changes have, of those of which all are known as
+            :class:`LowRankSource` tells them, and that the merge makes of them linearly but for truncation.
+    """
+
+    def __init__(self, run: Run, terms: Terms) -> None:
+        self._run, self._terms = run, terms
+        planned = [terms.findings.at(tensor, terms.config) for tensor in terms.findings.plan.of("matrix")]
+        self._tensors = {one.name: one for one in planned if kind_of(one, terms.config) in (Linear, LowRank)}
+        experts = [one for one in run.inputs.experts if isinstance(one, LowRankSource)]
+        known = {name: [one.change_rank(name) for one in experts] for name in self._tensors}
+        self.ranks = {
+            name: sum(rank for rank in ranks if rank is not None)
+            for name, ranks in known.items()
+            if len(experts) == len(run.inputs.experts) and None not in ranks
+        }
+
+    @deterministic
+    def change(self, name: str, rank: int | None = None) -> Change:
+        """What is added to a matrix, float64 on the CPU: with all its columns, or the best with ``rank`` of them."""
+        tensor, experts = self._tensors[name], self._run.inputs.experts
+        m = tensor.matrix_shape[0]
+        changes = [one.read_change(name).double() for one in experts if isinstance(one, LowRankSource)]
+        term = self._terms.of(Group([tensor]))
+        assert isinstance(term, Linear | LowRank)
+        lefts = [change[:m] * weight for change, weight in zip(changes, term.coefficients.tolist(), strict=True)]
+        rights = [change[m:].mT for change in changes]
+        if isinstance(term, LowRank) and term.factors:
+            products = term.products(self._run.backend.operators, self._run.device)
+            lefts += [one * weight for one, weight in zip(products.left[0].double().cpu(), products.scale, strict=True)]
+            rights += list(products.right[0].double().cpu())
+        most = self.ranks[name] if rank is None else min(rank, self.ranks[name])
+        return Change(*low_rank.collapsed(torch.cat(lefts, dim=1), torch.cat(rights), most))

@@ -97,6 +97,18 @@ def truncate(
     return GroupFactors(lefts, rights, "right", True, "exact", gap)
 
 
+def collapsed(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r approximation of a product of many columns, float64 on the CPU: (m, r) and (r, n).
+
+    Args:
+        left, right: (m, k) and (k, n).
+        rank: r.
+    """
+    (outer_left, inner_left), (outer_right, inner_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+    u, sizes, vh = torch.linalg.svd(inner_left @ inner_right.mT)
+    return outer_left @ (u[:, :rank] * sizes[:rank]), vh[:rank] @ outer_right.mT
+
+
 class Products(NamedTuple):
     """Σ_i scale_i · left_i right_i: (L, N, m, r), (L, N, r, n) and (N,)."""
 

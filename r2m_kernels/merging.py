@@ -28,7 +28,7 @@ from ._stream.run import Progress, Run, RunOptions, StepRecord
 from ._stream.schedule import Pass
 from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
 from ._stream.tensors import TensorSink
-from .adapters import Adapters
+from .adapters import Adapters, MergedChanges
 from .config import MergeConfig, checked
 from .findings import Findings, Residuals, Truncated
 from .real_subspace import real_subspace
@@ -166,6 +166,10 @@ class Analysis:
             InvalidInput: as :meth:`merge`; or there are no truncated residuals with these options.
         """
         return Adapters(self._run, self._terms(checked(config, self.config).replace(**overrides)))
+
+    def changes(self, config: MergeConfig | None = None, **overrides: Any) -> MergedChanges:
+        """What the merge adds to matrices that experts changed by few columns, as such a product itself."""
+        return MergedChanges(self._run, self._terms(checked(config, self.config).replace(**overrides)))
 
     @deterministic
     def _terms(self, config: MergeConfig) -> Terms:

@@ -2,7 +2,8 @@
 
 In an ``ensemble`` the model is the experts' mean, and an adapter what is left of its expert, truncated; what no product
 carries is saved whole, or is the mean. In a ``merge`` the model is the core, and adapters are residuals as they enter
-the merge; what no product carries is in the model.
+the merge; what no product carries is in the model. Of adapters alone the merge can be ``one`` adapter on their base;
+the model is the merge then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from r2m import plain_yaml
 from r2m.arrangement import Arranged, literal
+from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import README
 from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, changed_layers, layers, layout
 from r2m.checkpoints.adapter_writer import AdapterWriter
@@ -26,19 +28,27 @@ from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import ADAPTERS
 from r2m.checkpoints.view import View
 from r2m.places import sync
-from r2m.recipe import ENSEMBLE
+from r2m.recipe import ENSEMBLE, ONE
 from r2m.templating import render
 from r2m_kernels import Adapters, Analysis
 from r2m_kernels.errors import BadOption, printable, quoted
 from r2m_kernels.streaming import plan_tensors
+
+MERGED = "merged"  # what one is called
 
 
 def arrange(arranged: Arranged, kind: str) -> Arranged:
     """The same where matrices that no adapter carries keep their whole residuals: those are in the model then.
 
     Raises:
-        BadOption: an adapter would hold nothing, or its expert's name is none of a directory.
+        BadOption: an adapter would hold nothing, or its expert's name is none of a directory; or the merge is to be
+            one, and not all experts are.
     """
+    if kind == ONE:
+        whole = next((name for name, view in arranged.experts.items() if view.source.adapter is None), None)
+        if whole is not None:
+            raise BadOption(f"adapters: {ONE} is of adapters alone; expert {quoted(whole)} is a whole checkpoint")
+        return arranged
     for name in arranged.experts:
         if name != os.path.basename(name) or name.startswith(".") or len(os.fsencode(name)) > 255:
             raise BadOption(f"adapters: expert {quoted(name)}: expected a name that a directory can have: NAME=PATH")
@@ -56,8 +66,8 @@ def arrange(arranged: Arranged, kind: str) -> Arranged:
             "nothing; expected a rank below full, an eta above 0, and no scale by column"
         )
     _both_projections(layers(specs, truncated), truncated)
-    whole = tuple((literal(name), 1.0) for name in matrices if name not in carried)
-    return replace(arranged, config=config.replace(ranks=(*whole, *config.ranks)))
+    kept = tuple((literal(name), 1.0) for name in matrices if name not in carried)
+    return replace(arranged, config=config.replace(ranks=(*kept, *config.ranks)))
 
 
 def _both_projections(targets: Mapping[str, str], truncated: Iterable[str]) -> None:
@@ -103,9 +113,46 @@ def write(
     for name in (name for names in laid.saved.values() for name in names):
         for expert, writer in writers.items():
             writer.write_whole(name, _own(arranged.experts[expert], model, name))
+    return _finished(place, writers, base, kind, laid, parts.ranks)
+
+
+def write_one(
+    directory: Path, arranged: Arranged, rank: int | None, analysis: Analysis, model: Checkpoint, base: str
+) -> dict[str, Any]:
+    """The merge as one adapter on the base; ``rank``: at most, of its products. Others are :func:`write`'s.
+
+    Raises:
+        BadOption: the merge changes what no adapter carries.
+    """
+    parts, place = analysis.changes(arranged.config), directory / ADAPTERS.beside
+    changed = {name for name, gram in analysis.grams.items() if bool(gram.any())}
+    changed |= {one.name for one in analysis.plan.of("statistic", "extra") if _moved(arranged.base, model, one.name)}
+    known = layers(model.specs, [name for name in parts.ranks if name not in analysis.plan.tied])
+    targets = changed_layers(model.specs, known, changed)
+    laid = layout(model.specs, targets, [name for name in model.specs if name in changed - {*targets.values()}])
+    if not targets or laid.averaged:
+        lost = (
+            f"no adapter carries the change of {quoted(laid.averaged[0])}" if laid.averaged else "no layer has changed"
+        )
+        raise BadOption(f"adapters: {lost}, and the merge cannot be {ONE}")
+    ranks = {name: min(parts.ranks[name], rank or parts.ranks[name]) for name in targets.values()}
+    wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
+    (place / MERGED).mkdir(parents=True, exist_ok=True)
+    writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide)
+    for module, name in targets.items():
+        bias = _beyond(model, arranged.base, f"{module}{BIAS}") if laid.biased else None
+        writer.write_change(module, *parts.change(name, rank), bias)
+    for name in (name for names in laid.saved.values() for name in names):
+        writer.write_whole(name, model.read(name))
+    return _finished(place, {MERGED: writer}, base, ONE, laid, ranks)
+
+
+def _finished(
+    place: Path, writers: Mapping[str, AdapterWriter], base: str, kind: str, laid: Layout, ranks: Mapping[str, int]
+) -> dict[str, Any]:
     about = {
         "kind": kind,
-        "ranks": {name: parts.ranks[name] for name in laid.targets.values()},
+        "ranks": {name: ranks[name] for name in laid.targets.values()},
         "saved": list(laid.saved),
         "averaged": list(laid.averaged),
     }
@@ -115,8 +162,20 @@ def write(
     return about
 
 
-def _beyond(expert: View, model: Checkpoint, name: str) -> Tensor:
-    return expert.read(name).double() - model.read(name).double()
+def _moved(base: View, model: Checkpoint, name: str) -> bool:
+    return name not in base.specs or not torch.equal(base.read(name).to(model.specs[name].dtype), model.read(name))
+
+
+def _beyond(one: View | Checkpoint, other: View | Checkpoint, name: str) -> Tensor:
+    return one.read(name).double() - other.read(name).double()
+
+
+def base_name(path: str, arranged: Arranged) -> str:
+    """What the base is called in an adapter on it: its repository, what all experts call it, or its file's name."""
+    named = {view.source.adapter.base for view in arranged.experts.values() if view.source.adapter}
+    if hub.is_reference(path):
+        return "/".join(path.removeprefix(hub.SCHEME).partition("@")[0].split("/")[:2])
+    return next(iter(named)) or Path(path).name if len(named) == 1 else Path(path).name
 
 
 def _own(expert: View, model: Checkpoint, name: str) -> Tensor:
@@ -140,6 +199,11 @@ def _card(expert: str, base: str, about: Mapping[str, Any]) -> str:
 def nbytes(arranged: Arranged, kind: str) -> int:
     """Bytes of all adapters' tensors, as headers tell them: where every layer has changed."""
     plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
+    if kind == ONE:
+        ranks = {
+            one: [view.change_rank(one.name) or 0 for view in arranged.experts.values()] for one in plan.of("matrix")
+        }
+        return sum(sum(rank) * sum(one.matrix_shape) for one, rank in ranks.items()) * torch.float32.itemsize
     specs = {tensor.name: tensor.spec for tensor in plan.tensors}
     truncated = {tensor.name: tensor for tensor in plan.tensors if tensor.truncated}
     laid = Layout(layers(specs, truncated))

@@ -22,7 +22,10 @@ from r2m_kernels import Analysis
 from r2m_kernels.errors import BadFile
 
 # Keys of a state on which no Gram matrix of two experts depends.
-_FREE = ("merge_method", "dtype", "format", "adapters", "max_shard_size", "order of experts", "specialists")
+_FREE = (
+    *("merge_method", "dtype", "format", "adapters", "adapter_rank"),
+    *("max_shard_size", "order of experts", "specialists"),
+)
 
 # In one merge of merges, as a file may claim: it decides weights.
 _MOST_SPECIALISTS = 1000

@@ -31,7 +31,7 @@ from r2m.output import INPUTS, SOURCES, PartialOutput, Workplace, check_output, 
 from r2m.ownership import CARD_FILE, RECIPE_FILE
 from r2m.places import from_output, read_small, write_file
 from r2m.preprocessing import Preprocessing
-from r2m.recipe import DTYPES, Recipe
+from r2m.recipe import DTYPES, ONE, Recipe
 from r2m.recipe_file import dump
 from r2m.records import REPORT, STATE, WRITTEN
 from r2m_kernels import Analysis, ProgressEvent, analyze
@@ -165,7 +165,7 @@ class Job:
 
     def write(self, analysis: Analysis, sink: SafetensorsSink, progress: Progress | None) -> None:
         """Steps 4 and 5, of which adapters have a part of their own."""
-        if self.format is ADAPTERS:
+        if self.format is ADAPTERS and self.recipe.adapters != ONE:
             analysis.adapters(self.arranged.config).write(sink, dtype=self.dtype, progress=progress)
         else:
             analysis.write(sink, self.arranged.config, dtype=self.dtype, progress=progress)
@@ -369,7 +369,11 @@ def complete(
     adapters = None
     if job.format is ADAPTERS:
         model = open_checkpoint(directory, "the model")
-        adapters = adapted.write(directory, job.arranged, recipe.adapters, analysis, model, partial.target.name)
+        if recipe.adapters == ONE:
+            base = adapted.base_name(recipe.base, job.arranged)
+            adapters = adapted.write_one(directory, job.arranged, recipe.adapter_rank, analysis, model, base)
+        else:
+            adapters = adapted.write(directory, job.arranged, recipe.adapters, analysis, model, partial.target.name)
     merged = {tensor.name: tensor.spec for tensor in analysis.plan.tensors}
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
     outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)

@@ -21,7 +21,7 @@ from r2m_kernels.config import FILES, FLAGS, METHODS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
 from r2m_kernels.options import Option, flag, option, read_options
 
-ENSEMBLE = "ensemble"
+ENSEMBLE, ONE = "ensemble", "one"
 # Of adapters, where nothing else is asked for: the method, and what it is merged with.
 _ENSEMBLE_METHOD = "cart"
 _ADAPTED: Mapping[str, Mapping[str, Any]] = {
@@ -129,7 +129,7 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format, adapters: of the output, as their sentences say.
+        dtype, format, adapters, adapter_rank: of the output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
@@ -157,10 +157,20 @@ class Recipe:
     adapters: str = option(
         ENSEMBLE,
         FILES,
-        "With --format adapters: on the experts' mean, so that with its own it is an expert again (ensemble), or on "
-        "the core, so that with all of them it is the merge (merge).",
+        "With --format adapters: on the experts' mean, so that with its own it is an expert again (ensemble); on the "
+        "core, so that with all of them it is the merge (merge); or, of adapters alone, the merge as one adapter on "
+        "the base (one).",
         "An ensemble is of the method cart, at rank 0.05 unless another is given.",
-        choices=(ENSEMBLE, "merge"),
+        choices=(ENSEMBLE, "merge", ONE),
+    )
+    adapter_rank: int | None = option(
+        None,
+        FILES,
+        "Of --adapters one, at most.",
+        "The best approximation of the merge's change at that rank.",
+        minimum=1,
+        metavar="R",
+        unset="all that the experts' adapters have together",
     )
     arrangement: Arrangement = field(default_factory=Arrangement)
     preprocessing: Preprocessing | None = None
@@ -172,6 +182,8 @@ class Recipe:
             declared.checked(getattr(self, name))
         if self.adapters != ENSEMBLE and self.format != ADAPTERS.name:
             raise BadOption(f"adapters: {self.adapters} is for --format {ADAPTERS.name}, got {self.format}")
+        if self.adapter_rank is not None and self.adapters != ONE:
+            raise BadOption(f"adapter_rank: is for --adapters {ONE}, got {self.adapters}")
         if self.format == ADAPTERS.name and self.adapters == ENSEMBLE and self.method != _ENSEMBLE_METHOD:
             raise BadOption(
                 f"adapters: an ensemble is the mean and what each expert has beyond it, the method {_ENSEMBLE_METHOD}; "

@@ -58,7 +58,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         "parameters: {}",
         "#   rank: 0.2  # or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
         "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",
-        *(f"# {name}: {one.choices[1]}  # {one.sentence}" for name, one in OUTPUT.items()),
+        *(f"# {name}: {OUTPUT[name].choices[1]}  # {OUTPUT[name].sentence}" for name in ("dtype", "format")),
     ]
     lines.append(f"preset: {preset}  # {PRESETS[preset].title}" if preset else "# preset: df40  # `r2m merge --help`")
     heads = classifier(next(iter(arranged.experts.values())).specs)

@@ -174,6 +174,39 @@ def test_a_core_with_all_adapters_is_the_merge(states: dict[str, dict[str, Tenso
     assert all(torch.equal(model[key], merged[key]) for key in merged.keys() - about["ranks"].keys())
 
 
+@pytest.mark.parametrize("method", ["r2m", "weight_average"])
+def test_a_merge_of_adapters_is_one_on_their_base(
+    method: str, states: dict[str, dict[str, Tensor]], command: Command
+) -> None:
+    assert command(*MERGE, "--rank", "2", "--out", "m").code == 0  # whose adapters on their mean are merged here
+    experts = [word for name in NAMES for word in ("--expert", f"{name}=m/adapters/{name}")]
+    rank = ["--rank", "3"] if method == "r2m" else []
+    one = ["merge", "--base", "m", *experts, "--quiet", "--method", method, *rank, "--format", "adapters", "--adapters"]
+    assert command(*one, "one", "--out", "n").code == 0
+    assert command(*one[:-3], "--out", "plain").code == 0
+    assert Path("n", MODEL).read_bytes() == Path("plain", MODEL).read_bytes()
+    merged, base = load_file(Path("n", MODEL)), load_file(Path("m", MODEL))
+    about = json.loads(Path("n", REPORT).read_text())["adapters"]
+    assert (about["kind"], about["ranks"]) == ("one", {"attn.qkv.weight": 6, "conv.weight": 6})
+    assert about["averaged"] == []
+    adapter = open_checkpoint("n/adapters/merged", "merged", adapters=True)
+    found = adapters.onto(View.of(open_checkpoint("m", "base")), adapters.changes(adapter))
+    for key, expected in merged.items():
+        update = (expected.double() - base[key].double()).abs().max()
+        bound = 4 * 2**-23 * (expected.abs() + base[key].abs()) + 1e-6 * update
+        assert bool(((found.read(key) - expected).abs() <= bound).all()), key
+    assert json.loads(Path("n", "adapters", "merged", CONFIG).read_text())["base_model_name_or_path"] == "m"
+    # Of a rank that is asked for, the best.
+    assert command(*one, "one", "--adapter-rank", "3", "--out", "three").code == 0
+    adapter = open_checkpoint("three/adapters/merged", "merged", adapters=True)
+    found = adapters.onto(View.of(open_checkpoint("m", "base")), adapters.changes(adapter))
+    for key in about["ranks"]:
+        update = (merged[key].double() - base[key].double()).flatten(1)
+        left = float((found.read(key).double() - merged[key].double()).norm())
+        assert left <= 1.001 * float(torch.linalg.svdvals(update)[3:].norm())
+        assert left > 1e-3
+
+
 @pytest.mark.slow
 def test_a_kill_anywhere_leaves_nothing_half_written(
     states: dict[str, dict[str, Tensor]], command: Command, start: Callable[..., Child]
@@ -238,6 +271,11 @@ REFUSED = {
     "nothing truncated": (["--rank", "1.0"], "adapters: with this method and these options no residual of a layer is"),
     "no residuals": (["--adapters", "merge", "--method", "ties"], "adapters: with this method and these options no"),
     "mapped": (["--adapters", "merge", "--method", "tsv_m"], "adapters: with this method and these options no"),
+    "a rank": (["--adapter-rank", "3"], "adapter_rank: is for --adapters one, got ensemble"),
+    "whole checkpoints": (
+        ["--adapters", "one"],
+        "adapters: one is of adapters alone; expert 'fs' is a whole",
+    ),
     "a name": (["--expert", "a/b=fs.safetensors"], "adapters: expert 'a/b': expected a name that a directory can have"),
 }
 

@@ -37,7 +37,7 @@ def test_the_page(tmp_path: Path) -> None:
             told[" ".join([program, *words[:1]])] = run.stdout
     assert "adapter LoRA of PEFT" in told["r2m inspect"]
     differences = dict(line.split() for line in told["python again.py"].splitlines())
-    assert differences.keys() == {"fs", "fr"}
+    assert differences.keys() == {"fs", "fr", "merged"}
     assert max(map(float, differences.values())) < 1e-4  # of logits of some units: rounding
     models = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["models"]
     assert list(models) == ["merged", "ensemble", "ensemble/fr", "ensemble/fs"]

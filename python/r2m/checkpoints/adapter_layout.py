@@ -83,6 +83,7 @@ def layout(specs: Mapping[str, TensorSpec], targets: Mapping[str, str], moved: C
         moved: tensors other than the targets' weights in which experts differ.
     """
     biased = all(_has_bias(module, specs) for module in targets)
+    biased = biased and any(module + BIAS in moved for module in targets)
     carried = {*targets.values(), *(module + BIAS for module in targets if biased)}
     rest = {name: _module(name) for name in moved if name not in carried}
     modules = {module for name in specs for module in _above(name)}
