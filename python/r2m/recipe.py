@@ -154,6 +154,10 @@ class Recipe:
         + ".",
         choices=tuple(OUTPUT_FORMATS),
     )
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    preprocessing: Preprocessing | None = None
+    notes: tuple[str, ...] = ()
+    file: str | None = None
     adapters: str = option(
         ENSEMBLE,
         FILES,
@@ -172,10 +176,6 @@ class Recipe:
         metavar="R",
         unset="all that the experts' adapters have together",
     )
-    arrangement: Arrangement = field(default_factory=Arrangement)
-    preprocessing: Preprocessing | None = None
-    notes: tuple[str, ...] = ()
-    file: str | None = None
 
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():
