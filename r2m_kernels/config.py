@@ -26,6 +26,8 @@ FILES, METHOD, REAL, TRUNCATION, STRENGTH = SECTIONS = (
 _NO_FLAG = ""  # methods set it
 # What the public kit and its sister project truncate where they truncate.
 ATTENTION_AND_MLP = ("*attn*", "*attention*", "*mlp*")
+# All rows weigh the same and small matrices are truncated too: what only this package's R²M does otherwise.
+_ALL_ALIKE = {"row_power": 0.0, "whole_up_to": 0}
 MOST_APART = 1e4  # weights, where rows are weighed: a residual counts as zero from some 10⁵ on
 # Maps of singular values that need them all.
 WHOLE_SPECTRUM = ("rescale", "reweigh")
@@ -55,7 +57,7 @@ class MergeConfig:
         "core", REAL, "What a task vector loses: the core, or its own part in the subspace (τ_i − Πτ_i)."
     )
     rank: float | int = option(
-        0.1,
+        0.4,
         TRUNCATION,
         "Of each residual matrix: with a point a share of min(m, n), rounded up (0.1; 1.0: all), without one a rank "
         "(16); in star a share of the nuclear norm.",
@@ -84,7 +86,7 @@ class MergeConfig:
     )
     norm_match: bool = option(True, STRENGTH, "Rescale every expert's residual to their mean norm first.", free=True)
     row_power: float = option(
-        0.0,
+        3.0,
         STRENGTH,
         "In each row of a matrix (an output neuron), weigh an expert's residual by the P-th power of its length there; "
         "0: all alike. Not with a relative eta.",
@@ -161,7 +163,7 @@ class MergeConfig:
         unset="all",
     )
     whole_up_to: int = option(
-        0,
+        16,
         TRUNCATION,
         "Matrices whose short side is at most this are not truncated.",
         "A tenth of nine columns is one. Those with a rank of their own in ranks keep it.",
@@ -271,8 +273,9 @@ class MergeConfig:
         """R²M (arXiv 2509.24367) with the defaults of this package, which the fields have; ``overrides`` are fields.
 
         The Real component is the mean task vector's part in the top singular direction of the task vectors, with half
-        of the length restored that averaging took from it. Residuals are truncated layer by layer to a tenth of full
-        rank, matched to one norm and averaged. The head is the mean of the heads.
+        of the length restored that averaging took from it. Residuals are truncated layer by layer to four tenths of full
+        rank (matrices with a side of at most 16 stay whole), matched to one norm and added, each row of a matrix (an
+        output neuron) weighed by the cube of the residual's length there. The head is the mean of the heads.
         """
         return cls().replace(**overrides)
 
@@ -289,7 +292,8 @@ class MergeConfig:
         the kit is silent: no tensor of one dimension takes part, whatever its name, and ‖core‖ is of those that do.
         """
         kit = {"exclude": ("*ln*", "*bias*"), "truncate": ATTENTION_AND_MLP, "rank_rounding": "down"}
-        return cls(**{"core_mode": "mean", "rank": 1.0, "eta": 0.6, "eta_mode": "core_norm", **kit, **overrides})
+        fields = {"core_mode": "mean", "rank": 1.0, "eta": 0.6, "eta_mode": "core_norm"}
+        return cls(**{**_ALL_ALIKE, **fields, **kit, **overrides})
 
     @classmethod
     @method("R²M as summaries of the paper have it: centred, own residuals", uses=(REAL, TRUNCATION, STRENGTH))
@@ -300,19 +304,19 @@ class MergeConfig:
         it: the merge is nearly the base, and the report says to how many per cent.
         """
         fields = {"center": True, "residual": "own", "core_mode": "mean", "eta": 0.6, "eta_mode": "core_norm"}
-        return cls(**{**fields, **overrides})
+        return cls(**{**_ALL_ALIKE, "rank": 0.1, **fields, **overrides})
 
     @classmethod
     @method(
         "R²M with a relative eta",
         uses=(REAL, TRUNCATION, STRENGTH),
-        instead="r2m with eta_mode=relative, eta=0.6, core_mode=mean and head=merge",
+        instead="r2m with eta_mode=relative, eta=0.6, core_mode=mean, head=merge, rank=0.1, row_power=0, whole_up_to=0",
     )
     def r2m_truncated(cls, rank: float | int = 0.1, **overrides: Any) -> MergeConfig:
-        """``r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")``, which is to be written instead."""
+        """R²M whose residual term is 0.6 times as long as the core, all rows alike: to be written as such an ``r2m``."""
         warnings.warn(METHODS["r2m_truncated"].former, FutureWarning, stacklevel=2)
         fields = {"rank": rank, "core_mode": "mean", "eta": 0.6, "eta_mode": "relative", "head": "merge"}
-        return cls(**{**fields, **overrides})
+        return cls(**{**_ALL_ALIKE, **fields, **overrides})
 
     @classmethod
     @method("mean of the experts", "model soups, arXiv 2203.05482", uses=("core_scale", "scale_by"))
@@ -324,7 +328,7 @@ class MergeConfig:
     def _averaged(cls, **fields: Any) -> MergeConfig:
         """The mean as the core, without anything that R²M adds, on top of which are ``fields``."""
         plain = {"real_rank": None, "rank": 1.0, "core_mode": "mean", "eta": 0.0, "norm_match": False, "head": "merge"}
-        return cls(**{**plain, **fields})
+        return cls(**{**_ALL_ALIKE, **plain, **fields})
 
     @classmethod
     @method("base + scale · sum of task vectors", "arXiv 2212.04089")
