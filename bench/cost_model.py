@@ -1,6 +1,6 @@
 """What a merge should cost on a GPU: bytes, products, launches and the floor in time of every step. No GPU needed.
 
-    python -m bench.cost_model [--model vit_l_14] [--experts 3] [--rank 0.1] [--dtype float32] [--chip H100]
+    python -m bench.cost_model [--model vit_l_14] [--experts 3] [--rank 0.4] [--dtype float32] [--chip H100]
 
 Without options: the reference job on every chip, and the totals of the other models. Counts follow from shapes and the
 launch plan (r2m_kernels/README.md §§2–6); a floor is the time of the slowest resource, memory, arithmetic or host link,
@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 
+from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import launch
@@ -35,6 +36,7 @@ Variant = Literal["fast", "signs", "shifted", "full"]
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
+RANK = float(MergeConfig().rank)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Sketches, bases and factors are float32 whatever the inputs are; Gram matrices and partial sums are float64.
 FACTOR_BYTES, SUM_BYTES = 4, 8
@@ -267,7 +269,7 @@ def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
 
 
 def merge_costs(
-    model: Shapes, job: Job, rank: float = 0.1, power_iterations: int = 2, group_bytes: int | None = None
+    model: Shapes, job: Job, rank: float = RANK, power_iterations: int = 2, group_bytes: int | None = None
 ) -> list[StepCost]:
     """The steps of a merge in their order, each over all tensors and repetitions.
 
@@ -356,7 +358,7 @@ def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float
 
 
 def report(
-    model: str | None = None, experts: int = 3, rank: float = 0.1, dtype: str = "float32", chip: str | None = None
+    model: str | None = None, experts: int = 3, rank: float = RANK, dtype: str = "float32", chip: str | None = None
 ) -> list[str]:
     """All lines: the model (default: the reference job) on the chip (default: all), then, by default, other models."""
     chips = list(CHIPS.values()) if chip is None else [CHIPS[chip]]
@@ -372,7 +374,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="default: the reference job, then totals of all models")
     parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--rank", type=_rank, default=0.1, help="ratio such as 0.1, or an integer")
+    parser.add_argument("--rank", type=_rank, default=RANK, help="ratio such as 0.1, or an integer")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--chip", choices=CHIPS, help="default: all")
     print("\n".join(report(**vars(parser.parse_args()))))

@@ -39,13 +39,14 @@ from torch import Tensor
 from bench import cases, rivals
 from bench.cases import StateDict, first_blocks, optimum
 from bench.machine import RESULTS, ROOT
-from bench.run import CPU, Result, distance, furthest, our_truncation, run_sections
+from bench.run import Result, distance, furthest, our_truncation, run_sections
 from r2m_kernels import MergeConfig, merge
+from r2m_kernels._interface import Effort
 from r2m_kernels._native import library
-from r2m_kernels.streaming import choose_backend
 
 THREADS, EXPERTS = 2, 3
 AVERAGE, ROWS = MergeConfig.weight_average(), MergeConfig.r2m(rank=1.0, row_power=3.0)
+SHARE = float(MergeConfig.r2m().rank)
 # Of an update: float32's. TIES takes either sign where a sum of kept elements cancels to rounding, 2⁻²⁰ of them or so.
 ROUNDING, SIGNS = 1e-4, 2e-3
 Work = Callable[[], object]
@@ -115,7 +116,7 @@ def truncation(pairs: int) -> Result:
     one = first_blocks(base, 1)
     errors = {"ours": 0.0, "torch.svd_lowrank": 0.0}
     for name, rows in rivals.residuals_of(one, experts).items():
-        rank = rivals.rank_of(base[name])
+        rank = rivals.rank_of(base[name], SHARE)
         factors = {
             "ours": our_truncation(list(rows), rank, MergeConfig.r2m(), name),
             "torch.svd_lowrank": [rivals.svd_lowrank(x, rank) for x in rows],
@@ -131,7 +132,7 @@ def truncation(pairs: int) -> Result:
     ):
         return result
     residuals = [x for rows in rivals.residuals_of(base, experts).values() for x in rows]
-    ranks = [rivals.rank_of(x) for x in residuals]
+    ranks = [rivals.rank_of(x, SHARE) for x in residuals]
 
     def products() -> None:
         rivals.textbook_products(residuals, ranks)
@@ -161,24 +162,27 @@ def iso_c_alone(changes: Sequence[Tensor]) -> None:
 def tsv_m_alone(matrices: Sequence[Sequence[Tensor]], fast: torch.dtype) -> None:
     """Of each matrix's task vectors: one shifted truncation each, then their singular vectors made orthonormal.
 
-    Truncation, float32: the sketch's eigenvalue problem, V AᵀA with operands in ``fast``, a QR, V Aᵀ, its eigenvalue
-    problem, two rotations. Then float64: QR of the side that is not orthonormal, its triangle's SVD, two rotations; of
-    each side of all together a Gram, its eigenvalue problem, two products. Last, float32: the product of both sides.
+    Truncation, float32: a sketch's orthonormal rows, V AᵀA with operands in ``fast`` and orthonormal rows again, as
+    often as the backend steps, V Aᵀ. Rows are made orthonormal by their Gram's Cholesky factor. Then float64: QR of the
+    side that is not orthonormal, its triangle's SVD, two rotations; of each side of all together a Gram, its eigenvalue
+    problem, two products. Last, float32: the product of both sides.
     """
+
+    def orthonormal(rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(
+            torch.linalg.cholesky(rows @ rows.mT).mT, rows.mT, upper=True, left=False
+        ).mT
+
     for taus in matrices:
-        rank = min(taus[0].shape) // len(taus)
-        width = choose_backend("auto", CPU).operators.truncation_width(rank, rivals.OVERSAMPLING)
+        rank, short = min(taus[0].shape) // len(taus), min(taus[0].shape)
+        effort = Effort(MergeConfig().power_iterations, rivals.OVERSAMPLING, None)
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
         for tau in taus:
             a = tau if tau.shape[0] >= tau.shape[1] else tau.mT
-            sketch = a[:width]
-            rotation = torch.linalg.eigh(sketch @ sketch.mT).eigenvectors.mT
-            basis, quick = rotation @ sketch, a.to(fast)
-            turned = ((basis.to(fast) @ quick.mT) @ quick).float()
-            basis = torch.linalg.qr(turned.mT).Q.mT
-            y = basis @ a.mT
-            leading = torch.linalg.eigh(y @ y.mT).eigenvectors[:, -rank:].mT
-            weighted, other = (leading @ y).mT.double(), (leading @ basis).mT.double()
+            basis, quick = orthonormal(a[:rank]), a.to(fast)
+            for _ in range(effort.steps_on_cpu(rank, short)):
+                basis = orthonormal(((basis.to(fast) @ quick.mT) @ quick).float())
+            weighted, other = (a @ basis.mT).double(), basis.mT.double()
             q, triangle = torch.linalg.qr(weighted)
             u, _, vt = torch.linalg.svd(triangle)
             sides[0].append(q @ u)

@@ -73,15 +73,16 @@ class Job:
     Attributes:
         shapes: of the base's tensors.
         config: how to merge.
-        noise: of a task vector beside its directions, as a share of their length; 0: merged LoRA.
+        noise: of a task vector beside its directions, as a share of their length, so much that no residual is steep,
+            which would be truncated once more; 0: merged LoRA.
         bound: of the distance to the torch backend's result, relative to the update. Both round float32 sums once an
             element; where residuals are sketched, each backend by its own random numbers, a truncation may lose 2 per
-            cent more than the optimum, and what is lost here is a tenth of the update.
+            cent more than the optimum, and what is lost here is a tenth of the update at most.
     """
 
     shapes: Shapes
     config: MergeConfig
-    noise: float = 0.1
+    noise: float = 0.15
     bound: float = 3e-2
 
 

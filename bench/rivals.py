@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from r2m_kernels import MergeConfig
-
 StateDict = dict[str, Tensor]
 Truncate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # The textbook's defaults, of svd_lowrank and of svd="textbook" alike.
 OVERSAMPLING, ITERATIONS = 8, 2
+SHARE = 0.1  # of the short side, that a residual is truncated to
 
 
 def full_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -50,9 +49,9 @@ def textbook_products(residuals: Sequence[Tensor], ranks: Sequence[int]) -> None
         tall.mT @ x
 
 
-def rank_of(tensor: Tensor) -> int:
-    """The rank of a matrix: a tenth of the short side, rounded up."""
-    return math.ceil(float(MergeConfig.r2m().rank) * min(tensor.shape))
+def rank_of(tensor: Tensor, share: float = SHARE) -> int:
+    """The rank of a matrix: a share of the short side, rounded up."""
+    return math.ceil(share * min(tensor.shape))
 
 
 def residuals_of(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:

@@ -39,7 +39,10 @@ from r2m_kernels.truncation import truncate_residuals
 
 CPU = torch.device("cpu")
 ERROR_BAR = 1.02  # of the optimum, the contract of the default settings
-TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+# A tenth of every matrix, all rows alike, a relative eta: what ``rivals.plain_merge`` does too.
+TRUNCATED = MergeConfig.r2m(
+    rank=rivals.SHARE, row_power=0.0, whole_up_to=0, eta_mode="relative", eta=0.6, core_mode="mean", head="merge"
+)
 
 
 @dataclass

@@ -59,7 +59,7 @@ class MergeConfig:
     rank: float | int = option(
         0.4,
         TRUNCATION,
-        "Of each residual matrix: with a point a share of min(m, n), rounded up (0.1; 1.0: all), without one a rank "
+        "Of each residual matrix: with a point a share of min(m, n), rounded up (0.4; 1.0: all), without one a rank "
         "(16); in star a share of the nuclear norm.",
         check=checks.rank,
         metavar="RANK",
@@ -166,7 +166,7 @@ class MergeConfig:
         16,
         TRUNCATION,
         "Matrices whose short side is at most this are not truncated.",
-        "A tenth of nine columns is one. Those with a rank of their own in ranks keep it.",
+        "A tenth of a depthwise kernel's nine columns is one. Those with a rank of their own in ranks keep it.",
         minimum=0,
         metavar="SIDE",
         free=True,
@@ -201,16 +201,16 @@ class MergeConfig:
         2,
         TRUNCATION,
         "Of the truncation: more is closer to the optimum.",
-        "The textbook's count. The torch and native backends' method takes one shifted step for every two; the Triton "
-        "backend's one for each, and more at ranks below 64 (README §4).",
+        "The textbook's count. Other methods take a shifted step for each, and more where more than .15 of min(m, n) "
+        "is kept; at ranks below 64 the torch and native backends' one for two, the Triton backend's more (README §4).",
         minimum=0,
     )
     oversampling: int = option(
         8,
         TRUNCATION,
         "Columns of the sketch beyond the rank.",
-        "Beyond 1.4 times the rank where not by the textbook; the width is rounded up to a multiple of 16. The Triton "
-        "backend's method has none.",
+        "The textbook's is rounded up to a multiple of 16. Elsewhere only the first sketch has them, to tell steep "
+        "spectra by; beyond 1.4 times the rank at ranks below 64. The Triton backend's method has none.",
         minimum=0,
     )
     tolerance: float | None = option(
@@ -273,9 +273,9 @@ class MergeConfig:
         """R²M (arXiv 2509.24367) with the defaults of this package, which the fields have; ``overrides`` are fields.
 
         The Real component is the mean task vector's part in the top singular direction of the task vectors, with half
-        of the length restored that averaging took from it. Residuals are truncated layer by layer to four tenths of full
-        rank (matrices with a side of at most 16 stay whole), matched to one norm and added, each row of a matrix (an
-        output neuron) weighed by the cube of the residual's length there. The head is the mean of the heads.
+        of the length restored that averaging took from it. Residuals are truncated layer by layer to four tenths of
+        full rank; matrices with a side of at most 16 stay whole. In each row of a matrix (an output neuron) a residual
+        weighs by the cube of its length there, all residuals matched to one norm. The head is the mean of the heads.
         """
         return cls().replace(**overrides)
 
@@ -313,7 +313,7 @@ class MergeConfig:
         instead="r2m with eta_mode=relative, eta=0.6, core_mode=mean, head=merge, rank=0.1, row_power=0, whole_up_to=0",
     )
     def r2m_truncated(cls, rank: float | int = 0.1, **overrides: Any) -> MergeConfig:
-        """R²M whose residual term is 0.6 times as long as the core, all rows alike: to be written as such an ``r2m``."""
+        """R²M with all rows alike and a residual term 0.6 times as long as the core: to be written as an ``r2m``."""
         warnings.warn(METHODS["r2m_truncated"].former, FutureWarning, stacklevel=2)
         fields = {"rank": rank, "core_mode": "mean", "eta": 0.6, "eta_mode": "relative", "head": "merge"}
         return cls(**{**_ALL_ALIKE, **fields, **overrides})

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._stream.factors import Factors
 from ._stream.plan import Plan, PlannedTensor, residual_rank
 from .config import FREE_FIELDS, MergeConfig
 from .errors import BadOption, quoted
@@ -23,7 +22,8 @@ class Truncated:
     """What is known of one tensor's truncation beside the factors.
 
     Attributes:
-        products: (N, N) float64, ⟨F_i, F_j⟩.
+        products: (N, N) float64, ⟨F_i, F_j⟩; where rows are weighted their diagonal alone, (N,), which is all that is
+            asked for there.
         gap, method: of :class:`r2m_kernels._stream.factors.Factors`.
     """
 
@@ -31,10 +31,10 @@ class Truncated:
     gap: Tensor | None
     method: str
 
-    @classmethod
-    def of(cls, factors: Factors) -> Truncated:
-        """From the factors themselves."""
-        return cls(factors.inner_products(), factors.gap, factors.method)
+    @property
+    def energies(self) -> Tensor:
+        """(N,) float64, ‖F_i‖²."""
+        return self.products if self.products.ndim == 1 else self.products.diag()
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for journals and other processes."""
@@ -56,14 +56,15 @@ class Strength:
         core_scale: λ.
         eta: η.
         core_norm: ‖λ τ_core‖ over matrix tensors.
-        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding.
+        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding; ``None`` where rows are weighted:
+            the term is made as they pass.
         cancelled: whether residuals cancel so far that a relative eta is kept from blowing up what is left.
     """
 
     core_scale: float
     eta: float
     core_norm: float
-    residual_norm: float
+    residual_norm: float | None
     cancelled: bool = False
 
 
@@ -74,13 +75,13 @@ class Residuals:
     Attributes:
         norms: (N,) n, of each specialist's residuals.
         scales: (N,) s, which make them equal.
-        products: tensor name → (N, N) float64, ⟨F_il, F_jl⟩ of every matrix tensor.
+        energies: tensor name → (N,) float64, ‖F_il‖² of every matrix tensor.
         strength: λ and η.
     """
 
     norms: Tensor
     scales: Tensor
-    products: Mapping[str, Tensor]
+    energies: Mapping[str, Tensor]
     strength: Strength
 
 

@@ -31,17 +31,21 @@ def match(findings: Findings, products: Mapping[str, Tensor], config: MergeConfi
 
     Args:
         findings: of steps 1–3.
-        products: tensor name → (N, N) float64, ⟨F_il, F_jl⟩ of matrix tensors.
+        products: tensor name → (N, N) float64, ⟨F_il, F_jl⟩ of matrix tensors; where rows are weighted (N,), ‖F_il‖².
         config: of the merge.
     """
     weights, count = findings.real.weights, len(findings.experts)
-    matrix = gram.ordered_sum([products[name] for name in sorted(products)], count)
+    energies = {name: each if each.ndim == 1 else each.diag() for name, each in products.items()}
+    names = sorted(products)
+    matrix = sum((energies[name] for name in names), torch.zeros(count, dtype=torch.float64))
     center = torch.eye(count, dtype=torch.float64) - weights
     vector = center @ findings.vector_gram @ center.T
     longest = _longest(findings.matrix_gram + findings.vector_gram)
-    norms = residual_norms(matrix.diag() + vector.diag(), longest)
+    norms = residual_norms(matrix + vector.diag(), longest)
     scales = matching_scales(norms, weights, config.norm_match)
-    return Residuals(norms, scales, products, strength(findings, matrix, scales, config))
+    known = config.row_power == 0 or config.eta == 0
+    summed = gram.ordered_sum([products[name] for name in names], count) if known else None
+    return Residuals(norms, scales, energies, strength(findings, matrix, summed, scales, config))
 
 
 def residual_norms(squares: Tensor, longest: float) -> Tensor:
@@ -63,12 +67,15 @@ def matching_scales(norms: Tensor, weights: Tensor, match: bool) -> Tensor:
     return torch.where(present, (weights @ norms) / torch.where(present, norms, 1.0), 0.0)
 
 
-def strength(findings: Findings, products: Tensor, scales: Tensor, config: MergeConfig) -> Strength:
+def strength(
+    findings: Findings, energies: Tensor, products: Tensor | None, scales: Tensor, config: MergeConfig
+) -> Strength:
     """λ and η of ``config``.
 
     Args:
         findings: of steps 1–3.
-        products: (N, N) Σ_l ⟨F_il, F_jl⟩ over matrix tensors.
+        energies: (N,) Σ_l ‖F_il‖² over matrix tensors.
+        products: (N, N) Σ_l ⟨F_il, F_jl⟩ over them; ``None`` where rows are weighted.
         scales: (N,) s.
         config: of the merge.
     """
@@ -77,18 +84,19 @@ def strength(findings: Findings, products: Tensor, scales: Tensor, config: Merge
     core_scale = config.core_scale * factor
     core_norm = abs(core_scale) * float((core @ findings.matrix_gram @ core).clamp_min(0).sqrt())
     weighted = weights * scales
-    residual = float((weighted @ products @ weighted).clamp_min(0).sqrt())
-    if residual <= NEGLIGIBLE * _longest(findings.matrix_gram) * float(weighted.sum()):
+    residual = None if products is None else float((weighted @ products @ weighted).clamp_min(0).sqrt())
+    if residual is not None and residual <= NEGLIGIBLE * _longest(findings.matrix_gram) * float(weighted.sum()):
         residual = 0.0
-    floor = float(weighted @ products.diag().clamp_min(0).sqrt()) / LEAST_SHARE
+    floor, cancelled = float(weighted @ energies.clamp_min(0).sqrt()) / LEAST_SHARE, False
     eta = config.eta
     if config.eta_mode == "sum":
         eta *= count
     elif config.eta_mode == "core_norm":
         eta *= core_norm
     elif config.eta_mode == "relative":
-        eta = eta * core_norm / max(residual, floor) if residual > 0 else 0.0
-    return Strength(core_scale, eta, core_norm, residual, config.eta_mode == "relative" and 0 < residual < floor)
+        assert residual is not None, "a relative η weighs no rows"
+        eta, cancelled = eta * core_norm / max(residual, floor) if residual > 0 else 0.0, 0 < residual < floor
+    return Strength(core_scale, eta, core_norm, residual, cancelled)
 
 
 def _longest(squares: Tensor) -> float:

@@ -100,6 +100,8 @@ def _range_finder(
     before, energy = None, _energies(product)
     done = torch.zeros(len(bases), dtype=torch.bool)
     for _ in range(config.power_iterations):
+        if tolerance is None:
+            basis = turned = product[:0]  # let go before the next one is made
         turned = operators.orthonormalize(times(operators.orthonormalize(product)))
         multiplied = times(turned, transpose=True)
         energies = _energies(multiplied)

@@ -51,8 +51,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
     mean_norm = float((real.weights @ gram @ real.weights).clamp_min(0).sqrt())
     core_norm = float((real.core @ gram @ real.core).clamp_min(0).sqrt())
     core_bound = _cancellation(real.core, gram)
-    # With weights by row the residual term is made as the rows pass: nobody knows its norm before.
-    residual_term = strength.eta * strength.residual_norm if config.row_power == 0 or config.eta == 0 else None
+    residual_term = None if strength.residual_norm is None else strength.eta * strength.residual_norm
     with_residuals = config.eta != 0
     numbers: dict[str, Any] = {
         "versions": {
@@ -100,7 +99,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
                 residual_term / strength.core_norm if residual_term is not None and strength.core_norm > 0 else None
             ),
         },
-        "tensors": tensor_rows(findings, residuals.products, config, run.backend),
+        "tensors": tensor_rows(findings, residuals.energies, config, run.backend),
         "head": list(findings.plan.heads),
         "tied": dict(findings.plan.aliases),
         "dropped": list(findings.plan.dropped),
@@ -131,8 +130,8 @@ def _share(core_norm: float, residual_term: float | None) -> float | None:
 
 def _cut(findings: Findings, residuals: Residuals) -> dict[str, float | None]:
     """Of the energy of each residual, over matrix tensors, what truncation cut off: there the core alone is added."""
-    names = sorted(residuals.products)
-    kept = sum((residuals.products[name].diag() for name in names), torch.zeros(len(findings.experts)).double())
+    names = sorted(residuals.energies)
+    kept = sum((residuals.energies[name] for name in names), torch.zeros(len(findings.experts)).double())
     whole = findings.real.mixing.T @ findings.matrix_gram @ findings.real.mixing
     bounds = [_cancellation(column, findings.matrix_gram) for column in findings.real.mixing.T]
     return {
@@ -168,8 +167,10 @@ def _of_the_update(findings: Findings, residuals: Residuals, config: MergeConfig
             f"the core cancels: whole residuals take it away again, and of {strength.core_scale:.3g} times the core "
             f"{left:.3g} is left; truncated residuals (rank) give it its part"
         )
-    if term is None or not (residuals.norms > 0).any():
+    if not (residuals.norms > 0).any():
         return warnings
+    if term is None:  # a row's is no longer than the longest residual there
+        term = strength.eta * float(residuals.norms.norm())
     most = (strength.core_norm + term) / mean
     if most < WEAK_CORE:
         warnings.append(
@@ -188,7 +189,7 @@ def _of_the_update(findings: Findings, residuals: Residuals, config: MergeConfig
 
 
 def tensor_rows(
-    findings: Findings, products: Mapping[str, Tensor], config: MergeConfig, backend: Backend
+    findings: Findings, energies: Mapping[str, Tensor], config: MergeConfig, backend: Backend
 ) -> list[dict[str, Any]]:
     """One row per output tensor.
 
@@ -209,12 +210,12 @@ def tensor_rows(
             row.update(dict.fromkeys(("kept_energy", "uncertain", "distance_to_optimum", "distance_basis")))
             if tensor.mapped:  # energies of other singular values than the residual's say nothing about a truncation
                 pass
-            elif tensor.name in products and row["rank"] == min(tensor.matrix_shape):
+            elif tensor.name in energies and row["rank"] == min(tensor.matrix_shape):
                 row["kept_energy"] = dict.fromkeys(findings.experts, 1.0)
                 row["uncertain"] = []
-            elif tensor.name in products:
-                row.update(_kept_energy(findings, tensor.name, products[tensor.name].diag()))
-                row.update(_distance(findings, tensor, config, backend, products[tensor.name].diag()))
+            elif tensor.name in energies:
+                row.update(_kept_energy(findings, tensor.name, energies[tensor.name]))
+                row.update(_distance(findings, tensor, config, backend, energies[tensor.name]))
         rows.append(row)
     return rows
 

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from . import descent, elements, low_rank, spectra
 from ._interface import Operators
-from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
+from ._stream import parallel
+from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements, row_panels
 from ._stream.budget import COMPUTE_BYTES
-from ._stream.factors import Factors, stacked
+from ._stream.factors import Factors, component_squares, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, by_rows
 from .config import MergeConfig
@@ -78,7 +79,7 @@ class LowRank(Term):
     Attributes:
         coefficients: (N,) c.
         factors: of each of the L tensors; none where no residual is beyond rounding. Of a part its rows of left ones,
-            or all where rows are weighted.
+            or all where a GPU weighs rows.
         scale: (N,).
         rows: how rows of left factors are weighted; ``None``: all alike.
     """
@@ -96,7 +97,8 @@ class LowRank(Term):
         if not self.factors:
             return Linear(self.coefficients).write(operators, group, outs)
         left, right, scale = self.products(operators, group.bases[0].device)
-        left = left if self.rows is None or group.rows is None else left[:, :, group.rows]
+        if self.rows is not None and _all_rows(group):
+            left = left[:, :, group.rows]
         if group.factored:
             return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, scale), outs)
         group, outs = group.in_rows(outs)
@@ -109,8 +111,28 @@ class LowRank(Term):
         lefts = [_rows(factors.left.to(device).mT, widest) for factors in self.factors]
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
-            left = operators.weigh_rows(left, right, self.rows.weights, self.rows.scales, self.rows.power)
+            left = self._weighed(operators, self.rows, left, right)
         return low_rank.Products(left, right, self.scale)
+
+    def _weighed(self, operators: Operators, rule: RowWeights, left: Tensor, right: Tensor) -> Tensor:
+        """Left factors, rows weighted: on a CPU in the blocks at whose ends parts end, to the same bits therefore."""
+        known = self.factors[0].squares if len(self.factors) == 1 else None
+        orthogonal = all(factors.orthogonal_rows for factors in self.factors)
+        squares = component_squares(right, orthogonal) if known is None else known.unsqueeze(0)
+
+        def weighed(panel: Sequence[slice]) -> list[Tensor]:
+            numbers = (squares, rule.weights, rule.scales, rule.power)
+            return [operators.weigh_rows(left[:, :, rows], *numbers) for rows in panel]
+
+        if left.device.type != "cpu":
+            return weighed([slice(None)])[0]
+        panels = row_panels(left.shape[2], right.shape[3])
+        return torch.cat([one for several in parallel.for_each(weighed, panels) for one in several], dim=2)
+
+
+def _all_rows(group: Group) -> bool:
+    """Whether of a part all rows are weighted: a GPU's products of fewer rows may be rounded otherwise."""
+    return group.rows is not None and group.bases[0].device.type != "cpu"
 
 
 def _by_factors(
@@ -354,7 +376,7 @@ class Terms:
             return Flat(len(core) * coefficients)
         if kind is not LowRank:
             return Linear(coefficients)
-        some = group.rows if rows is None else None
+        some = None if rows is not None and _all_rows(group) else group.rows
         wanted = tensors if eta != 0 and self.truncated else []
         factors = [one for tensor in wanted if (one := self.factors(tensor, some)) is not None]
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import low_rank
-from ._interface import Effort, Operators, Pace, ShiftedFactors
+from ._interface import Effort, Operators, Pace, ShiftedFactors, spans
 from ._stream.blocks import as_matrix
-from ._stream.budget import Inputs, Memory, pace_of
-from ._stream.factors import Factors, GroupFactors
+from ._stream.budget import Inputs, Memory, pace_of, truncation_bytes
+from ._stream.factors import Factors, GroupFactors, Side
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
@@ -60,9 +62,8 @@ def truncate_residuals(
     """
     inputs = Truncatable(names, bases, experts)
     made = truncate(inputs, mixing, rank, config, operators, grams)
-    products = [None] * len(names) if made.products is None else list(made.products.cpu())
     gaps = made.gap.cpu()
-    factors = [replace(made.of(i), gap=gaps[i], products=products[i]) for i in range(len(names))]
+    factors = [replace(made.of(i), gap=gaps[i]) for i in range(len(names))]
     steep = untrusted(made.trusted)
     if steep:
         again = textbook(inputs.some(steep), mixing, rank, config, operators)
@@ -97,27 +98,27 @@ def truncate(
     known = operators.task_gram(bases, experts).tasks.cpu() if grams is None else torch.stack(list(grams))
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)])
     energies = (mixing.T @ known.to(mixing) @ mixing).diagonal(dim1=1, dim2=2).clamp_min(0)
-    effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
-    shifted = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort)
-    return GroupFactors(
-        left=shifted.left,
-        right=shifted.right,
-        basis="right" if bases[0].shape[0] ** 2 >= bases[0].numel() else "left",
-        ordered=operators.traits.orders_components,
-        method="shifted",
-        gap=shifted.gap,
-        products=shifted.products,
-        trusted=shifted.trusted,
-    )
+    made = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, _effort(config))
+    return _fast(made, bases[0].shape)
+
+
+def _effort(config: MergeConfig) -> Effort:
+    return Effort(config.power_iterations, config.oversampling, config.tolerance)
+
+
+def _fast(made: ShiftedFactors, shape: Sequence[int]) -> GroupFactors:
+    """What a backend's fast method made of tensors of a shape."""
+    side: Side = "right" if shape[0] ** 2 >= math.prod(shape) else "left"
+    return GroupFactors(made.left, made.right, side, made.ordered, "shifted", made.gap, made.products, made.trusted)
 
 
 def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Operators) -> Method:
     """Who truncates matrices of a shape."""
     by_the_book = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
-    width = sketch_width(rank, config) if by_the_book else operators.truncation_width(rank, config.oversampling)
-    if config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM or min(shape) <= max(width, EXACT_UP_TO):
-        return "exact"
-    return "textbook" if by_the_book else "shifted"
+    short, exact = min(shape), config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM
+    if by_the_book:
+        return "exact" if exact or short <= max(sketch_width(rank, config), EXACT_UP_TO) else "textbook"
+    return "exact" if exact or short <= EXACT_UP_TO or spans(rank, config.oversampling, short) else "shifted"
 
 
 def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
@@ -133,14 +134,18 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         if method == "exact":
             return 2  # a Gram matrix and a product
         # Sketch and steps of some experts, and the factor of each.
-        return -(-count // pace.experts) * (1 + -(-config.power_iterations // 2)) + count
+        steps = _effort(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape))
+        return -(-count // pace.experts) * (1 + steps) + count
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
-        """Factors and what makes them, beyond a result of the tensor's size; of the fast method nothing more."""
+        """Factors and what makes them, beyond a result of the tensor's size."""
         shape, count, kept = tensor.matrix_shape, len(inputs.experts), inputs.factor_bytes(tensor, config)
-        made = kept + mapping_bytes(shape, tensor.rank, count, config)
-        if _method(shape, tensor.rank, config, operators) == "exact":  # whose factors are float64 until they are mapped
-            made = max(exact_bytes(shape, tensor.rank, count), kept + made)
+        made, method = mapping_bytes(shape, tensor.rank, count, config), _method(shape, tensor.rank, config, operators)
+        if method == "exact":  # whose factors are float64 until they are mapped
+            made = max(exact_bytes(shape, tensor.rank, count) - kept, kept + made)
+        elif method == "shifted":
+            made = max(truncation_bytes(tensor, inputs, config, Pace(count, 1)), made)
+        made += kept
         return max(0, inputs.nbytes(tensor) + made - inputs.working_bytes(tensor))
 
     return Pass(
@@ -201,33 +206,39 @@ class TruncationStep(Step):
         if method == "exact":
             factors = exact(matrix, self._mixing, tensor.rank, operators, keep_float64=False)
             return [self._in_store([tensor], factors)]
-        effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
         key = tensor_key(config.seed, tensor.name, tensor.spec.shape)
-        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, effort, pace)
-        ordered, gap, trusted = operators.traits.orders_components, *self._placed(tensor, fast, compute_dtype(inputs))
-        if untrusted(trusted):
-            method, ordered = "textbook", True
+        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, _effort(config), pace)
+        # A generator here would hold one expert's factors while the next one's are made.
+        last, numbers = self._placed(tensor, map(_fast, fast, repeat(base.shape)), compute_dtype(inputs))
+        if untrusted(numbers[-1]):
             tests = test_matrix(config.seed, tensor.name, tensor.spec.shape, sketch_width(tensor.rank, config))
             again = textbook_by_expert(matrix, self._mixing, tensor.rank, config, operators, tests)
-            gap, trusted = self._placed(tensor, again, compute_dtype(inputs))
-        store.complete(tensor.name, ordered=ordered, method=method)
-        products = store.inner_products(tensor.name, ordered)
-        return [Made([tensor], (products.unsqueeze(0), gap, trusted), method)]
+            last, numbers = self._placed(tensor, again, compute_dtype(inputs))
+        store.complete(tensor.name, last)
+        if config.row_power == 0:
+            numbers = (store.inner_products(tensor.name, last.ordered).unsqueeze(0), *numbers[1:])
+        return [Made([tensor], numbers, last.method)]
 
     def _placed(
-        self, tensor: PlannedTensor, made: Iterable[ShiftedFactors | GroupFactors], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Puts factors into the store as they come, an expert's each; their gaps and whether to trust them, (1, N)."""
+        self, tensor: PlannedTensor, made: Iterable[GroupFactors], dtype: torch.dtype
+    ) -> tuple[Factors, tuple[Tensor, Tensor, Tensor]]:
+        """Puts factors into the store as they come, an expert's each.
+
+        Returns:
+            What is known of all, without their tensors; energies, gaps and whether to trust them, (1, N) each.
+        """
         store = self._run.factors
         store.place(tensor.name, len(self._mixing), tensor.matrix_shape, tensor.rank, dtype)
-        gap: list[Tensor] = []
-        trusted: list[Tensor] = []
+        numbers: list[tuple[Tensor, Tensor, Tensor]] = []
+        nothing = torch.empty(0)
         for one in made:
-            store.put_expert(tensor.name, len(gap), one.left[0, 0], one.right[0, 0])
-            gap.append(one.gap)
-            trusted.append(torch.ones(1, 1) if one.trusted is None else one.trusted)
+            store.put_expert(tensor.name, len(numbers), one.left[0, 0], one.right[0, 0])
+            trusted = torch.ones_like(one.gap) if one.trusted is None else one.trusted
+            numbers.append((one.energies(), one.gap, trusted))
+            known = Factors(nothing, nothing, one.ordered, one.basis, method=one.method)
             del one  # before the next one is made; `enumerate` would hold it
-        return torch.cat(gap, dim=1), torch.cat(trusted, dim=1)
+        energies, gaps, trust = (torch.cat(each, dim=1) for each in zip(*numbers, strict=True))
+        return known, (energies, gaps, trust)
 
     def settled(self, found: Found) -> list[Sequence[Any]]:
         """See :class:`r2m_kernels.findings.Truncated`."""
@@ -262,7 +273,9 @@ class TruncationStep(Step):
         for index, tensor in enumerate(tensors):
             self._run.factors.put(tensor.name, factors.of(index))
         trusted = torch.ones_like(factors.gap) if factors.trusted is None else factors.trusted
-        return Made(tensors, (factors.inner_products(), factors.gap, trusted), factors.method)
+        # Of residuals that are weighted by row nobody asks for more than their lengths.
+        products = factors.inner_products() if self._config.row_power == 0 else factors.energies()
+        return Made(tensors, (products, factors.gap, trusted), factors.method)
 
 
 class Made(NamedTuple):
@@ -270,7 +283,8 @@ class Made(NamedTuple):
 
     Attributes:
         tensors: whose they are.
-        numbers: products (L, N, N), gap (L, N) and whether they can be relied on (L, N).
+        numbers: products (L, N, N), or energies (L, N) where rows are weighted; gap (L, N); whether they can be relied
+            on (L, N).
         method: of :class:`Factors`.
     """
 
@@ -285,7 +299,7 @@ class ResidualFactors:
     def __init__(self, findings: Findings, run: Run) -> None:
         self._findings, self._run = findings, run
         analyzed = {name: truncated.products for name, truncated in findings.truncated.items()}
-        self._products = {_ranks(findings.config): analyzed}
+        self._products = {_asked(findings.config): analyzed}
         self._late: dict[tuple[str, int], Factors] = {}
 
     def of(self, tensor: PlannedTensor, rows: slice | None = None) -> Factors | None:
@@ -295,8 +309,10 @@ class ResidualFactors:
             rows: some of the left factors' alone.
         """
         store = self._run.factors
-        if rows is not None and tensor.name in store and self._run.backend.operators.traits.orders_components:
-            return store.rows_of(tensor.name, rows).truncated(tensor.rank)
+        if rows is not None and tensor.name in store:
+            some = store.rows_of(tensor.name, rows)
+            if some.ordered or some.right.shape[1] <= tensor.rank:
+                return some.truncated(tensor.rank)
         whole = self._whole(tensor)
         return whole if whole is None or rows is None else replace(whole, left=whole.left[:, rows])
 
@@ -320,21 +336,25 @@ class ResidualFactors:
         return self._late[key]
 
     def products(self, config: MergeConfig) -> dict[str, Tensor]:
-        """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank: (N, N) float64 by name."""
+        """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank: (N, N) float64 by name.
+
+        Where rows are weighted, their diagonals alone, (N,).
+        """
         if config.eta == 0:
             return {}
-        matrices, ranks = self._findings.matrices(config), _ranks(config)
-        if ranks not in self._products:
+        matrices, asked, alone = self._findings.matrices(config), _asked(config), config.row_power > 0
+        if asked not in self._products:
             shared = {
-                tensor.name: factors.inner_products()
+                tensor.name: factors.energies() if alone else factors.inner_products()
                 for tensor in matrices
                 if self._run.owns(tensor) and (factors := self.of(tensor)) is not None
             }
-            self._products[ranks] = self._run.processes.gather(shared)
-        whole = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.full_rank}
-        return {**self._products[ranks], **whole}
+            self._products[asked] = self._run.processes.gather(shared)
+        grams = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.full_rank}
+        whole = {name: gram.diag() if alone else gram for name, gram in grams.items()}
+        return {**self._products[asked], **whole}
 
 
-def _ranks(config: MergeConfig) -> str:
-    """What decides the ranks, as text: 1 (rank one) and 1.0 (full rank) are the same key otherwise."""
-    return repr((config.rank, config.ranks))
+def _asked(config: MergeConfig) -> str:
+    """What decides ranks and products, as text: 1 (rank one) and 1.0 (full rank) are the same key otherwise."""
+    return repr((config.rank, config.ranks, config.truncate, config.whole_up_to, config.row_power > 0))

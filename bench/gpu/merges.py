@@ -208,6 +208,7 @@ def one_job(
 
 def run(session: Session, record: Record) -> bool:
     blocks: dict[str, dict[str, dict[str, Any]]] = {}
+    record.content["rank"] = DEFAULT.rank
     for model, count, dtype in jobs(session):
         what = f"{model.name} N={count} {str(dtype).removeprefix('torch.')}"
         if record.time_for(what, 12):

@@ -40,14 +40,14 @@ def methods() -> str:
 
 
 def configurations() -> str:
-    """The same for who reads the maths: each by what it changes in R²M, or in the mean, whichever is less."""
+    """The same for who reads the maths: each by what it changes in R²M or, where that is less, in the mean."""
     made = {name: one.make().to_dict() for name, one in OFFERED.items()}
     rows = []
     for name, one in OFFERED.items():
         changes = {
             other: [f"{key}={value!r}" for key, value in made[name].items() if value != made[other][key]]
             for other in ("r2m", "weight_average")
-            if other != name
+            if other != name and (other == "r2m" or not name.startswith("r2m_"))
         }
         other, least = min(changes.items(), key=lambda item: len(item[1]))
         text = "the defaults" if name == "r2m" else f"`{other}` with `{', '.join(least)}`"

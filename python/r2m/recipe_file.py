@@ -18,7 +18,7 @@
 
 Paths are relative to the recipe. ``parameters`` are fields of :class:`r2m_kernels.MergeConfig`, on top of what the
 method is. As in mergekit, ``rank`` may be a list of values with filters, globs of names here:
-``[{filter: "*.attn.*", value: 0.2}, {value: 0.1}]``.
+``[{filter: "*.attn.*", value: 0.2}, {value: 0.4}]``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _BEFORE = {"head": "merge", "truncate": (), "rank_rounding": "up", "whole_up_to"
 FORMER_FIELDS = OPTIONS.keys() - _BEFORE.keys()
 # What is different in recipes without parameters.
 _CHANGED = {
-    "r2m": "rank 0.1 and one weight for all rows instead of whole residuals by row, and the head is averaged",
+    "r2m": "rank 0.4 instead of whole residuals, but for matrices with a side of up to 16, and the head is averaged",
     "r2m_paper": "the authors' public kit (uncentred, residual τ − core) instead of the summaries' reading, which is "
     "r2m_centred, and the head is averaged",
 }

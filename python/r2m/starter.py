@@ -56,7 +56,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         "merge_method: r2m",
         *(f"#   {name}: {method.title}" for name, method in OFFERED.items()),
         "parameters: {}",
-        "#   rank: 0.2  # or by name: [{filter: '*attn*', value: 0.2}, {value: 0.1}]",
+        "#   rank: 0.2  # or by name: [{filter: '*attn*', value: 0.2}, {value: 0.4}]",
         "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",
         *(f"# {name}: {OUTPUT[name].choices[1]}  # {OUTPUT[name].sentence}" for name in ("dtype", "format")),
     ]

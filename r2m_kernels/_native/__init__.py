@@ -6,7 +6,6 @@ The library is loaded by :func:`r2m_kernels._native.library.load`, not by import
 from .._torch import orthonormalize as orthonormalize
 from .._torch import sum_rows as sum_rows
 from .._torch import traits as portable
-from .._torch import truncation_width as truncation_width
 from .._torch import weigh_rows as weigh_rows
 from .combine import combine as combine
 from .elements import add as add

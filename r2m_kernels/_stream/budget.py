@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from .._interface import Pace
+from .._interface import Effort, Pace, sketch_rows, spans
 from ..config import MergeConfig
 from .blocks import BLOCK_ELEMENTS, RUN_ELEMENTS, RUNS_PER_PANEL
 from .factors import PRODUCT_ROWS
@@ -21,10 +21,6 @@ from .tensors import BlockSource, PartialSource, TensorSource
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
 # Tensors begun and not yet finished, per thread: one at work and one that is read or written meanwhile.
 AHEAD = 2
-# Rows of a truncation's blocks for each component that is kept.
-BLOCK_RATIO = 1.4
-# Multiply-adds of a truncation per element, expert and rank: three products with such blocks.
-TRUNCATION_PRODUCTS = 3 * BLOCK_RATIO
 # What libraries take once they multiply and decompose: pages of their code, and workspaces of each thread.
 LIBRARY_BYTES = 3 * 2**23
 WORKSPACE_BYTES = 2**22
@@ -196,13 +192,9 @@ def stays(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, flight: in
     whole.
     """
     fast = config.svd == "randomized" and config.spectrum == "truncate" and config.eta != 0
-    narrow = tensor.truncated and _block_rows(tensor, config) < min(tensor.matrix_shape)
+    narrow = tensor.truncated and not spans(tensor.rank, config.oversampling, min(tensor.matrix_shape))
     narrow = narrow and not tensor.factored
     return fast and narrow and inputs.working_bytes(tensor) > flight and inputs.in_blocks(tensor)
-
-
-def _block_rows(tensor: PlannedTensor, config: MergeConfig) -> int:
-    return int(BLOCK_RATIO * tensor.rank) + config.oversampling + 8
 
 
 def pace_of(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig, memory: Memory, threads: int) -> Pace | None:
@@ -229,7 +221,7 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
     """
     short, long = sorted(tensor.matrix_shape)
     size = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
-    width = min(short, _block_rows(tensor, config))
+    width = min(short, sketch_rows(tensor.rank, config.oversampling))
     subspaces = pace.experts * width * short * size
     run = min(tensor.spec.numel, RUN_ELEMENTS)
     read = min(run, BLOCK_ELEMENTS) * inputs.nbytes(tensor) // tensor.spec.numel
@@ -250,7 +242,9 @@ def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -
     """Of a tensor's truncation; 0 where there is none."""
     if not tensor.truncated or config.eta == 0 or tensor.factored:
         return 0.0
-    return 2 * TRUNCATION_PRODUCTS * tensor.spec.numel * tensor.rank * experts
+    effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
+    products = 2 * effort.steps_on_cpu(tensor.rank, min(tensor.matrix_shape)) + 1
+    return 2 * products * tensor.spec.numel * tensor.rank * experts
 
 
 def costs(

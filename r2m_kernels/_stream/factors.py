@@ -13,6 +13,10 @@ from torch import Tensor
 PRODUCT_ROWS = 2**10
 # How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
 RATE = 4
+# Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
+SLOWEST = 0.95
+SLOWER = 0.75
+WIDENED = 2**17  # elements of each factor that are widened for a sum
 Side = Literal["left", "right"]
 
 
@@ -23,38 +27,50 @@ class Factors:
     Attributes:
         left: (N, m, r).
         right: (N, r, n).
-        ordered: components come by descending singular value, so that the leading ones are a smaller truncation.
-        products: (N, N) float64, ⟨F_i, F_j⟩, where they came with the factors.
+        ordered: components come by descending singular value, so that the leading ones are a smaller truncation, and
+            both sides are orthogonal.
+        basis: the side that has orthonormal vectors; ``None``: neither.
         gap: (N,) float64, an estimate of the energy that the best truncation at this rank would keep beyond this one's;
             0 where this is the best one, NaN where nothing is known.
         method: who truncated: "exact", "textbook", or "shifted" for the backend's own.
+        squares: (N, r) or (N, r, r) float64, :func:`component_squares`, where they came with the factors.
     """
 
     left: Tensor
     right: Tensor
     ordered: bool = True
-    products: Tensor | None = None
+    basis: Side | None = None
     gap: Tensor | None = None
     method: str = "exact"
+    squares: Tensor | None = None
 
     def truncated(self, rank: int) -> Factors:
         """The leading ``rank`` components, by descending singular value."""
         if rank >= self.left.shape[2]:
             return self
         whole = self if self.ordered else self._in_order()
-        return Factors(whole.left[:, :, :rank], whole.right[:, :rank])
+        squares = None if whole.squares is None else whole.squares[:, :rank]
+        left, right = whole.left[:, :, :rank], whole.right[:, :rank]
+        return replace(whole, left=left, right=right, gap=None, squares=squares)
 
     def _in_order(self) -> Factors:
         """The same F_i; one side is orthonormal, and the other's Gram has the squared singular values."""
-        tall = self.left.shape[1] >= self.right.shape[2]
-        weighted = self.left if tall else self.right.transpose(1, 2)
+        weighted = self.right.transpose(1, 2) if self.basis == "left" else self.left
         rotation = leading_eigenvectors(gram_matrices(weighted).cpu(), weighted.shape[2]).to(weighted)
-        return Factors(torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right))
+        left, right = torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right)
+        return replace(self, left=left, right=right, ordered=True, squares=None)
+
+    @property
+    def orthogonal_rows(self) -> bool:
+        """Whether the rows of each right factor are orthogonal."""
+        return self.ordered or self.basis == "right"
+
+    def energies(self) -> Tensor:
+        """‖F_i‖²: (N,) float64 on the CPU."""
+        return energies(self.left.unsqueeze(0), self.right.unsqueeze(0), self.ordered, self.basis)[0].cpu()
 
     def inner_products(self) -> Tensor:
         """⟨F_i, F_j⟩: (N, N) float64 on the CPU."""
-        if self.products is not None:
-            return self.products
         return inner_products(self.left.unsqueeze(0), self.right.unsqueeze(0), self.ordered)[0].cpu()
 
 
@@ -65,8 +81,7 @@ class GroupFactors:
     Attributes:
         left: (L, N, m, r).
         right: (L, N, r, n).
-        basis: the side that has orthonormal vectors.
-        ordered, method: of :class:`Factors`.
+        basis, ordered, method: of :class:`Factors`.
         gap: (L, N), of :class:`Factors`.
         products: (L, N, N) float64, where they came with the factors.
         trusted: (L, N) bool, whether each can be relied on; ``None``: all.
@@ -74,7 +89,7 @@ class GroupFactors:
 
     left: Tensor
     right: Tensor
-    basis: Side
+    basis: Side | None
     ordered: bool
     method: str
     gap: Tensor
@@ -83,7 +98,7 @@ class GroupFactors:
 
     def of(self, index: int) -> Factors:
         """One tensor's, without the numbers that are still on the device."""
-        return Factors(self.left[index], self.right[index], self.ordered, method=self.method)
+        return Factors(self.left[index], self.right[index], self.ordered, self.basis, method=self.method)
 
     def some(self, places: Sequence[int]) -> GroupFactors:
         """Those of tensors at some places."""
@@ -92,14 +107,55 @@ class GroupFactors:
         left, right, gap = self.left[at], self.right[at], self.gap[at]
         return replace(self, left=left, right=right, gap=gap, products=products, trusted=trusted)
 
+    def energies(self) -> Tensor:
+        """‖F_li‖²: (L, N) float64."""
+        if self.products is not None:
+            return self.products.diagonal(dim1=1, dim2=2)
+        return energies(self.left, self.right, self.ordered, self.basis)
+
     def inner_products(self) -> Tensor:
         """⟨F_li, F_lj⟩: (L, N, N) float64."""
         return inner_products(self.left, self.right, self.ordered) if self.products is None else self.products
 
 
+def energies(left: Tensor, right: Tensor, ordered: bool, basis: Side | None) -> Tensor:
+    """‖F_li‖² from the factors alone: (L, N) float64 where they are; beside a basis the other side's own."""
+    if basis is None:
+        return inner_products(left, right, ordered).diagonal(dim1=1, dim2=2)
+    return row_squares(right if basis == "left" else left.mT).sum(dim=-1)
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """‖row‖² of (…, r, n): (…, r) float64; on a CPU of few rows at once, since they are widened."""
+    step = max(1, WIDENED // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, rows.shape[-2])
+    some = [rows[..., start : start + step, :] for start in range(0, rows.shape[-2], step)]
+    return torch.cat([one.double().square().sum(dim=-1) for one in some], dim=-1)
+
+
+def left_to_gain(before: Tensor, last: Tensor, kept: Tensor) -> Tensor:
+    """What further steps would add to an energy that is kept, from those of the two before: a geometric series.
+
+    What is left converges more slowly than what has converged: a power of the ratio that was measured.
+    """
+    former, growth = last - before, (kept - last).clamp_min(0)
+    ratio = (growth / former.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(SLOWEST) ** SLOWER
+    return growth * ratio / (1 - ratio)
+
+
 def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
     """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are."""
     return product_of_sides(row_blocks(left), row_blocks(right.mT), ordered)
+
+
+def component_squares(right: Tensor, orthogonal: bool) -> Tensor:
+    """Inner products of the rows of right factors (…, r, n): (…, r, r) float64.
+
+    Where rows are orthogonal to the compute dtype's rounding, there is each one's own squared length alone: (…, r).
+    """
+    if orthogonal:
+        return row_squares(right)
+    wide = right.double()
+    return wide @ wide.mT
 
 
 def row_blocks(factor: Tensor) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .factors import PRODUCT_ROWS, Factors, inner_products, product_of_sides
+from .factors import PRODUCT_ROWS, Factors, component_squares, inner_products, product_of_sides
 
 FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
 
@@ -44,6 +44,7 @@ class FactorStore:
         self._spilled: dict[tuple[str, str], tuple[_Spilled, ...]] = {}
         self._factors: dict[str, Factors] = {}  # without their tensors
         self._at_hand: dict[str, Tensor] = {}  # right factors of tensors that are written in parts
+        self._squares: dict[str, Tensor] = {}  # and their rows'
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -99,10 +100,9 @@ class FactorStore:
                 self._write(rows, offset)
                 offset += rows.nbytes
 
-    def complete(self, name: str, *, ordered: bool, method: str) -> None:
-        """All residuals' factors are there; what is known of them: see :class:`Factors`."""
-        nothing = torch.empty(0)
-        self._factors[name] = Factors(nothing, nothing, ordered, method=method)
+    def complete(self, name: str, known: Factors) -> None:
+        """All residuals' factors are there; ``known`` is what is known of them, without their tensors."""
+        self._factors[name] = known
 
     def get(self, name: str) -> Factors:
         """The factors of a tensor, bit for bit; KeyError if there are none."""
@@ -111,18 +111,23 @@ class FactorStore:
 
     def rows_of(self, name: str, rows: slice) -> Factors:
         """The same with some rows of the left factors alone. The right ones stay at hand until :meth:`let_go`."""
-        key = ("factors", name)
-        if key in self._held:
-            left, right = self._held[key]
-            return replace(self._factors[name], left=left[:, rows], right=right)
+        key, known = ("factors", name), self._factors[name]
         with self._lock:
-            if name not in self._at_hand:
-                self._at_hand[name] = self._load(self._spilled[key][1])
-        return replace(self._factors[name], left=self._load(self._spilled[key][0], rows), right=self._at_hand[name])
+            if key in self._held:
+                right = self._held[key][1]
+            else:
+                if name not in self._at_hand:
+                    self._at_hand[name] = self._load(self._spilled[key][1])
+                right = self._at_hand[name]
+            if name not in self._squares:
+                self._squares[name] = component_squares(right, known.orthogonal_rows)
+        left = self._held[key][0][:, rows] if key in self._held else self._load(self._spilled[key][0], rows)
+        return replace(known, left=left, right=right, squares=self._squares[name])
 
     def let_go(self, name: str) -> None:
         """Forget what :meth:`rows_of` has at hand of a tensor."""
         self._at_hand.pop(name, None)
+        self._squares.pop(name, None)
 
     def inner_products(self, name: str, ordered: bool) -> Tensor:
         """⟨F_i, F_j⟩ of a tensor, (N, N) float64, with little of the factors in memory."""

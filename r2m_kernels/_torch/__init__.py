@@ -20,12 +20,11 @@ from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
 from .truncate import truncate_by_expert as truncate_by_expert
-from .truncate import truncation_width as truncation_width
 
 traits = Traits(
     groups_tensors=False,
     independent_pairs=False,  # a BLAS multiplies all experts' rows at once
-    orders_components=True,
     takes_tolerance=True,
-    gap_basis="growth of the kept energy in the last step, continued at the rate of the Ritz values",
+    gap_basis="growth of the kept energy in the last steps, continued as a geometric series or, at small ranks, at the "
+    "rate of the Ritz values",
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Rows that are decomposed at once where there are several times as many, and of how many columns at least.
+PANEL_ROWS, PANEL_RATIO = 4096, 4
+
 
 def orthonormalize(y: Tensor) -> Tensor:
     """Householder QR: stable for any conditioning; blocks that are all zero give zeros."""
@@ -13,7 +16,31 @@ def orthonormalize(y: Tensor) -> Tensor:
     blocks = y.flatten(0, -3) if y.ndim > 2 else y.unsqueeze(0)
     result = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     for index, block in enumerate(blocks):
-        largest = block.abs().amax() if block.numel() else torch.zeros(())
-        # Scaled to 1, so that neither squares of large entries overflow nor those of small ones vanish.
-        result[index] = 0.0 if largest == 0 else torch.linalg.qr(block / largest).Q
+        lowest, highest = block.aminmax() if block.numel() else (torch.zeros(()), torch.zeros(()))
+        largest = torch.maximum(highest, -lowest)
+        if largest == 0:
+            result[index] = 0.0
+        else:
+            _decompose(block, largest, result[index])
     return result.reshape(y.shape)
+
+
+def _decompose(block: Tensor, largest: Tensor, out: Tensor) -> None:
+    """Q of block / largest, so that neither squares of large entries overflow nor those of small ones vanish.
+
+    Of a tall block panel by panel, whose triangles are decomposed then: what LAPACK copies is a panel.
+    """
+    rows, columns = block.shape
+    count = rows // max(PANEL_ROWS, PANEL_RATIO * columns)
+    if count < 2:
+        out.copy_(torch.linalg.qr(block / largest).Q)
+        return
+    panels = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    triangles = []
+    for panel in panels:
+        q, triangle = torch.linalg.qr(block[panel] / largest)
+        out[panel] = q
+        triangles.append(triangle)
+    turns = torch.linalg.qr(torch.cat(triangles)).Q.split(columns)
+    for panel, turn in zip(panels, turns, strict=True):
+        out[panel] = out[panel] @ turn

@@ -29,7 +29,7 @@ def residual_matmul(
         dtype = torch.promote_types(compute_dtype([base, *others]), block.dtype)
         multiply = _transposed if transpose else _plain
         products.append(multiply(residuals(base, others, mixing, dtype), block.to(base.device, dtype)))
-    return torch.stack(products)
+    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
 
 def residual_matrices(

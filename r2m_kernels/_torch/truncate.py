@@ -1,13 +1,16 @@
-"""Step 3 for CPUs and plain PyTorch: one shifted step of subspace iteration from a sparse sketch (README §4).
+"""Step 3 for CPUs and plain PyTorch: shifted steps of subspace iteration from a sparse sketch (README §4).
 
-On A = X or Xᵀ, tall, with blocks of b rows on the short side, so that products stream through A:
+On A = X or Xᵀ, tall, with V holding r orthonormal rows on the short side, so that products stream through A:
 
-1. B = SᵀA, S sparse signs; V = the left-rotated B with orthonormal rows, by descending singular value of B;
-2. V ← orth(V AᵀA − a V), both products in one pass over A, the shift a below the mean energy of what V leaves out;
-3. Y = V Aᵀ, and the leading eigenvectors of YYᵀ: F = (Yᵀ Z)(Zᵀ V) without an SVD.
+1. V = orth(SᵀA), S sparse signs;
+2. V ← orth(V AᵀA − a V) two or three times, both products in one pass over A, the shift a below the mean energy of
+   what V leaves out;
+3. F = (A Vᵀ) V.
 
-The textbook's method multiplies six times for the same error, this one three times and with fewer columns; of the
-three, two only turn the subspace, and may have operands in bfloat16 where the CPU multiplies those faster.
+There is no singular value problem, and an eigenvalue problem only where a sketch's rows depend on each other: rows are
+made orthonormal by the Cholesky factor of their Gram, which is products. All products but the last only turn the
+subspace, and may have operands in bfloat16 where the CPU multiplies those faster. At small ranks, where more rows cost
+next to nothing, V has more, one step will do, and the leading r directions within its span are taken at the end.
 """
 
 from __future__ import annotations
@@ -18,33 +21,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._interface import Effort, Pace, ShiftedFactors
+from .._interface import FEW, Effort, Pace, ShiftedFactors, sketch_rows
 from .._stream import parallel
 from .._stream.blocks import long_panels
-from .._stream.factors import RATE, stacked
+from .._stream.factors import RATE, left_to_gain, row_squares, stacked
 from .._stream.stored import Matrix
 from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
-# Rows of a block for each component kept, and the multiple it is rounded up to (BLAS runs better there).
-WIDTH_RATIO = 1.4
-WIDTH_MULTIPLE = 8
 # Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
 # what the library sums in, float32 of the same size, fits the cache.
 PRODUCT_ROWS = 256
 # Columns of a block that are widened to float64 at once.
 PRODUCT_COLUMNS = 1024
+# Smallest diagonal entry of the Cholesky factor of a Gram of rows of length 1 that will do: CLEAR for rows that are
+# orthonormal to float32's rounding, and for a sketch whose products may be rounded to bfloat16 as they are; ROUGH where
+# only the span matters and how much energy is in it (orthonormal to 1e-4).
+CLEAR, ROUGH = 2.0**-2, 2.0**-4
 # Ratio of the smallest to the largest eigenvalue of the sketch's Gram: below it the spectrum is too steep for a step,
 # which squares it, in float32 (k^-1 at rank 100: 2e-5) or float64.
 STEEP = {torch.float32: 2.0**-18, torch.float64: 2.0**-40}
+# A step knows the energy that is kept to this times the machine epsilon of its operands (measured: 1/30 on k^-1).
+KEPT_ERROR = 1 / 32
 # Where the block holds all of A, its smaller Ritz values are rounding: what is cut off has less than this share.
 NOTHING_LOST = {torch.float32: 1e-12, torch.float64: 1e-26}
-
-
-def truncation_width(rank: int, oversampling: int) -> int:
-    """Rows of a block, b."""
-    return -(-int(WIDTH_RATIO * rank + oversampling) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def shifted_truncation(
@@ -64,17 +65,9 @@ def shifted_truncation(
     of_tensors = []
     for index, key in enumerate(keys.tolist()):
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
-        (m, n), everyone = of_tensor.shape, range(len(experts))
-        found = _subspace(of_tensor, key, truncation_width(rank, effort.oversampling), effort)
-        rows = _times(found.unit, found.basis, m >= n)
-        rotations, trusted, gap = _leading(found, everyone, rows, rank)
-        left, right = (rows.new_empty(len(experts), rank, side) for side in (max(m, n), min(m, n)))
-        for i in everyone:
-            torch.mm(_lengthened(rotations[i], found, i), rows[i], out=left[i])
-            torch.mm(rotations[i], found.basis[i], out=right[i])
-        of_tensors.append((*_sides(left, right, m >= n), trusted, gap))
+        of_tensors.append(_factors(_subspace(of_tensor, key, rank, effort), range(len(experts)), rank))
     left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
-    return ShiftedFactors(left, right, None, trusted, gap)
+    return ShiftedFactors(left, right, rank < FEW, None, trusted, gap)
 
 
 def truncate_by_expert(
@@ -91,30 +84,12 @@ def truncate_by_expert(
     of_tensor = residuals(base, experts, mixing)
     for start in range(0, len(experts), pace.experts):
         some = of_tensor.only(range(len(experts))[start : start + pace.experts], pace.panels)
-        found = _subspace(some, key, truncation_width(rank, effort.oversampling), effort)
-        for place, expert in enumerate(some.chosen):
-            yield _of_expert(found, place, expert, rank)
+        found = _subspace(some, key, rank, effort)
+        for place in range(some.count):
+            left, right, trusted, gap = (one.unsqueeze(0) for one in _factors(found, [place], rank))
+            yield ShiftedFactors(left, right, rank < FEW, None, trusted, gap)
+            del left, right  # before the next ones are made
         del found  # before the next experts' is
-
-
-def _of_expert(found: Subspace, place: int, expert: int, rank: int) -> ShiftedFactors:
-    tall, some = found.unit.shape[0] >= found.unit.shape[1], slice(place, place + 1)
-    rows = _times(found.unit.only([expert]), found.basis[some], tall)
-    (rotation,), trusted, gap = _leading(found, [place], rows, rank)
-    left = _lengthened(rotation, found, place) @ rows[0]
-    del rows  # before the other factor is made
-    left, right = _sides(left, rotation @ found.basis[place], tall)
-    return ShiftedFactors(left[None, None], right[None, None], None, trusted.unsqueeze(0), gap.unsqueeze(0))
-
-
-def _lengthened(rotation: Tensor, found: Subspace, place: int) -> Tensor:
-    """The rotation times ‖X_i‖: what is rotated is of the residual scaled to norm 1."""
-    return rotation * found.energy[place].sqrt().to(rotation)
-
-
-def _sides(left: Tensor, right: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-    """Factors of X_i from those of A_i, transposed: (…, r, long side) and (…, r, short side)."""
-    return (left.mT, right) if tall else (right.mT, left)
 
 
 class Subspace(NamedTuple):
@@ -122,92 +97,118 @@ class Subspace(NamedTuple):
 
     Attributes:
         unit: the residuals scaled to norm 1.
-        basis: (E, b, short side), orthonormal rows.
+        bases: of each (b, short side), orthonormal rows: b = r, or more if the best r of them are still to be found.
         energy: (E,) float64, ‖X_i‖².
-        steep: (E,) bool, whose spectrum is too steep for a step: their basis is the sketch's.
-        kept: (E,) float64, the energy of the unit residual in its subspace before the last step; ``None`` without one.
+        steep: whose spectrum is too steep for a step: their basis is the sketch's.
+        kept: of each step (E,) float64, the energy of the unit residuals in their subspaces before it.
     """
 
     unit: Residuals
-    basis: Tensor
+    bases: Sequence[Tensor]
     energy: Tensor
-    steep: Tensor
-    kept: Tensor | None
+    steep: Sequence[int]
+    kept: Sequence[Tensor]
 
 
-def _subspace(residuals: Residuals, key: int, width: int, effort: Effort) -> Subspace:
-    (m, n), steps, tolerance = residuals.shape, -(-effort.iterations // 2), effort.tolerance
+def _subspace(residuals: Residuals, key: int, rank: int, effort: Effort) -> Subspace:
+    (m, n), few = residuals.shape, rank < FEW
+    width, short = sketch_rows(rank, effort.oversampling), min(m, n)
     sketch, energy = residuals.sketch(SignMatrix.random(key, max(m, n), width, residuals.dtype))
     norms = energy.sqrt()
     usable = torch.isfinite(norms) & (norms > 0)
     # Scaled to norm 1: a step squares the residual, and squares of large and small ones do not fit.
     inverse = torch.where(usable, norms, torch.inf).reciprocal()
     unit = residuals.scaled(inverse)
-    basis, steep = _descending(sketch * inverse.to(sketch).view(-1, 1, 1))
-    of_steep = {i: _orthonormal(sketch[i]) for i in steep.nonzero().flatten().tolist()}
-    del sketch
+    sketch *= inverse.to(sketch).view(-1, 1, 1)
+    basis = sketch.new_empty(len(sketch), width if few else rank, short)
+    of_steep: dict[int, Tensor] = {}
+    for i, rows in enumerate(sketch):
+        basis[i], steep = _start(rows, basis.shape[1])
+        if steep:
+            of_steep[i] = _orthonormal(rows)
+    del sketch, rows
     kept: list[Tensor] = []
-    for _ in range(0 if bool(steep.all()) else steps):
+    steps = effort.steps_on_cpu(rank, short)
+    for step in range(0 if len(of_steep) == len(basis) else steps):
         product, energies = _there_and_back(unit, basis, m >= n)
         kept.append(energies.sum(dim=1))
         # Not above any energy that the block holds, either: that would damp what is wanted.
-        outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, min(m, n) - width)
+        outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, short - basis.shape[1])
         shift = torch.minimum(SHIFT * outside, energies.amin(dim=1)).to(basis)
+        settled = effort.tolerance is not None and len(kept) > 1
+        last = step == steps - 1 or (settled and _grown_less(kept, effort.tolerance))
         for w, a, v in zip(product, shift, basis, strict=True):
             w -= v.mul_(a)
-            v.copy_(_orthonormal(w))
+            v.copy_(_orthonormal(w, CLEAR if last else ROUGH))
         del product
-        if tolerance is not None and len(kept) > 1 and bool((kept[-1] - kept[-2] <= tolerance * kept[-1]).all()):
+        if last:
             break
-    for i, rows in of_steep.items():
-        basis[i] = rows
-    return Subspace(unit, basis, energy, steep, kept[-1] if kept else None)
+    return Subspace(unit, [of_steep.get(i, rows) for i, rows in enumerate(basis)], energy, list(of_steep), kept)
 
 
-def _leading(found: Subspace, places: Sequence[int], rows: Tensor, rank: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def _grown_less(kept: Sequence[Tensor], tolerance: float | None) -> bool:
+    """Whether the last step added to no residual more than a share of what is kept of it."""
+    return tolerance is not None and bool((kept[-1] - kept[-2] <= tolerance * kept[-1]).all())
+
+
+def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The leading directions of some of the residuals within their subspaces.
 
     Args:
         found: subspaces.
         places: of the residuals among them.
-        rows: V_i A_iᵀ, (len(places), b, long side).
         rank: r.
 
     Returns:
-        Rotations (r, b) of rows and bases, whether to trust them, and their gap, both (len(places),).
+        Left and right factors, (E, m, r) and (E, r, n), whether to trust them, and their gap, both (E,).
     """
-    energy, dtype = found.energy[list(places)], found.unit.dtype
-    trusted, gap = torch.isfinite(energy.sqrt()), torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    rotations = []
-    for i, (place, y) in enumerate(zip(places, rows, strict=True)):
-        values, vectors = _by_size(y, torch.float64 if found.steep[place] else dtype)
-        rotations.append(vectors[:, :rank].T.to(y))
-        if found.steep[place]:
-            trusted[i] &= bool(values[rank:].sum() <= NOTHING_LOST[dtype] * values.sum())
-            gap[i] = 0.0
-        elif found.kept is not None:
-            growth = (values.sum() - found.kept[place]).clamp_min(0)
-            gap[i] = growth * (values[-1] / values[rank - 1]) ** RATE if values[rank - 1] > 0 else 0.0
-    return rotations, trusted, gap * energy
+    (m, n), bases, energy = found.unit.shape, [found.bases[place] for place in places], found.energy[list(places)]
+    some = found.unit.only([found.unit.chosen[place] for place in places])
+    long = bases[0].new_empty(len(bases), rank, max(m, n))
+    wide = [one if len(v) == rank else v.new_empty(len(v), max(m, n)) for one, v in zip(long, bases, strict=True)]
+    _multiply(some, bases, m >= n, wide)
+    short = torch.stack([v[:rank] for v in bases])
+    trusted, gap = torch.isfinite(energy.sqrt()), torch.full((len(bases),), torch.nan, dtype=torch.float64)
+    for i, (place, y, v) in enumerate(zip(places, wide, bases, strict=True)):
+        kept, steep = [one[place] for one in found.kept], place in found.steep
+        if len(v) == rank:
+            final = row_squares(y).sum().cpu()
+            rounding = KEPT_ERROR * torch.finfo(found.unit.fast_dtype).eps * final
+            if len(kept) > 1 and min(kept[-1] - kept[-2], final - kept[-1]) > rounding:
+                gap[i] = left_to_gain(kept[-2], kept[-1], final)
+        else:
+            values, vectors = _by_size(y, torch.float64 if steep else y.dtype)
+            rotation = vectors[:, :rank].T.to(y)
+            torch.mm(rotation, y, out=long[i])
+            torch.mm(rotation, v, out=short[i])
+            if steep:
+                beyond = (min(m, n) - rank) * values[rank:].mean()
+                trusted[i] &= bool(beyond <= NOTHING_LOST[y.dtype] * values.sum())
+                gap[i] = 0.0
+            elif kept:
+                growth = (values.sum() - kept[-1]).clamp_min(0)
+                gap[i] = growth * (values[-1] / values[rank - 1]) ** RATE if values[rank - 1] > 0 else 0.0
+        long[i] *= energy[i].sqrt().to(y)
+    left, right = (long.mT, short) if m >= n else (short.mT, long)
+    return left, right, trusted, gap * energy
 
 
-def _times(residuals: Residuals, basis: Tensor, tall: bool) -> Tensor:
-    """V_i A_iᵀ, (E, b, long side)."""
-    rows = basis.new_empty(*basis.shape[:2], max(residuals.shape))
+def _multiply(residuals: Residuals, bases: Sequence[Tensor], tall: bool, outs: Sequence[Tensor]) -> None:
+    """V_i A_iᵀ into each (b, long side)."""
 
     def multiply(panel: list[slice]) -> None:
         for run in panel:
-            for v, a, out in zip(basis, residuals.along(run, tall), rows, strict=True):
+            for v, a, out in zip(bases, residuals.along(run, tall), outs, strict=True):
                 torch.mm(v, a.T, out=out[:, run])
 
     for _ in parallel.for_each(multiply, long_panels(*residuals.shape), residuals.panels):
         pass
-    return rows
 
 
 def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
     """V_i A_iᵀA_i, (E, b, short side), and ‖A_i v‖² of every row v, (E, b) float64 on the CPU; A is read once."""
     fast = basis.to(residuals.fast_dtype)
+    lengths = torch.linalg.vector_norm(fast, dim=2, dtype=torch.float64)  # not 1 any more, once they are rounded
 
     def of_panel(panel: list[slice]) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(basis)
@@ -225,21 +226,20 @@ def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Te
         return total, energies
 
     total, energies = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), residuals.panels)
-    return total, energies.cpu()
+    return total, (energies / lengths.square().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
 
 
-def _descending(sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows for each (b, short) block by descending singular value, and whether they fall too steeply.
-
-    Rows of one size each make W = V AᵀA a matrix whose rows differ in size and not within: rounding its operands, or
-    itself, to fewer bits then costs a row digits of its own, and not the small rows all of theirs.
-    """
-    basis, steep = torch.empty_like(sketch), torch.zeros(len(sketch), dtype=torch.bool)
-    for i, block in enumerate(sketch):
-        values, vectors = _by_size(block, block.dtype)
-        steep[i] = not bool(values[-1] > STEEP[sketch.dtype] * values[0])  # NaN and zero are, too
-        torch.mm((vectors * values.clamp_min(0).rsqrt().nan_to_num(0.0, 0.0, 0.0)).T.to(block), block, out=basis[i])
-    return basis, steep
+def _start(sketch: Tensor, rows: int) -> tuple[Tensor, bool]:
+    """Orthonormal rows that span a sketch or its leading directions, and whether it falls too steeply for a step."""
+    basis = _by_cholesky(sketch[:rows], CLEAR)
+    if basis is not None:
+        return basis, False
+    # Rows of one size each make W = V AᵀA a matrix whose rows differ in size and not within: rounding its operands, or
+    # itself, to fewer bits then costs a row digits of its own, and not the small rows all of theirs.
+    values, vectors = _by_size(sketch, sketch.dtype)
+    steep = not bool(values[-1] > STEEP[sketch.dtype] * values[0])  # NaN and zero are, too
+    turned = vectors * values.clamp_min(0).rsqrt().nan_to_num(0.0, 0.0, 0.0)
+    return turned[:, :rows].T.to(sketch) @ sketch, steep
 
 
 def _by_size(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -258,9 +258,32 @@ def _by_size(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Householder QR of (k, n) rows, k ≤ n, scaled to 1 first, in place."""
-    least, most = rows.aminmax()
-    largest = torch.maximum(most, -least)
-    basis: Tensor = torch.linalg.qr((rows.div_(largest) if largest > 0 else rows).T).Q
+def _orthonormal(rows: Tensor, least: float | None = None) -> Tensor:
+    """(k, n) rows, k ≤ n, made orthonormal; by Householder's QR, where a Cholesky factor is below ``least`` or unasked.
+
+    QR works on the rows in place, scaled to 1 first.
+    """
+    basis = None if least is None else _by_cholesky(rows, least)
+    if basis is not None:
+        return basis
+    lowest, highest = rows.aminmax()
+    largest = torch.maximum(highest, -lowest)
+    reflected: Tensor = torch.linalg.qr((rows.div_(largest) if largest > 0 else rows).T).Q
+    return reflected.T
+
+
+def _by_cholesky(rows: Tensor, least: float) -> Tensor | None:
+    """L⁻¹ rows, LLᵀ their Gram; ``None`` where an entry of L's diagonal is below ``least`` times its row's length."""
+    half = len(rows) // 2
+    gram = rows.new_zeros(len(rows), len(rows))  # its lower triangle, but for the blocks on the diagonal
+    torch.mm(rows[:half], rows[:half].T, out=gram[:half, :half])
+    torch.mm(rows[half:], rows.T, out=gram[half:])
+    lengths = gram.diagonal().sqrt()
+    inverse = lengths.reciprocal()
+    factor, failed = torch.linalg.cholesky_ex(gram.mul_(inverse).mul_(inverse.unsqueeze(1)))
+    if bool(failed) or not bool(factor.diagonal().min() >= least):  # NaN is not
+        return None
+    # From the right, of columns that lie side by side: half the time of the same problem with rows.
+    factor *= lengths.unsqueeze(1)
+    basis: Tensor = torch.linalg.solve_triangular(factor.T, rows.T, upper=True, left=False)
     return basis.T

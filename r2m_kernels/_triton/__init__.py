@@ -20,12 +20,10 @@ from .sums import sum_rows as sum_rows
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
-from .truncate import truncation_width as truncation_width
 
 traits = Traits(
     groups_tensors=True,
     independent_pairs=False,  # which kernel runs depends on N
-    orders_components=False,
     takes_tolerance=False,  # each step would wait for the device, and a group would stop as one
     gap_basis="the last three kept energies, continued as a geometric series",
 )

@@ -2,7 +2,7 @@
 
 On A = X or Xᵀ, tall, with V holding k = r orthonormal rows on the short side: V ← orth(SᵀA) with random signs S, then
 V ← orth(V (AᵀA − a)) a few times, and A ≈ (A Vᵀ) V has rank r already. The shift a, below the mean energy of what V
-leaves out, is what makes two steps without oversampling enough: it needs no knowledge of the spectrum, and no eigen-
+leaves out, is what makes few steps without oversampling enough: it needs no knowledge of the spectrum, and no eigen-
 or singular value problem, which on a GPU would cost more than all the products.
 """
 
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interface import Effort, ShiftedFactors
+from .._stream.factors import SLOWEST
 from . import launch
 from .addresses import on_device
 from .orthonormalize import inner_products, orthonormal_rows
@@ -32,8 +33,6 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 # A residual that loses less than this share of its energy has so steep a spectrum that squaring it in float32, and
 # operands that matrix units cut off after 10 bits, may lose more: 8 to 2 per cent at shares of 1.2e-3 to 2.4e-3.
 STEEP = 4e-3
-# Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
-SLOWEST = 0.95
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -74,11 +73,6 @@ def judge_kernel(
     tl.store(gap + residual, left_to_gain)
 
 
-def truncation_width(rank: int, oversampling: int) -> int:
-    """Rows of a block: there is no oversampling."""
-    return rank
-
-
 def shifted_truncation(
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
@@ -102,7 +96,7 @@ def shifted_truncation(
     numbers = [mixing.to(unit).expand_as(unit), unit, energies, keys]
     mixing, unit, energies, keys = on_device(numbers, group.device)
     mixing, unit = mixing.to(group.compute_dtype), unit.to(group.compute_dtype)
-    steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
+    steps = effort.steps(rank, min(m, n)) + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
     # Only the span of a basis matters to what follows it, but for the last one.
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), passes=1 if steps else 2)
     kept: list[Tensor] = []
@@ -114,7 +108,7 @@ def shifted_truncation(
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)
     products = inner_products(left, right)
-    return ShiftedFactors(left.transpose(-1, -2), right, products, *_judged(products, energies, kept))
+    return ShiftedFactors(left.transpose(-1, -2), right, False, products, *_judged(products, energies, kept))
 
 
 def _judged(products: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:

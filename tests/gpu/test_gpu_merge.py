@@ -11,9 +11,10 @@ from gpu_cases import all_same_bits, checkpoints, residuals
 from r2m_kernels import InvalidInput, MergeConfig, analyze, merge
 from r2m_kernels._stream.plan import truncation_rank
 
-# Under the default, "relative", merges may differ by more than their truncations: the experts' residuals nearly cancel,
-# and what is left is scaled up. Here the residual term is the mean of the truncated residuals as they are.
-PLAIN = MergeConfig.r2m(core_mode="mean", norm_match=False, head="merge").to_dict()
+# By rows, and with a relative eta, merges may differ by more than their truncations: weights differ with them, or what
+# nearly cancels is scaled up. Here the residual term is the mean of the truncated residuals as they are.
+ALIKE = {"rank": 0.1, "row_power": 0.0, "whole_up_to": 0}
+PLAIN = MergeConfig.r2m(**ALIKE, core_mode="mean", norm_match=False, head="merge").to_dict()
 
 
 def truncation_allowance(base, experts, rank, excess):
@@ -60,8 +61,8 @@ def test_is_near_the_torch_backend_on_the_cpu(job, device, shapes, tiny, dtype):
     other = merge(host[0], host[1:], backend="torch", **PLAIN)
     for name, allowed in truncation_allowance(host[0], host[1:], 0.1, 1.02).items():
         assert float((other[name].double() - merged[name].cpu().double()).norm()) <= allowed
-    # The rest must agree to rounding, and the default merge, which truncates nothing, with it.
-    for options in ({"eta": 0}, {}):
+    # The rest must agree to rounding, and whole residuals by rows with it.
+    for options in ({"eta": 0}, {"rank": 1.0}):
         exact = [
             merge(base, experts, backend="triton", **options),
             merge(host[0], host[1:], backend="torch", **options),

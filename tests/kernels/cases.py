@@ -12,8 +12,10 @@ from r2m_kernels import MergeConfig
 
 StateDict = dict[str, Tensor]
 
+# All rows of a residual alike, all matrices truncated, to a tenth: the former default, and what it is without rows.
+ALIKE = {"rank": 0.1, "row_power": 0.0, "whole_up_to": 0}
 # R²M with a relative eta, which goes through every step and needs all that they find.
-TRUNCATED = MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+TRUNCATED = MergeConfig.r2m(**ALIKE, eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
 # R²M with whole residuals weighted by row.
 ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge")
 

@@ -47,7 +47,7 @@ def message(error):
         ({"weights": ()}, "weights: expected one positive number per expert, got ()"),
         ({"weights": (1, 0)}, "weights[1]: expected a positive number, got 0"),
         (
-            {"weights": (1e6, 1, 2), "rank": 1.0, "row_power": 3.0},
+            {"weights": (1e6, 1, 2)},
             "weights: with row_power=3 the largest may be 10000 times the smallest, got 1e+06 times; leave out who is "
             "to count for nothing",
         ),
@@ -57,7 +57,7 @@ def message(error):
         ),
         (
             {"spectrum": "reweigh"},
-            "rank: spectrum='reweigh' keeps all singular values; expected rank=1.0 alone, got rank=0.1 and 0 ranks by "
+            "rank: spectrum='reweigh' keeps all singular values; expected rank=1.0 alone, got rank=0.4 and 0 ranks by "
             "name",
         ),
         (
@@ -73,7 +73,7 @@ def message(error):
         ),
         ({"row_power": -1}, "row_power: expected a finite number of at least 0, got -1"),
         (
-            {"eta_mode": "relative", "row_power": 3.0},
+            {"eta_mode": "relative"},
             "eta_mode: 'relative' needs the residual term's norm, which row_power=3 makes as rows pass; expected "
             "row_power=0 with it, or eta_mode='constant'",
         ),
@@ -111,10 +111,10 @@ def test_numpy_scalars_and_lists_are_taken():
 def test_config_is_frozen_and_has_the_documented_defaults():
     config = MergeConfig.r2m()
     assert config == MergeConfig()
-    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 0.1)
+    assert (config.center, config.residual, config.real_rank, config.rank) == (False, "core", 1, 0.4)
     assert (config.eta_mode, config.eta, config.norm_match) == ("constant", 1.0, True)
-    assert (config.core_mode, config.core_scale, config.row_power, config.scale) == ("restored", 1.0, 0.0, "none")
-    assert (config.head, config.truncate, config.rank_rounding) == ("mean", (), "up")
+    assert (config.core_mode, config.core_scale, config.row_power, config.scale) == ("restored", 1.0, 3.0, "none")
+    assert (config.head, config.truncate, config.rank_rounding, config.whole_up_to) == ("mean", (), "up", 16)
     assert (config.power_iterations, config.oversampling) == (2, 8)
     with pytest.raises(AttributeError):
         config.rank = 0.2

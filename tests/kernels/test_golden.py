@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import TRUNCATED, checkpoints, distance, floating
+from cases import ALIKE, TRUNCATED, checkpoints, distance, floating
 
 from r2m_kernels import MergeConfig, analyze, merge, reference
 from r2m_kernels.heads import head_names
@@ -16,6 +16,7 @@ from r2m_kernels.reference import others
 PAPER = TRUNCATED.to_dict()
 CONFIGS = {
     "default": {},
+    "rows alike": ALIKE,
     "rows": {"rank": 1.0, "row_power": 3.0},
     "truncated": PAPER,
     "centred": {**PAPER, "center": True, "real_rank": 2},
@@ -37,7 +38,7 @@ CONFIGS = {
     "layers scaled": {**PAPER, "scale": "layer"},
     "columns scaled": {**PAPER, "scale": "column"},
     "rows, columns scaled": {"rank": 1.0, "row_power": 1.0, "scale": "column"},
-    "small matrices whole": {"rank": 0.3, "whole_up_to": 41, "ranks": (("conv1d*", 2),)},
+    "small matrices whole": {"rank": 0.3, "row_power": 0.0, "whole_up_to": 41, "ranks": (("conv1d*", 2),)},
     "rows, small matrices whole": {"rank": 0.3, "whole_up_to": 41, "row_power": 3.0},
     "some truncated, rounded down": {**PAPER, "truncate": ("enc*", "conv.*"), "rank_rounding": "down", "rank": 0.1},
     "authors' kit": MergeConfig.r2m_paper(rank=0.2, truncate=("enc*", "conv.*"), exclude=("*1d*", "*bias*")).to_dict(),
@@ -61,6 +62,7 @@ METHODS = {
 CONFIGS |= {name: config.to_dict() for name, (config, _) in METHODS.items()}
 WEIGHTED = (
     "default",
+    "rows alike",
     "rows",
     "centred",
     "own",

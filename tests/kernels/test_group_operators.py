@@ -14,6 +14,7 @@ from cases import padded
 from test_operators import BACKENDS, DTYPES, UNIT, UNIT_DTYPE, rounding, task_matrix
 
 from r2m_kernels._backends import choose
+from r2m_kernels._stream.factors import component_squares
 from r2m_kernels.reference.others import splitmix64
 
 SHAPES = [(1,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3)]
@@ -125,15 +126,18 @@ def test_combine_takes_a_coefficient_of_each_row(backend, shape, dtype, rank):
     outputs.check(exact, bound, largest)
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["any", "orthogonal"])
 @pytest.mark.parametrize("power", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, power):
+def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, power, ordered):
     left, right = torch.randn(2, 3, 37, 5, dtype=dtype), torch.randn(2, 3, 5, 53, dtype=dtype)
     left[:, :, 4] = 0.0  # a row without residuals
     left[0, 1, 7] = 0.0
     scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    weighed = operators(backend).weigh_rows(left, right, WEIGHTS, scales, power)
+    if ordered:  # each component by itself
+        right = torch.linalg.qr(right.mT).Q.mT * torch.linspace(3, 1, 5, dtype=dtype).view(5, 1)
+    weighed = operators(backend).weigh_rows(left, component_squares(right, ordered), WEIGHTS, scales, power)
     assert weighed.dtype == dtype
     lengths = (left.double() @ right.double()).norm(dim=3) * scales.view(1, 3, 1)
     shares = WEIGHTS.view(1, 3, 1) * lengths**power

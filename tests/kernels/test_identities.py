@@ -173,9 +173,14 @@ def test_ranks_beyond_the_matrix_and_empty_tensors_are_fine():
 def test_an_analysis_at_full_rank_can_be_merged_at_a_smaller_one():
     # Such as a two-logit head, of rank 2 at a ratio above a half and of rank 1 below.
     base, experts = checkpoints(3, shapes={"head": (2, 30), "body": (70, 90)})
+    config = MergeConfig.r2m(svd="exact", whole_up_to=0, head="merge")
     for largest, rank in ((0.6, 0.3), (1.0, 0.1), (1.0, 1), (70, 16)):
-        late = analyze(base, experts, rank=largest, svd="exact").merge(rank=rank)
-        assert distance(late, merge(base, experts, rank=rank, svd="exact")) <= 1e-6 * distance(base, late)
+        late = analyze(base, experts, config, rank=largest).merge(rank=rank)
+        assert distance(late, merge(base, experts, config, rank=rank)) <= 1e-6 * distance(base, late)
+    # So can one that left small matrices whole.
+    for before, after in ((2, 0), (70, 2), (70, 0)):
+        late = analyze(base, experts, config, whole_up_to=before).merge(whole_up_to=after)
+        assert distance(late, merge(base, experts, config, whole_up_to=after)) <= 1e-6 * distance(base, late)
 
 
 def test_excluding_one_name_of_a_tied_tensor_excludes_it():

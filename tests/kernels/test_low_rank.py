@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import distance, same_bits
+from cases import ALIKE, distance, same_bits
 from torch import Tensor
 
 from r2m_kernels import MergeConfig, analyze, reference
@@ -96,9 +96,9 @@ RANKS = (
 )
 CONFIGS = {
     "r2m": MergeConfig.r2m(),
-    "relative": MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", rank=2),
-    "whole": MergeConfig.r2m(rank=1.0),
-    "rows": MergeConfig.r2m(row_power=2.0),
+    "rows alike": MergeConfig.r2m(**ALIKE),
+    "relative": MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", rank=2, row_power=0.0),
+    "whole": MergeConfig.r2m(rank=1.0, row_power=0.0),
     "own": MergeConfig.r2m(residual="own", real_rank=2, layer_weight="frobenius"),
 }
 FEW = ("relative", "whole")
@@ -143,16 +143,16 @@ REFERENCE = (
         "norm_match",
         "row_power",
     ),
-    *("layer_weight", "ranks", "truncate", "rank_rounding"),
+    *("layer_weight", "ranks", "truncate", "rank_rounding", "whole_up_to"),
 )
 
 
 def test_an_analysis_serves_smaller_ranks_and_other_strengths() -> None:
     base, experts = adapters(RANKS)
-    for rank in (1.0, 8):
-        analysis = analyze(base, experts, MergeConfig.r2m(rank=rank))
+    for rank, power in ((1.0, 0.0), (8, 0.0), (8, 3.0)):
+        analysis = analyze(base, experts, MergeConfig.r2m(rank=rank, row_power=power))
         found = analysis.merge(rank=2, eta=0.5)
-        expected = analyze(base, experts, MergeConfig.r2m(rank=2, eta=0.5)).merge()
+        expected = analyze(base, experts, MergeConfig.r2m(rank=2, row_power=power, eta=0.5)).merge()
         for name, tensor in expected.items():
             assert torch.allclose(found[name], tensor, rtol=0, atol=2e-7)
     # Rows of whole residuals are weighted by whole task vectors.
@@ -186,7 +186,7 @@ def test_nan_in_a_base_is_named() -> None:
         analyze(base, experts, MergeConfig.r2m())
 
 
-@pytest.mark.parametrize("kind", ["r2m", "whole", "rows"])
+@pytest.mark.parametrize("kind", ["r2m", "whole", "rows alike"])
 def test_threads_order_and_budget_touch_no_bit(kind: str) -> None:
     shapes = {**SHAPES, "large.weight": (500, 1100)}
     base, experts = adapters([{**ranks, "large.weight": 3} for ranks in RANKS], shapes)
@@ -226,14 +226,14 @@ def test_random_adapters_among_dense_experts(number: int) -> None:
     for one in experts.values():
         one.dense = [name for name in "abc" if draw.random() < 0.1]
     rank, backend = draw.choice([0.1, 0.02, 8, 1.0]), draw.choice(BACKENDS[:2])
-    config = MergeConfig.r2m(rank=rank, eta=draw.choice([1.0, 0.4]), svd="exact")
+    power = draw.choice([0.0, 3.0])
+    config = MergeConfig.r2m(rank=rank, eta=draw.choice([1.0, 0.4]), row_power=power, svd="exact")
     analysis = analyze(base, experts, config, backend=backend)
     merged = analysis.merge(dtype=torch.float64)
     whole = [{name: one.exact(name) for name in base} for one in experts.values()]
-    expected = reference.merge(
-        {name: tensor.double() for name, tensor in base.items()}, whole, rank=rank, eta=config.eta
-    )
+    options = {"rank": rank, "eta": config.eta, "row_power": power}
+    expected = reference.merge({name: tensor.double() for name, tensor in base.items()}, whole, **options)
     changes = [{name: one[name].double() - base[name].double() for name in base} for one in (merged, expected)]
     nothing = {name: torch.zeros_like(one) for name, one in changes[1].items()}
-    drawn = f"{count} experts, {sizes}, {dtype}, rank {rank}, {backend}"
+    drawn = f"{count} experts, {sizes}, {dtype}, {options}, {backend}"
     assert distance(*changes) <= BOUND * distance(changes[1], nothing) + 1e-6 * len(base), drawn

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import ROWS, TRUNCATED, checkpoints, distance, floating, matrix_with
+from cases import ALIKE, ROWS, TRUNCATED, checkpoints, distance, floating, matrix_with
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ MAPPED = ("star", "mono_soup", "score", "tsv_m")  # other singular values than t
 REPEATABLE = {
     "R2M": MergeConfig.r2m(svd="exact"),
     "R2M, centred": TRUNCATED.replace(svd="exact", center=True, residual="own"),
-    "R2M, truncated rows": MergeConfig.r2m(svd="exact", rank=0.2),
+    "R2M, rows alike": MergeConfig.r2m(**ALIKE, svd="exact"),
     "weight average": MergeConfig.weight_average(),
     "CART": MergeConfig.cart(0.2, 0.5).replace(svd="exact", eta_mode="constant"),
     "STAR": MergeConfig.star(),

@@ -15,7 +15,7 @@ from r2m_kernels._stream.tensors import TensorSpec
 METHODS = {
     "R2M": MergeConfig.r2m(),
     "by rows": ROWS,
-    "whole": MergeConfig.r2m(rank=1.0),
+    "whole": MergeConfig.r2m(rank=1.0, row_power=0.0),
     "by rows, scaled by layer": ROWS.replace(scale="layer"),
     "by rows, scaled by column": ROWS.replace(scale="column"),
     "truncated": TRUNCATED,
@@ -121,8 +121,8 @@ def test_inputs_that_do_not_fit_are_read_once_a_pass(made):
     sources = [Counting(str(index), tensors) for index, tensors in enumerate([base, *experts])]
     analyze(sources[0], sources[1:], METHODS["truncated"], memory_budget=2**16).merge()
     assert {source.read_elements_of["vector"] / source.specs["vector"].numel for source in sources} == {2}
-    # A truncation from storage has a sketch, a step and a factor of each expert to make.
-    reads = 1 + 3 * 3 + 1
+    # A truncation from storage has a sketch, two steps and a factor of each expert to make.
+    reads = 1 + 3 * 4 + 1
     assert {source.read_elements_of["tall"] / source.specs["tall"].numel for source in sources} == {reads}
     assert not any(source.whole.keys() & {"tall", "wide", "vector"} for source in sources)
 
@@ -133,7 +133,7 @@ def test_residuals_that_are_too_steep_are_truncated_again_from_storage(backend):
     steep = matrix_with(spectrum("k^-2", 180), *shape).float()
     base, other = torch.zeros(shape), matrix_with(spectrum("linear", 180), *shape, seed=1).float()
     states = {"matrix": base}, [{"matrix": steep}, {"matrix": other}, {"matrix": other + steep}]
-    config = MergeConfig.r2m(real_rank=0)
+    config = MergeConfig.r2m(real_rank=0, rank=0.1)
     whole, stored = (analyze(*states, config, backend=backend, memory_budget=budget) for budget in (None, 2**16))
     assert {one._findings.truncated["matrix"].method for one in (whole, stored)} == {"textbook"}
     assert same_bits(whole.merge(), stored.merge())

@@ -156,7 +156,7 @@ def drawn_options(draw: Random, case: Case) -> dict[str, Any]:
         "eta": draw.choice([0.0, draw.uniform(0.1, 2.0)]),
         "eta_mode": draw.choice(["relative", "constant", "core_norm", "sum"]),
         "norm_match": draw.random() < 0.5,
-        "row_power": draw.choice([0.5, 1.0, 3.0, 8.0]),
+        "row_power": draw.choice([0.0, 0.0, 0.5, 1.0, 8.0]),
         "scale": draw.choice(["layer", "column"]),
         "layer_weight": "frobenius",
         "head": draw.choice(["mean", "merge"]),
@@ -167,8 +167,12 @@ def drawn_options(draw: Random, case: Case) -> dict[str, Any]:
     options = {name: value for name, value in drawn.items() if draw.random() < 0.25}
     if case.low_rank and options.get("rank_rounding") == "down":
         del options["rank_rounding"]
-    if "row_power" in options and options.get("eta_mode", "relative") == "relative":  # which is a method's default
-        options["eta_mode"] = "constant"
+    # Few of these sides are longer than what the default leaves whole.
+    options["whole_up_to"] = draw.choice([0, 0, 5, 16])
+    if options.get("eta_mode") == "relative":
+        options["row_power"] = 0.0
+    elif options.get("row_power"):  # relative is a method's default
+        options.setdefault("eta_mode", "constant")
     if "block0.*" in options.get("keep", ()):  # something is to be merged
         del options["keep"]
     return options

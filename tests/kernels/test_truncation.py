@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -101,26 +102,33 @@ def test_the_scale_of_a_residual_does_not_matter(scale, operators):
     assert 0.9999 <= truncation_error(scale * matrix, 26, operators=operators) <= 1.02
 
 
+@pytest.mark.parametrize("rank", [52, 120])
 @pytest.mark.parametrize("kind", ["k^-2", "k^-3", "rank 40"])
-def test_steep_residuals_go_to_the_textbook_and_low_rank_ones_need_no_step(kind, monkeypatch):
+def test_steep_residuals_go_to_the_textbook_and_low_rank_ones_need_no_step(kind, rank, monkeypatch):
     calls = []
-    for name in ("_there_and_back", "_times"):
+    for name in ("_there_and_back", "_multiply"):
         original = getattr(truncate, name)
         monkeypatch.setattr(truncate, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
     textbook = truncation.textbook
     monkeypatch.setattr(truncation, "textbook", lambda *a: calls.append("textbook") or textbook(*a))
-    truncated("x", [matrix_with(spectrum(kind, 512), 512, 600).float()], 52)
-    assert calls == (["_times"] if kind == "rank 40" else ["_times", "textbook"])
+    truncated("x", [matrix_with(spectrum(kind, 512), 512, 600).float()], rank)
+    assert calls == (["_multiply"] if kind == "rank 40" else ["_multiply", "textbook"])
 
 
+@pytest.mark.parametrize("rank", [52, 205])
 @pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes", "19 spikes"])
 @pytest.mark.parametrize("svd", ["randomized", "textbook"])
-def test_the_estimated_distance_to_the_optimum_is_of_the_right_size(kind, svd):
+def test_the_estimated_distance_to_the_optimum_is_of_the_right_size(kind, svd, rank):
     x = matrix_with(spectrum(kind, 512), 512, 1000).float()
-    factors = truncated("x", [x], 52, svd=svd)
+    factors = truncated("x", [x], rank, svd=svd)
     error = float((x.double() - factors.left[0].double() @ factors.right[0].double()).square().sum())
-    best = float(torch.linalg.svdvals(x.double())[52:].square().sum())
-    assert (error - best) / 5 <= float(factors.gap[0]) <= 5 * (error - best)
+    best = float(torch.linalg.svdvals(x.double())[rank:].square().sum())
+    gap, energy = float(factors.gap[0]), float(x.double().square().sum())
+    if math.isnan(gap):  # what is left to gain is lost in the rounding of steps in bfloat16
+        assert rank == 205
+        assert error - best < 1e-4 * energy
+    else:
+        assert (error - best) / 5 <= gap <= 5 * (error - best)
 
 
 def test_an_exact_truncation_has_no_distance_to_the_optimum():

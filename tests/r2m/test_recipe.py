@@ -309,7 +309,7 @@ def test_a_mutated_recipe_is_read_or_refused(tmp_path: Path, edits: list[tuple[i
     assert refusal is None or (refusal.startswith("recipe (") and refusal.isprintable()), refusal
 
 
-ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, head="merge")
+ROWS = MergeConfig.r2m(rank=1.0, row_power=3.0, whole_up_to=0, head="merge")
 YOUNGER = ("head", "truncate", "rank_rounding", "whole_up_to")
 
 
@@ -347,7 +347,8 @@ def test_a_recipe_by_hand_follows_the_new_meaning_and_says_so(method: str) -> No
 def test_a_former_method_is_understood_and_says_what_to_write() -> None:
     Path("recipe.yaml").write_text("base_model: b\nmerge_method: r2m_truncated\nmodels: [{model: e}]")
     recipe = read_recipe("recipe.yaml")
-    assert recipe.config == MergeConfig.r2m(eta_mode="relative", eta=0.6, core_mode="mean", head="merge")
+    strength = {"eta_mode": "relative", "eta": 0.6, "core_mode": "mean"}
+    assert recipe.config == MergeConfig.r2m(**strength, head="merge", rank=0.1, row_power=0.0, whole_up_to=0)
     (note,) = recipe.notes
     assert note.startswith("the method r2m_truncated goes: write r2m with eta_mode=relative, eta=0.6, core_mode=mean")
     with pytest.warns(FutureWarning, match="r2m_truncated goes: write r2m with"):

@@ -165,9 +165,9 @@ def test_spectra_are_the_residuals_own(method: str, checkpoints: Checkpoints, co
     assert [float(row["singular value"]) for row in first] == pytest.approx(expected.tolist(), rel=1e-4)
     assert sum(row["kept"] == "True" for row in first) == tensor["rank"]
     # What is kept of the energy is what the report says.
-    if method == "r2m_truncated":
-        energy = (expected[: tensor["rank"]] ** 2).sum() / (expected**2).sum()
-        assert tensor["kept_energy"]["fs"] == pytest.approx(energy, rel=0.05)
+    assert tensor["rank"] == {"r2m_truncated": 2, "r2m": 7}[method]
+    energy = (expected[: tensor["rank"]] ** 2).sum() / (expected**2).sum()
+    assert tensor["kept_energy"]["fs"] == pytest.approx(energy, rel=0.05)
 
 
 def test_spectra_of_experts_whose_preprocessing_was_settled(checkpoints: Checkpoints, command: Command) -> None:

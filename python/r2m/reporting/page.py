@@ -120,11 +120,12 @@ def of_merge(report: Mapping[str, Any]) -> Iterable[Picture]:
     before, scales = report["residual"]["norms"], report["residual"]["scales"]
     if before is not None:
         after = {name: before[name] * scales[name] for name in names}
+        where = "in the weights of rows, " if report["config"]["row_power"] > 0 else ""
         yield picture(
             "norms",
             "Residuals before and after norm matching",
-            "What each specialist has beyond the core. After matching all have one norm, so that no forgery family "
-            "drowns the others.",
+            f"What each specialist has beyond the core. After matching, {where}all have one norm, so that no forgery "
+            "family drowns the others.",
             [{"expert": name, "before": before[name], "after": after[name], "scale": scales[name]} for name in names],
             lambda axes: bars(
                 axes, names, {"before": list(before.values()), "after": list(after.values())}, "‖residual‖"
