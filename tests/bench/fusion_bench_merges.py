@@ -13,6 +13,7 @@ from fusion_bench.method.isotropic_merging.iso_utils import iso_c
 from fusion_bench.method.simple_average import simple_average
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.ties_merging.ties_merging_utils import state_dict_to_vector, ties_merging, vector_to_state_dict
+from fusion_bench.method.wudi.wudi import wudi_merging
 from fusion_bench.utils.state_dict_arithmetic import state_dict_add, state_dict_mul, state_dict_sum
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,6 +41,10 @@ def main():
 
     save("tsv_m", compute_and_sum_svd_mem_reduction(copies(), accelerator="cpu"))
     save("iso_c", iso_c(copies(), accelerator="cpu"))
+    # Its steps are 1e-5 long whatever the numbers are: a thousandth of the distance to its minimum.
+    small = [{name: 0.1 * tau[name] for name in tau if name == "even"} for tau in copies()]
+    wudi = wudi_merging(small, accelerator="cpu", iter_num=3000)
+    save_file({n: base[n] + 10 * wudi[n].detach() for n in wudi}, directory / "wudi.safetensors")
     flat = torch.vstack([state_dict_to_vector(tau) for tau in copies()])
     elected = ties_merging(flat, reset_thresh=density, merge_func="mean")
     save("ties", vector_to_state_dict(elected, copies()[0]))
