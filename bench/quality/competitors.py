@@ -1,7 +1,8 @@
-"""Other people's data-free rules in plain PyTorch, float64, a function each; sources and what is our derivation beside.
+"""Other people's data-free rules that the package has not, in plain PyTorch, float64, a function each.
 
-All keep the plain mean of classifier and running statistics, and ``scale`` is of matrices and vectors alike. A tensor
-of more than two dimensions is a matrix, first dimension by the rest, as in the package.
+Sources stand beside, and what is our derivation. All keep the plain mean of classifier and running statistics, and
+``scale`` is of matrices and vectors alike. A tensor of more than two dimensions is a matrix, first dimension by the
+rest, as in the package.
 """
 
 from __future__ import annotations
@@ -19,49 +20,6 @@ from r2m_kernels.reference.checkpoints import changed
 
 State = Mapping[str, Tensor]
 NOTHING = 1e-12  # of the largest: eigenvalues and norms below it are rounding
-
-
-def score(base: State, experts: Sequence[State], *, scale: float = 1.0, trim: float = 1.96) -> StateDict:
-    """SCORE (arXiv 2603.05768, the authors' code): task matrices in a shared basis, outliers off the diagonal dropped.
-
-    The basis is TSV-M's. Of each M_i = Pᵤᵀ τ_i Pᵥ the diagonal stays, and off it what is within ``trim`` · std / N of
-    the mean; both are taken, as there, with zeros on the diagonal.
-    """
-
-    def of_matrix(tau: Tensor) -> Tensor:
-        u, _, v = svd(tau)
-        left, right = (together(side[..., : shared_rank(tau)]) for side in (u, v))
-        turned = left.mT @ tau @ right
-        diagonal = torch.diag_embed(turned.diagonal(dim1=1, dim2=2))
-        off = turned - diagonal
-        mean, limit = off.mean((1, 2), keepdim=True), trim * off.std((1, 2), keepdim=True) / len(tau)
-        kept = off * ((off - mean).abs() <= limit)
-        return scale * left @ (diagonal + kept).sum(0) @ right.mT
-
-    return Parts.of(base, experts).each(of_matrix, scale)
-
-
-def swudi(base: State, experts: Sequence[State], *, steps: float = 30.0, share: float = 1.0) -> StateDict:
-    """SWUDI (arXiv 2606.07289): WUDI's least squares of layer outputs, stopped early in closed form.
-
-    The loss is Σ ‖(X − τ_i) τ_iᵀ‖² / ‖τ_i‖², its minimum X* = B H⁺ with H = Σ τ_iᵀτ_i / ‖τ_i‖². Our derivation from
-    the abstract ("soft exponential filter … hard top-K truncation"): from the mean, the gradient flow for ``steps``
-    over the largest eigenvalue of H, on the largest ``share`` of its eigenvectors alone.
-    """
-
-    def of_matrix(tau: Tensor) -> Tensor:
-        start, grams = tau.mean(0), tau.mT @ tau
-        weights = 1 / tau.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(tau.dtype).tiny)
-        values, turn = torch.linalg.eigh((weights * grams).sum(0))
-        top = values[-1].clamp_min(torch.finfo(tau.dtype).tiny)
-        used = values > NOTHING * top
-        used[: len(values) - math.ceil(share * len(values))] = False
-        towards = (weights * (tau @ grams)).sum(0) @ turn
-        solved = torch.where(used, towards / torch.where(used, values, 1.0), 0.0)
-        done = torch.where(used, 1 - torch.exp(-steps * values / top), 0.0)
-        return start + ((solved - start @ turn) * done) @ turn.mT
-
-    return Parts.of(base, experts).each(of_matrix)
 
 
 def cleaned(base: State, expert: State, *, energy: float | None = None) -> StateDict:

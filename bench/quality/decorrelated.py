@@ -18,6 +18,8 @@ from r2m_kernels import MergeConfig, merge
 
 State = Mapping[str, Tensor]
 Weight = Tensor | None
+# Of R²M the residual alone: at a tenth of full rank, norms matched, all rows alike.
+RESIDUAL = MergeConfig.r2m(rank=0.1, row_power=0.0, whole_up_to=0, eta=1.0, core_scale=0.0)
 # Eigenvalues of a Gram matrix below this share of the largest are rounding of float32 checkpoints.
 ROUNDING = 16 * 2.0**-24
 
@@ -41,14 +43,14 @@ def decorrelated(
 ) -> StateDict:
     """θ₀ + core · g² · τ_core + residual + outside · O: K2 by default, K1 with ``residual="matched"``.
 
-    g² = mean ‖τ_i‖ / ‖mean τ‖. The residual is mean τ − τ_core, or twice R²M's own by default (rank .1, norms matched).
+    g² = mean ‖τ_i‖ / ‖mean τ‖. The residual is mean τ − τ_core, or twice ``RESIDUAL``.
     O = D − Σ p_j τ_j, p = G⁻¹ ⟨D, τ_j⟩ over all matrices, or tensor by tensor. Vectors and head are plain means.
     """
     parts = Parts.of(base, experts)
     turned = {name: decorrelate(tau) for name, tau in parts.tau.items()}
     inner = {name: (tau * turned[name]).sum((1, 2)) for name, tau in parts.tau.items()}
     p = _solve(parts.gram, torch.stack(list(inner.values())).sum(0))
-    alone = merge(base, experts, MergeConfig.r2m(core_scale=0.0)) if residual == "matched" else None
+    alone = merge(base, experts, RESIDUAL) if residual == "matched" else None
     changes = {}
     for name, tau in parts.tau.items():
         coefficients = core * parts.gain * parts.core
@@ -80,12 +82,6 @@ def tsv_m_by_core(base: State, experts: Sequence[State], *, scale: float = 1.2, 
 def core_at_full_length(base: State, experts: Sequence[State], *, config: MergeConfig) -> StateDict:
     """A configuration with the core as long as the specialists' updates are on average: λ = g² and not g."""
     return merge(base, experts, config.replace(core_scale=config.core_scale * Parts.of(base, experts).gain ** 0.5))
-
-
-def small_whole(base: State, experts: Sequence[State], *, config: MergeConfig, side: int = 16) -> StateDict:
-    """A configuration with whole matrices of a short side up to ``side``, of which a tenth is next to nothing."""
-    small = [name for name, tau in Parts.of(base, experts).tau.items() if min(tau.shape[1:]) <= side]
-    return merge(base, experts, config.replace(ranks=tuple((name, 1.0) for name in small)))
 
 
 def mean_of(base: State, experts: Sequence[State], *, configs: tuple[MergeConfig, ...]) -> StateDict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from r2m.demo.evaluation import auc
 
 from bench.machine import ROOT
 from bench.markdown import put, render, update
-from bench.quality import protocol, settings, tables
+from bench.quality import settings, tables
 from bench.quality.groups import UNSEEN
 from bench.quality.store import STORE
-from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, difference, short, shown
+from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, difference, named, short, shown
 
 KNOWN = "in-distribution"
 SUMMARY, DOCS, README = STORE / "summary.json", ROOT / "docs", ROOT / "README.md"
@@ -34,6 +35,7 @@ Rows = list[list[str]]
 MAIN = (
     "joint training",
     ENSEMBLE,
+    "compressed ensemble, rank 0.05",
     AVERAGE,
     SCALED,
     "task arithmetic",
@@ -44,10 +46,13 @@ MAIN = (
     "SCORE",
     "SWUDI",
     "MonoSoup",
-    *protocol.read()["candidates"],
+    DEFAULT,
+    "R2M",
     "R2M decorrelated",
     "R2M, public kit's settings",
 )
+GOAL = {"ensemble": 0.8, "joint training": 0.5}
+"""Shares of their gain over the average that one merged model was to make on the pretrained base."""
 # A merge is bad where it ranks this much worse than the ensemble of the same specialists (AUC).
 BAD = 0.10
 
@@ -100,24 +105,96 @@ def _names(content: Content) -> dict[str, Any]:
         "full": _full,
         "minus": _minus,
         "against": _against,
-        "share": lambda section, group: _percent(section["rows"][DEFAULT]["share"][group]),
-        "best": partial(_best, content),
+        "named": named,
+        "joined": lambda rows: " and ".join(map(named, rows)),
+        "missing": lambda section, rows: [named(row) for row in rows if row not in section["rows"]],
+        "shared": _shared,
+        "shares": _shares(content, sections),
+        "goal": _goal(content, sections),
+        "forms": [row for row, kind in content["methods"].items() if kind == "ours" and _is_form(row)],
         "by_part": _by_part,
         "forgeries": _forgeries,
         "calibrations": _calibrations,
         "short": short,
         "difference": difference,
+        "chosen_on": Counter(run.partition("-")[0] for run in content["validated"]),
         "studied": studied,
         "several": partial(_several, studies),
         "wrong": partial(_wrong, studies),
         "features": {name: _features(studies, name) for name in studied},
         "alarms": partial(_alarms, studies),
         "readme": _readme(sections),
+        "elsewhere": _elsewhere(sections),
     }
+
+
+def _is_form(row: str) -> bool:
+    """Whether a row of ours is R²M alone, and not the default."""
+    return row.startswith("R2M") and row != DEFAULT and "decorrelated" not in row and "cleaned" not in row
+
+
+def _share(section: Content, row: str, other: str, group: str) -> float | None:
+    """How much a row makes of another's gain over the average, where that has one."""
+    gain, most = (section["rows"][one]["minus"][AVERAGE][group]["mean"] for one in (row, other))
+    return gain / most if most > 0 else None
 
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _shared(section: Content, unseen: str) -> str:
+    """Half a sentence on the default's share of the ensemble's gain."""
+    known, other = (_share(section, DEFAULT, ENSEMBLE, group) for group in (KNOWN, unseen))
+    if known is None or other is None:
+        return f"; the default makes {_percent(known)} of that in-distribution" if known is not None else ""
+    return f"; the default makes {_percent(known)} and {_percent(other)} of that"
+
+
+def _best(content: Content, section: Content) -> tuple[str, int]:
+    """The single model merged without data that is highest in-distribution, and of how many."""
+    rows = [
+        row
+        for row in section["rows"]
+        if content["methods"].get(row) in ("peer", "ours") and "ensemble" not in row and row != AVERAGE
+    ]
+    return max(rows, key=lambda row: section["rows"][row]["mean"][KNOWN]), len(rows)
+
+
+def _shares(content: Content, sections: Mapping[str, Any]) -> Rows:
+    """What the ensemble, the default and the best merge have over the average, and of the ensemble's and joint's."""
+    rows = []
+    for name, (_, section, unseen) in sections.items():
+        if name not in UNSEEN:
+            continue
+        best, count = _best(content, section)
+        of = {"joint training": "joint training", ENSEMBLE: ENSEMBLE, DEFAULT: _bold(DEFAULT)}
+        for row, words in {**of, best: f"{_bold(best)}, the best of {count}"}.items():
+            cells = [f"{words}, {name}"]
+            for group in (KNOWN, unseen):
+                cells.append(short(section["rows"][row]["minus"][AVERAGE][group]["mean"], True))
+                shares = [_percent(_share(section, row, other, group)) for other in GOAL]
+                cells += shares if row not in GOAL else [""] * len(GOAL)
+            rows.append(cells)
+    return rows
+
+
+def _goal(content: Content, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What the best merge makes of the goal on the pretrained base; nothing where that was not judged."""
+    if "pretrained" not in sections:
+        return {}
+    _, section, unseen = sections["pretrained"]
+    best, _ = _best(content, section)
+    shares = {
+        "known": _share(section, best, ENSEMBLE, KNOWN),
+        "unseen": _share(section, best, ENSEMBLE, unseen),
+        "joint": _share(section, best, "joint training", KNOWN),
+    }
+    met = [
+        share is not None and share >= GOAL["joint training" if of == "joint" else ENSEMBLE]
+        for of, share in shares.items()
+    ]
+    return {"row": named(best), "reached": all(met), **{of: _percent(share) for of, share in shares.items()}}
 
 
 def _readme(sections: Mapping[str, Any]) -> Rows:
@@ -128,17 +205,6 @@ def _readme(sections: Mapping[str, Any]) -> Rows:
         if name in UNSEEN
         for other in (AVERAGE, SCALED)
     ]
-
-
-def _best(content: Content, section: Content, unseen: str) -> dict[str, Any]:
-    """The single model merged without data that is highest in-distribution, and of how many."""
-    rows = {
-        row: of["minus"][AVERAGE]
-        for row, of in section["rows"].items()
-        if content["methods"].get(row) in ("peer", "ours") and "ensemble" not in row
-    }
-    row = max(rows, key=lambda row: rows[row][KNOWN]["mean"])
-    return {"row": row, "of": len(rows), "known": rows[row][KNOWN]["mean"], "unseen": rows[row][unseen]["mean"]}
 
 
 def _by_part(section: Content, unseen: str, rows: Iterable[str]) -> tuple[list[str], Rows]:
@@ -153,7 +219,7 @@ def _by_part(section: Content, unseen: str, rows: Iterable[str]) -> tuple[list[s
 
 
 def _bold(row: str) -> str:
-    return f"**{row}**" if row == DEFAULT else row
+    return f"**{named(row)}**" if row == DEFAULT else named(row)
 
 
 def _main(section: Content, unseen: str) -> Rows:
@@ -200,6 +266,24 @@ def _against(section: Content, group: str, row: str = DEFAULT, other: str = AVER
     return f"{words} {size} (95 % interval {short(found['low'], True)} to {short(found['high'], True)})"
 
 
+OTHERS = {
+    "cross": "shifted parameters and another camera",
+    "natural": "photographs without a face",
+    "neural": "forgeries by networks, of one kind",
+}
+
+
+def _elsewhere(sections: Mapping[str, Any]) -> list[str]:
+    """The default against the average in the groups that decide nothing."""
+    return [
+        f"on {OTHERS[group]} (*{group}*, {name}) {_against(section, group)}"
+        for name, (_, section, unseen) in sections.items()
+        if name in UNSEEN
+        for group in section["groups"]
+        if group not in (KNOWN, unseen)
+    ]
+
+
 def _forgeries(section: Content) -> tuple[list[str], Rows]:
     """Header and AUC of every forgery, for what the first page shows."""
     rows = [row for row in MAIN if row in section["rows"]]
@@ -209,7 +293,7 @@ def _forgeries(section: Content) -> tuple[list[str], Rows]:
         [f"{kind} ({group})", *(short(section["rows"][row]["forgeries"][group][kind]) for row in rows)]
         for group, kind in kinds
     ]
-    return ["forgery", *rows], body
+    return ["forgery", *map(named, rows)], body
 
 
 def _calibrations(section: Content) -> tuple[list[str], Rows]:

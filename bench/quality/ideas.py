@@ -1,6 +1,7 @@
-"""Ideas of ours around R²M's default, in plain PyTorch: what ``trials`` tried on development runs, and why.
+"""Ideas of ours around R²M, in plain PyTorch: what ``trials`` tried on development runs, and why.
 
-Each is the default, which ``assembled`` is, with one thing done otherwise. None has a row in the tables.
+Each is the first candidate for the default (``methods.A``), which ``assembled`` is, with one thing done otherwise. None
+has a row in the tables.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def assembled(
     row_power: float = 0.0,
     restored: float = 0.5,
 ) -> StateDict:
-    """θ₀ + g · core + (η/N) Σ s_i residual_i: the default, from a core and truncated residuals.
+    """θ₀ + g · core + (η/N) Σ s_i residual_i: R²M, from a core and truncated residuals.
 
     Args:
         parts: of the merge.
@@ -82,7 +83,7 @@ def truncated(parts: Parts, core: Matrices, rank: float | Callable[[str], float]
 
 
 def default(base: State, experts: Sequence[State]) -> StateDict:
-    """R²M as ``MergeConfig.r2m`` has it, with exact truncation."""
+    """R²M as ``methods.A`` has it, with exact truncation."""
     parts = Parts.of(base, experts)
     core = core_of(parts)
     return assembled(parts, core, truncated(parts, core))

@@ -1,7 +1,8 @@
 """Everything that is compared, and what each method may choose from: as many candidates for all, eight.
 
 A candidate is a configuration of the package or a rule in plain PyTorch (``competitors``, ``decorrelated``). Whatever
-needs no choice is a method with one candidate. ``R2M`` is the first candidate for the default, untuned.
+needs no choice is a method with one candidate. ``R2M`` is the first candidate for the default, whatever came to be it;
+ablations are around the default itself.
 """
 
 from __future__ import annotations
@@ -11,15 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.quality.competitors import dc_merge, larv, monosoup, resmerge, score, swudi
-from bench.quality.decorrelated import (
-    compressed_ensemble,
-    core_at_full_length,
-    decorrelated,
-    mean_of,
-    small_whole,
-    tsv_m_by_core,
-)
+from bench.quality.competitors import dc_merge, larv, monosoup, resmerge
+from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of, tsv_m_by_core
 from bench.quality.parts import StateDict
 from r2m_kernels import MergeConfig, merge
 
@@ -30,6 +24,8 @@ Candidate = MergeConfig | Callable[..., StateDict | list[StateDict]]
 
 # R²M with residuals at a tenth of full rank, all rows alike: the first candidate for the default, whatever that is.
 A = MergeConfig.r2m(rank=0.1, row_power=0.0, core_scale=1.0, core_mode="restored", eta=1.0, head="mean", whole_up_to=0)
+# By rows at four tenths, small matrices whole: what the protocol chose.
+CHOSEN = A.replace(rank=0.4, row_power=3.0, whole_up_to=16)
 
 
 def merged(candidate: Candidate, base: StateDict, experts: Sequence[StateDict], **overrides: Any) -> list[StateDict]:
@@ -66,12 +62,15 @@ def _words(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={word(value)}" for name, value in sorted(arguments.items()))
 
 
-def configuration(candidate: Candidate) -> Candidate:
-    """A candidate as the package's configuration, where it has come to have one."""
-    if isinstance(candidate, partial) and candidate.func is small_whole:
-        config: MergeConfig = candidate.keywords["config"]
-        return config.replace(whole_up_to=candidate.keywords.get("side", 16))
-    return candidate
+def words_of(candidate: Candidate) -> set[str]:
+    """Whatever has meant a candidate: its key, and what stood in the protocol before ``whole_up_to`` was an option.
+
+    That was a rule which gave the same ranks by name: ``small_whole(config=…)``.
+    """
+    words = {key(candidate)}
+    if isinstance(candidate, MergeConfig) and candidate.whole_up_to == CHOSEN.whole_up_to:
+        words.add(f"small_whole(config={key(candidate.replace(whole_up_to=0))})")
+    return words
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,15 @@ def lengthened(scale: float) -> MergeConfig:
 def peers() -> list[Method]:
     """Other methods of the literature, each with the same tuning budget; averages need none."""
     scales = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2)
-    clean = {"effective rank": None, "energy 0.5": 0.5, "energy 0.8": 0.8, "energy 0.95": 0.95}
+    soups: dict[str, Candidate] = {
+        f"effective rank, × {s:g}": MergeConfig.mono_soup().replace(core_scale=s, eta=s, head="mean")
+        for s in (1.0, 1.2, 1.5, 2.0)
+    }
+    soups |= {
+        f"energy {energy:g}, × {s:g}": partial(monosoup, energy=energy, then=averaged(s).replace(head="mean"))
+        for energy in (0.8, 0.95)
+        for s in (1.0, 1.5)
+    }
     tiers = {"tanh": None, "tiers ± 0.2": 0.2}
     under = {
         "average": averaged(1.0),
@@ -146,23 +153,16 @@ def peers() -> list[Method]:
         _fixed("TSV-M × 1.2", MergeConfig.tsv_m(1.2)),
         Method("Iso-C", {f"α {s:g}": MergeConfig.iso_c(s) for s in scales}),
         Method("STAR", {f"share {s:g}": MergeConfig.star(s) for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9)}),
-        Method("SCORE", {f"α {s:g}": partial(score, scale=s) for s in scales}),
+        Method("SCORE", {f"α {s:g}": MergeConfig.score(s).replace(head="mean") for s in scales}),
         Method(
             "SWUDI",
             {
-                f"{n} steps, share {s:g}": partial(swudi, steps=float(n), share=s)
+                f"{n} steps, × {s:g}": MergeConfig.swudi(n, s).replace(head="mean")
                 for n in (3, 10, 30, 100)
-                for s in (0.5, 1.0)
+                for s in (1.0, 1.2)
             },
         ),
-        Method(
-            "MonoSoup",
-            {
-                f"{words}, × {s:g}": partial(monosoup, energy=energy, then=averaged(s))
-                for words, energy in clean.items()
-                for s in (1.0, 1.5)
-            },
-        ),
+        Method("MonoSoup", soups),
         Method(
             "LARV",
             {
@@ -194,7 +194,7 @@ def peers() -> list[Method]:
 
 
 def ours() -> list[Method]:
-    """R²M as it comes, longer, tuned, by rows and as the paper has it; and what we made beside it."""
+    """R²M in the forms that were candidates, tuned, and as the paper has it; and what we made beside it."""
     r2m, kit = A.replace, MergeConfig.r2m_paper
     clean = {"effective rank": None, "energy 0.5": 0.5, "energy 0.8": 0.8, "energy 0.95": 0.95}
     return [
@@ -203,9 +203,9 @@ def ours() -> list[Method]:
         Method(
             "R2M on cleaned specialists",
             {
-                f"{words}, × {s:g}": partial(monosoup, energy=energy, then=lengthened(s))
+                f"{words}, {name}": partial(monosoup, energy=energy, then=then)
                 for words, energy in clean.items()
-                for s in (1.0, 1.5)
+                for name, then in {"the default": CHOSEN, "rank .1": A}.items()
             },
             "ours",
         ),
@@ -213,12 +213,12 @@ def ours() -> list[Method]:
         _fixed("R2M by rows, rank .4", r2m(rank=0.4, row_power=3.0), "ours"),
         _fixed(
             "R2M by rows, rank .4, small matrices whole",
-            partial(small_whole, config=r2m(rank=0.4, row_power=3.0)),
+            CHOSEN,
             "ours",
         ),
         _fixed(
             "R2M by rows, rank .4, η 1.2, small matrices whole",
-            partial(small_whole, config=r2m(rank=0.4, row_power=3.0, eta=1.2)),
+            CHOSEN.replace(eta=1.2),
             "ours",
         ),
         _fixed("R2M by rows, rank .4, η 1.2", r2m(rank=0.4, row_power=3.0, eta=1.2), "ours"),
@@ -255,26 +255,27 @@ def ours() -> list[Method]:
 
 
 def ablations() -> list[Method]:
-    """The first candidate with one part of it changed at a time."""
-    r2m = A.replace
+    """The default with one part of it changed at a time."""
+    r2m = CHOSEN.replace
     changed: dict[str, Candidate] = {
-        **{f"R2M, rank {r:g}": r2m(rank=r) for r in (0.02, 0.05, 0.2, 0.4, 1.0)},
-        "R2M, k = 2": r2m(real_rank=2),
-        "R2M, the mean as core": r2m(real_rank=None),
-        "R2M without a Real subspace": r2m(real_rank=0),
-        "R2M without residuals": r2m(eta=0.0),
-        **{f"R2M, η {e:g}": r2m(eta=e) for e in (0.5, 0.8, 1.2, 1.5)},
-        "R2M without norm matching": r2m(norm_match=False),
-        "R2M, centred": r2m(center=True),
-        "R2M, own residuals": r2m(residual="own"),
-        "R2M, core not restored": r2m(core_mode="mean"),
-        "R2M, core at full length": partial(core_at_full_length, config=r2m()),
-        "R2M by rows, rank .1": r2m(row_power=3.0),
-        "R2M, small matrices whole": partial(small_whole, config=r2m()),
-        "R2M, head merged": r2m(head="merge"),
-        "R2M, weighted layers": r2m(layer_weight="frobenius"),
+        **{f"rank {r:g}": r2m(rank=r) for r in (0.1, 0.2, 1.0)},
+        "small matrices truncated too": r2m(whole_up_to=0),
+        "all rows alike": r2m(row_power=0.0),
+        "row power 2": r2m(row_power=2.0),
+        "k = 2": r2m(real_rank=2),
+        "the mean as core": r2m(real_rank=None),
+        "no Real subspace": r2m(real_rank=0),
+        "no residuals": r2m(eta=0.0),
+        **{f"η {e:g}": r2m(eta=e) for e in (0.5, 1.2, 1.5)},
+        "norms not matched": r2m(norm_match=False),
+        "centred": r2m(center=True),
+        "own residuals": r2m(residual="own"),
+        "core not restored": r2m(core_mode="mean"),
+        "core at full length": partial(core_at_full_length, config=CHOSEN),
+        "head merged": r2m(head="merge"),
+        "weighted layers": r2m(layer_weight="frobenius"),
     }
-    return [_fixed(name, candidate, "ablation") for name, candidate in changed.items()]
+    return [_fixed(f"default, {name}", candidate, "ablation") for name, candidate in changed.items()]
 
 
 def all_methods() -> list[Method]:

@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from bench.quality import settings
 from bench.quality.forgeries import FURTHER_FORGERIES
 from bench.quality.groups import UNSEEN, crop, natural_photographs
-from bench.quality.tables import AVERAGE, DEFAULT, TRAINED, shown
+from bench.quality.tables import AVERAGE, DEFAULT, TRAINED, named, shown
 
 Content = Mapping[str, Any]
 # Okabe and Ito's colours.
@@ -58,7 +58,7 @@ def differences(content: Content, name: str) -> Any:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=group, xlabel="AUC minus the weight average's, 95 % interval", xlim=(-0.1, 0.1))
         axis.grid(axis="x", linewidth=0.3)
-    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_yticks(range(len(rows)), map(named, rows))
     axes[0].invert_yaxis()
     figure.suptitle(f"{name}: {len(section['runs'])} {which} runs; what leaves the frame is worse than −0.1")
     return figure
@@ -82,7 +82,7 @@ def experts(studies: Content) -> Any:
                 for count in counts
             ]
             width = 2.5 if row == DEFAULT else 1.2
-            axis.plot(counts, heights, marker="o", color=colour, label=row, linewidth=width)
+            axis.plot(counts, heights, marker="o", color=colour, label=named(row), linewidth=width)
         axis.set(title=architecture, xlabel="specialists merged")
         axis.grid(linewidth=0.3)
     axes[0][0].set_ylabel("AUC, all six families")

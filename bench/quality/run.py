@@ -1,13 +1,16 @@
 """Train, choose, judge, and write it down.
 
-    python -m bench.quality [--quick] [--only STAGE [--runs GLOB]] [--processes N] [--tables] [--out DIRECTORY]
+    python -m bench.quality [--quick] [--only STAGE [--runs GLOB]] [--again ROW] [--processes N] [--tables]
+        [--out DIRECTORY]
 
-Stages, in order: ``development``: candidates on the validation people of the development seeds, and everything judged
-there; ``studies``: further looks at these seeds; ``protocol``: what protocol.json names, on the fresh seeds; ``fresh``:
-all other rows there. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in
-docs/. ``--tables`` makes these alone, from what was judged. ``--quick``: one seed of each architecture at a part of the
-training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in build/quality,
-and neither what was trained nor what was judged is done again.
+Stages, in order: ``choices``: candidates on the validation people of the development seeds; ``protocol``: what
+protocol.json names, on the fresh seeds; ``fresh``: all other rows there; ``studies``: further looks at development
+seeds. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in docs/.
+``--tables`` makes these alone, from what was judged. One more stage runs only where it is named: ``development``, all
+rows on the development seeds, for who looks for another rule. ``--quick``: one seed of each architecture at a part of
+the training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in
+build/quality, and neither what was trained nor what was judged is done again, but for rows that ``--again`` names:
+after a change of how the package computes what a configuration says.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from r2m.demo.detectors import SPECIALISTS
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=STAGES)
     parser.add_argument("--runs", default="*", metavar="GLOB", help="of a stage only runs of such a name: cnn-10*")
+    parser.add_argument("--again", action="append", default=[], metavar="ROW", help="judge such rows anew: 'R2M*'")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -53,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
         if not options.tables:
-            for stage in [options.only] if options.only else ["development"] if options.quick else STAGES:
-                every = _development(options.quick) if stage in ("development", "studies") else _fresh()
-                STAGES[stage](pool, out, [run for run in every if fnmatch(run.name, options.runs)])
+            for stage in [options.only] if options.only else QUICK if options.quick else FULL:
+                every = _fresh() if stage in ("protocol", "fresh") else _development(options.quick)
+                runs = [run for run in every if fnmatch(run.name, options.runs)]
+                STAGES[stage](pool, Judging(out, tuple(options.again)), runs)
         content = tables.summarize(out, pool.map)
     content = json.loads(json.dumps(content), parse_float=tables.rounded)
     write_json(out / "summary.json", content)
@@ -67,18 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _develop(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
-    """Choices, and everything that may be looked at before the protocol is written."""
+class Judging(NamedTuple):
+    """Where results are kept, and which rows there count for nothing."""
+
+    out: Path
+    again: tuple[str, ...] = ()
+
+
+def _choose(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
     quick = all(run.quick for run in runs)  # shows that there is a choice
     methods = [
         replace(one, candidates=dict([*one.candidates.items()][: 2 if quick else None])) for one in all_methods()
     ]
-    _add(out / "validated.json", _each(pool, "validated", validate, [(run, methods) for run in runs]))
-    _judge_all(pool, out, runs)
+    _add(judging.out / "validated.json", _each(pool, "validated", validate, [(run, methods) for run in runs]))
 
 
-def _study(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
-    _add(out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in runs]))
+def _study(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
+    _add(judging.out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in runs]))
 
 
 def _add(path: Path, found: Mapping[str, Any]) -> None:
@@ -87,18 +97,25 @@ def _add(path: Path, found: Mapping[str, Any]) -> None:
     write_json(path, {name: every[name] for name in sorted(every, key=tables.order)})
 
 
-def _protocol(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
+def _protocol(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
     """On fresh seeds, what the protocol names and nothing else: the default is decided by it."""
     content = protocol.read()
     protocol.check(content, {method.name: method for method in all_methods()})
-    _judge_all(pool, out, runs, protocol.rows(content))
+    _judge_all(pool, judging, runs, protocol.rows(content))
 
 
-def _everything(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run]) -> None:
-    _judge_all(pool, out, runs)
+def _everything(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
+    _judge_all(pool, judging, runs)
 
 
-STAGES = {"development": _develop, "studies": _study, "protocol": _protocol, "fresh": _everything}
+STAGES = {
+    "choices": _choose,
+    "protocol": _protocol,
+    "fresh": _everything,
+    "studies": _study,
+    "development": _everything,
+}
+FULL, QUICK = ("choices", "protocol", "fresh", "studies"), ("choices", "development")
 
 
 def _development(quick: bool) -> list[Run]:
@@ -110,9 +127,11 @@ def _fresh() -> list[Run]:
     return [Run(name, seed) for name in ARCHITECTURES for seed in settings.fresh_of(name)]
 
 
-def _judge_all(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run], only: Sequence[str] | None = None) -> None:
+def _judge_all(
+    pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run], only: Sequence[str] | None = None
+) -> None:
     """By every method, or by some alone."""
-    validated = out / "validated.json"
+    validated = judging.out / "validated.json"
     chosen = choose(json.loads(validated.read_text())) if validated.exists() else {}
     calls = []
     for run in runs:
@@ -120,36 +139,36 @@ def _judge_all(pool: ProcessPoolExecutor, out: Path, runs: Sequence[Run], only: 
         rows = {
             one.name: one.picked({one.name: "", **of_run}) for one in all_methods() if only is None or one.name in only
         }
-        calls.append((run, rows, out, only is None))
+        calls.append((run, rows, judging, only is None))
     _each(pool, "judged", judge, calls)
 
 
-def judge(run: Run, rows: Mapping[str, Candidate], out: Path, whole: bool) -> None:
+def judge(run: Run, rows: Mapping[str, Candidate], judging: Judging, whole: bool) -> None:
     """Logits of base, specialists, joint model and every merge on all test pictures, into the file of the run.
 
     Args:
         run: whose detectors.
         rows: row → how it merges.
-        out: directory of the results.
+        judging: directory of the results, and what in it is judged again.
         whole: these are all rows; what else the file holds goes.
 
     Raises:
         SystemExit: for a fresh seed, where the protocol is not committed as it is.
     """
     about = {**machine(), **({"protocol": protocol.committed()} if run.seed in settings.FRESH else {})}
-    start, path = time.monotonic(), store.logits_of(run.name, out)
+    start, path = time.monotonic(), store.logits_of(run.name, judging.out)
     models, pictures = Models(run), Pictures(groups_of(run))
     base, experts = models.trained()
     judged = store.load(path) if path.exists() else store.Judged(pictures.places)
     if judged.places != pictures.places:
         judged = store.Judged(pictures.places)
+    anew = {row for row in rows if any(fnmatch(row, wanted) for wanted in judging.again)}
     spent = judged.about.get("seconds", 0)
 
     def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
-        if judged.made_of.get(row) != made_from:
-            twin = next(
-                (name for name, made in judged.made_of.items() if made == made_from), None
-            )  # under another name
+        if row in anew or judged.made_of.get(row) != made_from:
+            twins = (name for name, made in judged.made_of.items() if made == made_from)  # under another name
+            twin = None if row in anew else next(twins, None)
             judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
             judged.about = {**about, "seconds": spent + round(time.monotonic() - start)}
             store.save(judged, path)

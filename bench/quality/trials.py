@@ -21,9 +21,9 @@ from r2m.demo.samples import Group
 from bench.machine import ROOT
 from bench.markdown import table, update
 from bench.quality import ideas, residual_ideas, settings
-from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of, small_whole
+from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of
 from bench.quality.groups import UNSEEN, groups_of, validation_group
-from bench.quality.methods import A, Candidate, averaged, key, lengthened, merged
+from bench.quality.methods import CHOSEN, A, Candidate, averaged, key, lengthened, merged
 from bench.quality.models import CACHE, Models, Run, StateDict
 from bench.quality.networks import load_state
 from bench.quality.tables import short
@@ -52,9 +52,9 @@ KNOWN: dict[str, Candidate] = {
     "compressed ensemble, rank 0.05": partial(compressed_ensemble),
 }
 IDEAS: dict[str, Candidate] = {
-    "small matrices whole": partial(small_whole, config=A),
-    "by rows, rank .4, small matrices whole": partial(small_whole, config=A.replace(rank=0.4, row_power=3.0)),
-    "rank .3, small matrices whole": partial(small_whole, config=A.replace(rank=0.3)),
+    "small matrices whole": A.replace(whole_up_to=16),
+    "by rows, rank .4, small matrices whole": CHOSEN,
+    "rank .3, small matrices whole": A.replace(rank=0.3, whole_up_to=16),
     "by rows, rank .4, core not restored": A.replace(rank=0.4, row_power=3.0, core_mode="mean"),
     "by rows, rank .4, the mean as core": A.replace(rank=0.4, row_power=3.0, real_rank=None),
     "by rows, rank .4, k = 2": A.replace(rank=0.4, row_power=3.0, real_rank=2),
@@ -122,7 +122,7 @@ FOUND, PAGE = ROOT / "bench" / "results" / "quality_ideas.json", ROOT / "docs" /
 COMMAND = "python -m bench.quality.trials"
 EVERY = 2  # of the pictures one in so many is scored
 # What is looked at: the choice's group, and what was not trained on.
-INTRODUCTION = """# Ideas around R²M's default
+INTRODUCTION = """# Ideas around R²M
 
 What was tried on development seeds, and what came of it. Terms and setting stand in [quality.md](quality.md), each idea
 in `bench/quality/ideas.py` and `residual_ideas.py`, the list in `trials.py`. Numbers are AUC minus the weight

@@ -10,16 +10,9 @@ import pytest
 import torch
 from cases import checkpoints, distance
 
-from bench.quality import competitors, ideas, methods, trials
-from bench.quality.competitors import cleaned, dc_merge, larv, monosoup, resmerge, score, swudi
-from bench.quality.decorrelated import (
-    compressed_ensemble,
-    core_at_full_length,
-    decorrelated,
-    mean_of,
-    small_whole,
-    tsv_m_by_core,
-)
+from bench.quality import ideas, methods, protocol, trials
+from bench.quality.competitors import cleaned, dc_merge, larv, monosoup, resmerge
+from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of, tsv_m_by_core
 from bench.quality.parts import Parts, together
 from r2m_kernels import MergeConfig, merge
 
@@ -48,7 +41,7 @@ def test_classifier_and_statistics_are_means_and_a_kernel_is_a_matrix(trained):
         "tall.weight": (3, 12, 18),
     }
     assert set(parts.vectors) == {"bias"}
-    made = score(base, experts, scale=2.0)
+    made = dc_merge(base, experts, scale=2.0)
     average = merge(base, experts, AVERAGE)
     for name in ("head.weight", "norm.running_var"):
         assert torch.allclose(made[name], average[name], rtol=0, atol=1e-14)
@@ -61,47 +54,11 @@ def test_classifier_and_statistics_are_means_and_a_kernel_is_a_matrix(trained):
 def test_the_core_is_the_packages(trained):
     (base,), experts = trained
     parts = Parts.of(base, experts)
-    config = MergeConfig.r2m(eta=0.0)
+    config = methods.A.replace(eta=0.0)
     changes = {name: parts.gain**0.5 * torch.tensordot(parts.core, tau, 1) for name, tau in parts.tau.items()}
     assert apart(trained, parts.merged(changes, parts.gain**0.5), merge(base, experts, config)) < EXACT
     longer = core_at_full_length(base, experts, config=config)
     assert apart(trained, longer, merge(base, experts, config.replace(core_mode="mean", core_scale=parts.gain))) < EXACT
-
-
-def test_score_between_its_extremes(trained):
-    (base,), experts = trained
-    tau = Parts.of(base, experts).tau["wide"]
-    u, _, v = torch.linalg.svd(tau, full_matrices=False)
-    left, right = (
-        torch.linalg.svd(torch.cat(list(side), 1), full_matrices=False) for side in (u[..., :2], v.mT[..., :2])
-    )
-    left, right = left[0] @ left[2], right[0] @ right[2]
-    everything, diagonal = (score(base, experts, trim=trim)["wide"] - base["wide"] for trim in (math.inf, 0.0))
-    assert torch.allclose(everything, left @ left.T @ tau.sum(0) @ right @ right.T, atol=1e-12)
-    assert torch.allclose(left.T @ diagonal @ right, torch.diag((left.T @ tau.sum(0) @ right).diag()), atol=1e-12)
-    kept = []
-    for one in left.T @ tau @ right:
-        off = one - torch.diag(one.diag())
-        kept.append(torch.where((off - off.mean()).abs() <= 1.96 * off.std() / 3, one, torch.diag(one.diag())))
-    found = left.T @ (score(base, experts)["wide"] - base["wide"]) @ right
-    assert torch.allclose(found, sum(kept), atol=1e-12)
-
-
-def test_swudi_goes_from_the_mean_to_the_minimum(trained):
-    (base,), experts = trained
-    assert apart(trained, swudi(base, experts, steps=0.0), merge(base, experts, AVERAGE)) < EXACT
-    # At the minimum the gradient of WUDI's loss is 0: Σ (X − τ_i) τ_iᵀ τ_i / ‖τ_i‖² = 0.
-    tau = Parts.of(base, experts).tau["tall.weight"]
-
-    def gradient(steps, share=1.0):
-        change = (swudi(base, experts, steps=steps, share=share)["tall.weight"] - base["tall.weight"]).flatten(1)
-        parts = (change - tau) @ tau.mT @ tau / tau.square().sum((1, 2), keepdim=True)
-        return float(parts.sum(0).norm())
-
-    start, late = gradient(0.0), gradient(1e9)
-    assert late < 1e-9 * start
-    assert start > gradient(3.0) > gradient(30.0) > late
-    assert late < gradient(1e9, share=0.5) < start
 
 
 def test_monosoup_weighs_high_and_low_parts(trained):
@@ -121,6 +78,14 @@ def test_monosoup_weighs_high_and_low_parts(trained):
     assert untouched == [name for name in base if name != "wide"]
 
 
+def test_monosoup_is_the_packages_without_a_threshold(trained):
+    (base,), experts = trained
+    theirs = MergeConfig.mono_soup().replace(head="mean")
+    ours = monosoup(base, experts, then=AVERAGE.replace(head="mean"))
+    # The package has singular vectors from a Gram matrix, which has a singular value to √ε = 1.5e-8 of the largest.
+    assert apart(trained, ours, merge(base, experts, theirs)) < 1e-7
+
+
 def test_monosoup_of_what_did_not_change_is_it(trained):
     (base,), _ = trained
     assert distance(monosoup(base, [base, base]), base) == 0
@@ -128,7 +93,7 @@ def test_monosoup_of_what_did_not_change_is_it(trained):
 
 def test_larv_scales_by_thirds_before_the_merge(trained):
     (base,), experts = trained
-    config = MergeConfig.r2m(svd="exact")
+    config = methods.A.replace(svd="exact")
     assert apart(trained, larv(base, experts, then=config, tiers=0.0), merge(base, experts, config)) < EXACT
     # With two layers the scores' thirds are the smaller and the larger one.
     alone = larv(base, experts[:1], then=AVERAGE, tiers=0.25)
@@ -219,7 +184,7 @@ def test_the_decorrelated_rule_is_its_formula(trained):
     found = torch.cat([(made[name] - base[name]).flatten() for name in parts.tau])
     assert float((found - expected).norm() / expected.norm()) < 1e-7
     matched = decorrelated(base, experts, residual="matched")
-    ours = merge(base, experts, MergeConfig.r2m(core_scale=0.0))
+    ours = merge(base, experts, methods.A.replace(core_scale=0.0))
     for name in parts.tau:
         twice = (made[name] - matched[name]).flatten() + 2 * (ours[name] - base[name]).flatten()
         assert torch.allclose(
@@ -255,15 +220,17 @@ def test_a_compressed_ensemble_at_full_rank_is_the_specialists(trained):
     assert all(torch.linalg.matrix_rank(made["wide"] - average["wide"], rtol=1e-9) == 1 for made in shared)
 
 
-def test_small_matrices_stay_whole(trained):
-    (base,), experts = trained
-    config = MergeConfig.r2m(rank=0.3, norm_match=False)
-    made = small_whole(base, experts, config=config, side=8)  # one has a short side of 8, the other of 12
-    cut, whole = merge(base, experts, config), merge(base, experts, config.replace(rank=1.0))
-    assert torch.allclose(made["wide"], whole["wide"], atol=1e-12)
-    assert not torch.allclose(made["wide"], cut["wide"], atol=1e-3)
-    assert torch.allclose(made["tall.weight"], cut["tall.weight"], atol=1e-12)
-    assert apart(trained, made, merge(base, experts, config.replace(whole_up_to=8))) < EXACT
+def test_what_the_protocol_called_small_whole_is_an_option():
+    chosen = methods.CHOSEN
+    (meant,) = (words for words in methods.words_of(chosen) if words != methods.key(chosen))
+    assert meant == protocol.read()["candidates"]["R2M by rows, rank .4, small matrices whole"]
+    # By names, as that rule did it, and by the option.
+    shapes = {"first": (8, 16), "second": (20, 16), "third": (24, 18)}
+    base, experts = checkpoints(3, dtype=torch.float64, shapes=shapes, seed=3)
+    by_name = chosen.replace(whole_up_to=0, ranks=(("first", 1.0), ("second", 1.0)))
+    made = merge(base, experts, chosen)
+    assert distance(made, merge(base, experts, by_name)) == 0
+    assert distance(made, merge(base, experts, chosen.replace(whole_up_to=0))) > 0
 
 
 def test_the_mean_of_merges(trained):
@@ -281,8 +248,8 @@ def test_candidates_cross_processes_and_are_told_apart():
         assert len(set(keys)) == len(keys)
     names = [method.name for method in methods.all_methods()]
     assert len(set(names)) == len(names)
-    assert methods.key(partial(competitors.score, scale=1.2)) == "score(scale=1.2)"
-    assert methods.key(MergeConfig.r2m(rank=0.2)) == "MergeConfig(rank=0.2)"
+    assert methods.key(partial(resmerge, scale=1.2)) == "resmerge(scale=1.2)"
+    assert methods.key(methods.A.replace(rank=0.2)) == "MergeConfig(rank=0.2)"
 
 
 def test_every_candidate_makes_detectors_that_load(trained):
