@@ -7,13 +7,15 @@ its number is the median of the pairs' quotients, so that what slows the machine
 
 * ``passes``: two Transformer blocks of ViT-L/14's size in memory, three experts, float32: by rows, TIES and DARE beside
   the weight average, which reads the same inputs and writes the same outputs.
-* ``truncation``: the default beside the textbook's products alone. For every matrix and expert these are X Ω, then Xᵀ Q
-  and X Q for each of two power iterations, then Qᵀ X, with r + 8 columns, as plain products with an X that is formed
-  already; no random numbers, no QR, no SVD, no checkpoint read or written. Its error beside ``torch.svd_lowrank``'s.
+* ``truncation``: the default, and R²M at a tenth of all ranks, beside the textbook's products alone at the same ranks.
+  For every matrix and expert these are X Ω, then Xᵀ Q and X Q for each of two power iterations, then Qᵀ X, with r + 8
+  columns, as plain products with an X that is formed already; no random numbers, no QR, no SVD, no checkpoint read or
+  written. The default's error beside ``torch.svd_lowrank``'s.
 * ``spectra``: Iso-C and TSV-M beside their own products, QR, eigenvalue and singular value problems alone, in the same
   dtypes and shapes, as plain calls on inputs that are formed already.
 * ``scaling``: the default at twice the experts, and at twice the blocks.
-* ``files``: four blocks (50 M parameters) as files: the command with its defaults beside the weight average's.
+* ``files``: four blocks (50 M parameters) as files: the command with its defaults, and with that R²M's options, beside
+  the weight average's.
 
 A wrong result is not timed, and the exit code is 1.
 """
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from bench import cases, rivals
 from bench.cases import StateDict, first_blocks, optimum
+from bench.files import TENTH
 from bench.machine import RESULTS, ROOT
 from bench.run import Result, distance, furthest, our_truncation, run_sections
 from r2m_kernels import MergeConfig, merge
@@ -47,6 +50,8 @@ from r2m_kernels._native import library
 THREADS, EXPERTS = 2, 3
 AVERAGE, ROWS = MergeConfig.weight_average(), MergeConfig.r2m(rank=1.0, row_power=3.0)
 SHARE = float(MergeConfig.r2m().rank)
+# The abstract's method and no more: at a tenth of all ranks, one weight for all rows.
+ABSTRACT = MergeConfig.r2m(rank=0.1, row_power=0.0, whole_up_to=0)
 # Of an update: float32's. TIES takes either sign where a sum of kept elements cancels to rounding, 2⁻²⁰ of them or so.
 ROUNDING, SIGNS = 1e-4, 2e-3
 Work = Callable[[], object]
@@ -137,9 +142,16 @@ def truncation(pairs: int) -> Result:
     def products() -> None:
         rivals.textbook_products(residuals, ranks)
 
+    def fewer_products() -> None:
+        rivals.textbook_products(residuals, [rivals.rank_of(x, float(ABSTRACT.rank)) for x in residuals])
+
     compare(
         *(result, "default / the textbook's products alone"),
         *(lambda: merge(base, experts), products, pairs, 0.75, 0.65),
+    )
+    compare(
+        *(result, "rank .1, all rows alike / the textbook's products alone"),
+        *(lambda: merge(base, experts, ABSTRACT), fewer_products, pairs, 0.75, 0.65),
     )
     lowrank = [seconds(lambda: [rivals.svd_lowrank(x, r) for x, r in zip(residuals, ranks, strict=True)])]
     result.content["torch.svd_lowrank of the residuals, seconds"] = lowrank[0]
@@ -239,12 +251,12 @@ def files(pairs: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="r2m-bench-") as temporary:
         peers = ROOT / ".venv-peers"
         command = [sys.executable, "-m", "bench.files", temporary, "--repeats", str(pairs), "--peers", str(peers)]
-        command += ["--only", default, average, "mergekit linear"]
+        command += ["--only", default, TENTH, average, "mergekit linear"]
         result = started()
         result.content |= json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout)
         out = Path(temporary)
         states = [load_file(out / f"{name}.safetensors") for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))]
-        for name, config in (("r2m", MergeConfig.r2m()), ("r2m_average", AVERAGE)):
+        for name, config in (("r2m", MergeConfig.r2m()), ("r2m_tenth", ABSTRACT), ("r2m_average", AVERAGE)):
             # No bit depends on the memory budget, or on where the checkpoints lie.
             found = furthest(
                 load_file(out / name / "model.safetensors"), merge(states[0], expert_names(states), config)
@@ -257,11 +269,12 @@ def files(pairs: int) -> Result:
     def quotient(one: str, other: str, key: str) -> float:
         return statistics.median(a[key] / b[key] for a, b in zip(runs[one], runs[other], strict=True))
 
-    result.bar("default / weight average, seconds", quotient(default, average, "seconds"), most=1.7, goal=1.4)
-    result.bar("default / weight average, peak memory", quotient(default, average, "peak_bytes"), most=1.25)
-    if result.content["peers"]:
-        result.bar("default / mergekit linear, seconds", quotient(default, "mergekit linear", "seconds"), most=0.7)
-    else:
+    for what, command in (("default", default), ("rank .1, all rows alike", TENTH)):
+        result.bar(f"{what} / weight average, seconds", quotient(command, average, "seconds"), most=1.7, goal=1.4)
+        result.bar(f"{what} / weight average, peak memory", quotient(command, average, "peak_bytes"), most=1.25)
+        if result.content["peers"]:
+            result.bar(f"{what} / mergekit linear, seconds", quotient(command, "mergekit linear", "seconds"), most=0.7)
+    if not result.content["peers"]:
         result.content["mergekit linear"] = "not measured: there is no .venv-peers (`make bench-peers`)"
     return result
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 EXPERTS = 3
+TENTH = "r2m --rank 0.1 --row-power 0 --whole-up-to 0"
 
 
 def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[str, list[str]]:
@@ -39,6 +40,7 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
     script = [sys.executable, "-m", "bench.rivals"]
     by_name = {
         "r2m": [*merge, "--out", to("r2m")],
+        TENTH: [*merge, *TENTH.split()[1:], "--out", to("r2m_tenth")],
         "r2m --method weight_average": [*merge, "--method", "weight_average", "--out", to("r2m_average")],
         "script: load, average, save": [*script, "average", *files, to("script_average.safetensors")],
         "script: svd_lowrank": [*script, "svd_lowrank", *files, to("script_lowrank.safetensors")],
