@@ -251,8 +251,12 @@ class Operators(Protocol):
         """
         ...
 
-    def orthonormalize(self, y: Tensor) -> Tensor:
-        """Orthonormal columns with the range of each (…, m, k) block, k ≤ m; zeros for one that is all zero."""
+    def orthonormalize(self, y: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Orthonormal columns with the range of each (…, m, k) block, k ≤ m; zeros for one that is all zero.
+
+        Args:
+            overwrite: the result may take the memory of y.
+        """
         ...
 
     @property

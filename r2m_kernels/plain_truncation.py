@@ -25,6 +25,8 @@ EXACT_PIECE = 2**18
 # Elements of the Gram matrices it works with at once, of all experts and several tensors.
 EXACT_GROUP = 2**25
 
+ROTATED_ROWS = 2**10  # of a basis, at once
+
 M = TypeVar("M", Tensor, StoredMatrix)
 
 
@@ -95,14 +97,14 @@ def _range_finder(
 
     # The same test matrix for every expert: their order cannot matter.
     tests = tests.to(first.device)
-    basis = operators.orthonormalize(times(tests.unsqueeze(1).expand(-1, len(experts), -1, -1)))
+    basis = operators.orthonormalize(times(tests.unsqueeze(1).expand(-1, len(experts), -1, -1)), overwrite=True)
     product = times(basis, transpose=True)  # Bᵀ, (L, N, n, k)
     before, energy = None, _energies(product)
     done = torch.zeros(len(bases), dtype=torch.bool)
     for _ in range(config.power_iterations):
         if tolerance is None:
             basis = turned = product[:0]  # let go before the next one is made
-        turned = operators.orthonormalize(times(operators.orthonormalize(product)))
+        turned = operators.orthonormalize(times(operators.orthonormalize(product)), overwrite=True)
         multiplied = times(turned, transpose=True)
         energies = _energies(multiplied)
         if before is None or not bool(done.any()):
@@ -121,7 +123,17 @@ def _range_finder(
     rotation = leading_eigenvectors(grams, rank).to(product)
     right = (product @ rotation).mT.contiguous()
     gap = torch.full_like(growth, torch.nan) if before is None else growth * _rates(grams, rank)
-    return GroupFactors(basis @ rotation, right, "left", True, "textbook", gap)
+    return GroupFactors(_turned(basis, rotation), right, "left", True, "textbook", gap)
+
+
+def _turned(basis: Tensor, rotation: Tensor) -> Tensor:
+    """(…, m, k) times (…, k, r), on a CPU in its own memory: it may be all that fits."""
+    if basis.device.type != "cpu":
+        return basis @ rotation
+    for start in range(0, basis.shape[-2], ROTATED_ROWS):
+        rows = basis[..., start : start + ROTATED_ROWS, :]
+        rows[..., : rotation.shape[-1]] = rows @ rotation
+    return basis[..., : rotation.shape[-1]]
 
 
 def _energies(product: Tensor) -> Tensor:

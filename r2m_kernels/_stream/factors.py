@@ -154,8 +154,12 @@ def component_squares(right: Tensor, orthogonal: bool) -> Tensor:
     """
     if orthogonal:
         return row_squares(right)
-    wide = right.double()
-    return wide @ wide.mT
+    total = right.new_zeros(*right.shape[:-1], right.shape[-2], dtype=torch.float64)
+    step = PRODUCT_ROWS if right.device.type == "cpu" else max(1, right.shape[-1])
+    for start in range(0, right.shape[-1], step):  # of few columns at once, since they are widened
+        wide = right[..., start : start + step].double()
+        total += wide @ wide.mT
+    return total
 
 
 def row_blocks(factor: Tensor) -> Iterator[Tensor]:

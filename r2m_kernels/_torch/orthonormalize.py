@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 # Rows that are decomposed at once where there are several times as many, and of how many columns at least.
-PANEL_ROWS, PANEL_RATIO = 4096, 4
+PANEL_ROWS, PANEL_RATIO = 2048, 4
 
 
-def orthonormalize(y: Tensor) -> Tensor:
+def orthonormalize(y: Tensor, *, overwrite: bool = False) -> Tensor:
     """Householder QR: stable for any conditioning; blocks that are all zero give zeros."""
     if y.dtype not in (torch.float32, torch.float64):
         y = y.float()
     blocks = y.flatten(0, -3) if y.ndim > 2 else y.unsqueeze(0)
-    result = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    result = blocks if overwrite else torch.empty_like(blocks, memory_format=torch.contiguous_format)
     for index, block in enumerate(blocks):
         lowest, highest = block.aminmax() if block.numel() else (torch.zeros(()), torch.zeros(()))
         largest = torch.maximum(highest, -lowest)

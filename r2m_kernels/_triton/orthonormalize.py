@@ -232,7 +232,7 @@ def triangular_product_kernel(
     tl.store(out + (block * k + rows[:, None]) * stride + columns[None, :], total, mask=inside)
 
 
-def orthonormalize(y: Tensor) -> Tensor:
+def orthonormalize(y: Tensor, *, overwrite: bool = False) -> Tensor:
     """(…, m, k), a transposed view of rows; see :func:`r2m_kernels.ops.orthonormalize`."""
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     if y.numel() == 0:
