@@ -33,7 +33,7 @@ SHIFT = 0.8
 # Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
 # what the library sums in, float32 of the same size, fits the cache.
 PRODUCT_ROWS = 256
-# Columns of a block that are widened to float64 at once.
+# Columns of a block that are widened to float64 or turned at once.
 PRODUCT_COLUMNS = 1024
 # Smallest diagonal entry of the Cholesky factor of a Gram of rows of length 1 that will do: CLEAR for rows that are
 # orthonormal to float32's rounding, and for a sketch whose products may be rounded to bfloat16 as they are; ROUGH where
@@ -164,8 +164,9 @@ def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor,
     """
     (m, n), bases, energy = found.unit.shape, [found.bases[place] for place in places], found.energy[list(places)]
     some = found.unit.only([found.unit.chosen[place] for place in places])
-    long = bases[0].new_empty(len(bases), rank, max(m, n))
-    wide = [one if len(v) == rank else v.new_empty(len(v), max(m, n)) for one, v in zip(long, bases, strict=True)]
+    # Where there are more rows than the rank, the leading ones take their place: another factor may not fit.
+    long = bases[0].new_empty(len(bases), max(map(len, bases)), max(m, n))
+    wide = [one[: len(v)] for one, v in zip(long, bases, strict=True)]
     _multiply(some, bases, m >= n, wide)
     short = torch.stack([v[:rank] for v in bases])
     trusted, gap = torch.isfinite(energy.sqrt()), torch.full((len(bases),), torch.nan, dtype=torch.float64)
@@ -179,7 +180,9 @@ def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor,
         else:
             values, vectors = _by_size(y, torch.float64 if steep else y.dtype)
             rotation = vectors[:, :rank].T.to(y)
-            torch.mm(rotation, y, out=long[i])
+            for start in range(0, y.shape[1], PRODUCT_COLUMNS):
+                some_columns = y[:, start : start + PRODUCT_COLUMNS]
+                some_columns[:rank] = rotation @ some_columns
             torch.mm(rotation, v, out=short[i])
             if steep:
                 beyond = (min(m, n) - rank) * values[rank:].mean()
@@ -188,7 +191,9 @@ def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor,
             elif kept:
                 growth = (values.sum() - kept[-1]).clamp_min(0)
                 gap[i] = growth * (values[-1] / values[rank - 1]) ** RATE if values[rank - 1] > 0 else 0.0
-        long[i] *= energy[i].sqrt().to(y)
+        y[:rank] *= energy[i].sqrt().to(y)
+    # At small ranks, where there always are more, a copy lets them go.
+    long = long[:, :rank].contiguous() if rank < FEW else long[:, :rank]
     left, right = (long.mT, short) if m >= n else (short.mT, long)
     return left, right, trusted, gap * energy
 
