@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -55,6 +56,8 @@ def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeCo
     if config.spectrum == "truncate":
         return 0
     (short, long), size, width = sorted(shape), torch.float64.itemsize, count * rank
+    if config.spectrum == "rescale":  # leading values come by size: a share of their sum is at most that share of them
+        width = count * math.ceil(float(config.rank) * rank)
     if config.spectrum in ("rescale", "reweigh"):
         return width * (shape[0] * size + (short + long) * COMPUTE_BYTES)
     # A QR of the long side holds it three times. The polar factor of one side beside the other takes less.
