@@ -88,11 +88,11 @@ class Job:
 
 ROWS = MergeConfig.r2m(rank=1.0, row_power=1.0)
 JOBS = {
-    "ViT-L default": Job(vit(24, SKETCHED), MergeConfig.r2m()),
+    "ViT-L default": Job(vit(24, SKETCHED), MergeConfig.r2m(), noise=0.2),
     "ViT-L rows": Job(vit(24, NARROW), ROWS, bound=1e-6),
     "ViT-L average": Job(vit(24, NARROW), MergeConfig.weight_average(), bound=1e-6),
     "ViT-L lora": Job(vit(24, SKETCHED), MergeConfig.r2m(), noise=0.0),
-    "ViT-B default": Job(vit(12, SKETCHED), MergeConfig.r2m()),
+    "ViT-B default": Job(vit(12, SKETCHED), MergeConfig.r2m(), noise=0.2),
     "CNN default": Job(cnn(160, SKETCHED), MergeConfig.r2m()),
     "CNN rows": Job(cnn(160, NARROW), ROWS, bound=1e-6),
 }

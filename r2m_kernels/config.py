@@ -201,8 +201,8 @@ class MergeConfig:
         2,
         TRUNCATION,
         "Of the truncation: more is closer to the optimum.",
-        "The textbook's count. Other methods take a shifted step for each, and more where more than .15 of min(m, n) "
-        "is kept; at ranks below 64 the torch and native backends' one for two, the Triton backend's more (README §4).",
+        "The textbook's count. Other methods take a shifted step for each; the torch and native backends' more where "
+        "more than .15 of min(m, n) is kept, and one for two at ranks below 64, where the Triton backend's takes more.",
         minimum=0,
     )
     oversampling: int = option(

@@ -96,7 +96,7 @@ def shifted_truncation(
     numbers = [mixing.to(unit).expand_as(unit), unit, energies, keys]
     mixing, unit, energies, keys = on_device(numbers, group.device)
     mixing, unit = mixing.to(group.compute_dtype), unit.to(group.compute_dtype)
-    steps = effort.steps(rank, min(m, n)) + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
+    steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
     # Only the span of a basis matters to what follows it, but for the last one.
     basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), passes=1 if steps else 2)
     kept: list[Tensor] = []
