@@ -48,7 +48,8 @@ def map_spectra(
         mapped = trimmed(factors, inputs, mixing, mean_weights(config, len(inputs.experts)), operators)
     else:
         mapped = orthogonalized(factors)
-    return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype))
+    # Values on the orthonormal side change its lengths.
+    return replace(mapped, left=mapped.left.to(dtype), right=mapped.right.to(dtype), basis=None)
 
 
 def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeConfig) -> int:

@@ -385,3 +385,15 @@ def test_ranks_that_are_none(ranks, sentence):
         MergeConfig.r2m(ranks=ranks)
     with pytest.raises(InvalidInput, match="ranks: spectrum='rescale' has a share of the nuclear norm, expected none"):
         MergeConfig.star().replace(ranks=[("a", 3)])
+
+
+@pytest.mark.parametrize("shape", [(70, 200), (200, 70)], ids=str)
+@pytest.mark.parametrize("method", ["star", "tsv_m", "score", "mono_soup"])
+def test_lengths_of_mapped_residuals_are_the_same_by_row(method, shape):
+    generator = torch.Generator().manual_seed(0)
+    experts = {name: {"w": torch.randn(shape, generator=generator)} for name in "abc"}
+    alike, by_row = (
+        analyze({"w": torch.zeros(shape)}, experts, getattr(MergeConfig, method)().replace(row_power=power)).residuals()
+        for power in (0.0, 3.0)
+    )
+    assert torch.allclose(alike.norms, by_row.norms, rtol=1e-5)
