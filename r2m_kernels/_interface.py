@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ._stream.stored import Matrix, StoredMatrix
 
-# Shares of the short side beyond which a truncation takes a step of subspace iteration more, and beyond which an exact
-# one is no slower.
+# Shares of the short side beyond which a CPU's truncation takes a step of subspace iteration more.
 MORE_STEPS = (0.15, 0.45, 0.6)
-# Ranks below this have a sketch that is much wider, and as small: the luck of the draw evens out over many rows only.
+# The share beyond which an exact one is no slower.
 MOST = 0.7
+# Ranks below this have a sketch that is much wider, and as small: the luck of the draw evens out over many rows only.
 FEW = 64
 FEW_RATIO = 1.4
 ROWS_MULTIPLE = 8  # BLAS runs better there
@@ -108,17 +108,16 @@ class Effort(NamedTuple):
     oversampling: int
     tolerance: float | None
 
-    def steps(self, rank: int, short: int) -> int:
-        """Of subspace iteration with blocks that are no wider than the rank, of matrices with such a short side.
-
-        The more of all directions are kept, the less the last of them stands out: the steps that :data:`MORE_STEPS`
-        adds hold the error below 1.02 times the optimum's.
-        """
-        return self.iterations + sum(rank > share * short for share in MORE_STEPS)
-
     def steps_on_cpu(self, rank: int, short: int) -> int:
-        """Of a CPU's method, whose blocks are wider at small ranks: there one step does what two do without."""
-        return -(-self.iterations // 2) if rank < FEW else self.steps(rank, short)
+        """Of subspace iteration, of matrices with such a short side, by a CPU's fast method.
+
+        At small ranks, where its blocks are wider, one step does what two do without. The more of all directions are
+        kept, the less the last of them stands out: the steps that :data:`MORE_STEPS` adds hold the error below 1.02
+        times the optimum's.
+        """
+        if rank < FEW:
+            return -(-self.iterations // 2)
+        return self.iterations + sum(rank > share * short for share in MORE_STEPS)
 
 
 class Pace(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import low_rank
-from ._interface import Effort, Operators, Pace, ShiftedFactors, spans
+from ._interface import Operators, Pace, ShiftedFactors, spans
 from ._stream.blocks import as_matrix
-from ._stream.budget import Inputs, Memory, pace_of, truncation_bytes
+from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
 from ._stream.factors import Factors, GroupFactors, Side
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
@@ -98,12 +98,8 @@ def truncate(
     known = operators.task_gram(bases, experts).tasks.cpu() if grams is None else torch.stack(list(grams))
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)])
     energies = (mixing.T @ known.to(mixing) @ mixing).diagonal(dim1=1, dim2=2).clamp_min(0)
-    made = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, _effort(config))
+    made = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort_of(config))
     return _fast(made, bases[0].shape)
-
-
-def _effort(config: MergeConfig) -> Effort:
-    return Effort(config.power_iterations, config.oversampling, config.tolerance)
 
 
 def _fast(made: ShiftedFactors, shape: Sequence[int]) -> GroupFactors:
@@ -134,7 +130,7 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         if method == "exact":
             return 2  # a Gram matrix and a product
         # Sketch and steps of some experts, and the factor of each.
-        steps = _effort(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape))
+        steps = effort_of(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape))
         return -(-count // pace.experts) * (1 + steps) + count
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
@@ -207,7 +203,7 @@ class TruncationStep(Step):
             factors = exact(matrix, self._mixing, tensor.rank, operators, keep_float64=False)
             return [self._in_store([tensor], factors)]
         key = tensor_key(config.seed, tensor.name, tensor.spec.shape)
-        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, _effort(config), pace)
+        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, effort_of(config), pace)
         # A generator here would hold one expert's factors while the next one's are made.
         last, numbers = self._placed(tensor, map(_fast, fast, repeat(base.shape)), compute_dtype(inputs))
         if untrusted(numbers[-1]):

@@ -238,12 +238,16 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
     return max(sketched, stepped, turned, rotated, compared)
 
 
+def effort_of(config: MergeConfig) -> Effort:
+    """How hard a truncation tries."""
+    return Effort(config.power_iterations, config.oversampling, config.tolerance)
+
+
 def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:
     """Of a tensor's truncation; 0 where there is none."""
     if not tensor.truncated or config.eta == 0 or tensor.factored:
         return 0.0
-    effort = Effort(config.power_iterations, config.oversampling, config.tolerance)
-    products = 2 * effort.steps_on_cpu(tensor.rank, min(tensor.matrix_shape)) + 1
+    products = 2 * effort_of(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape)) + 1
     return 2 * products * tensor.spec.numel * tensor.rank * experts
 
 
