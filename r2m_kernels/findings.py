@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ._stream.plan import Plan, PlannedTensor, residual_rank
-from .config import FREE_FIELDS, MergeConfig
+from .config import MergeConfig
 from .errors import BadOption, quoted
+from .fields import FREE_FIELDS
 from .gram import ordered_sum
 from .real_subspace import RealSubspace
 

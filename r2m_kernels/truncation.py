@@ -23,7 +23,8 @@ from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
 from ._stream.stored import StoredMatrix
 from ._stream.tensors import compute_dtype, fetched, tensor_key
-from .config import WHOLE_SPECTRUM, MergeConfig
+from .config import MergeConfig
+from .fields import WHOLE_SPECTRUM
 from .findings import Findings, Truncated
 from .norm_matching import any_residual
 from .plain_truncation import Truncatable, exact, exact_bytes, sketch_width, test_matrix, textbook, textbook_by_expert

@@ -157,19 +157,6 @@ def _arranged(
     renames: Mapping[str, Rules],
     fakes: Mapping[str, int],
 ) -> Arranged:
-    arranged = _in_one_layout(base, experts, config, arrangement, renames, fakes)
-    # Who was made of the base knows so where the base is what it was.
-    return replace(arranged, experts={name: view.over(arranged.base) for name, view in arranged.experts.items()})
-
-
-def _in_one_layout(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    config: MergeConfig,
-    arrangement: Arrangement,
-    renames: Mapping[str, Rules],
-    fakes: Mapping[str, int],
-) -> Arranged:
     origin = renamed(base, arrangement)
     views = {name: renamed(source, arrangement, renames.get(name, {})) for name, source in experts.items()}
     views = {name: onto(origin, view) if view.source.adapter else view for name, view in views.items()}
@@ -184,7 +171,10 @@ def _in_one_layout(
     rule = arrangement.head
     if rule is None and arrangement.head_tensors and config.head == "mean":  # of which it says where they are
         rule = "mean"
-    return arranged if rule is None else _with_head(arranged, rule, arrangement)
+    if rule is not None:
+        arranged = _with_head(arranged, rule, arrangement)
+    # Who was made of the base knows so where the base is what it was.
+    return replace(arranged, experts={name: view.over(arranged.base) for name, view in arranged.experts.items()})
 
 
 def _as_convolutions(base: View, experts: Mapping[str, View]) -> View:

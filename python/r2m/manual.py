@@ -11,7 +11,8 @@ from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
 from r2m.commands.process import EXIT_CODES
 from r2m.records import RECORDS, SEAL, SEALED, VERSION
-from r2m_kernels.config import OFFERED, OPTIONS, MergeConfig
+from r2m_kernels.config import OFFERED, MergeConfig
+from r2m_kernels.fields import OPTIONS
 
 _WIDTH = 120
 FILES = f"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from r2m_kernels import checks
-from r2m_kernels.config import FILES
+from r2m_kernels.fields import FILES
 from r2m_kernels.options import Option, documented, option, read_options
 
 RUN = "Running"

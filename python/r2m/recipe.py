@@ -17,8 +17,9 @@ from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS, Preset, Rules
 from r2m_kernels.checks import did_you_mean
-from r2m_kernels.config import FILES, FLAGS, METHODS, MergeConfig, make_config
+from r2m_kernels.config import FLAGS, METHODS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
+from r2m_kernels.fields import FILES
 from r2m_kernels.options import Option, flag, option, read_options
 
 ENSEMBLE, ONE = "ensemble", "one"

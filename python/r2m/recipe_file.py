@@ -48,8 +48,9 @@ from r2m.places import from_output, read_small, to_output
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe, adapted, default_method
 from r2m_kernels import MergeConfig, checks
-from r2m_kernels.config import METHODS, OFFERED, OPTIONS, make_config
+from r2m_kernels.config import METHODS, OFFERED, make_config
 from r2m_kernels.errors import BadFile, BadOption, InvalidInput, printable, quoted
+from r2m_kernels.fields import OPTIONS
 from r2m_kernels.options import Option
 
 Place = Callable[[str], str]  # a path as it is written

@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from ..config import JOINT_BASES, WHOLE_SPECTRUM, MergeConfig
+from ..config import MergeConfig
+from ..fields import JOINT_BASES, WHOLE_SPECTRUM
 from .tensors import TensorSpec
 
 Role = Literal["matrix", "vector", "statistic", "copied", "extra"]

@@ -10,7 +10,7 @@ import torch
 from cases import ALIKE, SHAPES, TRUNCATED, checkpoints
 
 from r2m_kernels import MergeConfig, analyze
-from r2m_kernels.config import MOST_APART
+from r2m_kernels.fields import MOST_APART
 
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 

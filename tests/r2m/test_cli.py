@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 
 import r2m_kernels
 from r2m_kernels import InvalidInput, MergeConfig
-from r2m_kernels.config import FLAGS, METHODS, OFFERED, OPTIONS, make_config
+from r2m_kernels.config import FLAGS, METHODS, OFFERED, make_config
 from r2m_kernels.errors import BackendUnavailable, BadCheckpoint
+from r2m_kernels.fields import OPTIONS
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:

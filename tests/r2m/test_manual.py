@@ -7,7 +7,8 @@ from pathlib import Path
 from r2m.commands.main import r2m
 from r2m.manual import pages
 
-from r2m_kernels.config import OFFERED, OPTIONS
+from r2m_kernels.config import OFFERED
+from r2m_kernels.fields import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,9 @@ from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option, read_rank
 from r2m.commands.process import settle_memory
 from r2m.options import OPTIONS, SWEPT
-from r2m_kernels.config import FILES, FLAGS, STRENGTH
+from r2m_kernels.config import FLAGS
 from r2m_kernels.errors import BadOption, printable
+from r2m_kernels.fields import FILES, STRENGTH
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 from r2m.options import OPTIONS, Options
 from r2m.recipe import ARRANGEMENT, OUTPUT, Recipe
 from r2m_kernels.config import FLAGS
-from r2m_kernels.config import OPTIONS as PARAMETERS
 from r2m_kernels.errors import BadOption
+from r2m_kernels.fields import OPTIONS as PARAMETERS
 from r2m_kernels.options import flag
 
 

@@ -12,7 +12,8 @@ from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import exit_code, settle_memory
 from r2m.options import OPTIONS, RUN
 from r2m.recipe import ARRANGEMENT, OUTPUT
-from r2m_kernels.config import FILES, FLAGS, METHOD, METHODS, OFFERED
+from r2m_kernels.config import FLAGS, METHODS, OFFERED
+from r2m_kernels.fields import FILES, METHOD
 
 
 @click.command(
