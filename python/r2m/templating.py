@@ -43,13 +43,13 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "line": _markdown,
+        "line": markdown_text,
         "short": lambda number: f"{number:.4g}",
     }
     return environment
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """A text as Markdown shows it, on one line."""
     return re.sub(r"([\\`*\[\]<>|~])", r"\\\1", printable(text))
 

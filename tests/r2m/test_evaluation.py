@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from r2m.evaluation import run
 from r2m.evaluation.data import read_dataset, read_scores
 from r2m.evaluation.detectors import probabilities
-from r2m.evaluation.metrics import Scores, _Ranked, auc_interval, average, judge, metrics
 from r2m.evaluation.request import Request
 from r2m.preprocessing import Preprocessing
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 from r2m_kernels import InvalidInput
 
@@ -36,97 +33,6 @@ Command = Callable[..., "Result"]
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def scores(labels: list[int], values: list[float], videos: list[str] | None = None) -> Scores:
-    names = [str(index) for index in range(len(labels))] if videos is None else videos
-    return Scores(np.array(labels), np.array(values, dtype=float), np.array(names))
-
-
-def pairs(labels: np.ndarray, values: np.ndarray, weights: np.ndarray) -> float:
-    """The AUC as it is defined: how often a fake is above a real, half where they tie."""
-    wins = total = 0.0
-    for i in np.flatnonzero(labels == 1):
-        for j in np.flatnonzero(labels == 0):
-            weight = weights[i] * weights[j]
-            wins += weight * (1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0)
-            total += weight
-    return wins / total
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0])), min_size=2, max_size=30
-    )
-)
-def test_metrics_are_the_definitions_with_ties(rows: list[tuple[int, float]]) -> None:
-    labels, values = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
-    found = metrics(scores(labels.tolist(), values.tolist()))
-    assert found["acc"] == pytest.approx(accuracy_score(labels, values > 0.5))
-    if len(set(labels.tolist())) == 1:
-        assert found["auc"] is found["eer"] is found["ap"] is None
-        assert found["acc_fake" if labels[0] == 0 else "acc_real"] is None
-        return
-    assert found["auc"] == pytest.approx(pairs(labels, values, np.ones(len(labels))))
-    assert found["auc"] == pytest.approx(roc_auc_score(labels, values))
-    assert found["ap"] == pytest.approx(average_precision_score(labels, values))
-    fpr, tpr, _ = roc_curve(labels, values)
-    assert found["eer"] == pytest.approx(fpr[np.argmin(np.abs((1 - tpr) - fpr))])
-
-
-def test_weights_count_frames_several_times() -> None:
-    dice = np.random.default_rng(0)
-    labels, values, weights = dice.integers(0, 2, 40), dice.random(40).round(1), dice.integers(0, 4, 40)
-    repeated = scores(np.repeat(labels, weights).tolist(), np.repeat(values, weights).tolist())
-    ranked = _Ranked(scores(labels.tolist(), values.tolist()))
-    assert ranked.auc(weights.astype(float)) == pytest.approx(metrics(repeated)["auc"])
-    assert ranked.auc(weights.astype(float)) == pytest.approx(roc_auc_score(labels, values, sample_weight=weights))
-    assert ranked.auc((labels == 1).astype(float)) is None
-
-
-def test_deepfakebenchs_video_key_by_hand() -> None:
-    """Two manipulations of one name become one video; a real and a fake of one name become a real one."""
-    frames = scores([1, 1, 1, 0, 0, 1], [0.9, 0.7, 0.2, 0.1, 0.6, 0.8], ["000", "000", "000", "001", "002", "002"])
-    videos = frames.by_video()
-    assert videos.videos.tolist() == ["000", "001", "002"]
-    assert videos.labels.tolist() == [1, 0, 0]  # int(mean of labels), as theirs: 002 is half fake
-    assert videos.probabilities.tolist() == pytest.approx([0.6, 0.1, 0.7])
-    # Real 0.1 below 0.6, real 0.7 above it: half of the pairs.
-    assert judge(frames, resamples=0)["video_auc"] == 0.5
-    whole = scores(
-        [1, 1, 1, 0, 0, 1], [0.9, 0.7, 0.2, 0.1, 0.6, 0.8], ["a/000", "b/000", "b/000", "r/001", "r/002", "f/002"]
-    )
-    # By whole paths: fakes 0.9, 0.45, 0.8 against reals 0.1, 0.6: five of six pairs.
-    assert judge(whole, resamples=0)["video_auc"] == pytest.approx(5 / 6)
-
-
-def test_intervals_hold_the_value_and_narrow_with_more_videos() -> None:
-    dice = np.random.default_rng(1)
-
-    def width(videos: int) -> float:
-        labels = np.repeat(dice.integers(0, 2, videos), 4)
-        values = np.clip(0.5 + 0.1 * (labels - 0.5) + 0.2 * dice.normal(size=4 * videos), 0, 1)
-        of = scores(labels.tolist(), values.tolist(), np.repeat(np.arange(videos), 4).astype(str).tolist())
-        interval = auc_interval(of, 200, 0)["auc"]
-        assert interval is not None
-        assert interval == auc_interval(of, 200, 0)["auc"]  # a seed is a seed
-        assert interval[0] < roc_auc_score(labels, values) < interval[1]
-        return interval[1] - interval[0]
-
-    assert width(400) < 0.6 * width(40)
-    # Copies of frames are no news: the interval is that of the videos.
-    labels, values = dice.integers(0, 2, 30).tolist(), dice.random(30).tolist()
-    names = [str(index) for index in range(30)]
-    once = auc_interval(scores(labels, values, names), 100, 0)
-    copied = auc_interval(scores(labels * 5, values * 5, names * 5), 100, 0)
-    assert {key: pytest.approx(value) for key, value in copied.items()} == once
-    assert auc_interval(scores([1, 1], [0.1, 0.2]), 50, 0) == {"auc": None, "video_auc": None}
-
-
-def test_means_are_over_what_is_defined() -> None:
-    judged = {"a": {"auc": 0.8, "eer": None}, "b": {"auc": None, "eer": None}, "c": {"auc": 0.6, "eer": None}}
-    assert average(judged, ["auc", "eer"]) == {"auc": pytest.approx(0.7), "eer": None}
 
 
 def image(path: str, brightness: int) -> None:
@@ -249,10 +155,26 @@ def test_finished_scores_are_judged(command: Command) -> None:
         np.mean([found["one"]["datasets"][dataset]["auc"] for dataset in "ab"])
     )
     lines = result.out.splitlines()
-    assert lines[0].split()[:4] == ["dataset", "model", "frames", "videos"]
-    assert [line.split()[:2] for line in lines[1:]] == [
-        [dataset, model] for dataset in ("a", "b", "mean") for model in ("one", "flipped.csv")
+    assert lines[0].split() == ["dataset", "model", "videos", "video", "AUC", "AUC", "bal", "acc"]
+    assert [line.split()[:2] for line in lines[1:9]] == [
+        [dataset, model] for dataset in ("a", "b", "mean", "worst") for model in ("one", "flipped.csv")
     ]
+    assert lines[9:11] == ["", "model        minus  on                  video AUC"]
+    assert lines[11].split()[:3] == ["flipped.csv", "one", "mean"]
+    assert max(map(len, lines)) <= 80
+    assert sorted(path.name for path in Path("eval").iterdir()) == [
+        *("differences.csv", "differences.md", "differences.tex", "evaluation.json"),
+        *("table.csv", "table.md", "table.tex"),
+    ]
+    for kind, file in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
+        shown = command("evaluate", "--scores", "one=scores.csv", "--scores", "flipped.csv", "--table", kind)
+        tables = (Path(f"eval/{name}.{file}").read_text() for name in ("table", "differences"))
+        assert (shown.out, shown.err) == ("\n".join(tables), "")
+    words = ("evaluate", "--scores", "scores.csv", "--threshold-from", "a", "--columns", "acc,video_f1")
+    chosen = command(*words)
+    assert chosen.out.splitlines()[0].split() == ["dataset", "model", "acc", "video", "F1"]
+    assert "thresholds chosen on a by balanced_acc: scores.csv 0." in chosen.out
+    assert chosen.out.splitlines()[-1].endswith("; a is in no mean")
     again = command("evaluate", "--scores", "scores.csv", "--out", "eval")
     assert (again.code, again.err) == (2, "Error: out (eval): holds an evaluation already; --overwrite replaces it\n")
 
@@ -272,7 +194,7 @@ def test_of_two_evaluations_in_one_directory_the_second_is_refused(
     monkeypatch.setattr(run, "write_result", meanwhile)
     assert command(*words).code == 0
     assert [one.err for one in refused] == ["Error: new/eval/scores: another process is writing it\n"]
-    assert os.listdir("new/eval") == ["evaluation.json"]
+    assert sorted(os.listdir("new/eval")) == ["evaluation.json", "table.csv", "table.md", "table.tex"]
     assert command("evaluate", "--scores", "none.csv", "--out", "other/eval").code == 2
     assert not Path("other").exists()
 
@@ -291,8 +213,7 @@ def test_a_set_of_one_class_is_named_and_not_zero(command: Command) -> None:
     result = command("evaluate", "--scores", "scores.csv")
     assert result.code == 0
     assert result.out.splitlines()[-1] == "data: fake alone: AUC, EER and AP are undefined"
-    row = result.out.splitlines()[1].split()
-    assert row[4:7] == ["0.500", "–", "–"]
+    assert result.out.splitlines()[1].split() == ["data", "scores.csv", "2", "–", "–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -532,6 +453,17 @@ def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: 
         ),
         ("--model good.safetensors --detector mine:build --data set --label x=2 {}", "--label x=2: expected NAME=0"),
         ("--scores gone.csv", "scores (gone.csv): no such file"),
+        ("--scores list.csv --columns auroc", "--columns auroc: expected some of frames, videos, acc, acc_real"),
+        ("--threshold 1.5", "--threshold 1.5: expected a probability, from 0 to 1"),
+        ("--threshold .5 --threshold-from set", "--threshold and --threshold-from: expected one of them, got both"),
+        (
+            "--model good.safetensors --detector mine:build --data set --threshold-from other {}",
+            "--threshold-from other: expected the name of a dataset, one of 'set'",
+        ),
+        (
+            "--model good.safetensors --detector mine:build --data set --against other {}",
+            "--against other: no model is called that; expected one of 'good.safetensors'",
+        ),
     ],
 )
 def test_what_is_refused(arguments: str, sentence: str, detector: str, command: Command) -> None:

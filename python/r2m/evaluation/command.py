@@ -17,11 +17,12 @@ from torch import nn
 from r2m import places
 from r2m.checkpoints import hub
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.evaluation import run
+from r2m.evaluation import run, tables
+from r2m.evaluation.comparison import Role, roles
 from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.ensemble import Ensemble, attribution, combined, load_ensemble
-from r2m.evaluation.metrics import judge_all
+from r2m.evaluation.judging import check_names, judge_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, beside
@@ -31,11 +32,11 @@ from r2m.records import EVALUATION
 from r2m_kernels import __version__
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
 
-SHOWN = ("acc", "auc", "eer", "ap", "video_auc", "video_eer")
 
-
-def evaluate(request: Request, out: str | None = None, *, overwrite: bool = False, quiet: bool = False) -> list[str]:
-    """Judge models, write what came out, and return the lines to print.
+def evaluate(
+    request: Request, out: str | None = None, *, overwrite: bool = False, quiet: bool = False
+) -> tuple[list[str], list[str]]:
+    """Judge models, write what came out, and return the table and what else is to be told, in lines.
 
     Args:
         request: which models, on what.
@@ -68,7 +69,7 @@ def _alone(out: str | None) -> Iterator[None]:
                 one.rmdir()
 
 
-def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> list[str]:
+def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> tuple[list[str], list[str]]:
     _check(request, out, overwrite)
     named = name_experts([*request.models, *request.adapters, *request.scores])
     kinds = ["model"] * len(request.models) + ["adapters"] * len(request.adapters) + ["scores"] * len(request.scores)
@@ -91,28 +92,38 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     if twice is not None:
         raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(whose[twice])}; give it another")
     preprocessings |= {member: preprocessings[name] for member, name in whose.items()}
+    names = [*checkpoints, *whose, *paths.get("scores", {})]
+    check_names(request, names, {name for one in scores.values() for name in one} | datasets.keys())
     evaluated = _run(request, models, preprocessings, datasets, quiet)
     for name, one in models.items():
         if isinstance(one, Ensemble):
             members = {member: evaluated[f"{name}/{member}"] for member in one.members}
             attributions[name] = attribution(members, evaluated[name])
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
-    judged = {
-        name: {
+    order = [*evaluated, *paths.get("scores", {})]
+    known = roles(checkpoints)
+    judged = judge_all({name: scores[name] for name in order}, request, known)
+    models_found = {}
+    for name, numbers in judged["models"].items():
+        role = known.get(name, Role())
+        models_found[name] = {
             "source": os.path.abspath(sources[name]) if out is None else places.from_output(out, sources[name]),
             "detector": request.detector if name in evaluated else None,
             "preprocessing": preprocessings[name].plain() if name in evaluated else None,
             "bytes": _bytes(sources[name], models.get(name)) if name in evaluated else None,
             "looks_like": attributions.get(name),
-            **judge_all(scores[name], resamples=request.bootstrap, seed=request.seed),
+            "role": role.kind,
+            "specialists": list(role.specialists),
+            **numbers,
         }
-        for name in (*evaluated, *paths.get("scores", {}))
-    }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
     settings = ("split", "frames", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
+    judging = ("threshold", "threshold_from", "threshold_by", "against")
     result = {
-        "models": judged,
-        "settings": {name: getattr(request, name) for name in settings},
+        "models": models_found,
+        "differences": judged["differences"],
+        "warnings": judged["warnings"],
+        "settings": {name: getattr(request, name) for name in (*settings, *judging)},
         "unreadable": unreadable,
         "versions": {
             "r2m_kernels": __version__,
@@ -121,9 +132,16 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
             "python": platform.python_version(),
         },
     }
+    shown = tables.tables(result, tables.columns_asked(request.columns) or tables.few_columns(result))
     if out is not None:
-        run.write_result(Path(out), result, evaluated)
-    return [*table(result), *_of_ensembles(result), *run.left_out(unreadable)]
+        run.write_result(Path(out), result, evaluated, shown)
+    notes = [
+        *_notes(result),
+        *_of_ensembles(result),
+        *run.left_out(unreadable),
+        *(printable(text) for text in result["warnings"]),
+    ]
+    return tables.lines(shown, request.table), notes
 
 
 def _bytes(path: str, model: nn.Module | Ensemble | None) -> int:
@@ -154,6 +172,7 @@ def _check(request: Request, out: str | None, overwrite: bool) -> None:
         raise BadOption(f"evaluate: {run_here} needs --detector, which says what the checkpoint is the weights of")
     if run_here and not request.data:
         raise BadOption(f"evaluate: {run_here} needs --data")
+    tables.columns_asked(request.columns)
     if out is not None and (Path(out) / EVALUATION.file).exists() and not overwrite:
         raise BadFile(f"out ({out}): holds an evaluation already; --overwrite replaces it")
 
@@ -197,34 +216,21 @@ def _run(
     return evaluated
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """A row for each model on each dataset, and for its mean over datasets."""
-    headings = ["dataset", "model", "frames", "videos", *SHOWN, "95 % of video_auc"]
-    rows: list[list[str]] = []
-    names = dict.fromkeys(name for one in result["models"].values() for name in one["datasets"])
-    one_class = set()
-    for dataset in names:
-        for model, one in result["models"].items():
-            judged = one["datasets"].get(dataset)
-            if judged is None:
-                continue
-            if not judged["real videos"] or not judged["fake videos"]:
-                one_class.add(f"{printable(dataset)}: {'fake' if judged['fake videos'] else 'real'} alone")
-            interval = judged["intervals"]["video_auc"]
-            spread = "–" if interval is None else "{:.3f} to {:.3f}".format(*interval)
-            numbers = [str(judged["frames"]), str(judged["videos"]), *(_number(judged[name]) for name in SHOWN)]
-            rows.append([printable(dataset), printable(model), *numbers, spread])
-    if len(names) > 1:
-        for model, one in result["models"].items():
-            rows.append(["mean", printable(model), "", "", *(_number(one["average"].get(name)) for name in SHOWN), ""])
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    line = "  ".join(f"{{:{'<' if column < 2 else '>'}{width}}}" for column, width in enumerate(widths))
-    text = [line.format(*row).rstrip() for row in [headings, *rows]]
-    return [*text, *(f"{one}: AUC, EER and AP are undefined" for one in sorted(one_class))]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """What the table does not show: thresholds that were chosen, and datasets of one class."""
+    settings, notes = result["settings"], []
+    if settings["threshold_from"] is not None:
+        chosen = {name: one["datasets"][settings["threshold_from"]] for name, one in result["models"].items()}
+        listed = ", ".join(f"{printable(name)} {one['threshold']:.3f}" for name, one in chosen.items())
+        on = printable(settings["threshold_from"])
+        notes.append(f"thresholds chosen on {on} by {settings['threshold_by']}: {listed}; {on} is in no mean")
+    one_class = {
+        f"{printable(name)}: {'fake' if of['fake videos'] else 'real'} alone: AUC, EER and AP are undefined"
+        for one in result["models"].values()
+        for name, of in one["datasets"].items()
+        if not of["real videos"] or not of["fake videos"]
+    }
+    return notes + sorted(one_class)
 
 
 def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:

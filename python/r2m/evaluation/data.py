@@ -96,6 +96,7 @@ def scores_of(datasets: Mapping[str, Sequence[tuple[Frame, float]]]) -> dict[str
             np.array([frame.label for frame, _ in rows], np.int64),
             np.array([probability for _, probability in rows], np.float64),
             np.array([frame.video for frame, _ in rows], np.str_),
+            np.array([str(frame.path) for frame, _ in rows], np.object_),
         )
         for name, rows in datasets.items()
     }

@@ -10,7 +10,7 @@ from r2m.presets import PRESETS
 from r2m_kernels.errors import BadOption
 from r2m_kernels.options import Option, documented, normalize, option, read_options
 
-MODELS, DATA, RUN = "Models", "Data", "Running"
+MODELS, DATA, JUDGING, RUN = "Models", "Data", "Judging", "Running"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,35 @@ class Request:
         DATA,
         "The first frames of a video, and videos known by their folder's name alone, as DeepfakeBench has it.",
     )
+    threshold: float | None = option(
+        None, JUDGING, "Fake is what has a higher probability.", unset="0.5", metavar="P", minimum=0
+    )
+    threshold_from: str | None = option(
+        None,
+        JUDGING,
+        "Choose each model's threshold on this dataset, which is then out of means and worst.",
+        metavar="DATASET",
+    )
+    threshold_by: Literal["balanced_acc", "eer", "fpr_1", "fpr_5"] = option(
+        "balanced_acc", JUDGING, "How it is chosen: where that is best, or so many per cent of reals are called fake."
+    )
+    against: tuple[str, ...] = option(
+        (),
+        JUDGING,
+        "The model that all others are compared with.",
+        unset="a merge with its specialists and their average, else the first",
+        metavar="NAME",
+    )
+    table: Literal["text", "markdown", "csv", "latex"] = option(
+        "text", JUDGING, "How the table is printed; all but text are also written into --out."
+    )
+    columns: str | None = option(
+        None,
+        JUDGING,
+        "Of the table: names of metrics with commas, such as auc,video_eer.",
+        metavar="NAMES",
+        unset="a few",
+    )
     bootstrap: int = option(1000, RUN, "Resamples of videos.", minimum=0)
     seed: int = option(0, RUN, "Of the resamples.")
     batch: int = option(32, RUN, "Images at a time.", minimum=1)
@@ -75,6 +104,10 @@ class Request:
 
     def __post_init__(self) -> None:
         normalize(self, REQUEST)
+        if self.threshold is not None and self.threshold > 1:
+            raise BadOption(f"--threshold {self.threshold:g}: expected a probability, from 0 to 1")
+        if self.threshold is not None and self.threshold_from is not None:
+            raise BadOption("--threshold and --threshold-from: expected one of them, got both")
         _ = self.values  # checked
 
     @functools.cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from r2m.evaluation.data import Frame
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.request import Request
+from r2m.evaluation.tables import FILES, FORMATS, Table
 from r2m.places import csv_table, new_file
 from r2m.preprocessing import Preprocessing
 from r2m.records import EVALUATION
@@ -119,8 +121,10 @@ def _loaded(
             yield [(frame, image.result()) for frame, image in batch]
 
 
-def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, Evaluated]) -> None:
-    """``evaluation.json`` and the scores of every model that was run, as CSV files that can be read again."""
+def write_result(
+    out: Path, result: Mapping[str, Any], evaluated: Mapping[str, Evaluated], shown: Sequence[Table]
+) -> None:
+    """``evaluation.json``, the scores of every model that was run, as CSV files that can be read again, and tables."""
     out.mkdir(parents=True, exist_ok=True)
     for number, one in enumerate(evaluated.values(), start=1):
         rows = [
@@ -129,6 +133,9 @@ def write_result(out: Path, result: Mapping[str, Any], evaluated: Mapping[str, E
             for frame, probability in scored
         ]
         new_file(out / f"scores-{number}.csv", csv_table(rows, "surrogateescape"))
+    for table, (kind, suffix) in itertools.product(shown, FILES.items()):
+        text = "\n".join(FORMATS[kind](table)) + "\n"
+        new_file(out / f"{table.name}.{suffix}", text.encode(errors="backslashreplace"))
     new_file(out / EVALUATION.file, EVALUATION.text(result))
 
 
