@@ -22,7 +22,6 @@ FILES, METHOD, REAL, TRUNCATION, STRENGTH = (
     "Strength of the residuals",
 )
 _NO_FLAG = ""  # methods set it
-MOST_APART = 1e4  # weights, where rows are weighed: a residual counts as zero from some 10⁵ on
 # Maps of singular values that need them all.
 WHOLE_SPECTRUM = ("rescale", "reweigh")
 # Those that give all experts one pair of bases, a share of it each.
@@ -230,13 +229,6 @@ class Fields:
             raise BadOption(
                 "eta_mode: 'relative' needs the residual term's norm, which row_power="
                 f"{self.row_power:g} makes as rows pass; expected row_power=0 with it, or eta_mode='constant'"
-            )
-        apart = max(self.weights) / min(self.weights) if self.weights else 1.0
-        if self.row_power > 0 and self.eta != 0 and apart > MOST_APART:
-            # The heaviest one's residual is rounding then, has no say in any row, and the lightest gets them all.
-            raise BadOption(
-                f"weights: with row_power={self.row_power:g} the largest may be {MOST_APART:g} times the smallest, got "
-                f"{apart:.3g} times; leave out who is to count for nothing"
             )
         if self.core_spectrum != "keep" and self.eta != 0:
             raise BadOption(

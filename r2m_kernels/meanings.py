@@ -23,10 +23,12 @@ class Composite(NamedTuple):
     Attributes:
         names: of its tensors, the main one first.
         sentence: what they are, what to bring instead.
+        quantised: whether its numbers mean nothing without others, in whatever dtype they are.
     """
 
     names: tuple[str, ...]
     sentence: str
+    quantised: bool = False
 
 
 # Where a quantised weight's integers are, where its scales, beside each other; whose way that is.
@@ -45,11 +47,12 @@ QUANTISED = (
 # Integers of two dimensions under these names are a weight's, whatever stands beside them.
 _PACKED = tuple(dict.fromkeys(packed for packed, _, _ in QUANTISED))
 # Under other names they are where their module has what makes numbers of them: AQLM, EXL2, Marlin, MXFP4, VPTQ, …
-_SCALE = re.compile(r"\w*(scales?|absmax|codebooks?|centroids|zero_?points?|zeros|lut)|SCB|S[UV]|s")
+_SCALE = re.compile(r"\w*(scales?(_inv)?|absmax|codebooks?|centroids|zero_?points?|zeros|lut)|scale_\w+|SCB|S[UV]|s")
 _INDEX = re.compile(r"\w*(ids|index|indices|mask|bias)")  # but for what is no weight anywhere
 
 # torch.nn.utils.parametrize; original0 and so on where the weight is made from several.
 _PARAMETRIZED = "parametrizations."
+_ABSMAX = ".absmax"  # of bitsandbytes, beside a weight
 _HOOKED = ("_v", "_u", "_mask", "sv0")
 # What is beside a weight under a hook, the weight, how that is, and what undoes it.
 _HOOKS = (
@@ -59,6 +62,12 @@ _HOOKS = (
     ("_mask", "_orig", "pruning", "torch.nn.utils.prune.remove"),
 )
 _PREFIX = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)")
+
+# Factors of an update that was never added to its weight: of LoRA by whoever wrote it, LoKr and LoHa.
+_FACTOR_SIGNS = ("lora_", "lokr_", "hada_")
+_FACTOR = re.compile(
+    r"(.*\.)?(lora_(A|B|down|up|mid|embedding_[AB]|magnitude_vector)|lokr_[wt]\d\w*|hada_[wt]\d\w*)(\..*)?"
+)
 
 
 def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
@@ -71,7 +80,10 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
     for name in tensors:
         if _PARAMETRIZED in name and (match := _PREFIX.match(name)):
             groups.setdefault(match[1], []).append(name)
-    whole = [name for name, spec in tensors.items() if not spec.dtype.is_floating_point and len(spec.shape) > 1]
+    whole = [name for name, spec in tensors.items() if len(spec.shape) > 1 and _packs(spec.dtype)]
+    # What four bits are packed into may be a type of any width.
+    stored = (name.removesuffix(_ABSMAX) for name in tensors if name.endswith(_ABSMAX))
+    whole += [name for name in stored if name in tensors and not _packs(tensors[name].dtype)]
     scales = _scales(tensors, {name.rpartition(".")[0] for name in whole}) if whole else {}
     quantised = {name: _quantised(name, tensors, scales) for name in whole}
     for name in tensors:
@@ -79,8 +91,14 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
             quantised.get(name),
             _normalised(name, tensors) if name.endswith(_HOOKED) else None,
             _parametrized(name, groups) if _PARAMETRIZED in name else None,
+            _factor(name) if any(sign in name for sign in _FACTOR_SIGNS) else None,
         )
         yield from filter(None, found)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether a type is one that weights are quantised to: integers, and floats of a byte."""
+    return not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
 def _scales(tensors: Iterable[str], modules: Set[str]) -> dict[str, str]:
@@ -94,28 +112,28 @@ def _scales(tensors: Iterable[str], modules: Set[str]) -> dict[str, str]:
 
 
 def _quantised(name: str, tensors: Mapping[str, TensorSpec], others: Mapping[str, str]) -> Composite | None:
-    """Integers that are a weight's, by their name or by a scale in their module, which ``others`` has."""
+    """Integers that are a weight's, by their name or by a scale in their module, which ``others`` has.
+
+    Floats of a byte may be a weight as it is: there a scale beside them has to say so.
+    """
     packed = next((ending for ending in _PACKED if name == ending or name.endswith("." + ending)), None)
     module, _, last = name.rpartition(".")
-    scales = how = ""
+    dtype, scales, whose = tensors[name].dtype, "", ""
     if packed is not None:
         start = name.removesuffix(packed)
-        beside = ((start + scale, whose) for one, scale, whose in QUANTISED if one == packed)
+        beside = ((start + scale, f" by {whose}") for one, scale, whose in QUANTISED if one == packed)
         scales, whose = next((one for one in beside if one[0] in tensors), ("", ""))
-        how = f" by {whose}, which {quoted(scales)} scales" if scales else ""
-    elif (
-        tensors[name].dtype not in (torch.bool, torch.int64)
-        and not _INDEX.fullmatch(last)
-        and others.get(module, name) != name
-    ):
-        scales = others[module]
-        how = f", which {quoted(scales)} scales"
-    else:
-        return None
+    if packed is None or (dtype.is_floating_point and not scales):
+        scales = others.get(module, name)
+        if dtype in (torch.bool, torch.int64) or _INDEX.fullmatch(last) or scales == name:
+            return None
+    numbers = "integers" if not dtype.is_floating_point else "floats of a byte" if dtype.itemsize == 1 else "bits"
+    how = f"{whose}, which {quoted(scales)} scales" if scales else ""
     return Composite(
         (name, scales) if scales else (name,),
-        f"{quoted(name)} holds the integers of a quantised weight{how}; expected floating-point numbers: dequantise it "
-        "first, or take the checkpoint that it was made from",
+        f"{quoted(name)} holds the {numbers} of a quantised weight{how}; expected floating-point numbers: dequantise "
+        "it first, or take the checkpoint that it was made from",
+        quantised=True,
     )
 
 
@@ -145,6 +163,16 @@ def _parametrized(name: str, groups: Mapping[str, Sequence[str]]) -> Composite |
     kinds = {"weight_norm": f"{prefix}original1", "spectral_norm": f"{prefix}0._u"}
     how = next((kind for kind, sign in kinds.items() if sign in others), "a parametrization")
     return _function((name, *others), how, "torch.nn.utils.parametrize.remove_parametrizations")
+
+
+def _factor(name: str) -> Composite | None:
+    if not _FACTOR.fullmatch(name):
+        return None
+    return Composite(
+        (name,),
+        f"{quoted(name)} is a factor of an adapter's update, and products of means are no mean of products; expected "
+        "whole weights: merge the adapter into its base first (merge_and_unload), or give PEFT's directory of it",
+    )
 
 
 def _function(names: tuple[str, ...], how: str, todo: str) -> Composite:

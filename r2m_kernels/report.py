@@ -21,6 +21,7 @@ from .config import MergeConfig
 from .findings import Findings, Residuals
 from .norm_matching import LEAST_SHARE
 from .real_subspace import GRAM_ERROR
+from .row_weights import shared_weight
 
 # Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality-studies.md.
 CALIBRATED = {
@@ -144,7 +145,8 @@ def _left_of_core(findings: Findings, residuals: Residuals, config: MergeConfig)
     """Factor of the core when residuals have taken it away again, as whole ones do; None where they are truncated."""
     if config.eta == 0 or config.residual != "core" or any(one.truncated for one in findings.matrices(config)):
         return None
-    taken = 1.0 if config.row_power > 0 else float(findings.real.weights @ residuals.scales)
+    weights, scales = findings.real.weights, residuals.scales
+    taken = shared_weight(weights, scales) if config.row_power > 0 else float(weights @ scales)
     return residuals.strength.core_scale - residuals.strength.eta * taken
 
 

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def shared_weight(weights: Tensor, scales: Tensor) -> float:
+    """What is shared out row by row: all but the weights of experts whose residual is rounding (s_i = 0).
+
+    Those keep their weight in every row. If it went to the others, one that weighs next to nothing might get it whole.
+
+    Args:
+        weights, scales: (N,) w and s.
+    """
+    return 1.0 - float(weights[scales == 0].sum())
+
+
 def row_shares(lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
     """W_ri ∝ w_i (s_i ‖row r of X_i‖)^p with Σ_i W_ri = 1; where nobody changed a row, w.
 

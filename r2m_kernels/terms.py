@@ -23,6 +23,7 @@ from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, by_rows
 from .config import MergeConfig
 from .findings import Findings, Residuals
+from .row_weights import shared_weight
 from .update_scale import gain
 
 # Elements of the matrices that are worked on at once, whole and in float64.
@@ -368,6 +369,7 @@ class Terms:
             return Linear(core_scale * weights + eta * weights * (scales - weights @ scales))
         # Where η came out as 0 nothing is weighted: the residual term is rounding.
         rows = RowWeights(weights, scales, config.row_power) if config.row_power > 0 and eta != 0 else None
+        eta *= 1.0 if rows is None else shared_weight(weights, scales)
         if kind is ByRows and rows is not None:
             return ByRows(core, real.mixing, rows, eta, [self.rows(tensor.name) for tensor in tensors])
         # Where nothing is truncated: λ c + η M (w s).

@@ -20,6 +20,7 @@ from r2m.extras import look_here
 from r2m.places import beside, created, put, sync
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadCheckpoint, BadFile, BadOption, NotFinite, printable, quoted
+from r2m_kernels.meanings import composites
 from r2m_kernels.streaming import TensorSource, TensorSpec, dtype_name
 
 
@@ -72,6 +73,9 @@ def convert(
         unstorable = [name for name, spec in view.specs.items() if spec.dtype.is_complex]
         if unstorable:
             raise BadCheckpoint(f"{label}: tensor {quoted(unstorable[0])} is complex, which no format here stores")
+        meant = [one.sentence for one in composites(view.specs) if one.quantised] if dtype is not None else []
+        if meant:
+            raise BadCheckpoint(f"{label}: {meant[0]}; without --dtype it is written as it is")
         written = _write(view, partial, dtype)
         if file_format is not SAFETENSORS:
             tensors, written = written, partial / "converted"
@@ -99,7 +103,8 @@ def _write(source: TensorSource, directory: Path, dtype: torch.dtype | None) -> 
             continue
         tensor = source.read(name)
         changed = tensor.to(spec.dtype)
-        if tensor.is_floating_point() and changed.isinf().any() and not tensor.isinf().any():
+        # Not every type can be searched for Inf, but what it becomes can.
+        if spec.dtype != tensor.dtype and changed.isinf().any() and not tensor.float().isinf().any():
             raise NotFinite(f"{source.label}: tensor {quoted(name)} exceeds the range of {dtype_name(spec.dtype)}")
         sink.write(name, changed)
     sink.finish()

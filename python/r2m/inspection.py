@@ -56,7 +56,7 @@ def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str
     stored = {name: spec for name, spec in specs.items() if name not in source.aliases}
     parameters = sum(spec.numel for spec in stored.values() if spec.dtype.is_floating_point)
     size = readable_bytes(sum(spec.nbytes for spec in stored.values()))
-    types = Counter(dtype_name(spec.dtype) for spec in specs.values())
+    types = Counter(spec.dtype for spec in specs.values())
     begin = Counter(name.partition(".")[0] for name in specs)
     files = "" if len(source.files) == 1 else f" in {len(source.files)} files"
     title = f"{printable(path)}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
@@ -65,7 +65,7 @@ def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str
     classes = Classes.beside(source.files)
     rows = {
         "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
-        "types": ", ".join(f"{count} {name}" for name, count in types.most_common()),
+        "types": ", ".join(f"{count} {dtype_name(one)}" for one, count in types.most_common()),
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),
         "heads": ", ".join(f"{printable(name)} {list(specs[name].shape)}" for name in classifier(specs)[:4]),

@@ -90,7 +90,7 @@ def merge(
         if row_power > 0 and name in matrices:  # a row belongs most to the specialist that changed it most
             changes = scales[:, None] * residuals.norm(dim=2)
             of_rows = w[:, None] * (changes / changes.amax(0)).nan_to_num(1.0) ** row_power
-            of_rows = of_rows / of_rows.sum(0)
+            of_rows = of_rows / of_rows.sum(0) * (1 - w[scales == 0].sum())  # what is nothing keeps its weight
         shared = mixed(core if name in matrices else w, tau[name])
         change[name] = core_scale * shared + eta * (of_rows[..., None] * residuals).sum(0)
     return changed(base, change)

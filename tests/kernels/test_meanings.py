@@ -42,6 +42,19 @@ QUANTISED = {
         "experts.down_proj_blocks": torch.ones(4, 32, 2, 16, dtype=torch.uint8),
         "experts.down_proj_scales": torch.ones(4, 32, 2, dtype=torch.uint8),
     },
+    "by 8-bit floating point in blocks, which 'q.weight_scale_inv' scales": {
+        "q.weight": torch.ones(32, 16, dtype=torch.float8_e4m3fn),
+        "q.weight_scale_inv": torch.ones(1, 1),
+    },
+    "which 'q.scale_weight' scales": {
+        "q.weight": torch.ones(32, 16, dtype=torch.float8_e5m2),
+        "q.scale_weight": torch.ones(1),
+    },
+    "holds the bits of a quantised weight by bitsandbytes in 4 bits": {  # whose storage may have any type
+        "q.weight": torch.ones(64, 1, dtype=torch.bfloat16),
+        "q.weight.absmax": torch.ones(8),
+        "q.weight.quant_map": torch.linspace(-1, 1, 16),
+    },
     "'q.weight' holds the integers": {"q.weight": torch.ones(32, 16, dtype=torch.int8), "q.bias": torch.ones(32)},
 }
 
@@ -106,6 +119,29 @@ def test_one_quantised_expert_is_named_and_not_what_follows_from_it():
     assert "'q.SCB'" in line
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [
+        ("q.lora_A.weight", "q.lora_B.weight"),
+        ("q.lora_A.default.weight", "q.lora_B.default.weight"),  # of PEFT, nothing unloaded
+        ("q.lora_A", "q.lora_B"),  # of loralib
+        ("lora_te_q.lora_down.weight", "lora_te_q.lora_up.weight"),
+        ("lora_A", "lora_B"),
+        ("q.lokr_w1", "q.lokr_w2_a"),
+        ("q.hada_w1_a", "q.hada_w1_b"),
+    ],
+)
+def test_factors_of_an_update_are_not_merged_one_by_one(factors):
+    state = {"q.weight": torch.ones(8, 8), factors[0]: torch.ones(2, 8), factors[1]: torch.ones(8, 2)}
+    with pytest.raises(
+        DoesNotFit, match="is a factor of an adapter's update, and products of means are no mean"
+    ) as told:
+        merge(state, {"fs": state})
+    assert repr(factors[0]) in str(told.value)
+    like = {"explora_A.weight": torch.ones(8, 8), "flora_down": torch.ones(8, 8), "lora_rank.weight": torch.ones(8, 8)}
+    assert torch.equal(merge(like, {"fs": like})["lora_rank.weight"], like["lora_rank.weight"])
+
+
 @pytest.mark.parametrize("how", NORMALISED)
 def test_a_weight_that_is_a_function_of_several_tensors_is_refused(how):
     state = NORMALISED[how]()
@@ -146,3 +182,9 @@ def test_what_looks_alike_is_merged():
     merged = merge(state, {"fs": moved}, MergeConfig.weight_average())
     assert torch.allclose(merged["key_v"], moved["key_v"])
     assert torch.equal(merged["attn.relative_position_index"], state["attn.relative_position_index"])
+
+
+def test_complex_numbers_are_no_quantised_weight():
+    state = {"filter.weight": torch.ones(4, 4, dtype=torch.complex64), "w": torch.ones(4, 4)}
+    with pytest.raises(DoesNotFit, match=r"unsupported dtype: 'filter\.weight'"):
+        merge(state, {"fs": state})

@@ -9,8 +9,7 @@ import pytest
 import torch
 from cases import ALIKE, SHAPES, TRUNCATED, checkpoints
 
-from r2m_kernels import MergeConfig, analyze
-from r2m_kernels.fields import MOST_APART
+from r2m_kernels import MergeConfig, analyze, merge, reference
 
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 
@@ -155,14 +154,23 @@ def test_weights_that_swallow_an_expert_are_told():
     assert "of the weight of" not in warnings_of((1.0, 1.0, 1.0), config=TRUNCATED.replace(weights=(100, 1, 1)))
 
 
-def test_the_heaviest_has_the_most_say_wherever_weights_are_taken():
-    base, experts = checkpoints(2)
-    apart = MergeConfig.r2m(weights=(MOST_APART, 1), rank=1.0, row_power=3.0, head="merge")
-    merged = analyze(base, {"a": experts[0], "b": experts[1]}, apart).merge()
-    for name, tensor in merged.items():
-        if tensor.ndim == 2:
-            heavy, light = (float((tensor - one[name]).norm()) for one in experts)
-            assert heavy < 0.01 * light, name
+@pytest.mark.parametrize("options", [{}, {"rank": 1.0}, {"rank": 0.1, "row_power": 1.0}], ids=str)
+@pytest.mark.parametrize(("weight", "longer"), [(1e3, 30.0), (1e4, 90.0), (1e6, 1.0), (1e6, 900.0), (1e20, 1.0)])
+def test_the_heaviest_has_the_most_say_even_where_its_residual_is_rounding(options, weight, longer):
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(40, 30, generator=generator)}
+    moved = torch.randn(40, 30, generator=generator)
+    heavy, light = moved * (torch.arange(30) < 15), longer * moved * (torch.arange(30) >= 15)  # orthogonal
+    experts = [{"w": base["w"] + change} for change in (heavy, light)]
+    merged = merge(base, experts, MergeConfig.r2m(weights=(weight, 1), **options))
+    change = merged["w"].double() - base["w"].double()
+    of_heavy, of_light = (float((change * own.double()).sum() / own.double().square().sum()) for own in (heavy, light))
+    assert of_heavy == pytest.approx(1, abs=0.02)
+    assert abs(of_light) <= 3 / weight + 1e-7
+    expected = reference.merge(
+        {"w": base["w"].double()}, [{"w": one["w"].double()} for one in experts], weights=(weight, 1), **options
+    )
+    assert float((expected["w"] - merged["w"]).norm()) <= 2e-5 * float(change.norm())
 
 
 def test_a_weak_core_and_a_small_gap_are_said():

@@ -201,6 +201,30 @@ def test_what_convert_refuses(arguments: str, sentence: str, checkpoints: Checkp
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_quantised_weights_are_copied_and_never_cast_without_their_scales(
+    ending: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {
+        "q.weight": torch.randn(4, 4).to(torch.float8_e5m2),
+        "plain.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    }
+    save_file(state, "plain.safetensors")
+    assert command("convert", "plain.safetensors", f"wide.{ending}", "--dtype", "float32").code == 0
+    assert command("convert", f"wide.{ending}", "again.safetensors").code == 0
+    assert same(load_file("again.safetensors"), {name: tensor.float() for name, tensor in state.items()})
+    save_file({**state, "q.weight_scale_inv": torch.ones(1, 1)}, "scaled.safetensors")
+    assert command("convert", "scaled.safetensors", f"copy.{ending}").code == 0
+    refused = command("convert", "scaled.safetensors", f"cast.{ending}", "--dtype", "float32")
+    assert refused.code == 2
+    assert refused.err.startswith(
+        "Error: source (scaled.safetensors): 'q.weight' holds the floats of a byte of a quantised"
+    )
+    assert refused.err.endswith("; without --dtype it is written as it is\n")
+    assert not Path(f"cast.{ending}").exists()
+
+
 def test_overwriting_takes_the_place_of_a_file(checkpoints: Checkpoints, command: Command) -> None:
     assert command("convert", "fs.safetensors", "fr.safetensors", "--overwrite").code == 0
     assert same(load_file("fr.safetensors"), checkpoints.experts["fs"])

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -371,11 +371,13 @@ def test_disk_full_at_twenty_points(here: Path, start: Start) -> None:
     disk_full(start, 20)
 
 
-def torchrun(processes: int, *arguments: str, script: str | None = None) -> subprocess.Popen[str]:
+def torchrun(
+    processes: int, *arguments: str, script: str | None = None, inputs: Sequence[str] = BASE_ARGUMENTS
+) -> subprocess.Popen[str]:
     program = [script] if script else ["-m", "r2m"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*launcher, *program, "merge", *BASE_ARGUMENTS, *arguments],
+        [*launcher, *program, "merge", *inputs, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -402,6 +404,32 @@ def test_more_processes_touch_no_bit(here: Path, start: Start, processes: int) -
         _, err = job.communicate(timeout=600)
     assert job.returncode == 0, err
     same_merge(start, "out", "--max-shard-size", "3MB")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_touch_no_bit_where_task_vectors_are_factors(here: Path, start: Start, processes: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name in ("a", "b"):
+        factors = {
+            f"base_model.model.block{i}.lora_{side}.weight": 0.1 * torch.randn(shape, generator=generator)
+            for i in range(12)
+            for side, shape in (("A", (5, 400 + i)), ("B", (400, 5)))
+        }
+        Path(name).mkdir()
+        save_file(factors, f"{name}/adapter_model.safetensors")
+        Path(name, "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 5, "lora_alpha": 10}))
+    inputs = ["--base", "base.safetensors", "--expert", "a=a", "--expert", "b=b", "--quiet"]
+    with torchrun(processes, "--out", "out", "--max-shard-size", "3MB", inputs=inputs) as job:
+        _, err = job.communicate(timeout=280)
+    assert job.returncode == 0, err
+    with start("merge", *inputs, "--out", "undisturbed", "--max-shard-size", "3MB") as child:
+        _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    grams = json.loads(Path("out", "r2m_state.json").read_text())["grams"]
+    assert [name for name, one in grams.items() if one and one["factored"]] == [f"block{i}.weight" for i in range(12)]
+    assert {**files("out"), "r2m_config.yaml": b""} == {**files("undisturbed"), "r2m_config.yaml": b""}
+    assert len(files("out")) > 3
 
 
 @pytest.mark.slow

@@ -266,6 +266,15 @@ def test_a_file_from_before_torch_1_6_is_what_torch_load_gives(where: str) -> No
         assert all(same(source.read(one), tensor.detach()) for one, tensor in loaded.items())
 
 
+def test_a_state_dict_under_two_keys_is_found_under_the_known_one() -> None:
+    state = {"a": torch.ones(2)}
+    for keys, known in ((("ema", "model"), "model"), (("student", "teacher"), "teacher")):
+        torch.save(dict.fromkeys(keys, state), "twice.pth")
+        assert open_checkpoint("twice.pth", "base").keys == {known}
+    torch.save(state["a"], "one.pth")
+    assert refusal("one.pth") == "base (x): expected a state dict, got one tensor"
+
+
 def test_a_file_of_python_2_is_read() -> None:
     """An OrderedDict of pairs, texts in bytes, a view of a storage."""
     torch.save({"a": torch.arange(6.0)}, "old.pth", _use_new_zipfile_serialization=False)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from r2m_kernels.streaming import TensorSpec
 _RUN = 2**20  # elements
 
 
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """Where a tensor lies: the file and the position of its first byte.
 
     Attributes:

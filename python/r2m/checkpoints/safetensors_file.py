@@ -195,6 +195,7 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
     entries = _entries(header, f"{what}: header")
     specs: dict[str, TensorSpec] = {}
     locations: dict[str, Location] = {}
+    alike: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}  # most of a million tensors have the shape of others
     try:
         # The library maps the file for the length of this block and touches its header alone. It has checked that the
         # tensors follow one another without gaps to the end of the file, and that they have the sizes of their shapes.
@@ -203,7 +204,11 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
             for name in library.offset_keys():
                 try:
                     entry = entries[name]
-                    specs[name] = _spec_of(entry["dtype"], entry["shape"])
+                    kind = (entry["dtype"], tuple(entry["shape"]))
+                    spec = alike.get(kind)
+                    if spec is None:
+                        spec = alike[kind] = _spec_of(*kind)
+                    specs[name] = spec
                     locations[name] = Location(path, data + entry["data_offsets"][0])
                 except (ValueError, LookupError) as error:
                     raise BadCheckpoint(f"{what}: tensor {quoted(name)}: {error}") from None

@@ -58,7 +58,8 @@ def chosen(loaded: Any, what: str, kind: type[T], key: str | None = None) -> Cho
         BadCheckpoint: there is no state dict, or none can be chosen.
     """
     if not isinstance(loaded, Mapping):
-        raise BadCheckpoint(f"{what}: expected a state dict, got {type(loaded).__name__}")
+        got = "one tensor" if isinstance(loaded, kind) else type(loaded).__name__
+        raise BadCheckpoint(f"{what}: expected a state dict, got {got}")
 
     def has_tensors(value: Any) -> bool:
         return any(isinstance(name, str) and isinstance(one, kind) for name, one in value.items())
@@ -95,13 +96,16 @@ def _is_entry(name: Any, value: Any, kind: type) -> bool:
 
 
 def _mappings(loaded: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """A mapping and those in it, by their keys with dots: outer ones first, each once however often it is there."""
+    """A mapping and those in it, by their keys with dots: outer ones first, each once however often it is there.
+
+    One that is under several keys is found under one that is known to hold weights.
+    """
     found: dict[str, Mapping[Any, Any]] = {"": loaded}
     seen, level = {id(loaded)}, dict(found)
     for _ in range(_DEEPEST):
         inner: dict[str, Mapping[Any, Any]] = {}
         for path, one in level.items():
-            for name, value in one.items():
+            for name, value in sorted(one.items(), key=lambda entry: entry[0] not in WRAPPERS):
                 known = not isinstance(value, Mapping) or id(value) in seen
                 if not known and isinstance(name, str) and len(name) <= _SHOWN:
                     seen.add(id(value))
