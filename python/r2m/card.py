@@ -13,12 +13,13 @@ from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.inspection import family
 from r2m.output import held
-from r2m.ownership import CARD_FILE, RECIPE_FILE, digest, rewrite
+from r2m.ownership import CARD_FILE, RECIPE_FILE, RESULTS_FILE, digest, rewrite
 from r2m.places import read_small, to_output
 from r2m.records import REPORT, WRITTEN, as_written
+from r2m.results import Benchmark, results
 from r2m.templating import render
 from r2m.workplace import settle
-from r2m_kernels.errors import BadFile, printable
+from r2m_kernels.errors import BadFile, BadOption, printable
 
 # How much a licence asks of who uses a model: the more, the later. Those that are not here are compared by name alone.
 _RANKED = (
@@ -70,7 +71,7 @@ def card(
     chosen = licence or most_restrictive(list(licences.values()))
     with as_written("evaluation"):
         measured = _measured(evaluation, out) if evaluation else {}
-        results = _results(measured)
+        listed = _model_index(measured)
     inputs = [
         (name, _shown_path(path), licences[name] or UNKNOWN, _digests(path, recipe.get("key")) if hashes else ())
         for name, path in paths.items()
@@ -78,7 +79,7 @@ def card(
     with as_written(f"{out}: {REPORT.file}"):
         return render(
             "card.md",
-            header=_yaml(_header(out, report, list(paths.values()), cards, chosen, results)),
+            header=_yaml(_header(out, report, list(paths.values()), cards, chosen, listed)),
             report=report,
             names=", ".join(report["experts"]),
             unknown=[name for name, own in licences.items() if own is None and licence is None],
@@ -92,35 +93,59 @@ def card(
         )
 
 
-def write_card(out: str, *, overwrite: bool = False, **more: Any) -> str:
-    """Write the card of a merge's output anew, and what tells that a merge wrote it.
+def write_card(
+    out: str,
+    *,
+    overwrite: bool = False,
+    evaluation: Mapping[str, Any] | None = None,
+    benchmarks: Sequence[Benchmark] = (),
+    source: str | None = None,
+    licence: str | None = None,
+) -> tuple[str, list[str]]:
+    """Write the card of a merge's output anew, what the Hub's leaderboards read, and what tells that a merge wrote it.
 
     Args:
         out: the output.
-        overwrite: whether one that somebody has changed may be replaced.
-        more: arguments of :func:`card`.
+        overwrite: whether files that somebody has changed may be replaced.
+        evaluation: as :func:`card` has it.
+        benchmarks: of the Hub, to which numbers of the evaluation go.
+        source: an address where those can be looked up.
+        licence: as :func:`card` has it.
 
     Returns:
-        Its text.
+        The card's text, and the names of what was written.
 
     Raises:
-        InvalidInput: as :func:`card`; or ``out`` is no merge, somebody has changed its card, or another process is at
-            work on it.
+        InvalidInput: as :func:`card`; ``out`` is no merge, somebody has changed what is to be replaced, another process
+            is at work on it, or the evaluation has no such number.
         OSError: it cannot be read or written; ``filename`` is set.
     """
     directory = Path(out)
-    path, report_path = directory / CARD_FILE, directory / REPORT.file
     settle(directory)
-    if not (directory / RECIPE_FILE).is_file() or not report_path.is_file():
+    if not (directory / RECIPE_FILE).is_file() or not (directory / REPORT.file).is_file():
         raise BadFile(f"{out}: expected the output of a merge, with {RECIPE_FILE} and {REPORT.file}")
+    if benchmarks and evaluation is None:
+        raise BadOption("--benchmark: needs --evaluation, whose numbers it takes")
     with held(out):
         report = REPORT.whole(directory, f"{out}: {REPORT.file}")
-        before = [digest(path)] if path.is_file() else []
-        if not overwrite and not set(before) <= set(report[WRITTEN].get(CARD_FILE, ())):
-            raise BadFile(f"{path}: was changed since a merge wrote it; --overwrite replaces it")
-        text = card(directory, report, hashes=True, **more)
-        rewrite(directory, report, CARD_FILE, before, text.encode(errors="backslashreplace"))
-    return text
+        text = card(directory, report, hashes=True, evaluation=evaluation, licence=licence)
+        made = {CARD_FILE: text.encode(errors="backslashreplace")}
+        if benchmarks and evaluation is not None:
+            measured = _measured(evaluation, directory)
+            made[RESULTS_FILE] = results(measured, benchmarks, evaluation.get("date"), source)
+        former = {name: _former(directory, report, name, overwrite) for name in made}
+        for name, content in made.items():
+            rewrite(directory, REPORT.whole(directory, f"{out}: {REPORT.file}"), name, former[name], content)
+    return text, list(made)
+
+
+def _former(directory: Path, report: Mapping[str, Any], name: str, overwrite: bool) -> list[str]:
+    """The digest of what stands under a name, as a list; empty where nothing does."""
+    path = directory / name
+    before = [digest(path)] if path.is_file() else []
+    if not overwrite and not set(before) <= set(report[WRITTEN].get(name, ())):
+        raise BadFile(f"{path}: was changed since a merge wrote it; --overwrite replaces it")
+    return before
 
 
 def most_restrictive(licences: Sequence[str | None]) -> str:
@@ -174,7 +199,7 @@ def _header(
     return {key: value for key, value in header.items() if value}
 
 
-def _results(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _model_index(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the Hub reads of an evaluation."""
     return [
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from r2m_kernels.errors import BadFile, quoted
 
 RECIPE_FILE = "r2m_config.yaml"
 CARD_FILE = "README.md"
+RESULTS_FILE = ".eval_results/r2m.yaml"  # the Hub's place and form
 COPIED_FILES = ("config.json", "preprocessor_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT.file}
@@ -48,8 +50,8 @@ def written(directory: Path) -> dict[str, list[str]]:
 
 
 def files(directory: Path) -> list[str]:
-    """Names of all files of an output, those of its adapters from there."""
-    inside = (directory / ADAPTERS.beside).glob("*/*")
+    """Names of all files of an output, those in its directories from there."""
+    inside = itertools.chain((directory / ADAPTERS.beside).glob("*/*"), directory.glob(RESULTS_FILE))
     names = [path.name for path in directory.iterdir() if path.is_file()]
     return names + [path.relative_to(directory).as_posix() for path in inside]
 
@@ -69,13 +71,24 @@ def rewrite(directory: Path, report: Mapping[str, Any], name: str, before: Seque
     """
     known = {**report[WRITTEN], name: [*before, hashlib.sha256(content).hexdigest()]}
     new_file(directory / REPORT.file, REPORT.text({**report, WRITTEN: known}))
+    (directory / name).parent.mkdir(exist_ok=True)
     new_file(directory / name, content)
 
 
 def is_named(entry: os.DirEntry[str]) -> bool:
     """Whether something in an output has one of the names that a merge gives."""
     named = entry.name in _NAMES or bool(_SHARD.fullmatch(entry.name))
-    return (entry.is_file(follow_symlinks=False) and named) or _holds_adapters(entry) or is_unfinished(entry)
+    if entry.is_file(follow_symlinks=False):
+        return named
+    return _holds_adapters(entry) or _holds_results(entry) or is_unfinished(entry)
+
+
+def _holds_results(entry: os.DirEntry[str]) -> bool:
+    """Whether something is the directory of results, with nothing else in it."""
+    place, name = RESULTS_FILE.split("/")
+    if entry.name != place or not entry.is_dir(follow_symlinks=False):
+        return False
+    return all(one.is_file(follow_symlinks=False) and one.name == name for one in list(os.scandir(entry)))
 
 
 def _holds_adapters(entry: os.DirEntry[str]) -> bool:

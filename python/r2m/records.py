@@ -180,6 +180,7 @@ EVALUATION = Record(
         "warnings": "sentences on what looks wrong",
         "settings": "options that decide the numbers",
         "unreadable": "pictures that were left out, and why",
+        "date": "of the evaluation, UTC",
         "versions": "of r2m_kernels, torch, scikit-learn and Python",
     },
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from huggingface_hub import parse_eval_result_entries
 from r2m.card import most_restrictive
 from safetensors.torch import save_file
 
@@ -150,6 +151,73 @@ def test_the_command_adds_hashes_and_metrics(checkpoints: Checkpoints, command: 
     # A merge replaces it like everything else, and adds no stranger to the output.
     assert command("merge", *checkpoints.arguments, "--out", "out", "--overwrite").code == 0
     assert front("out")["license"] == "unknown"
+
+
+def test_numbers_go_where_the_hub_looks_for_them(checkpoints: Checkpoints, command: Command) -> None:
+    assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
+    rows = ["path,label,probability,dataset", "a,0,0.1,DF=DC", "b,1,0.9,DF=DC", "c,0,0.95,DF=DC", "d,1,.5,one"]
+    Path("scores.csv").write_text("\n".join(rows))
+    assert command("evaluate", "--scores", "r2m=scores.csv", "--out", "eval").code == 0
+    evaluation = json.loads(Path("eval/evaluation.json").read_text())
+    evaluation["models"]["r2m"]["source"] = str(Path("out/model.safetensors").resolve())
+    Path("eval/evaluation.json").write_text(json.dumps(evaluation))
+    words = [
+        "card",
+        "out",
+        "--evaluation",
+        "eval",
+        "--benchmark",
+        "DF=DC=some/dfdc:test",
+        "--source",
+        "https://x.org/y",
+    ]
+    result = command(*words, "--benchmark", "DF=DC=some/dfdc:video:video_acc", "--license", "mit")
+    assert (result.code, result.out) == (0, "out/README.md\nout/.eval_results/r2m.yaml\n")
+    found = parse_eval_result_entries(yaml.safe_load(Path("out/.eval_results/r2m.yaml").read_text()))
+    assert [(one.dataset_id, one.task_id, one.value) for one in found] == [
+        ("some/dfdc", "test", 0.5),
+        ("some/dfdc", "video", pytest.approx(2 / 3)),
+    ]
+    assert {(one.date, one.source_url) for one in found} == {(evaluation["date"], "https://x.org/y")}
+    assert found[0].notes == "auc, 3 frames of 3 videos"
+    # It is replaced like the rest: by the next card, by the next merge; but not what somebody else put there.
+    assert command(*words, "--license", "mit").code == 0
+    assert Path("out/.eval_results/r2m.yaml").read_text().count("dataset:") == 1
+    with open("out/.eval_results/r2m.yaml", "a") as file:
+        file.write("# mine\n")
+    changed = "out/.eval_results/r2m.yaml: was changed since a merge wrote it; --overwrite replaces it\n"
+    assert command(*words).err == f"Error: {changed}"
+    merge = ["merge", *checkpoints.arguments, "--out", "out", "--overwrite"]
+    assert "holds '.eval_results/r2m.yaml', which was changed" in command(*merge).err
+    assert command(*words, "--overwrite", "--license", "mit").code == 0
+    Path("out/.eval_results/other.yaml").write_text("- mine")
+    assert "holds '.eval_results', which no merge wrote" in command(*merge).err
+    Path("out/.eval_results/other.yaml").unlink()
+    assert command(*merge).code == 0
+    assert not Path("out/.eval_results").exists()
+
+
+def test_benchmarks_that_are_none(checkpoints: Checkpoints, command: Command) -> None:
+    assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
+    Path("scores.csv").write_text("path,label,probability\na,1,0.1\n")
+    assert command("evaluate", "--scores", "r2m=scores.csv", "--out", "eval").code == 0
+    evaluation = json.loads(Path("eval/evaluation.json").read_text())
+    evaluation["models"]["r2m"]["source"] = str(Path("out").resolve())
+    Path("eval/evaluation.json").write_text(json.dumps(evaluation))
+    before = Path("out/README.md").read_bytes()
+    for words, sentence in (
+        ("DFDC", "expected DATASET=OWNER/NAME:TASK[:METRIC], such as DFDC=owner/dfdc:test:video_auc"),
+        ("data=owner/name", "expected DATASET="),
+        ("data=name:test", "expected DATASET="),
+        ("data=owner/name:a:b:c", "expected DATASET="),
+        ("x=owner/name:test", "--benchmark x: the evaluation has no dataset of that name; expected one of 'data'"),
+        ("data=owner/name:test", "--benchmark data: the evaluation has no number 'auc' of it"),
+        ("data=owner/name:test:videos", "--benchmark data: the evaluation has no number 'videos' of it"),
+    ):
+        result = command("card", "out", "--evaluation", "eval", "--benchmark", words)
+        assert (result.code, sentence in result.err, len(result.err.splitlines())) == (2, True, 1)
+    assert Path("out/README.md").read_bytes() == before
+    assert "needs --evaluation" in command("card", "out", "--benchmark", "data=owner/name:test").err
 
 
 def test_what_is_no_merge_has_no_card(checkpoints: Checkpoints, command: Command) -> None:

@@ -38,17 +38,39 @@ def inspect(paths: tuple[str, ...], norms: bool, every: bool, **given: Any) -> i
 @click.option(
     "--license", "licence", metavar="ID", help="The merged model's.  [default: the most restrictive of its inputs]"
 )
+@click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    metavar="DATASET=ID:TASK[:METRIC]",
+    help="A dataset of the evaluation is this one of the Hub, a benchmark with that task; its AUC, or another "
+    "metric, goes into .eval_results/, which leaderboards read.  Repeat for each.",
+)
+@click.option("--source", metavar="URL", help="Where those numbers can be looked up.")
 @click.option("--overwrite", is_flag=True, help="Replace a card that somebody has changed, too.")
-def card(out: str, evaluation: str | None, licence: str | None, overwrite: bool) -> None:
+def card(
+    out: str,
+    evaluation: str | None,
+    licence: str | None,
+    benchmarks: tuple[str, ...],
+    source: str | None,
+    overwrite: bool,
+) -> None:
     """Write the model card of OUT, the output of a merge, again: with SHA-256 of its inputs, and with metrics."""
     from r2m.card import warnings, write_card
-    from r2m.ownership import CARD_FILE
     from r2m.records import read_evaluation
+    from r2m.results import Benchmark
     from r2m_kernels.errors import printable
 
-    measured = None if evaluation is None else read_evaluation(evaluation)
-    text = write_card(out, overwrite=overwrite, evaluation=measured, licence=licence)
-    done(printable(f"{out}/{CARD_FILE}"))
+    text, written = write_card(
+        out,
+        overwrite=overwrite,
+        evaluation=None if evaluation is None else read_evaluation(evaluation),
+        benchmarks=[Benchmark.read(one) for one in benchmarks],
+        source=source,
+        licence=licence,
+    )
+    done("\n".join(printable(f"{out}/{name}") for name in written))
     for warning in warnings(text):
         say(f"Warning: {warning}", err=True)
 

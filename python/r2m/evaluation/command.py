@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import platform
@@ -125,6 +126,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         "warnings": judged["warnings"],
         "settings": {name: getattr(request, name) for name in (*settings, *judging)},
         "unreadable": unreadable,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "r2m_kernels": __version__,
             "torch": torch.__version__,
