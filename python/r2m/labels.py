@@ -24,12 +24,12 @@ _MOST = 2**16  # classes
 _UNSAID = re.compile(r"LABEL_\d+")  # what transformers calls classes of which nobody has said anything
 _NUMBER = re.compile(r"\W*\d+\W*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # FakeFace, AI_generated and real-art are two each
-_FAKE = re.compile(
+FAKE_WORD = re.compile(
     r"(deep)?fakes?|spoof(ed|ing)?|forge(d|ry)|synthetic|synthesi[sz]ed|generated|manipulated|altered|tampered|edited|"
     r"artificial|ai|attack|gan|diffusion"
 )
-_REAL = re.compile(r"real|genuine|authentic|original|pristine|bonafide|human|natural")
-_NOT = re.compile(r"not?|non")
+REAL_WORD = re.compile(r"real|genuine|authentic|original|pristine|bonafide|human|natural|nature")
+NOT_WORD = re.compile(r"not?|non")
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,9 @@ def _inverted(indices: Any) -> list[str]:
 def _is_fake(label: str) -> bool:
     """Whether a label's words say fake, or that it is not real."""
     words = [word.lower() for word in _WORD.findall(label)]
-    if any(map(_NOT.fullmatch, words)):
-        return any(map(_REAL.fullmatch, words))
-    return any(map(_FAKE.fullmatch, words))
+    if any(map(NOT_WORD.fullmatch, words)):
+        return any(map(REAL_WORD.fullmatch, words))
+    return any(map(FAKE_WORD.fullmatch, words))
 
 
 def _plain(label: str) -> str:

@@ -10,6 +10,7 @@ import click
 from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
 from r2m.commands.process import EXIT_CODES
+from r2m.evaluation.layouts import LAYOUTS
 from r2m.records import RECORDS, SEAL, SEALED, VERSION
 from r2m_kernels.config import OFFERED, MergeConfig
 from r2m_kernels.fields import OPTIONS
@@ -78,6 +79,12 @@ def files() -> str:
     return "\n".join(parts)
 
 
+def layouts() -> str:
+    """What ``r2m evaluate --data`` reads."""
+    rows = [[one.suites, one.shape, one.datasets] for one in LAYOUTS]
+    return _table(["as of", "what lies there", "a dataset is"], rows)
+
+
 def _table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
@@ -91,6 +98,7 @@ def pages(root: Path) -> dict[Path, str]:
     """
     tables = {
         root / "README.md": {"methods": methods()},
+        root / "docs" / "evaluation.md": {"layouts": layouts()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
     written = {root / "docs" / "cli.md": commands(), root / "docs" / "files.md": files()}

@@ -179,6 +179,8 @@ EVALUATION = Record(
         "differences": "lists model, than, dataset (mean: over all), metric, difference, interval: paired, by video",
         "warnings": "sentences on what looks wrong",
         "settings": "options that decide the numbers",
+        "labels": "by dataset, names of folders or of a list's labels that were taken as real, and as fake",
+        "left_out": "what of the data is in no dataset: where, what, how many images, why",
         "unreadable": "pictures that were left out, and why",
         "date": "of the evaluation, UTC",
         "versions": "of r2m_kernels, torch, scikit-learn and Python",

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from r2m.evaluation import run
-from r2m.evaluation.data import read_dataset, read_scores
+from r2m.evaluation.data import Frame, read_scores
 from r2m.evaluation.detectors import probabilities
+from r2m.evaluation.reading import read_data
 from r2m.evaluation.request import Request
 from r2m.preprocessing import Preprocessing
 from safetensors.torch import load_file, save_file
@@ -75,26 +76,45 @@ def write_json(content: Any, name: str = "list.json") -> str:
     return name
 
 
+def frames(path: str, **options: Any) -> dict[str, list[Frame]]:
+    return {name: list(one.frames) for name, one in read_data(path, Request(**options)).datasets.items()}
+
+
 def test_deepfakebenchs_lists_are_read() -> None:
-    found = read_dataset(write_json(deepfakebench()), Request(frames=2))
+    found = frames(write_json(deepfakebench()), frames=2)
     ff = found["FaceForensics++"]
     assert [frame.label for frame in ff] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert all(frame.path.is_file() for frames in found.values() for frame in frames)
     assert [frame.path.name for frame in ff[:2]] == ["000.png", "002.png"]  # spread over the video
     assert len({frame.video for frame in ff}) == 4  # 000_003 of two manipulations are two videos
-    compat = read_dataset("list.json", Request(frames=2, deepfakebench_compat=True))["FaceForensics++"]
-    assert [frame.path.name for frame in compat[:2]] == ["000.png", "001.png"]
-    assert {frame.video for frame in compat} == {"000", "001", "000_003"}
-    assert read_dataset("list.json", Request(labels=("fake_one=0",)))["Celeb"][0].label == 0
-    moved = read_dataset("list.json", Request(root="elsewhere"))
+    assert frames("list.json", labels=("fake_one=0",))["Celeb"][0].label == 0
+    moved = frames("list.json", root="elsewhere")
     assert str(moved["Celeb"][0].path) == "elsewhere/frames/Celeb/fake/id0/0.png"
+
+
+def test_deepfakebenchs_way_is_its_own() -> None:
+    """First frames by number, whatever their order in the list, and videos by their folder's name alone."""
+    content = deepfakebench()
+    video = content["FaceForensics++"]["FF-DF"]["test"]["c23"]["000_003"]
+    folder = "frames\\FF\\Deepfakes\\000_003\\"
+    video["frames"] = [f"{folder}{number}.png" for number in (10, 9, 100, 2)]
+    found = frames(write_json(content), frames=2, deepfakebench_compat=True)["FaceForensics++"]
+    assert [frame.path.name for frame in found] == ["000.png", "001.png"] * 2 + ["2.png", "9.png", "000.png", "001.png"]
+    assert [frame.video for frame in found] == ["000"] * 2 + ["001"] * 2 + ["000_003"] * 4
+    video["frames"] = ["a/b.png"]
+    with pytest.raises(InvalidInput, match="frame 'b': --deepfakebench-compat sorts frames by number"):
+        frames(write_json(content), deepfakebench_compat=True)
+    Path("folder").mkdir()
+    with pytest.raises(InvalidInput, match="--deepfakebench-compat is for lists of DeepfakeBench"):
+        frames("folder", deepfakebench_compat=True)
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("{", "data (list.json): not valid JSON (Expecting property name"),
-        ("[1]", "expected {dataset: {label: {split: {video: {label, frames}}}}}, got list in the place of a mapping"),
+        ("[1]", "data (list.json): entry 0: expected a path and a label (path or file_name, label), got 1"),
+        ("1", "expected {dataset: {label: {split: {video: {label, frames}}}}}, got int in the place of a mapping"),
         ({"a": {"real": {"train": {}}}}, "dataset 'a' holds no frames of the split 'test'"),
         ({}, "holds no frames of the split 'test'"),
         ({"a": {"real": {"test": {"v": {"frames": "x"}}}}}, "'a': 'real': video 'v': expected frames: a list of paths"),
@@ -104,30 +124,8 @@ def test_deepfakebenchs_lists_are_read() -> None:
 )
 def test_lists_that_are_none(content: Any, sentence: str) -> None:
     with pytest.raises(InvalidInput) as error:
-        read_dataset(write_json(content), Request())
+        read_data(write_json(content), Request())
     assert sentence in str(error.value)
-
-
-def test_folders_are_datasets() -> None:
-    for path in (
-        "x/real/a.png",
-        "x/real/b.JPG",
-        "x/fake/v1/0.png",
-        "x/fake/v1/1.png",
-        "y/0_real/a.png",
-        "y/1_fake/b.png",
-    ):
-        image(f"all/{path}", 90)
-    Path("all/x/fake/notes.txt").write_text("no image")
-    found = read_dataset("all", Request())
-    assert {name: len(frames) for name, frames in found.items()} == {"x": 4, "y": 2}
-    # Images in a folder of their own are a video's frames; others stand for themselves.
-    assert [frame.video for frame in found["x"]] == ["fake/v1", "fake/v1", "real/a.png", "real/b.JPG"]
-    assert [frame.label for frame in found["x"]] == [1, 1, 0, 0]
-    assert read_dataset("all/x", Request()) == {"x": found["x"]}
-    Path("empty").mkdir()
-    with pytest.raises(InvalidInput, match="expected folders named real, 0_real, original, fake, 1_fake"):
-        read_dataset("empty", Request())
 
 
 def write_csv(rows: list[list[Any]], name: str = "scores.csv") -> str:
@@ -137,11 +135,11 @@ def write_csv(rows: list[list[Any]], name: str = "scores.csv") -> str:
 
 
 def test_finished_scores_are_judged(command: Command) -> None:
-    header = ["path", "label", "probability", "dataset"]
+    header = ["path", "label", "probability", "dataset", "video"]
     dice = np.random.default_rng(0)
-    rows = [[f"v{i // 3}/{i}.png", (i // 3) % 2, round(float(dice.random()), 2), "ab"[i % 2]] for i in range(60)]
+    rows = [[f"{i}.png", i // 3 % 2, round(float(dice.random()), 2), "ab"[i % 2], f"v{i // 3}"] for i in range(60)]
     write_csv([header, *rows])
-    flipped = [[path, label, 1 - value, dataset] for path, label, value, dataset in rows]
+    flipped = [[path, label, 1 - value, *more] for path, label, value, *more in rows]
     write_csv([header, *flipped], "flipped.csv")
     result = command("evaluate", "--scores", "one=scores.csv", "--scores", "flipped.csv", "--out", "eval")
     assert result.code == 0, result.err
@@ -444,7 +442,7 @@ def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: 
         ("--model other.safetensors --detector mine:build --data set {}", "it lacks bias"),
         (
             "--model good.safetensors --detector mine:build --data set --data set {}",
-            "data (set): there is a dataset 'set'",
+            "data (set): is given twice",
         ),
         ("--model good.safetensors --detector mine:build --data gone {}", "data (gone): no such file or directory"),
         (

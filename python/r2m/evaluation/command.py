@@ -6,7 +6,7 @@ import datetime
 import functools
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from r2m.checkpoints import hub
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
 from r2m.evaluation.comparison import Role, roles
-from r2m.evaluation.data import Frame, read_dataset, read_scores, scores_of
+from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.ensemble import Ensemble, attribution, combined, load_ensemble
 from r2m.evaluation.judging import check_names, judge_all
+from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing, beside
@@ -77,7 +78,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     paths = {kind: {name: named[name] for name, one in zip(named, kinds, strict=True) if one == kind} for kind in kinds}
     scores = {name: read_scores(path) for name, path in paths.get("scores", {}).items()}
     checkpoints = paths.get("model", {}) | paths.get("adapters", {})
-    datasets = _datasets(request) if checkpoints else {}
+    data = read_all(request) if checkpoints else Data()
     preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
     arrangement, detector = Arrangement(preset=request.preset), request.detector or ""
     models: dict[str, nn.Module | Ensemble] = {}
@@ -94,8 +95,8 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(whose[twice])}; give it another")
     preprocessings |= {member: preprocessings[name] for member, name in whose.items()}
     names = [*checkpoints, *whose, *paths.get("scores", {})]
-    check_names(request, names, {name for one in scores.values() for name in one} | datasets.keys())
-    evaluated = _run(request, models, preprocessings, datasets, quiet)
+    check_names(request, names, {name for one in scores.values() for name in one} | data.datasets.keys())
+    evaluated = _run(request, models, preprocessings, data.datasets, quiet)
     for name, one in models.items():
         if isinstance(one, Ensemble):
             members = {member: evaluated[f"{name}/{member}"] for member in one.members}
@@ -118,7 +119,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
             **numbers,
         }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
-    settings = ("split", "frames", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
+    settings = ("split", "frames", "subfolders", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
     judging = ("threshold", "threshold_from", "threshold_by", "against")
     result = {
         "models": models_found,
@@ -127,6 +128,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         "settings": {name: getattr(request, name) for name in (*settings, *judging)},
         "unreadable": unreadable,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **data.plain(),
         "versions": {
             "r2m_kernels": __version__,
             "torch": torch.__version__,
@@ -140,6 +142,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     notes = [
         *_notes(result),
         *_of_ensembles(result),
+        *data.told(),
         *run.left_out(unreadable),
         *(printable(text) for text in result["warnings"]),
     ]
@@ -179,25 +182,15 @@ def _check(request: Request, out: str | None, overwrite: bool) -> None:
         raise BadFile(f"out ({out}): holds an evaluation already; --overwrite replaces it")
 
 
-def _datasets(request: Request) -> dict[str, list[Frame]]:
-    datasets: dict[str, list[Frame]] = {}
-    for path in request.data:
-        for name, frames in read_dataset(path, request).items():
-            if name in datasets:
-                raise BadOption(f"data ({path}): there is a dataset {quoted(name)} already")
-            datasets[name] = frames
-    return datasets
-
-
 def _run(
     request: Request,
     models: Mapping[str, nn.Module | Ensemble],
     preprocessings: Mapping[str, Preprocessing],
-    datasets: Mapping[str, Sequence[Frame]],
+    datasets: Mapping[str, Dataset],
     quiet: bool,
 ) -> dict[str, run.Evaluated]:
     evaluated: dict[str, run.Evaluated] = {}
-    total = sum(map(len, datasets.values()))
+    total = len({frame.path for one in datasets.values() for frame in one.frames})
 
     def show(name: str, done: int) -> None:
         if shown is not None:

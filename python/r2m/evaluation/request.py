@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from r2m.evaluation.layouts import LAYOUTS
 from r2m.presets import PRESETS
 from r2m_kernels.errors import BadOption
 from r2m_kernels.options import Option, documented, normalize, option, read_options
@@ -52,21 +53,33 @@ class Request:
     data: tuple[str, ...] = option(
         (),
         DATA,
-        "DeepfakeBench's or DF40's JSON, or a folder with real/ and fake/, or one of such.",
+        f"A directory with reals and fakes in it, or a list: as of {'; '.join(one.suites for one in LAYOUTS[2:])}.",
         metavar="PATH",
     )
-    root: str | None = option(None, DATA, "Of the paths in JSON files.", unset="the file's directory", metavar="DIR")
-    split: Literal["train", "val", "test"] = option("test", DATA, "Of JSON files.")
+    root: str | None = option(None, DATA, "Of the paths in lists.", unset="the file's directory", metavar="DIR")
+    split: Literal["train", "val", "test"] = option(
+        "test", DATA, "Which part is judged, where there are several; val where there is no test."
+    )
     compression: str = option("c23", DATA, "Of FaceForensics++ in JSON files.")
     labels: tuple[str, ...] = option(
-        (), DATA, "Of JSON files.", flag="label", unset="0 if it has real", metavar="NAME=0|1"
+        (),
+        DATA,
+        "What a folder's name or a list's label is: real or fake.",
+        flag="label",
+        unset="by its words",
+        metavar="NAME=0|1",
+    )
+    subfolders: Literal["auto", "video", "generator", "none"] = option(
+        "auto",
+        DATA,
+        "What folders inside real and fake are: a video each, a generator each, or nothing; auto: by their depth.",
     )
     frames: int = option(32, DATA, "Of a video, at most, spread.", minimum=1)
     strict: bool = option(False, DATA, "An image that cannot be read ends it, where it would be left out and told.")
     deepfakebench_compat: bool = option(
         False,
         DATA,
-        "The first frames of a video, and videos known by their folder's name alone, as DeepfakeBench has it.",
+        "The first frames of a video by number, and videos known by their folder's name, as DeepfakeBench has it.",
     )
     threshold: float | None = option(
         None, JUDGING, "Fake is what has a higher probability.", unset="0.5", metavar="P", minimum=0

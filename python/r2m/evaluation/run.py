@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from r2m.evaluation.data import Frame
+from r2m.evaluation.data import Dataset, Frame
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.request import Request
 from r2m.evaluation.tables import FILES, FORMATS, Table
@@ -46,7 +46,7 @@ class Evaluated:
 def run_detector(
     name: str,
     model: nn.Module,
-    datasets: Mapping[str, Sequence[Frame]],
+    datasets: Mapping[str, Dataset],
     preprocessing: Preprocessing,
     request: Request,
     progress: Callable[[int], None],
@@ -56,7 +56,7 @@ def run_detector(
     Args:
         name: of the model, for error messages.
         model: in evaluation mode.
-        datasets: frames by dataset.
+        datasets: by name.
         preprocessing: the model's.
         request: on which device, how many images at a time, and what becomes of those that cannot be read.
         progress: called with the number of frames done so far.
@@ -69,9 +69,11 @@ def run_detector(
     model = model.to(device)
     evaluated = Evaluated()
     done = 0
-    for dataset, frames in datasets.items():
-        rows: list[tuple[Frame, float]] = []
-        for batch in _loaded(frames, preprocessing, request.batch):
+    known: dict[Path, float] = {}  # an image that several datasets share is looked at once
+    for dataset, one in datasets.items():
+        seen = known.keys() | evaluated.unreadable.keys()
+        fresh = {frame.path: frame for frame in one.frames if not {frame.path, str(frame.path)} & seen}
+        for batch in _loaded(list(fresh.values()), preprocessing, request.batch):
             unreadable = {str(frame.path): image for frame, image in batch if isinstance(image, str)}
             if unreadable and request.strict:
                 path, reason = next(iter(unreadable.items()))
@@ -84,12 +86,15 @@ def run_detector(
                     values = probabilities(output, f"model '{name}'").tolist()
                 if len(values) != len(readable):
                     raise BadOption(f"model '{name}': expected {len(readable)} outputs, got {len(values)}")
-                rows += [(frame, value) for (frame, _), value in zip(readable, values, strict=True)]
+                known |= {frame.path: value for (frame, _), value in zip(readable, values, strict=True)}
             done += len(batch)
             progress(done)
+        rows = [(frame, known[frame.path]) for frame in one.frames if frame.path in known]
         if not rows:
-            path, reason = next(iter(evaluated.unreadable.items()))
-            raise BadFile(f"dataset {quoted(dataset)}: none of its {len(frames)} images can be read: {path}: {reason}")
+            path, reason = next((str(one.path), evaluated.unreadable[str(one.path)]) for one in one.frames)
+            raise BadFile(
+                f"dataset {quoted(dataset)}: none of its {len(one.frames)} images can be read: {path}: {reason}"
+            )
         evaluated.rows[dataset] = rows
     return evaluated
 
