@@ -48,10 +48,13 @@ def descended(changes: Tensor, start: Tensor, weights: Tensor, steps: int) -> Te
 
 def workspace_elements(count: int, m: int, n: int) -> int:
     """Of float64, what :func:`descended` has at most of a matrix, the task vectors among it."""
-    side = min(n, count * m)
+    matrix, side = m * n, min(n, count * m)
+    # The gradient, and what it is multiplied with; while powers are summed both are there several times.
+    gradient, square = m * side, side**2
+    summed = (2 * count + 1) * matrix + max(3 * gradient + 5 * square, 4 * gradient + 4 * square)
     if n <= m:
-        return (3 * count + 5) * m * n + (count + 4) * n**2
-    return (2 * count + 4) * m * n + 2 * count * m**2 + 4 * side * (side + m)
+        return max((3 * count + 2) * matrix + (count + 1) * square, summed + count * square)
+    return max((2 * count + 3) * matrix + 2 * (gradient + square), summed)
 
 
 def _sum_of_powers(first: Tensor, matrix: Tensor, steps: int) -> Tensor:

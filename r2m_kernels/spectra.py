@@ -71,9 +71,9 @@ def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeCo
 
 def flattening_bytes(shape: tuple[int, int]) -> int:
     """What :func:`flattened` takes at most for one matrix of this shape, with what it is given and what it returns."""
-    m, n = shape
+    (m, n), square = shape, min(shape) ** 2
     matrices = 2 if m <= n else 3
-    return torch.float64.itemsize * (matrices * m * n + 4 * min(m, n) ** 2)
+    return torch.float64.itemsize * max(matrices * m * n + 2 * square, m * n + 4 * square)
 
 
 def rescaled(factors: GroupFactors, share: float) -> GroupFactors:

@@ -48,6 +48,12 @@ class Term:
         raise NotImplementedError
 
 
+def _result_bytes(tensor: PlannedTensor) -> int:
+    """Of a wide result and of what is written, which float64 algebra stands for until it is done."""
+    width = tensor.spec.dtype.itemsize
+    return (max(COMPUTE_BYTES, width) + width) * tensor.spec.numel
+
+
 @dataclass(frozen=True)
 class Linear(Term):
     """θ₀ + Σ_j c_j τ_j, with (N,) coefficients c."""
@@ -201,8 +207,7 @@ class Flat(Term):
 
     @staticmethod
     def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
-        wide = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize) * tensor.spec.numel  # which is a result's already
-        return max(0, spectra.flattening_bytes(tensor.matrix_shape) - wide)
+        return max(0, spectra.flattening_bytes(tensor.matrix_shape) - _result_bytes(tensor))
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         largest = []
@@ -237,7 +242,8 @@ class Descent(Term):
 
     @staticmethod
     def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
-        return descent.workspace_elements(experts, *tensor.matrix_shape) * torch.float64.itemsize
+        taken = descent.workspace_elements(experts, *tensor.matrix_shape) * torch.float64.itemsize
+        return max(0, taken - _result_bytes(tensor))
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         largest, one = [], torch.ones(1, dtype=torch.float64)

@@ -183,8 +183,7 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
         for one in passes:
             own = [tensor for tensor in one.tensors if tensor.name in names]
             works[one.name] = work_list(one, own, inputs, memory, resources.threads)
-        beside = budget.library_bytes(resources.threads)
-        of_processes.append(_share(tensors, works, passes, memory, inputs, config, beside))
+        of_processes.append(_share(tensors, works, passes, memory, inputs, config, resources.threads))
     files = plan_files(
         plan.output_specs(inputs.base.specs, output.dtype), output.metadata, output.max_shard_size, plan.aliases
     )
@@ -208,9 +207,9 @@ def _share(
     memory: budget.Memory,
     inputs: Inputs,
     config: MergeConfig,
-    beside: int,
+    threads: int,
 ) -> Share:
-    """What falls to a process that works on some tensors; ``beside``: bytes of libraries."""
+    """What falls to a process that works on some tensors, with so many threads."""
     uses: Counter[str] = Counter()
     for one in passes:
         for work in works[one.name]:
@@ -239,6 +238,8 @@ def _share(
     excess = {name: taken - room for name, taken in needed.items()}
     over = {tensor.name: excess[tensor.name] for tensor in tensors if excess.get(tensor.name, 0) > 0}
     kept = sum(inputs.nbytes(tensor) for tensor in tensors if tensor.name in memory.kept)
+    # A matrix that is over has the process for itself.
+    beside = budget.library_bytes(1 if over else threads)
     return Share(
         read=sum(inputs.nbytes(tensor) if tensor.name in memory.kept else used(tensor) for tensor in tensors),
         used=sum(map(used, tensors)),

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.nn import functional
+
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.checkpoints.view import LazyTensor, View
 from r2m.places import MOST_RECORD, mapping, read_beside
@@ -21,6 +24,9 @@ from r2m_kernels.errors import BadFile, BadOption, DoesNotFit, InvalidInput, pri
 
 FILE = "config.json"  # of transformers
 _MOST = 2**16  # classes
+_MOST_HEAD = 2**20  # elements of a head that is looked at
+# Standard deviations of the cosine of two ways that have nothing to do with each other.
+_CHANCE = 5.0
 _UNSAID = re.compile(r"LABEL_\d+")  # what transformers calls classes of which nobody has said anything
 _NUMBER = re.compile(r"\W*\d+\W*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # FakeFace, AI_generated and real-art are two each
@@ -184,7 +190,36 @@ def agree(
             notes.append(
                 f"{view.label}: its labels are {known[name]}, of {whose} {wanted}; its head's rows were put so"
             )
+    said_for = [name for name in experts if known[name] != Classes()]
+    notes += _against(base, {name: view for name, view in views.items() if counts[name] in (1, 2)}, heads, said_for)
     return Agreed(views, wanted, turned, tuple(notes))
+
+
+def _against(
+    base: View, experts: Mapping[str, View], heads: Mapping[str, Sequence[str]], known: Sequence[str]
+) -> list[str]:
+    """Heads that run against the first one, where files say of one of them at most what its outputs stand for."""
+    first: tuple[str, Tensor] | None = None
+    notes = []
+    for name, view in experts.items():
+        matrix = next((one for one in heads[name] if len(view.specs[one].shape) > 1), None)
+        if matrix is None or view.specs[matrix].numel > _MOST_HEAD:
+            continue
+        rows = view.read(matrix).double().flatten(1)
+        if matrix in base.specs and base.specs[matrix].shape == view.specs[matrix].shape:
+            rows = rows - base.read(matrix).double().flatten(1)
+        way = rows[-1] - rows[0] if len(rows) > 1 else rows[0]
+        if first is None:
+            first = name, way
+        elif way.shape == first[1].shape and not {name, first[0]} <= {*known}:
+            cosine = float(functional.cosine_similarity(way, first[1], dim=0))
+            if cosine < -_CHANCE / len(way) ** 0.5:
+                theirs = experts[first[0]].label
+                notes.append(
+                    f"{view.label}: its head runs against that of {theirs} (cosine {cosine:.2f}): does it count "
+                    f"real and fake the other way round?{' (fake: in a recipe)' * (len(rows) == 2)}"
+                )
+    return notes
 
 
 def _first(

@@ -222,6 +222,8 @@ def beside(target: Path, patience: float = 0.0) -> Iterator[Path]:
     Raises:
         BadFile: another process writes ``target``.
     """
+    if not target.name:
+        raise BadFile(f"{target}: expected a file's name, got a directory's")
     own = target.with_name(f".r2m-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.partial")  # as PARTIAL
     directory, lock = own, None
     try:

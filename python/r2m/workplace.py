@@ -26,9 +26,10 @@ def resolved(out: str | Path) -> Path:
     parent, name = os.path.split(os.fspath(out).rstrip("/") or os.fspath(out)[:1])
     if not parent and not name:
         raise BadFile("out: expected a directory to create, got an empty path")
-    if name in ("", ".", ".."):
-        return Path(os.path.realpath(out))
-    return Path(os.path.realpath(parent)) / name
+    path = Path(os.path.realpath(out)) if name in ("", ".", "..") else Path(os.path.realpath(parent)) / name
+    if not path.name:
+        raise BadFile(f"out ({out}): expected a directory to create, got the root of all")
+    return path
 
 
 def directory_of(target: Path) -> Path:

@@ -254,6 +254,35 @@ def test_who_does_not_say_its_labels_is_told(command: Command) -> None:
     assert "expert 'b' (b): does not say its labels, taken to be as of expert 'a' (a): 0 real, 1 fake" in result.err
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("based", [False, True])
+def test_a_head_that_runs_against_the_others_is_told(outputs: int, based: bool, command: Command) -> None:
+    way, start = torch.randn(2, outputs, 100, generator=torch.Generator().manual_seed(0)).unbind()
+    base = {"block.weight": torch.ones(3, 3)}
+    save_file({**base, "head.weight": start} if based else base, "base.safetensors")
+    for name, factor in (("a", 1), ("b", -1), ("c", 1)):
+        moved = way if factor > 0 else way.flip(0) if outputs == 2 else -way
+        save_file({**base, "head.weight": moved + start * based}, f"{name}.safetensors")
+    words = [word for name in "abc" for word in ("--expert", f"{name}={name}.safetensors")]
+    said = command("merge", "--base", "base.safetensors", *words, "--out", "out").err
+    assert said.count("its head runs against that of") == 1
+    hint = " (fake: in a recipe)" * (outputs == 2)
+    text = (
+        "expert 'b' (b.safetensors): its head runs against that of expert 'a' (a.safetensors) (cosine -1.00): does it "
+    )
+    assert f"{text}count real and fake the other way round?{hint}\n" in said
+    # Ways that have nothing to do with each other are no reason, nor is what files say of both.
+    put("x", {**base, "head.weight": way}, ("real", "fake")[:outputs])
+    put("y", {**base, "head.weight": -way}, ("real", "fake")[:outputs])
+    save_file({**base, "head.weight": torch.randn(outputs, 100)}, "other.safetensors")
+    for experts in ("x y", "a.safetensors other.safetensors"):
+        words = [word for path in experts.split() for word in ("--expert", path)]
+        assert (
+            "runs against"
+            not in command("merge", "--base", "base.safetensors", *words, "--out", "out", "--overwrite").err
+        )
+
+
 def test_one_more_and_one_less_give_the_bytes_of_a_merge_from_scratch(command: Command) -> None:
     put("base", detector(0)), put("a", detector(1), ("real", "fake")), put("b", detector(2), ("fake", "real"))
     one = ("--base", "base", "--expert", "a=a")

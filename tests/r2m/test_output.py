@@ -216,6 +216,8 @@ def test_every_spelling_of_a_directory_is_the_directory(here: Path) -> None:
     Path("far/mine/thesis.tex").write_text("someone else's")
     Path("link").symlink_to("far/away")
     assert refusal("", overwrite=True) == "out: expected a directory to create, got an empty path"
+    for root in ("/", "/.", "//", "/tmp/.."):
+        assert refusal(root, overwrite=True) == f"out ({root}): expected a directory to create, got the root of all"
     for out in ("missing/../mine", "link/../mine", "mine/", "mine/.", "mine/sub/..", "far/../mine"):
         for overwrite in (False, True):
             with pytest.raises(InvalidInput), new(out, overwrite=overwrite):

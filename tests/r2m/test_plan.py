@@ -84,10 +84,10 @@ def test_what_is_read_written_and_spilled_is_what_was_said(method: str, budget: 
 
 def test_what_a_descent_takes_beside_is_counted() -> None:
     flat, descent = (planned(config, memory_budget="1MiB") for config in (MergeConfig.iso_c(), MergeConfig.swudi()))
-    # In float64 of "tall": two experts' task vectors three times and five matrices more, and six of its columns' size.
-    beside = 8 * (11 * 2000 * 600 + 6 * 600**2)
-    # And for equal singular values three of its size, one of which stands for the result, and four of its columns'.
-    of_flat = 8 * (3 * 2000 * 600 + 4 * 600**2) - 4 * 2000 * 600
+    # In float64 of "tall": two experts' task vectors twice and five matrices more, and six of its columns' size.
+    beside = 8 * (9 * 2000 * 600 + 6 * 600**2)
+    # And for equal singular values three of its size, and two of its columns'.
+    of_flat = 8 * (3 * 2000 * 600 + 2 * 600**2)
     assert descent.shares[0].memory - flat.shares[0].memory == beside - of_flat
 
 

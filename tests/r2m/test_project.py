@@ -87,6 +87,21 @@ def test_sequences_of_adding_and_removing(seed: int, checkpoints: Checkpoints, c
     assert sorted(os.listdir()) == sorted(["base.safetensors", "out", "scratch", *everyone.values()])
 
 
+def test_several_come_and_go_at_once(checkpoints: Checkpoints, command: Command) -> None:
+    everyone = {**checkpoints.paths, **more_experts(checkpoints, 2)}
+    (first, path), *others = everyone.items()
+    assert command("merge", "--base", "base.safetensors", "--expert", f"{first}={path}", "--out", "out").code == 0
+    words = [word for name, path in others for word in ("--expert", f"{name}={path}")]
+    assert command("add", "out", *words, "--weight", "2").code == 0
+    weights = (1.0, *[2.0] * len(others))
+    assert Path("out", OUTPUT).read_bytes() == scratch(everyone, MergeConfig(weights=weights))
+    refused = command("remove", "out", "--expert", others[0][0], "--expert", "nobody")
+    assert (refused.code, refused.err[:36]) == (2, "Error: expert 'nobody': there is non")
+    assert command("remove", "out", "--expert", others[0][0], "--expert", others[-1][0]).code == 0
+    left = {name: path for name, path in everyone.items() if name not in (others[0][0], others[-1][0])}
+    assert Path("out", OUTPUT).read_bytes() == scratch(left, MergeConfig(weights=weights[: len(left)]))
+
+
 def test_what_is_known_of_other_inputs_or_options_is_not_taken(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
     save_file(moved(checkpoints.base, 7), "fr.safetensors")

@@ -39,6 +39,9 @@ def test_a_starter_recipe_merges_as_the_options_do(checkpoints: Checkpoints, com
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
     again = command("init", "base.safetensors", *words, "--to", "project/recipe.yaml")
     assert (again.code, again.err) == (2, "Error: project/recipe.yaml: exists already; --to names another file.\n")
+    for directory in ("/", "."):
+        again = command("init", "base.safetensors", *words, "--to", directory)
+        assert (again.code, again.err) == (2, f"Error: {directory}: expected a file's name, got a directory's\n")
 
 
 def test_every_line_that_is_commented_out_can_be_used(checkpoints: Checkpoints, command: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,31 +35,38 @@ def _swept(command: Any) -> Any:
 
 @click.command(cls=SectionedCommand)
 @click.argument("out", metavar="OUT")
-@option(FILES, "--expert", required=True, metavar="[NAME=]PATH", help="The new specialist.")
-@option(FILES, "--weight", type=float, help="Of it, where the others have 1 or their own.  [default: as merge]")
-@option(FILES, "--rename", multiple=True, metavar="OLD=NEW", help="In its names alone; repeat for each.")
+@option(
+    FILES, "--expert", required=True, multiple=True, metavar="[NAME=]PATH", help="A new specialist; repeat for each."
+)
+@option(FILES, "--weight", type=float, help="Of each, where the others have 1 or their own.  [default: as merge]")
+@option(FILES, "--rename", multiple=True, metavar="OLD=NEW", help="In their names alone; repeat for each.")
 @flags([*_RUNNING, OPTIONS["resume"]])
 @OFFLINE
 @QUIET
-def add(out: str, expert: str, weight: float | None, rename: tuple[str, ...], **given: Any) -> None:
-    """Merge OUT, the output of a merge, again with one specialist more; OUT is replaced when all is done."""
+def add(out: str, expert: tuple[str, ...], weight: float | None, rename: tuple[str, ...], **given: Any) -> None:
+    """Merge OUT, the output of a merge, again with a specialist more; OUT is replaced when all is done."""
     from r2m.naming import name_experts
     from r2m.recipe import Expert, read_rule
 
-    ((name, path),) = name_experts([expert]).items()
-    new = Expert(path, dict(map(read_rule, rename)))
-    _merge_again(out, lambda recipe: recipe.with_expert(name, new, weight), **given)
+    rules = dict(map(read_rule, rename))
+
+    def with_all(recipe: Recipe) -> Recipe:
+        for name, path in name_experts(expert).items():
+            recipe = recipe.with_expert(name, Expert(path, rules), weight)
+        return recipe
+
+    _merge_again(out, with_all, **given)
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("out", metavar="OUT")
-@option(FILES, "--expert", required=True, metavar="NAME", help="Which specialist.")
+@option(FILES, "--expert", required=True, multiple=True, metavar="NAME", help="Which specialist; repeat for each.")
 @flags([*_RUNNING, OPTIONS["resume"]])
 @OFFLINE
 @QUIET
-def remove(out: str, expert: str, **given: Any) -> None:
+def remove(out: str, expert: tuple[str, ...], **given: Any) -> None:
     """Merge OUT, the output of a merge, again without a specialist; OUT is replaced when all is done."""
-    _merge_again(out, lambda recipe: recipe.without_expert(expert), **given)
+    _merge_again(out, lambda recipe: reduce(lambda left, name: left.without_expert(name), expert, recipe), **given)
 
 
 def _merge_again(out: str, changed: Callable[[Recipe], Recipe], *, quiet: bool, **given: Any) -> None:
