@@ -19,6 +19,12 @@ from ._stream.stored import Matrix, StoredMatrix
 
 # Shares of the short side beyond which a CPU's truncation takes a step of subspace iteration more.
 MORE_STEPS = (0.15, 0.45, 0.6)
+# Longest short side whose Gram stands in for two products: it takes 8 MiB in float32, as the smallest budgets bear it.
+GRAM_SIDE = 1448
+# Of the products that make a Gram: those of its blocks on the diagonal and below.
+GRAM_SHARE = 0.625
+# Of the work with A and Aᵀ, what that with a Gram may be: the former may have operands that a CPU multiplies faster.
+GRAM_WORK = 0.6
 # The share beyond which an exact one is no slower.
 MOST = 0.7
 # Ranks below this have a sketch that is much wider, and as small: the luck of the draw evens out over many rows only.
@@ -118,6 +124,26 @@ class Effort(NamedTuple):
         if rank < FEW:
             return -(-self.iterations // 2)
         return self.iterations + sum(rank > share * short for share in MORE_STEPS)
+
+
+    def by_gram(self, rank: int, shape: Sequence[int]) -> bool:
+        """Whether those steps multiply with AᵀA, formed once, and not with A and Aᵀ: where that is well less work."""
+        direct, formed = self._work(rank, shape)
+        return FEW <= rank and min(shape) <= GRAM_SIDE and formed < GRAM_WORK * direct
+
+    def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
+        """Over A, from its sketch to the last step."""
+        return 2 if self.by_gram(rank, shape) else 1 + self.steps_on_cpu(rank, min(shape))
+
+    def work_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
+        """Multiplications and additions, two each, of a fast truncation's steps."""
+        return self._work(rank, shape)[self.by_gram(rank, shape)]
+
+    def _work(self, rank: int, shape: Sequence[int]) -> tuple[int, int]:
+        """With A and Aᵀ, and with AᵀA."""
+        short, long = sorted(shape)
+        steps = self.steps_on_cpu(rank, short)
+        return 4 * steps * rank * short * long, int(2 * short**2 * (GRAM_SHARE * long + steps * rank))
 
 
 class Pace(NamedTuple):

@@ -131,8 +131,8 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         if method == "exact":
             return 2  # a Gram matrix and a product
         # Sketch and steps of some experts, and the factor of each.
-        steps = effort_of(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape))
-        return -(-count // pace.experts) * (1 + steps) + count
+        passes = effort_of(config).passes_on_cpu(tensor.rank, tensor.matrix_shape)
+        return -(-count // pace.experts) * passes + count
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
         """Factors and what makes them, beyond a result of the tensor's size."""

@@ -227,8 +227,13 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
     read = min(run, BLOCK_ELEMENTS) * inputs.nbytes(tensor) // tensor.spec.numel
     block = pace.experts * run * size
     sketched = (1 + pace.panels) * subspaces + pace.panels * (RUNS_PER_PANEL * block + read)
-    # The bases, once more in the type of fast products, their sums, and those of each panel.
-    stepped = int((2.5 + pace.panels) * subspaces) + pace.panels * (read + block)
+    if effort_of(config).by_gram(tensor.rank, tensor.matrix_shape):
+        # Grams of each panel and their sum beside the bases; then the sum beside these and their products.
+        grams = pace.experts * short**2 * size
+        stepped = max(subspaces + (1 + pace.panels) * grams + pace.panels * (read + block), grams + 2 * subspaces)
+    else:
+        # The bases, once more in the type of fast products, their sums, and those of each panel.
+        stepped = int((2.5 + pace.panels) * subspaces) + pace.panels * (read + block)
     turned = 2 * subspaces + 2 * width * short * size  # a QR of one copies it
     rotated = subspaces + (width + tensor.rank) * long * size + pace.panels * (read + 2 * run * size)
     # Some rows of all factors as they are read, wanted and widened, and products of components on both sides.
@@ -247,8 +252,8 @@ def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -
     """Of a tensor's truncation; 0 where there is none."""
     if not tensor.truncated or config.eta == 0 or tensor.factored:
         return 0.0
-    products = 2 * effort_of(config).steps_on_cpu(tensor.rank, min(tensor.matrix_shape)) + 1
-    return 2 * products * tensor.spec.numel * tensor.rank * experts
+    factors = 2 * tensor.spec.numel * tensor.rank
+    return (effort_of(config).work_on_cpu(tensor.rank, tensor.matrix_shape) + factors) * experts
 
 
 def costs(

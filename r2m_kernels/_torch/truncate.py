@@ -3,8 +3,8 @@
 On A = X or Xᵀ, tall, with V holding r orthonormal rows on the short side, so that products stream through A:
 
 1. V = orth(SᵀA), S sparse signs;
-2. V ← orth(V AᵀA − a V) two or three times, both products in one pass over A, the shift a below the mean energy of
-   what V leaves out;
+2. V ← orth(V AᵀA − a V) two to five times, both products in one pass over A, or from AᵀA formed once where that is
+   less work; the shift a is below the mean energy of what V leaves out;
 3. F = (A Vᵀ) V.
 
 There is no singular value problem, and an eigenvalue problem only where a sketch's rows depend on each other: rows are
@@ -33,6 +33,8 @@ SHIFT = 0.8
 # Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
 # what the library sums in, float32 of the same size, fits the cache.
 PRODUCT_ROWS = 256
+# Columns of a block of AᵀA: blocks above its diagonal are copies of those below.
+GRAM_COLUMNS = 256
 # Columns of a block that are widened to float64 or turned at once.
 PRODUCT_COLUMNS = 1024
 # Smallest diagonal entry of the Cholesky factor of a Gram of rows of length 1 that will do: CLEAR for rows that are
@@ -128,9 +130,10 @@ def _subspace(residuals: Residuals, key: int, rank: int, effort: Effort) -> Subs
             of_steep[i] = _orthonormal(rows)
     del sketch, rows
     kept: list[Tensor] = []
-    steps = effort.steps_on_cpu(rank, short)
-    for step in range(0 if len(of_steep) == len(basis) else steps):
-        product, energies = _there_and_back(unit, basis, m >= n)
+    steps = 0 if len(of_steep) == len(basis) else effort.steps_on_cpu(rank, short)
+    grams = _grams(unit, m >= n) if steps and effort.by_gram(rank, unit.shape) else None
+    for step in range(steps):
+        product, energies = _there_and_back(unit, basis, m >= n) if grams is None else _turned(basis, grams)
         kept.append(energies.sum(dim=1))
         # Not above any energy that the block holds, either: that would damp what is wanted.
         outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, short - basis.shape[1])
@@ -232,6 +235,33 @@ def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Te
 
     total, energies = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), residuals.panels)
     return total, (energies / lengths.square().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+
+
+def _grams(residuals: Residuals, tall: bool) -> Tensor:
+    """A_iᵀA_i, (E, short side, short side), of precise operands: rounded small rows would have no size of their own."""
+    short = min(residuals.shape)
+    columns = [slice(start, start + GRAM_COLUMNS) for start in range(0, short, GRAM_COLUMNS)]
+
+    def of_panel(panel: list[slice]) -> tuple[Tensor]:
+        total = torch.zeros(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
+        for run in panel:
+            for gram, a in zip(total, residuals.along(run, tall), strict=True):
+                for some in columns:
+                    gram[some.start :, some].addmm_(a[:, some.start :].T, a[:, some])
+        return (total,)
+
+    (grams,) = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), residuals.panels)
+    for some in columns:
+        grams[:, some, some.stop :] = grams[:, some.stop :, some].mT
+    return grams
+
+
+def _turned(basis: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+    """V_i G_i, (E, b, short side), and v G_i vᵀ of every row v, (E, b) float64 on the CPU."""
+    product = torch.empty_like(basis)
+    for w, v, gram in zip(product, basis, grams, strict=True):  # one by one: the same bits whoever else is there
+        torch.mm(v, gram, out=w)
+    return product, torch.linalg.vecdot(product, basis).double().cpu()
 
 
 def _start(sketch: Tensor, rows: int) -> tuple[Tensor, bool]:
