@@ -125,11 +125,10 @@ class Effort(NamedTuple):
             return -(-self.iterations // 2)
         return self.iterations + sum(rank > share * short for share in MORE_STEPS)
 
-
     def by_gram(self, rank: int, shape: Sequence[int]) -> bool:
         """Whether those steps multiply with AᵀA, formed once, and not with A and Aᵀ: where that is well less work."""
         direct, formed = self._work(rank, shape)
-        return FEW <= rank and min(shape) <= GRAM_SIDE and formed < GRAM_WORK * direct
+        return rank >= FEW and min(shape) <= GRAM_SIDE and formed < GRAM_WORK * direct
 
     def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
         """Over A, from its sketch to the last step."""

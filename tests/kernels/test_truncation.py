@@ -10,6 +10,7 @@ import torch
 from cases import matrix_with, spectrum
 
 from r2m_kernels import MergeConfig, _native, _torch, truncation
+from r2m_kernels._interface import Effort
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._torch import truncate
 from r2m_kernels.truncation import truncate_residuals
@@ -77,6 +78,19 @@ def test_gaussian_noise_is_within_2_1_per_cent(operators):
 def test_small_ranks_are_within_2_per_cent_too(rank, kind, operators):
     matrix = matrix_with(spectrum(kind, 300), 300, 500)
     assert 0.9999 <= truncation_error(matrix, rank, operators=operators) <= 1.02
+
+
+@pytest.mark.parametrize("kind", ["linear", "k^-1/2", "k^-1", "16 spikes"])
+@pytest.mark.parametrize("shape", [(300, 1200), (1200, 300)], ids=str)
+@BACKENDS
+def test_steps_by_a_gram_find_what_steps_by_the_matrix_find(kind, shape, operators, monkeypatch):
+    matrix, counted, turned = matrix_with(spectrum(kind, 300), *shape), [], truncate._turned
+    monkeypatch.setattr(truncate, "_turned", lambda *given: counted.append(1) or turned(*given))
+    by_gram = truncation_error(matrix, 120, operators=operators)
+    assert len(counted) == 3
+    monkeypatch.setattr(Effort, "by_gram", lambda *_: False)
+    assert by_gram == pytest.approx(truncation_error(matrix, 120, operators=operators), rel=3e-3)
+    assert len(counted) == 3
 
 
 @pytest.mark.parametrize("kind", ["linear", "k^-1", "16 spikes"])
