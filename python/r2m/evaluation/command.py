@@ -16,20 +16,18 @@ import torch
 from torch import nn
 
 from r2m import places
-from r2m.checkpoints import hub
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
 from r2m.evaluation.comparison import Role, roles
 from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
-from r2m.evaluation.detectors import load_detector
-from r2m.evaluation.ensemble import Ensemble, attribution, combined, load_ensemble
+from r2m.evaluation.ensemble import Ensemble, attribution, combined
 from r2m.evaluation.judging import check_names, judge_all
+from r2m.evaluation.models import load, preprocessing_of
 from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
 from r2m.naming import name_experts
-from r2m.preprocessing import Preprocessing, beside
+from r2m.preprocessing import Preprocessing
 from r2m.progress import bars, readable_bytes
-from r2m.recipe import Arrangement
 from r2m.records import EVALUATION
 from r2m_kernels import __version__
 from r2m_kernels.errors import BadFile, BadOption, printable, quoted
@@ -79,12 +77,8 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     scores = {name: read_scores(path) for name, path in paths.get("scores", {}).items()}
     checkpoints = paths.get("model", {}) | paths.get("adapters", {})
     data = read_all(request) if checkpoints else Data()
-    preprocessings = {name: _preprocessing(name, path, request) for name, path in checkpoints.items()}
-    arrangement, detector = Arrangement(preset=request.preset), request.detector or ""
-    models: dict[str, nn.Module | Ensemble] = {}
-    for name, path in checkpoints.items():
-        load = load_detector if name in paths.get("model", {}) else load_ensemble
-        models[name] = load(detector, path, f"model '{name}' ({path})", arrangement)
+    preprocessings = {name: preprocessing_of(name, path, request) for name, path in checkpoints.items()}
+    models = {name: load(name, path, request, name in paths.get("adapters", {})) for name, path in checkpoints.items()}
     sources, whose, attributions = dict(named), dict[str, str](), dict[str, Any]()
     for name, one in models.items():
         if isinstance(one, Ensemble):
@@ -226,33 +220,3 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         if not of["real videos"] or not of["fake videos"]
     }
     return notes + sorted(one_class)
-
-
-def _preprocessing(name: str, path: str, request: Request) -> Preprocessing:
-    """What was asked for, on top of what stands beside the checkpoint."""
-    stored = beside(hub.local(path))
-    asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
-    known: dict[str, Any] = {
-        field: getattr(stored, field, None) if one is None else one for field, one in asked.items()
-    }
-    missing = [f"--{field}" for field, one in known.items() if one is None]
-    if missing:
-        raise BadOption(
-            f"model '{name}' ({path}): its preprocessing is not known: no preprocessor_config.json beside it; expected "
-            f"{', '.join(missing)}"
-        )
-    return Preprocessing.of(**known)
-
-
-def _triple(name: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        values = [float(one) for one in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) == 1:
-        values *= 3
-    if len(values) != 3:
-        raise BadOption(f"--{name} {text}: expected a number or three with commas, such as 0.5,0.5,0.5")
-    return values

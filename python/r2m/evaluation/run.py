@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from r2m.evaluation.data import Dataset, Frame
-from r2m.evaluation.detectors import probabilities
+from r2m.evaluation.pictures import Change, read_image
 from r2m.evaluation.request import Request
+from r2m.evaluation.scoring import scored
 from r2m.evaluation.tables import FILES, FORMATS, Table
 from r2m.places import csv_table, new_file
 from r2m.preprocessing import Preprocessing
 from r2m.records import EVALUATION
-from r2m_kernels.errors import BadFile, BadOption, printable, quoted
-from r2m_kernels.streaming import usable_device
+from r2m_kernels.errors import BadFile, printable, quoted
 
-_THREADS = 4  # that read images, while the detector works
 _LISTED = 20
 
 
@@ -50,6 +45,7 @@ def run_detector(
     preprocessing: Preprocessing,
     request: Request,
     progress: Callable[[int], None],
+    change: Change | None = None,
 ) -> Evaluated:
     """Probabilities of fake for all frames that can be read.
 
@@ -60,33 +56,29 @@ def run_detector(
         preprocessing: the model's.
         request: on which device, how many images at a time, and what becomes of those that cannot be read.
         progress: called with the number of frames done so far.
+        change: what becomes of each picture before preprocessing.
 
     Raises:
         InvalidInput: outputs that are no probabilities, an unreadable image while strict, or a dataset of which none
             can be read.
     """
-    device = usable_device(request.device)
-    model = model.to(device)
     evaluated = Evaluated()
     done = 0
     known: dict[Path, float] = {}  # an image that several datasets share is looked at once
+
+    def read(path: Path) -> Tensor | str:
+        return read_image(path, preprocessing, change)
+
     for dataset, one in datasets.items():
         seen = known.keys() | evaluated.unreadable.keys()
-        fresh = {frame.path: frame for frame in one.frames if not {frame.path, str(frame.path)} & seen}
-        for batch in _loaded(list(fresh.values()), preprocessing, request.batch):
-            unreadable = {str(frame.path): image for frame, image in batch if isinstance(image, str)}
+        fresh = dict.fromkeys(frame.path for frame in one.frames if not {frame.path, str(frame.path)} & seen)
+        for batch in scored(name, model, fresh, read, batch=request.batch, device=request.device):
+            unreadable = {str(path): found for path, found in batch if isinstance(found, str)}
             if unreadable and request.strict:
                 path, reason = next(iter(unreadable.items()))
                 raise BadFile(f"dataset {quoted(dataset)}: {path}: {reason}")
             evaluated.unreadable |= unreadable
-            readable = [(frame, image) for frame, image in batch if isinstance(image, Tensor)]
-            if readable:
-                with torch.inference_mode():
-                    output = model(torch.stack([image for _, image in readable]).to(device))
-                    values = probabilities(output, f"model '{name}'").tolist()
-                if len(values) != len(readable):
-                    raise BadOption(f"model '{name}': expected {len(readable)} outputs, got {len(values)}")
-                known |= {frame.path: value for (frame, _), value in zip(readable, values, strict=True)}
+            known |= {path: found for path, found in batch if not isinstance(found, str)}
             done += len(batch)
             progress(done)
         rows = [(frame, known[frame.path]) for frame in one.frames if frame.path in known]
@@ -97,33 +89,6 @@ def run_detector(
             )
         evaluated.rows[dataset] = rows
     return evaluated
-
-
-def read_image(path: Path, preprocessing: Preprocessing) -> Tensor | str:
-    """(3, s, s) float32, or why there is none."""
-    try:
-        with Image.open(path) as image:
-            side = (preprocessing.size, preprocessing.size)
-            pixels = np.asarray(image.convert("RGB").resize(side, Image.Resampling.BICUBIC), np.float32) / 255
-    except FileNotFoundError:
-        return "no such file"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what its decoders raise
-        return f"not a readable image: {printable(str(error))}"
-    normal = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
-    return torch.from_numpy(normal.transpose(2, 0, 1).copy())
-
-
-def _loaded(
-    frames: Sequence[Frame], preprocessing: Preprocessing, count: int
-) -> Iterator[list[tuple[Frame, Tensor | str]]]:
-    """Batches of frames with their images, the next being read while one is used."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        begun = (
-            [(frame, pool.submit(read_image, frame.path, preprocessing)) for frame in frames[start : start + count]]
-            for start in range(0, len(frames), count)
-        )
-        for batch, _next in pairwise(chain(begun, [[]])):
-            yield [(frame, image.result()) for frame, image in batch]
 
 
 def write_result(

@@ -1,0 +1,61 @@
+"""Models as they were asked for: a checkpoint as a detector, or one with adapters, and what it takes pictures to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from r2m.checkpoints import hub
+from r2m.evaluation.detectors import load_detector
+from r2m.evaluation.ensemble import Ensemble, load_ensemble
+from r2m.evaluation.request import Request
+from r2m.preprocessing import Preprocessing, beside
+from r2m.recipe import Arrangement
+from r2m_kernels.errors import BadOption
+
+
+def load(name: str, path: str, request: Request, adapters: bool) -> nn.Module | Ensemble:
+    """A detector in evaluation mode.
+
+    Args:
+        name: of the model, for error messages.
+        path: of its checkpoint.
+        request: what it is the weights of, and how they are called.
+        adapters: whether it is one with adapters.
+
+    Raises:
+        InvalidInput: it cannot be loaded.
+    """
+    made = load_ensemble if adapters else load_detector
+    return made(request.detector or "", path, f"model '{name}' ({path})", Arrangement(preset=request.preset))
+
+
+def preprocessing_of(name: str, path: str, request: Request) -> Preprocessing:
+    """What was asked for, on top of what stands beside the checkpoint."""
+    stored = beside(hub.local(path))
+    asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
+    known: dict[str, Any] = {
+        field: getattr(stored, field, None) if one is None else one for field, one in asked.items()
+    }
+    missing = [f"--{field}" for field, one in known.items() if one is None]
+    if missing:
+        raise BadOption(
+            f"model '{name}' ({path}): its preprocessing is not known: no preprocessor_config.json beside it; expected "
+            f"{', '.join(missing)}"
+        )
+    return Preprocessing.of(**known)
+
+
+def _triple(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        values = [float(one) for one in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3:
+        raise BadOption(f"--{name} {text}: expected a number or three with commas, such as 0.5,0.5,0.5")
+    return values
