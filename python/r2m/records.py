@@ -186,7 +186,17 @@ EVALUATION = Record(
         "versions": "of r2m_kernels, torch, scikit-learn and Python",
     },
 )
-RECORDS = (REPORT, STATE, EVALUATION)
+PAGE = Record(
+    "r2m_page.json",
+    "of what a page of `r2m report` is made, and what `--overwrite` may replace",
+    1,
+    {
+        "sources": "the merge's output, and the directories of its evaluation and sweep; null: none",
+        WRITTEN: "name → digests of what was written under it",
+    },
+    sealed=True,
+)
+RECORDS = (REPORT, STATE, EVALUATION, PAGE)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Names shortened to what differs: the same on every table and picture of a page, and never two alike."""
+"""Names shortened to what differs: the same on every table and picture, and never two alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from r2m_kernels.errors import printable
 
 LONGEST = 26  # letters of a name that is given no other limit
-_EDGE = re.compile(r"[^0-9A-Za-z]")
+_BETWEEN = " ._-/\\:"  # words
+_WORDS = re.compile(rf"[^{re.escape(_BETWEEN)}]+|[{re.escape(_BETWEEN)}]+")
 
 
 def shorten(*groups: Sequence[str], limit: int = LONGEST) -> dict[str, str]:
@@ -47,24 +48,25 @@ def clip(text: str, limit: int) -> str:
 
 
 def _without_ends(names: Sequence[str]) -> dict[str, str]:
+    """Names without the words that all end or begin with; what stays has a letter, for a number alone says nothing."""
+    whole = {name: name for name in names}
     if len(names) < 2:
-        return {name: name for name in names}
-    start = _whole_words(_common(names))
-    rest = [name[start:] for name in names]
-    end = _whole_words(_common([name[::-1] for name in rest]))
-    cut = [name[: len(name) - end] for name in rest]
-    return dict(zip(names, cut if all(cut) else rest if all(rest) else names, strict=True))
+        return whole
+    # Backwards and forwards: first the ends, which paths have as a suffix, then the beginnings.
+    words = [_WORDS.findall(name)[::-1] for name in names]
+    for _ in range(2):
+        count = _in_common(words)
+        while count and not all(any(map(str.isalpha, "".join(one[count:]))) for one in words):
+            count -= 1
+        words = [one[count:][::-1] for one in words]
+    cut = {name: "".join(one[::-1]).strip(_BETWEEN) for name, one in zip(names, words, strict=True)}
+    return cut if len(set(cut.values())) == len(cut) and all(cut.values()) else whole
 
 
-def _common(names: Sequence[str]) -> str:
-    """How all of them begin."""
-    letters = zip(*names, strict=False)  # up to the shortest
-    return "".join(one[0] for one in itertools.takewhile(lambda one: len({*one}) == 1, letters))
-
-
-def _whole_words(common: str) -> int:
-    """How much of what names have in common ends where a word does."""
-    return max((found.end() for found in _EDGE.finditer(common)), default=0)
+def _in_common(words: Sequence[Sequence[str]]) -> int:
+    """How many words all begin with."""
+    alike = (len(set(column)) == 1 for column in zip(*words, strict=False))
+    return sum(itertools.takewhile(bool, alike))
 
 
 def _told_apart(short: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -67,7 +66,7 @@ class PlannedTensor:
         return self if rank == self.rank else replace(self, rank=rank)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Plan:
     """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic.
 
@@ -79,10 +78,6 @@ class Plan:
     tied: Mapping[str, Sequence[str]]
     dropped: tuple[str, ...]
     heads: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        counts = Counter(tensor.role for tensor in self.tensors)
-        return f"<Plan: {', '.join(f'{count} {role}' for role, count in counts.items())}>"
 
     def of(self, *roles: Role) -> list[PlannedTensor]:
         """The tensors of some roles, largest first: the order in which threads take them."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from r2m.places import new_file
+from r2m.reporting.target import check_target, put_files
+
+from r2m_kernels.errors import BadFile
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -66,19 +69,25 @@ def merged(checkpoints: Checkpoints, command: Command, *options: str) -> dict[st
     return report
 
 
+def written(*pictures: str) -> list[str]:
+    """Files of a page with these pictures."""
+    return sorted([f"{n}.{e}" for n in pictures for e in ("csv", "png", "pdf")] + ["report.html", "r2m_page.json"])
+
+
+GEOMETRY = ("cosines", "core", "kept_energy", "lengths", "norms")
+
+
 def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: Command) -> None:
     report = merged(checkpoints, command)
     Path("kept.json").write_text(json.dumps(report))
     result = command("report", "out")
-    assert (result.code, result.out) == (0, "out.report/report.html, and 10 files beside it\n")
-    names = ("cosines", "core", "kept_energy", "lengths", "norms")
-    assert sorted(os.listdir("out.report")) == sorted(
-        [f"{n}.{e}" for n in names for e in ("csv", "png")] + ["report.html"]
-    )
+    assert (result.code, result.out) == (0, "out.report/report.html, and 16 files beside it\n")
+    assert sorted(os.listdir("out.report")) == written(*GEOMETRY)
     page = Reader(Path("out.report/report.html").read_text())
     text = " ".join(page.words)
     assert all(warning in text for warning in report["warnings"])
     assert "truncation kept 1" not in text
+    assert "How well it detects is not known yet" in text
     report["tensors"][0]["kept_energy"] = dict.fromkeys(report["experts"], 0.1)
     for row in report["tensors"][1:]:
         row["kept_energy"] = None
@@ -105,13 +114,73 @@ def test_the_page_stands_alone(checkpoints: Checkpoints, command: Command) -> No
     page = Reader(text)
     assert page.outside == []
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4  # nothing was truncated: no kept energy
+    assert page.tags.count("svg") == 3  # lengths, core, norms
+    assert "What truncation kept" not in text  # all of it
     assert "@import" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
+    assert {f"#{one}" for one in ids} >= {*re.findall(r'<a href="([^"]+)"', text)}
     # The same merge gives the same page, to the byte.
     assert command("report", "out", "--to", "again").code == 0
-    assert Path("again/report.html").read_text() == text
+    for name in set(os.listdir("again")) - {"r2m_page.json"}:
+        assert Path("again", name).read_bytes() == Path("out.report", name).read_bytes(), name
+
+
+def test_a_page_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "page"
+
+    def put(*names: str, overwrite: bool = False) -> None:
+        check_target(target, overwrite)
+        files = {name: f"{name} of {names}".encode() for name in names}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        put_files(target, files, {"sources": {}, "written": digests})
+
+    put("report.html", "core.csv")
+    with pytest.raises(BadFile, match=r"holds a page already; --overwrite replaces it"):
+        put("report.html")
+    for name in ("notes.txt", "core.csv"):  # somebody's, and ours that somebody has changed
+        before = target.joinpath(name).read_bytes() if (target / name).exists() else None
+        target.joinpath(name).write_text("mine")
+        with pytest.raises(BadFile, match=f"holds '{name}', which no r2m report wrote; move it away"):
+            put("report.html", overwrite=True)
+        assert target.joinpath(name).read_text() == "mine"
+        target.joinpath(name).unlink() if before is None else target.joinpath(name).write_bytes(before)
+    put("report.html", "roc.csv", overwrite=True)
+    assert sorted(os.listdir(target)) == ["r2m_page.json", "report.html", "roc.csv"]  # no picture of the former page
+    put("report.html", "core.csv", overwrite=True)
+    record = json.loads(target.joinpath("r2m_page.json").read_text())
+    record["written"]["notes.txt"] = [hashlib.sha256(b"mine").hexdigest()]  # somebody would have it removed
+    target.joinpath("r2m_page.json").write_text(json.dumps(record))
+    target.joinpath("notes.txt").write_text("mine")
+    with pytest.raises(BadFile, match="was changed since"):
+        put("report.html", overwrite=True)
+
+
+def test_a_former_page_cut_off_midway_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, names = tmp_path / "page", ("report.html", "core.csv", "roc.csv")
+    contents = [{name: f"{name} {turn}".encode() for name in names} for turn in range(3)]
+
+    def put(files: dict[str, bytes]) -> None:
+        check_target(target, overwrite=True)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        put_files(target, files, {"sources": {}, "written": digests})
+
+    put(contents[0])
+    done = []
+
+    def killed(path: Path, content: bytes) -> None:
+        done.append(path)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        new_file(path, content)
+
+    monkeypatch.setattr("r2m.reporting.target.new_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put(contents[1])
+    monkeypatch.undo()
+    assert {target.joinpath(name).read_bytes() for name in names} == {b"report.html 1", b"core.csv 0", b"roc.csv 0"}
+    put(contents[2])
+    assert {name: target.joinpath(name).read_bytes() for name in names} == contents[2]
 
 
 def test_an_evaluation_and_a_sweep_are_shown(checkpoints: Checkpoints, command: Command) -> None:
@@ -126,34 +195,42 @@ def test_an_evaluation_and_a_sweep_are_shown(checkpoints: Checkpoints, command: 
         == 0
     )
     content = json.loads(Path("eval/evaluation.json").read_text())
+    # No point is in the evaluation: they are drawn all the same.
+    assert command("report", "out", "--evaluation", "eval", "--sweep", "swept", "--to", "points").code == 0
+    rows = list(csv.DictReader(Path("points/sweep.csv").read_text().splitlines()))
+    assert [(row["eta"], row["auc"]) for row in rows] == [("0.5", ""), ("1.0", "")]
+    assert "No point is in the evaluation" in Path("points/report.html").read_text()
     for point, auc in (("eta=0.5", 0.6), ("eta=1", 0.7)):
-        one = {"datasets": {}, "average": {"auc": auc}, "source": os.path.abspath(f"swept/{point}"), "detector": None}
+        shutil.copy("r2m.csv", f"swept/{point}/scores.csv")
+        source = os.path.abspath(f"swept/{point}/scores.csv")
+        one = {"datasets": {}, "average": {"auc": auc}, "source": source, "detector": None}
         content["models"][point] = one
     Path("eval/evaluation.json").write_text(json.dumps(content))
-    for point in ("eta=0.5", "eta=1"):
-        shutil.copy("r2m.csv", f"swept/{point}/scores.csv")
-        content["models"][point]["source"] = os.path.abspath(f"swept/{point}/scores.csv")
-    Path("eval/evaluation.json").write_text(json.dumps(content))
-    result = command("report", "out", "--evaluation", "eval", "--sweep", "swept", "--to", "page")
+    result = command("report", "out", "--evaluation", "eval", "--to", "page")  # whose sweep it is, is known
     assert result.code == 0, result.err
     rows = list(csv.DictReader(Path("page/sweep.csv").read_text().splitlines()))
     assert [(row["eta"], row["auc"]) for row in rows] == [("0.5", "0.6"), ("1.0", "0.7")]
-    rows = list(csv.DictReader(Path("page/auc.csv").read_text().splitlines()))
-    assert float(rows[1]["celeb"]) == content["models"]["r2m"]["datasets"]["celeb"]["auc"]
-    assert rows[1]["whichisreal"] == ""  # one class: nothing, not 0
-    roc = list(csv.DictReader(Path("page/roc-0.csv").read_text().splitlines()))
-    assert {row["model"] for row in roc} >= {"fs", "r2m"}
-    assert not Path("page/roc-1.csv").exists()
-    counts = list(csv.DictReader(Path("page/scores-0-0.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(Path("page/table.csv").read_text().splitlines()))
+    assert [(row["model"], row["role"]) for row in rows[:2]] == [("r2m", "this merge"), ("fs", "specialist")]
+    assert float(rows[0]["celeb"]) == content["models"]["r2m"]["datasets"]["celeb"]["auc"]
+    assert rows[0]["whichisreal"] == ""  # one class: nothing, not 0
+    roc = list(csv.DictReader(Path("page/roc.csv").read_text().splitlines()))
+    assert {(row["dataset"], row["model"]) for row in roc} >= {("celeb", "fs"), ("celeb", "r2m")}
+    assert {row["dataset"] for row in roc} == {"celeb"}
+    counts = [
+        row
+        for row in csv.DictReader(Path("page/scores.csv").read_text().splitlines())
+        if (row["dataset"], row["model"]) == ("celeb", "fs")
+    ]
     assert sum(int(row["real"]) for row in counts) == sum(int(row["fake"]) for row in counts) == 15
-    assert "ROC: celeb" in " ".join(Reader(Path("page/report.html").read_text()).words)
+    assert "ROC curves" in " ".join(Reader(Path("page/report.html").read_text()).words)
 
 
 @pytest.mark.parametrize("method", ["r2m_truncated", "r2m"])
 def test_spectra_are_the_residuals_own(method: str, checkpoints: Checkpoints, command: Command) -> None:
     report = merged(checkpoints, command, "--method", method)
     assert command("report", "out", "--spectra", "9").code == 0
-    assert len([name for name in os.listdir("out.report") if name.startswith("spectrum")]) == 2 * 2  # both matrices
+    assert len([name for name in os.listdir("out.report") if name.startswith("spectrum")]) == 3 * 2  # both matrices
     rows = list(csv.DictReader(Path("out.report/spectrum-0.csv").read_text().splitlines()))
     taus = {name: one["block.weight"] - checkpoints.base["block.weight"] for name, one in checkpoints.experts.items()}
     core = sum(report["core"]["coefficients"][name] * tau for name, tau in taus.items())
@@ -220,49 +297,3 @@ def test_what_is_refused(arguments: str, sentence: str, checkpoints: Checkpoints
     result = command(*arguments.split())
     assert (result.code, result.err) == (2, f"Error: {sentence}\n")
     assert sorted(os.listdir()) == before
-
-
-MEASURE = """<!DOCTYPE html><pre id="found"></pre>
-<iframe id="page" width="{width}" height="3000" src="out.report/report.html"></iframe>
-<script>document.getElementById("page").onload = event => {{
-  const inside = event.target.contentDocument, picture = inside.querySelector("svg").getBoundingClientRect();
-  document.getElementById("found").textContent = JSON.stringify({{
-    width: inside.documentElement.scrollWidth, picture: picture.width, height: picture.height, title: inside.title}});
-}};</script>"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_real_browser(width: int, checkpoints: Checkpoints, command: Command, tmp_path: Path) -> None:
-    merged(checkpoints, command)
-    assert command("report", "out").code == 0
-    Path("measure.html").write_text(MEASURE.format(width=width))
-
-    def chromium(*arguments: str) -> str:
-        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile")
-        run = subprocess.run(
-            ["chromium", *options, "--allow-file-access-from-files", *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        return run.stdout
-
-    dom = chromium("--virtual-time-budget=10000", "--dump-dom", f"file://{tmp_path}/measure.html")
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dom)[1])  # type: ignore[index]
-    assert found["title"] == "R²M merge of fs, fr, efs"
-    assert found["width"] <= width  # nothing sticks out to the side
-    assert 0.3 * min(width, 600) < found["picture"] <= width
-    for scheme, bright in ((), True), (("--force-dark-mode", "--blink-settings=preferredColorScheme=0"), False):
-        chromium(
-            *scheme,
-            f"--window-size={width},1200",
-            f"--screenshot={tmp_path}/shot.png",
-            f"file://{tmp_path}/out.report/report.html",
-        )
-        with Image.open(tmp_path / "shot.png") as shot:
-            pixels = np.asarray(shot.convert("L"), dtype=float)
-        assert (np.median(pixels) > 128) == bright
-        assert pixels.std() > 20  # something is drawn, and can be told from the ground

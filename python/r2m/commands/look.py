@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import click
@@ -10,7 +9,6 @@ import click
 from r2m.commands.given import only_given
 from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, names
-from r2m.commands.way import following
 from r2m.recipe import Arrangement
 
 
@@ -31,8 +29,6 @@ def inspect(paths: tuple[str, ...], norms: bool, every: bool, **given: Any) -> i
     lines, fit = look(paths, arrangement=arrangement, norms=norms, every=every)
     for line in lines:
         say(line)
-    if fit and len(paths) > 1:
-        say(following("init", *map(shlex.quote, paths)))
     return 0 if fit else 1
 
 
@@ -82,8 +78,14 @@ def card(
 @click.command()
 @click.argument("out")
 @click.option("--to", metavar="DIR", help="The directory to create.  [default: OUT.report]")
-@click.option("--evaluation", metavar="DIR", help="Of r2m evaluate: ROC curves, scores, models against test sets.")
-@click.option("--sweep", "swept", metavar="DIR", help="Of r2m sweep, whose points the evaluation has.")
+@click.option(
+    "--evaluation",
+    metavar="DIR",
+    help="Of r2m evaluate: how well it detects.  [default: the one beside OUT that has it among its models]",
+)
+@click.option(
+    "--sweep", "swept", metavar="DIR", help="Of r2m sweep.  [default: the one whose points the evaluation has]"
+)
 @click.option(
     "--spectra",
     type=click.IntRange(0),
@@ -92,16 +94,28 @@ def card(
     metavar="N",
     help="Singular values of the residuals of N matrices, kept and dropped: reads the checkpoints again.",
 )
-def report(out: str, to: str | None, evaluation: str | None, swept: str | None, spectra: int) -> None:
-    """Write a page about OUT, the output of a merge: one HTML file, and for each picture in it a PNG and a CSV."""
+@click.option("--overwrite", is_flag=True, help="Replace a former page; what is of no page is kept, and named.")
+def report(out: str, to: str | None, evaluation: str | None, swept: str | None, spectra: int, overwrite: bool) -> None:
+    """Write a page about OUT, the output of a merge: one HTML file, and beside it each picture as PNG, PDF and CSV.
+
+    It begins with how well OUT detects, beside what it was merged from, where an evaluation says so.
+    """
     from r2m.extras import need
 
     need("report", "report", "matplotlib", "sklearn")
+    from r2m.reporting.beside import evaluations_beside
     from r2m.reporting.page import PAGE_FILE, write_page
     from r2m_kernels.errors import printable
 
     target = to or f"{out.rstrip('/')}.report"
-    files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra)
+    if evaluation is None:
+        found = evaluations_beside(out)
+        evaluation = found[0] if len(found) == 1 else None
+        if evaluation is not None:
+            say(printable(f"Evaluation: {evaluation}, which has {out} among its models"))
+        elif found:
+            say(printable(f"Evaluations of {out}: {', '.join(found)}; none is shown without --evaluation DIR"))
+    files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra, overwrite=overwrite)
     done(f"{printable(target)}/{PAGE_FILE}, and {len(files) - 1} files beside it")
 
 

@@ -11,8 +11,11 @@ from matplotlib.axes import Axes
 
 from r2m import former
 from r2m.merge import open_job
-from r2m.reporting.figures import Picture, colour, curves, picture
+from r2m.reporting.figures import OTHERS, Picture, curves, picture
+from r2m.shorten import clip, shorten
 from r2m_kernels.errors import BadOption
+
+_LETTERS = 40  # of a matrix's name over its spectrum
 
 
 def of_residuals(out: str | Path, count: int) -> Iterator[Picture]:
@@ -47,10 +50,11 @@ def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int)
     truncated = rank < max(map(len, values.values()))
 
     def draw(axes: Axes) -> None:
-        points = {expert: list(enumerate(spectrum, start=1)) for expert, spectrum in values.items()}
-        curves(axes, points, "singular value", "size")
+        short = shorten(list(values))
+        points = {short[expert]: list(enumerate(spectrum, start=1)) for expert, spectrum in values.items()}
+        curves(axes, points, "singular value", "size", clip(name, _LETTERS))
         if truncated:
-            axes.axvline(rank + 0.5, color=colour(6), linestyle=":")
+            axes.axvline(rank + 0.5, color=OTHERS, linestyle=":")
         axes.set_ylim(bottom=0)
 
     rows = [
@@ -64,4 +68,4 @@ def _spectrum(number: int, name: str, values: dict[str, list[float]], rank: int)
         if truncated
         else "All of it was kept. A steep fall: a smaller rank would lose little; a slow one: it is spread, or noise."
     )
-    return picture(f"spectrum-{number}", f"Spectrum of the residuals: {name}", text, rows, draw)
+    return picture(f"spectrum-{number}", name, text, rows, [draw])
