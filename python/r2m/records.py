@@ -176,6 +176,7 @@ EVALUATION = Record(
         "models.*.average": "of each metric over the datasets that define it, but that which gave the threshold",
         "models.*.average_intervals": "of those means that have one",
         "models.*.worst": "of each metric, the dataset where it is worst, and the value; null where none defines it",
+        "models.*.robustness": "by degradation, metrics over frames by dataset and their means; null: not asked for",
         "differences": "lists model, than, dataset (mean: over all), metric, difference, interval: paired, by video",
         "warnings": "sentences on what looks wrong",
         "settings": "options that decide the numbers",

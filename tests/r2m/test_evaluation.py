@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from r2m.evaluation import run
 from r2m.evaluation.data import Frame, read_scores
+from r2m.evaluation.degradations import DEGRADATIONS, degraded
 from r2m.evaluation.detectors import probabilities
 from r2m.evaluation.reading import read_data
 from r2m.evaluation.request import Request
@@ -305,6 +306,59 @@ def test_detectors_are_run(detector: str, command: Command) -> None:
     assert again.code == 0
     once, twice = (json.loads(Path(place, "evaluation.json").read_text()) for place in ("eval", "again"))
     assert once["models"]["good"]["datasets"] == twice["models"]["good"]["datasets"]
+
+
+def test_a_sweep_of_degradations(detector: str, command: Command) -> None:
+    """Brightness survives blur and JPEG, as it must; a detector of sharp edges would not."""
+    for number in range(4):
+        image(f"set/real/{number}.png", 60)
+        image(f"set/fake/{number}.png", 66)
+    words = [
+        "evaluate",
+        "--model",
+        "good.safetensors",
+        "--detector",
+        detector,
+        *PREPARED,
+        "--data",
+        "set",
+        "--robustness",
+    ]
+    result = command(*words, "--bootstrap", "0", "--out", "e")
+    assert result.code == 0, result.err
+    swept = json.loads(Path("e/evaluation.json").read_text())["models"]["good.safetensors"]["robustness"]
+    assert list(swept) == list(DEGRADATIONS)
+    for one in swept.values():
+        assert one["average"] == one["datasets"]["set"]
+        assert (one["average"]["auc"], one["average"]["acc"]) == (1.0, 0.5)
+    lines = result.out.splitlines()
+    assert lines[lines.index("") + 1 :][0].split() == ["pictures,", "AUC", "good.safetensors"]
+    assert Path("e/robustness.csv").read_text().startswith('"pictures, AUC",good.safetensors\nas they are,1.0\n')
+
+
+def test_pictures_are_degraded_as_they_say() -> None:
+    dice = np.random.default_rng(0)
+    picture = Image.fromarray(dice.integers(0, 256, (64, 48, 3), np.uint8))
+    pixels = np.asarray(picture, float)
+    found = {name: degraded(picture, name, 0) for name in DEGRADATIONS}
+    assert {name: one.size for name, one in found.items() if one.size != (48, 64)} == {
+        "resize-0.5": (24, 32),
+        "resize-0.25": (12, 16),
+    }
+    errors = {
+        name: float(np.sqrt(np.mean((np.asarray(one, float) - pixels) ** 2)))
+        for name, one in found.items()
+        if one.size == (48, 64)
+    }
+    assert 0 < errors["jpeg-90"] < errors["jpeg-70"] < errors["jpeg-50"] < errors["jpeg-30"]
+    grey = Image.new("RGB", (200, 200), (128, 128, 128))
+    for name, deviation in (("noise-5", 5), ("noise-10", 10)):
+        noise = np.asarray(degraded(grey, name, 0), float) - 128
+        assert np.std(noise) == pytest.approx(deviation, rel=0.02)
+        assert abs(np.mean(noise)) < 0.1
+    assert np.std(np.asarray(found["blur-2"], float)) < np.std(np.asarray(found["blur-1"], float)) < np.std(pixels) / 2
+    assert degraded(picture, "noise-5", 0) == found["noise-5"] != degraded(picture, "noise-5", 1)
+    assert np.asarray(degraded(grey, "noise-5", 0)).std() != np.asarray(degraded(picture, "noise-5", 0)).std()
 
 
 LAYERS = """

@@ -33,7 +33,7 @@ def evaluation(values: dict[str, list[float | None]], **of_models: dict[str, Any
             "average": dict.fromkeys(KEYS, mean),
             "average_intervals": {key: [mean - 0.01, mean + 0.01] for key in ("auc", "video_auc")},
             "worst": {key: {"dataset": least, "value": defined[least]} for key in KEYS},
-            **{"role": None, "specialists": []},
+            **{"role": None, "specialists": [], "robustness": None},
             **of_models.get(name, {}),
         }
     return {"models": models, "differences": [], "settings": {"threshold_from": None}}
@@ -152,3 +152,15 @@ def test_columns_can_be_chosen() -> None:
     assert few_columns(of)[:2] == ["videos", "video_auc"]
     of["models"]["m"]["datasets"]["d0"]["frames"] = 10
     assert few_columns(of)[:2] == ["frames", "auc"]
+
+
+def test_degradations_stand_beside_what_pictures_are() -> None:
+    kept = {"jpeg-30": {"average": {"auc": 0.7}}, "noise-10": {"average": {"auc": None}}}
+    of = evaluation({"a": [0.9], "finished scores": [0.8]}, a={"robustness": kept})
+    (found,) = (one for one in tables(of, FEW) if one.name == "robustness")
+    assert FORMATS["text"](found) == [
+        "pictures, AUC      a",
+        "as they are    0.900",
+        "jpeg-30        0.700",
+        "noise-10           –",
+    ]

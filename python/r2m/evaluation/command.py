@@ -20,8 +20,10 @@ from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
 from r2m.evaluation.comparison import Role, roles
 from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
+from r2m.evaluation.degradations import DEGRADATIONS, degraded
 from r2m.evaluation.ensemble import Ensemble, attribution, combined
 from r2m.evaluation.judging import check_names, judge_all
+from r2m.evaluation.metrics import METRICS, average, metrics
 from r2m.evaluation.models import load, preprocessing_of
 from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
@@ -99,6 +101,10 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     order = [*evaluated, *paths.get("scores", {})]
     known = roles(checkpoints)
     judged = judge_all({name: scores[name] for name in order}, request, known)
+    sweep = {
+        one: _run(request, models, preprocessings, data.datasets, quiet, one)
+        for one in (DEGRADATIONS if request.robustness else ())
+    }
     models_found = {}
     for name, numbers in judged["models"].items():
         role = known.get(name, Role())
@@ -111,6 +117,9 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
             "role": role.kind,
             "specialists": list(role.specialists),
             **numbers,
+            "robustness": _robustness(
+                {one: found[name] for one, found in sweep.items() if name in found}, numbers, request
+            ),
         }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
     settings = ("split", "frames", "subfolders", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
@@ -141,6 +150,20 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         *(printable(text) for text in result["warnings"]),
     ]
     return tables.lines(shown, request.table), notes
+
+
+def _robustness(
+    degraded: Mapping[str, run.Evaluated], clean: Mapping[str, Any], request: Request
+) -> dict[str, Any] | None:
+    """What is left of a model's numbers, at its threshold, when pictures are degraded; None where none were."""
+    found = {}
+    for name, one in degraded.items():
+        datasets = {
+            dataset: metrics(of, clean["datasets"][dataset]["threshold"]) for dataset, of in scores_of(one.rows).items()
+        }
+        tested = {dataset: of for dataset, of in datasets.items() if dataset != request.threshold_from}
+        found[name] = {"datasets": datasets, "average": average(tested, METRICS)}
+    return found or None
 
 
 def _bytes(path: str, model: nn.Module | Ensemble | None) -> int:
@@ -182,17 +205,20 @@ def _run(
     preprocessings: Mapping[str, Preprocessing],
     datasets: Mapping[str, Dataset],
     quiet: bool,
+    degradation: str | None = None,
 ) -> dict[str, run.Evaluated]:
     evaluated: dict[str, run.Evaluated] = {}
+    change = None if degradation is None else functools.partial(degraded, name=degradation, seed=request.seed)
     total = len({frame.path for one in datasets.values() for frame in one.frames})
 
     def show(name: str, done: int) -> None:
         if shown is not None:
-            shown.show(name, done, total, f"{done}/{total}")
+            what = name if degradation is None else f"{name}, {degradation}"
+            shown.show(what, done, total, f"{done}/{total}")
 
     def scored(name: str, model: nn.Module) -> run.Evaluated:
         progress = functools.partial(show, name)
-        return run.run_detector(name, model, datasets, preprocessings[name], request, progress)
+        return run.run_detector(name, model, datasets, preprocessings[name], request, progress, change)
 
     with nullcontext() if quiet else bars() as shown:
         for name, model in models.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,18 +85,18 @@ def combined(members: Mapping[str, Evaluated]) -> Evaluated:
     first = next(iter(members.values()))
     rows: dict[str, list[tuple[Frame, float]]] = {}
     for dataset, scored in first.rows.items():
-        means = 1 / (1 + np.exp(-_logits(members, dataset).mean(axis=0)))
-        rows[dataset] = [(frame, float(mean)) for (frame, _), mean in zip(scored, means, strict=True)]
+        means = together(_logits(members, dataset)).tolist()
+        rows[dataset] = [(frame, mean) for (frame, _), mean in zip(scored, means, strict=True)]
     return Evaluated(rows, dict(first.unreadable))
 
 
-def attribution(members: Mapping[str, Evaluated], together: Evaluated) -> dict[str, dict[str, float]]:
+def attribution(members: Mapping[str, Evaluated], all_of_them: Evaluated) -> dict[str, dict[str, float]]:
     """Dataset → adapter → for which share of the frames that all together call fake its logit is the largest.
 
     Datasets without such frames are not there.
     """
     shares = {}
-    for dataset, scored in together.rows.items():
+    for dataset, scored in all_of_them.rows.items():
         fake = np.array([probability > 0.5 for _, probability in scored])
         looks_like = Counter(_logits(members, dataset)[:, fake].argmax(axis=0).tolist())
         if fake.any():
@@ -104,8 +104,17 @@ def attribution(members: Mapping[str, Evaluated], together: Evaluated) -> dict[s
     return shares
 
 
-def _logits(members: Mapping[str, Evaluated], dataset: str) -> NDArray[np.float64]:
-    """(adapters, frames) log-odds of fake."""
-    rows = [[probability for _, probability in one.rows[dataset]] for one in members.values()]
-    values = np.clip(np.array(rows, np.float64), _LEAST, 1 - _LEAST)
+def log_odds(probabilities: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """(adapters, frames) logits, from probabilities of fake."""
+    values = np.clip(np.array(probabilities, np.float64), _LEAST, 1 - _LEAST)
     return np.log(values) - np.log1p(-values)
+
+
+def together(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(frames,) probabilities of all adapters together: of their mean logit."""
+    probabilities: NDArray[np.float64] = 1 / (1 + np.exp(-logits.mean(axis=0)))
+    return probabilities
+
+
+def _logits(members: Mapping[str, Evaluated], dataset: str) -> NDArray[np.float64]:
+    return log_odds([[probability for _, probability in one.rows[dataset]] for one in members.values()])

@@ -5,7 +5,7 @@ Labels: 1 fake, 0 real. Scores: probabilities of fake. What a set of one class l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,9 +227,9 @@ def judge(scores: Scores, threshold: float = THRESHOLD) -> dict[str, Any]:
     }
 
 
-def average(judged: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+def average(judged: Mapping[str, Mapping[str, Any]], keys: Iterable[str] = KEYS) -> dict[str, float | None]:
     """The mean of each metric over the datasets that define it."""
-    defined = {key: list(_defined(judged, key).values()) for key in KEYS}
+    defined = {key: list(_defined(judged, key).values()) for key in keys}
     return {key: float(np.mean(values)) if values else None for key, values in defined.items()}
 
 

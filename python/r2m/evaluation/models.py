@@ -27,8 +27,10 @@ def load(name: str, path: str, request: Request, adapters: bool) -> nn.Module | 
     Raises:
         InvalidInput: it cannot be loaded.
     """
+    if not request.detector:
+        raise BadOption(f"model '{name}' ({path}): expected --detector, which says what it is the weights of")
     made = load_ensemble if adapters else load_detector
-    return made(request.detector or "", path, f"model '{name}' ({path})", Arrangement(preset=request.preset))
+    return made(request.detector, path, f"model '{name}' ({path})", Arrangement(preset=request.preset))
 
 
 def preprocessing_of(name: str, path: str, request: Request) -> Preprocessing:

@@ -100,6 +100,11 @@ class Request:
         unset="a merge with its specialists and their average, else the first",
         metavar="NAME",
     )
+    robustness: bool = option(
+        False,
+        JUDGING,
+        "Also judge on pictures that were compressed, made smaller, blurred or noisy: ten times the time.",
+    )
     table: Literal["text", "markdown", "csv", "latex"] = option(
         "text", JUDGING, "How the table is printed; all but text are also written into --out."
     )
@@ -137,3 +142,5 @@ class Request:
 
 REQUEST: dict[str, Option] = read_options(Request)
 Request.__doc__ = documented(Request, REQUEST)
+# Those that pictures without labels have too.
+DETECT = ("detector", "preset", "size", "mean", "std", "frames", "threshold", "batch", "device")

@@ -116,6 +116,7 @@ def tables(result: Mapping[str, Any], columns: Sequence[str]) -> list[Table]:
     else:
         rows = [[*row[:2], *row[3:]] for row in rows]
     found.append(Table("differences", "Differences, paired", headings, len(headings) - 1, rows, groups))
+    found.append(_of_robustness(models, groups))
     return [table for table in found if table.rows]
 
 
@@ -207,11 +208,22 @@ def _told(models: Mapping[str, Any], model: str, than: str, key: str) -> str | N
     return "best specialist" if values[than] == best else None
 
 
+def _of_robustness(models: Mapping[str, Any], groups: Sequence[Sequence[str]]) -> Table:
+    swept = {name: one for name, one in models.items() if one["robustness"]}
+    first = RESAMPLED[0]
+    rows = [[Cell("as they are"), *(Cell(one["average"][first]) for one in swept.values())]] if swept else []
+    for degradation in next((one["robustness"] for one in swept.values()), {}):
+        values = (one["robustness"][degradation]["average"][first] for one in swept.values())
+        rows.append([Cell(degradation), *map(Cell, values)])
+    headings = [f"pictures, {heading(first)}", *swept]
+    return Table("robustness", "Pictures degraded, mean over datasets", headings, 1, rows, groups)
+
+
 def text(table: Table, width: int = WIDTH) -> list[str]:
     """Lines for a terminal: names as short as they have to be, columns that do not fit below one another."""
     for limit in range(_NAMES, _LEAST - 1, -1):
         name = table.short(limit)
-        cells = [table.headings, *([cell.text(name) for cell in row] for row in table.rows)]
+        cells = [[name(one) for one in table.headings], *([cell.text(name) for cell in row] for row in table.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         if sum(widths) + 2 * (len(widths) - 1) <= width:
             break
@@ -240,7 +252,8 @@ def markdown(table: Table) -> list[str]:
         [_strong(cell, f"**{markdown_text(cell.text(name))}**", markdown_text(cell.text(name))) for cell in row]
         for row in table.rows
     ]
-    return [f"| {' | '.join(row)} |" for row in (table.headings, rule, *rows)]
+    headings = [markdown_text(name(one)) for one in table.headings]
+    return [f"| {' | '.join(row)} |" for row in (headings, rule, *rows)]
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "…": r"\dots{}"}
@@ -258,7 +271,7 @@ def latex(table: Table) -> list[str]:
         [_strong(cell, f"\\textbf{{{written(cell.text(name))}}}", written(cell.text(name))) for cell in row]
         for row in table.rows
     ]
-    lines = [f"{' & '.join(row)} \\\\" for row in ([written(one) for one in table.headings], *rows)]
+    lines = [f"{' & '.join(row)} \\\\" for row in ([written(name(one)) for one in table.headings], *rows)]
     kinds = "l" * table.names + "r" * (len(table.headings) - table.names)
     groups = [str(row[0].value) for row in table.rows]
     body = [
