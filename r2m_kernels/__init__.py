@@ -5,6 +5,7 @@
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
@@ -12,7 +13,6 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import ops as ops
     from . import reference as reference
-    from ._stream.run import ProgressEvent as ProgressEvent
     from ._stream.tensors import TensorSink as TensorSink
     from ._stream.tensors import TensorSource as TensorSource
     from ._stream.tensors import TensorSpec as TensorSpec
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from .merging import Analysis as Analysis
     from .merging import analyze as analyze
     from .merging import merge as merge
+    from .progress import Progress as Progress
+    from .progress import ProgressEvent as ProgressEvent
+    from .progress import ProgressLines as ProgressLines
+    from .summary import Report as Report
+
+logging.getLogger("r2m_kernels").addHandler(logging.NullHandler())  # silent unless somebody listens
 
 # Loaded when they are asked for, so that who only wants to know the options does without torch.
 _NAMES = {
@@ -31,7 +37,8 @@ _NAMES = {
     ".adapters": ("Adapters",),
     ".config": ("MergeConfig",),
     ".errors": ("BackendUnavailable", "InvalidInput", "R2MError"),
-    "._stream.run": ("ProgressEvent",),
+    ".progress": ("Progress", "ProgressEvent", "ProgressLines"),
+    ".summary": ("Report",),
     "._stream.tensors": ("TensorSink", "TensorSource", "TensorSpec"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

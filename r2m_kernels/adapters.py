@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import combination, low_rank
+from . import combination, low_rank, tensor_checks
 from ._stream.loader import Group
 from ._stream.parallel import deterministic
-from ._stream.run import Progress, Run
+from ._stream.run import Run
 from ._stream.state_dicts import StateDictSink, StateDictSource
 from ._stream.tensors import LowRankSource, TensorSink
 from .errors import BadOption
+from .progress import Progress
 from .terms import Linear, LowRank, Terms, kind_of
 
 
@@ -53,7 +54,10 @@ class Adapters:
                 f"{len(findings.experts)} expert{'s' * (len(findings.experts) > 1)}; expected some"
             )
 
-    def model(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def __repr__(self) -> str:
+        return f"<Adapters of {', '.join(self._terms.findings.experts)}: {len(self.ranks)} matrices>"
+
+    def model(self, *, dtype: torch.dtype | str | None = None) -> dict[str, Tensor]:
         """The model's state dict, as :meth:`r2m_kernels.Analysis.merge` has the merge's."""
         base = self._run.inputs.base
         sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self._run.plan.aliases)
@@ -61,8 +65,11 @@ class Adapters:
         return sink.state_dict
 
     @deterministic
-    def write(self, sink: TensorSink, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> None:
+    def write(
+        self, sink: TensorSink, *, dtype: torch.dtype | str | None = None, progress: Progress | None = None
+    ) -> None:
         """The model into a sink, tensor by tensor."""
+        dtype = tensor_checks.output_dtype(dtype)
         combination.write(self._run, self._terms.without_truncated(), sink, dtype, progress)
 
     @deterministic
@@ -98,6 +105,9 @@ class MergedChanges:
             for name, ranks in known.items()
             if len(experts) == len(run.inputs.experts) and None not in ranks
         }
+
+    def __repr__(self) -> str:
+        return f"<MergedChanges of {', '.join(self._terms.findings.experts)}: {len(self.ranks)} matrices>"
 
     @deterministic
     def change(self, name: str, rank: int | None = None) -> Change:

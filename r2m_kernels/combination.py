@@ -12,11 +12,12 @@ from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
 from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
-from ._stream.run import Progress, Run
+from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
 from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
+from .progress import Progress
 from .terms import Terms, by_factors, kind_of, unmatched
 
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")

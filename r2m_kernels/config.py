@@ -8,12 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from . import checks
 from .errors import BadOption
 from .fields import FILES, METHOD, OPTIONS, REAL, STRENGTH, TRUNCATION, Fields
-from .options import Method, Option, documented, method, read_methods
+from .options import Option, documented, method, read_methods
+from .overrides import Overrides
+from .plugins import Methods
 
 # What the public kit and its sister project truncate where they truncate.
 ATTENTION_AND_MLP = ("*attn*", "*attention*", "*mlp*")
@@ -22,9 +24,9 @@ _ALL_ALIKE = {"row_power": 0.0, "whole_up_to": 0}
 _RANDOMIZED = ("svd", "power_iterations", "oversampling", "tolerance", "seed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeConfig(Fields):
-    """How to merge. Immutable; every field is checked on construction.
+    """How to merge. Immutable; every field is checked on construction. Printed are the fields that are not default.
 
     Raises:
         InvalidInput: a field has a wrong type or value.
@@ -32,7 +34,7 @@ class MergeConfig(Fields):
 
     @classmethod
     @method("R²M", "arXiv 2509.24367", uses=(REAL, TRUNCATION, STRENGTH))
-    def r2m(cls, **overrides: Any) -> MergeConfig:
+    def r2m(cls, **overrides: Unpack[Overrides]) -> MergeConfig:
         """R²M (arXiv 2509.24367) with the defaults of this package, which the fields have; ``overrides`` are fields.
 
         The Real component is the mean task vector's part in the top singular direction of the task vectors, with half
@@ -44,7 +46,7 @@ class MergeConfig(Fields):
 
     @classmethod
     @method("R²M as the authors' public script has it", uses=(REAL, TRUNCATION, STRENGTH))
-    def r2m_paper(cls, **overrides: Any) -> MergeConfig:
+    def r2m_paper(cls, **overrides: Unpack[Overrides]) -> MergeConfig:
         """R²M as the authors' public kit computes it; ``overrides`` are fields.
 
         Task vectors are not centred; tensors with "ln" or "bias" in their names take no part in the subspace, so that
@@ -56,18 +58,22 @@ class MergeConfig(Fields):
         """
         kit = {"exclude": ("*ln*", "*bias*"), "truncate": ATTENTION_AND_MLP, "rank_rounding": "down"}
         fields = {"core_mode": "mean", "rank": 1.0, "eta": 0.6, "eta_mode": "core_norm"}
-        return cls(**{**_ALL_ALIKE, **fields, **kit, **overrides})
+        return cls._made({**_ALL_ALIKE, **fields, **kit}).replace(**overrides)
 
     @classmethod
     @method("R²M as summaries of the paper have it: centred, own residuals", uses=(REAL, TRUNCATION, STRENGTH))
-    def r2m_centred(cls, **overrides: Any) -> MergeConfig:
+    def r2m_centred(cls, **overrides: Unpack[Overrides]) -> MergeConfig:
         """R²M by centred task vectors and residuals τ_i − Πτ_i, as summaries of the paper have it.
 
         Centring makes the core a contrast between specialists, next to nothing of their mean, and η = 0.6 · ‖core‖ with
         it: the merge is nearly the base, and the report says to how many per cent.
         """
         fields = {"center": True, "residual": "own", "core_mode": "mean", "eta": 0.6, "eta_mode": "core_norm"}
-        return cls(**{**_ALL_ALIKE, "rank": 0.1, **fields, **overrides})
+        return cls._made({**_ALL_ALIKE, "rank": 0.1, **fields}).replace(**overrides)
+
+    @classmethod
+    def _made(cls, fields: Mapping[str, Any]) -> MergeConfig:
+        return cls(**fields)
 
     @classmethod
     @method(
@@ -212,8 +218,9 @@ MergeConfig.__doc__ = documented(MergeConfig, OPTIONS)
 _SCALE = Option("scale", float, None, False, METHOD, "Factor of the sum, in ties of the mean.", flag="scale")
 # Those that the command has, by its flags' names.
 FLAGS: dict[str, Option] = {"scale": _SCALE} | {one.key: one for one in OPTIONS.values() if one.section}
-METHODS: dict[str, Method] = read_methods(MergeConfig, FLAGS, common=FILES)
-OFFERED = {name: one for name, one in METHODS.items() if not one.instead}  # in help and documentation
+_OWN = read_methods(MergeConfig, FLAGS, common=FILES)
+METHODS = Methods(_OWN, FLAGS, FILES, MergeConfig)  # with those of installed packages
+OFFERED = {name: one for name, one in _OWN.items() if not one.instead}  # in help and documentation
 
 
 def make_config(name: str, options: Mapping[str, Any]) -> MergeConfig:

@@ -18,10 +18,11 @@ from ._stream.blocks import BLOCK_ELEMENTS
 from ._stream.loader import Group
 from ._stream.plan import Plan
 from ._stream.processes import ProcessGroup
-from ._stream.run import Progress, Run
+from ._stream.run import Run
 from ._stream.schedule import Pass, Step
 from ._stream.tensors import tensor_key
 from .config import MergeConfig
+from .progress import Progress
 
 HALF = 2**16
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 from . import checks
 from .errors import BadOption
 from .options import Option, normalize, option, read_options
+from .overrides import Overrides
 
 FILES, METHOD, REAL, TRUNCATION, STRENGTH = (
     "Files",
@@ -28,7 +29,7 @@ WHOLE_SPECTRUM = ("rescale", "reweigh")
 JOINT_BASES = ("orthogonal", "trim")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fields:
     """Every option with its default: R²M (arXiv 2509.24367) as this package has it."""
 
@@ -248,14 +249,19 @@ class Fields:
                 f"core_spectrum='{self.core_spectrum}'"
             )
 
-    def replace(self, **overrides: Any) -> Self:
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name, one in OPTIONS.items() if getattr(self, name) != one.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def replace(self, **overrides: Unpack[Overrides]) -> Self:
         """A copy with some fields changed.
 
         Raises:
             InvalidInput: an unknown field or a bad value.
         """
         checks.known_fields(overrides, list(OPTIONS))
-        return dataclasses.replace(self, **overrides)
+        given: dict[str, Any] = {**overrides}
+        return dataclasses.replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

@@ -13,7 +13,7 @@ factors, step 5 reads them again and writes. What carries a step over checkpoint
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -24,14 +24,18 @@ from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
 from ._stream.plan import Plan
 from ._stream.processes import Journal, ProcessGroup
-from ._stream.run import Progress, Run, RunOptions, StepRecord
+from ._stream.run import Run, RunOptions, StepRecord
 from ._stream.schedule import Pass
 from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
 from ._stream.tensors import TensorSink
 from .adapters import Adapters, MergedChanges
 from .config import MergeConfig, checked
+from .errors import printable
 from .findings import Findings, Residuals, Truncated
+from .overrides import Overrides
+from .progress import Progress
 from .real_subspace import real_subspace
+from .summary import Report
 from .terms import Terms
 
 
@@ -43,19 +47,21 @@ def merge(
     device: str | torch.device | None = None,
     backend: str = "auto",
     memory_budget: int | str | None = None,
-    dtype: torch.dtype | None = None,
-    **overrides: Any,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+    **overrides: Unpack[Overrides],
 ) -> dict[str, Tensor]:
     """Merge specialists fine-tuned from one base into one state dict (R²M, arXiv 2509.24367).
 
     Args:
-        base: θ₀, a state dict or module.
+        base: θ₀, a state dict or module; also a compiled or parallel one, whatever the experts are.
         experts: θ_1 … θ_N: a sequence, or name → state dict or module.
         config: options; default ``MergeConfig.r2m()``.
         device: where to compute; default: where the base's tensors are.
         backend: ``"auto"`` or a backend by name, which then never falls back.
-        memory_budget: bytes, or text such as "4GiB", for what is held (README §10).
-        dtype: dtype of the floating-point outputs; default: each tensor's dtype in the base.
+        memory_budget: bytes, or text such as "4GiB", for what is held (r2m_kernels/README.md §10).
+        dtype: dtype of the floating-point outputs, or its name; default: each tensor's dtype in the base.
+        progress: called with a :class:`ProgressEvent` as tensors are done, such as :class:`ProgressLines`.
         overrides: fields of :class:`MergeConfig`.
 
     Returns:
@@ -67,9 +73,11 @@ def merge(
         BackendUnavailable: the named backend cannot run here.
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
-    tensor_checks.output_dtype(dtype)  # before the work, not after it
-    analysis = analyze(base, experts, config, device=device, backend=backend, memory_budget=memory_budget)
-    return analysis.merge(dtype=dtype)
+    dtype = tensor_checks.output_dtype(dtype)  # before the work, not after it
+    analysis = analyze(
+        base, experts, config, device=device, backend=backend, memory_budget=memory_budget, progress=progress
+    )
+    return analysis.merge(dtype=dtype, progress=progress)
 
 
 @deterministic
@@ -85,7 +93,7 @@ def analyze(
     progress: Progress | None = None,
     processes: ProcessGroup | None = None,
     journal: Journal | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Analysis:
     """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
 
@@ -123,6 +131,9 @@ class Analysis:
         config, experts, plan, grams, base_squares, matrix_gram, vector_gram: of :class:`Findings`.
         real_subspace, gram: coefficients of the core, mixing, eigenvalues and gap; (N, N) float64 G = Σ γ_l G_l.
         backend, device: who computed it, why and where.
+        notes: sentences on what was understood in another way than it was given: names of wrapped modules.
+
+    It cannot be pickled: it reads its inputs again, and keeps factors in a file.
     """
 
     def __init__(self, run: Run, findings: Findings) -> None:
@@ -132,9 +143,21 @@ class Analysis:
         self.base_squares = dict(findings.base_squares)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
         self.backend, self.device = run.backend, run.device
+        self.notes = tuple(note for source in run.inputs.experts for note in getattr(source, "notes", ()))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Analysis of {len(self.experts)} experts ({', '.join(map(printable, self.experts))}): {self.plan!r}, "
+            f"{self.config!r}, {self.backend.name} on {self.device}>"
+        )
 
     def merge(
-        self, config: MergeConfig | None = None, *, dtype: torch.dtype | None = None, **overrides: Any
+        self,
+        config: MergeConfig | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        progress: Progress | None = None,
+        **overrides: Unpack[Overrides],
     ) -> dict[str, Tensor]:
         """The merged state dict for these options or the analysis's own; :func:`merge` has the rest.
 
@@ -143,7 +166,7 @@ class Analysis:
         """
         base = self._run.inputs.base
         sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self.plan.aliases)
-        self.write(sink, checked(config, self.config).replace(**overrides), dtype=dtype)
+        self.write(sink, checked(config, self.config).replace(**overrides), dtype=dtype, progress=progress)
         return sink.state_dict
 
     @deterministic
@@ -152,14 +175,14 @@ class Analysis:
         sink: TensorSink,
         config: MergeConfig | None = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Steps 4 and 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
-        tensor_checks.output_dtype(dtype)
+        dtype = tensor_checks.output_dtype(dtype)
         combination.write(self._run, self._terms(checked(config, self.config)), sink, dtype, progress)
 
-    def adapters(self, config: MergeConfig | None = None, **overrides: Any) -> Adapters:
+    def adapters(self, config: MergeConfig | None = None, **overrides: Unpack[Overrides]) -> Adapters:
         """The merge taken apart: one model, and what each expert adds to its matrices, by few columns.
 
         Raises:
@@ -167,7 +190,7 @@ class Analysis:
         """
         return Adapters(self._run, self._terms(checked(config, self.config).replace(**overrides)))
 
-    def changes(self, config: MergeConfig | None = None, **overrides: Any) -> MergedChanges:
+    def changes(self, config: MergeConfig | None = None, **overrides: Unpack[Overrides]) -> MergedChanges:
         """What the merge adds to matrices that experts changed by few columns, as such a product itself."""
         return MergedChanges(self._run, self._terms(checked(config, self.config).replace(**overrides)))
 
@@ -185,8 +208,8 @@ class Analysis:
         self._findings.check(config)
         return norm_matching.match(self._findings, self._factors.products(config), config)
 
-    def report(self, config: MergeConfig | None = None) -> dict[str, Any]:
-        """Everything a user may ask about the merge, as plain JSON values; README §7 lists the keys."""
+    def report(self, config: MergeConfig | None = None) -> Report:
+        """All that is known of the merge, as plain JSON values (keys: docs/files.md). Printed, it is in words."""
         config = checked(config, self.config)
         return report.report(self._findings, self.residuals(config), config, self._run)
 

@@ -170,6 +170,7 @@ class Method:
         formula: what it computes, in a few words.
         paper: its name in the field, and where it is from.
         instead: what is to be written today; a method that has it is in no help.
+        package: that brings it, where it is not this one.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Method:
     formula: str
     paper: str = ""
     instead: str = ""
+    package: str = ""
 
     @property
     def former(self) -> str:
@@ -191,7 +193,7 @@ class Method:
 
     def default(self, key: str) -> Any:
         """What an option is that is not given."""
-        parameters = _parameters(self.make)
+        parameters = parameters_of(self.make)
         return parameters[key] if key in parameters else getattr(self.make(), self.options[key].name)
 
     def configure(self, given: Mapping[str, Any]) -> Any:
@@ -204,15 +206,21 @@ class Method:
             if key not in self.options:
                 used = ", ".join(map(flag, sorted(self.options)))
                 raise BadOption(f"{flag(key)}: not used by the method '{self.name}', which uses {used}")
-        arguments = {key: value for key, value in given.items() if key in _parameters(self.make)}
+        arguments = {key: value for key, value in given.items() if key in parameters_of(self.make)}
         fields = {self.options[key].name: value for key, value in given.items() if key not in arguments}
         return self.make(**arguments).replace(**fields)
 
 
-def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
+def parameters_of(make: Callable[..., Any]) -> dict[str, Any]:
     """A constructor's own, with their defaults."""
     parameters = inspect.signature(make).parameters.values()
     return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
+
+
+def uses_of(make: Callable[..., Any]) -> tuple[str, ...]:
+    """What it was marked to use beside its parameters."""
+    declared: tuple[str, str, tuple[str, ...], str] = getattr(make, _DECLARED, ("", "", (), ""))
+    return declared[2]
 
 
 def method(formula: str, paper: str = "", uses: Iterable[str] = (), instead: str = "") -> Callable[[T], T]:
@@ -240,11 +248,21 @@ def read_methods(cls: type[Any], options: Mapping[str, Option], common: str) -> 
     """
     methods = {}
     for name, value in vars(cls).items():
-        declared = getattr(getattr(value, "__func__", None), _DECLARED, None)
-        if declared is not None:
-            formula, paper, uses, instead = declared
-            make = getattr(cls, name)
-            words = {common, *uses, *_parameters(make)}
-            used = {key: one for key, one in options.items() if key in words or one.section in words}
-            methods[name] = Method(name, make, used, formula, paper, instead)
+        if hasattr(getattr(value, "__func__", None), _DECLARED):
+            methods[name] = make_method(name, getattr(cls, name), options, common)
     return methods
+
+
+def make_method(name: str, make: Callable[..., Any], options: Mapping[str, Option], common: str) -> Method:
+    """A method from a function that makes a configuration; :func:`method` may have marked it.
+
+    Args:
+        name: of the method.
+        make: the function; its parameters are options by key.
+        options, common: as :func:`read_methods` has them.
+    """
+    first = (inspect.getdoc(make) or name).partition("\n")[0].rstrip(".")
+    formula, paper, uses, instead = getattr(make, _DECLARED, (first, "", (), ""))
+    words = {common, *uses, *parameters_of(make)}
+    used = {key: one for key, one in options.items() if key in words or one.section in words}
+    return Method(name, make, used, formula, paper, instead)

@@ -22,6 +22,7 @@ from .findings import Findings, Residuals
 from .norm_matching import LEAST_SHARE
 from .real_subspace import GRAM_ERROR
 from .row_weights import shared_weight
+from .summary import Report
 
 # Found on merged detectors: alarms that told bad merges there, with their error rates in docs/quality-studies.md.
 CALIBRATED = {
@@ -45,7 +46,7 @@ BASIS = {
 UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
 
 
-def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: Run) -> dict[str, Any]:
+def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: Run) -> Report:
     """See :meth:`r2m_kernels.Analysis.report`."""
     names = findings.experts
     real, gram, strength = findings.real, findings.matrix_gram, residuals.strength
@@ -112,7 +113,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
         *_warnings(findings, config, numbers),
         *_of_the_update(findings, residuals, config, numbers),
     ]
-    return numbers
+    return Report(numbers)
 
 
 def _relative_to_base(findings: Findings) -> dict[str, float | None]:

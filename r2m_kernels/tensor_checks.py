@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._stream.tensors import FLOATING
+from ._stream.tensors import FLOATING, dtype_name
+from .checks import did_you_mean
 from .errors import BadOption
 
 
@@ -54,7 +55,14 @@ def floating_dtype(what: str, dtype: Any) -> None:
         raise BadOption(f"{what}: expected one of {names}, got {dtype!r}")
 
 
-def output_dtype(dtype: Any) -> None:
-    """A dtype that can be merged to; ``None``: each tensor's in the base."""
+def output_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that can be merged to, also by name (``"bfloat16"``); ``None``: each tensor's in the base."""
+    names = {dtype_name(known): known for known in FLOATING}
+    if isinstance(dtype, str):
+        short = dtype.removeprefix("torch.")
+        if short not in names:
+            raise BadOption(f"dtype: expected one of {', '.join(names)}, got {dtype!r}{did_you_mean(short, names)}")
+        return names[short]
     if dtype is not None:
         floating_dtype("dtype", dtype)
+    return dtype

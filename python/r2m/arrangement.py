@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from r2m import refit
 from r2m.checkpoints.adapters import changes, onto
@@ -352,4 +352,5 @@ def _named_classifier(view: View, globs: tuple[str, ...]) -> list[str]:
 
 def _with_globs(config: MergeConfig, option: str, globs: Iterable[str]) -> MergeConfig:
     """The configuration with more names in one of its options."""
-    return config.replace(**{option: tuple(dict.fromkeys((*getattr(config, option), *globs)))})
+    more: dict[str, Any] = {option: tuple(dict.fromkeys((*getattr(config, option), *globs)))}
+    return config.replace(**more)

@@ -35,6 +35,14 @@ FAMILIES: Mapping[str, str] = {
     "block1.rep.0.conv1.weight": "Xception (DeepfakeBench)",
     "layer1.0.conv1.weight": "ResNet, torchvision",
 }
+# Role of a tensor → what becomes of such tensors.
+TOLD: Mapping[str, str] = {
+    "matrix": "matrices merged",
+    "vector": "vectors merged",
+    "statistic": "averaged",
+    "copied": "kept as the base's",
+    "extra": "of the experts alone averaged",
+}
 _LISTED = 6  # beginnings of names
 
 
@@ -117,7 +125,7 @@ def inspect(
         more = ["(--all lists every mismatch)"] if isinstance(error, DoesNotFit) and error.every and not every else []
         return [*text, f"cannot be merged: {whole or error}", *more], False
     roles = Counter(tensor.role for tensor in plan.tensors)
-    counts = ", ".join(f"{count} as {role}" for role, count in roles.most_common())
+    counts = ", ".join(f"{count} {TOLD[role]}" for role, count in roles.most_common())
     return [*text, f"can be merged into {printable(paths[0])}: {counts}", *(_norms(arranged) if norms else ())], True
 
 

@@ -28,7 +28,7 @@ def commands() -> str:
     """Every command's help as Markdown."""
     parts = ["# Commands\n\nWritten by `python -m r2m.manual`, from the code.\n"]
     group = click.Context(r2m, info_name="r2m", terminal_width=_WIDTH, **r2m.context_settings)
-    for name in sorted(r2m.commands):
+    for name in r2m.list_commands(group):
         command = r2m.commands[name]
         context = click.Context(command, parent=group, info_name=name, terminal_width=_WIDTH)
         context.max_content_width = _WIDTH

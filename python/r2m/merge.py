@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, ONE, Recipe
 from r2m.recipe_file import dump
 from r2m.records import REPORT, STATE, WRITTEN
-from r2m_kernels import Analysis, ProgressEvent, analyze
+from r2m_kernels import Analysis, Progress, analyze
 from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, printable, quoted
 from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import (
@@ -50,7 +50,6 @@ from r2m_kernels.streaming import (
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
 OUTPUT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
-Progress = Callable[[ProgressEvent], None]
 
 
 @dataclass(frozen=True)
@@ -240,12 +239,16 @@ def merge_files(
     and ``r2m_report.json`` (the report). It appears when all of that is on the disk. A run that is cut off leaves its
     work in ``OUT.partial``, for ``resume``; one that finds its input unusable leaves nothing.
 
+    >>> experts = Expert.each({"fs": "fs.pth", "fr": "hf://me/fr"})
+    >>> report = merge_files(Recipe("base.safetensors", experts, MergeConfig.r2m(rank=0.2)), "merged")
+    >>> again = merge_files(read_recipe("merged/r2m_config.yaml"), "again", Options(memory_budget="2GiB"))
+
     Args:
-        recipe: what is merged.
+        recipe: what is merged: made by hand, by :meth:`Recipe.from_options`, or by ``read_recipe`` from a file.
         out: the directory to create.
-        options: how it is run; default: ``Options()``.
+        options: how it is run: device, backend, memory, overwriting, resuming; default: ``Options()``.
         processes: those that share the work; all of them call this alike.
-        progress: called as the work goes on.
+        progress: called as the work goes on, such as :class:`r2m_kernels.ProgressLines`.
         workplace: of ``out``, where it is held already.
 
     Returns:

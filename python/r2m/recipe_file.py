@@ -66,6 +66,7 @@ _CHANGED = {
     "r2m_paper": "the authors' public kit (uncentred, residual τ − core) instead of the summaries' reading, which is "
     "r2m_centred, and the head is averaged",
 }
+_GONE = "merge_method: {} is of a package that is not installed; the parameters say all that it decided"
 
 # What mergekit calls methods that are here by another name.
 _ELSEWHERE = {
@@ -140,7 +141,9 @@ class _Special(_Keys):
 
     base_model: _Path = Field(description="the checkpoint all experts started from")
     models: list[_Expert] = Field(min_length=1, description="the experts")
-    merge_method: str = Field("r2m", description="how they are merged", json_schema_extra={"enum": list(OFFERED)})
+    merge_method: str = Field(
+        "r2m", description="how they are merged", json_schema_extra={"enum": [*OFFERED, *METHODS.others]}
+    )
     parameters: dict[str, Any] = Field(default_factory=dict, description="on top of what the method is")
     rename: dict[str, str | None] = Field(
         default_factory=dict,
@@ -154,18 +157,22 @@ class _Special(_Keys):
         method = self.merge_method if "merge_method" in self.model_fields_set else default_method(output)
         if method in _ELSEWHERE:
             raise BadOption(f"merge_method: {method} of mergekit is {_ELSEWHERE[method]}")
-        checks.choice("merge_method", method, tuple(METHODS))
+        # What a merge wrote says all that its method decided: it is read without the package that brought the method.
+        whole = self.parameters.keys() >= FORMER_FIELDS
+        gone = whole and method not in METHODS and method.isascii() and method.isidentifier()
+        if not gone:
+            checks.choice("merge_method", method, tuple(METHODS))
         experts = [one.read(directory) for one in self.models]
         names = named([(one.name, expert.path) for one, expert in zip(self.models, experts, strict=True)])
         return Recipe(
             _beside(directory, self.base_model),
             dict(zip(names, experts, strict=True)),
-            self._config(method, output),
+            self._config(default_method(output) if whole else method, output),
             method,
             **output,
             arrangement=Arrangement(self.rename, **plain),
             preprocessing=self.preprocessing.read() if self.preprocessing else None,
-            notes=() if self.parameters.keys() >= FORMER_FIELDS else _notes(method),
+            notes=(_GONE.format(method),) if gone else () if whole else _notes(method),
         )
 
     def _config(self, method: str, output: Mapping[str, Any]) -> MergeConfig:

@@ -18,7 +18,7 @@ from r2m.preprocessing import beside, common
 from r2m.presets import PRESETS
 from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig
-from r2m_kernels.config import OFFERED
+from r2m_kernels.config import METHODS, OFFERED
 from r2m_kernels.errors import InvalidInput, printable, quoted
 from r2m_kernels.heads import classifier
 
@@ -54,7 +54,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
         lines.append("    # weight: 2  # counts as two specialists")
     lines += [
         "merge_method: r2m",
-        *(f"#   {name}: {method.title}" for name, method in OFFERED.items()),
+        *(f"#   {name}: {printable(one.title)}" for name, one in {**OFFERED, **METHODS.load_others()[0]}.items()),
         "parameters: {}",
         "#   rank: 0.2  # or by name: [{filter: '*attn*', value: 0.2}, {value: 0.4}]",
         "#   exclude: ['*.embeddings.*']  # kept out of subspace and truncation",

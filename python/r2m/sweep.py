@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r2m import former
-from r2m.merge import Job, Progress, complete, open_job
+from r2m.merge import Job, complete, open_job
 from r2m.options import SWEPT, Options
 from r2m.output import PartialOutput, Workplace, held
 from r2m.ownership import foreign, is_unfinished
 from r2m.places import csv_table, new_file, sync
+from r2m.points import Asked, Point, points_of, widest
+from r2m.recipe import Recipe
 from r2m.records import STATE
 from r2m.relink import refuse_lost
 from r2m.workplace import directory_of, resolved
-from r2m_kernels import Analysis, MergeConfig
-from r2m_kernels.errors import BadFile, BadOption
+from r2m_kernels import Analysis, MergeConfig, Progress
+from r2m_kernels.errors import BadFile
 
 SWEEP_FILE = "sweep.csv"
 
@@ -33,15 +35,18 @@ def sweep(
     to: str | Path,
     options: Options | None = None,
     *,
+    methods: Iterable[Asked] = (),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Merges with every combination of some options' values, from one analysis at the largest rank.
+    """Merges with every combination of some options' values, from one analysis at the largest rank, or by methods.
 
     Args:
         out: the output of a merge.
-        values: option of :data:`SWEPT` → what it takes.
+        values: option of :data:`r2m.points.GRID` → what it takes, in methods that use it.
         to: a directory to create: one output per combination in it, and ``sweep.csv``.
         options: how it is run; files are as large as those of ``out``.
+        methods: to compare, each with options of its own; none: the one of ``out``. Points with what an analysis
+            depends on in common are merged from one.
         progress: called as the work goes on.
 
     Returns:
@@ -56,41 +61,57 @@ def sweep(
     """
     recipe = former.recipe_of(out)
     refuse_lost(recipe, out)
-    points = _points(recipe.config, values)
+    points = points_of(recipe, values, methods)
+    shared: dict[str, list[Point]] = {}
+    for point in points:
+        shared.setdefault(point.analysis, []).append(point)
+    options = replace(options or Options(), max_shard_size=former.shard_size(out))
+    jobs = {key: _job(recipe, some, options) for key, some in shared.items()}
     target = Path(to)
-    widest = replace(recipe, config=_widest(recipe.config, list(points.values())))
-    job = open_job(widest, replace(options or Options(), max_shard_size=former.shard_size(out)))
     places = {Path(os.path.realpath(place)) for place in (target, directory_of(resolved(to)))}
-    if any(places & set(Path(os.path.realpath(file)).parents) for file in job.files):
+    if any(places & set(Path(os.path.realpath(file)).parents) for job in jobs.values() for file in job.files):
         raise BadFile(f"to ({to}): holds an input, and inputs are never written to")
     with contextlib.ExitStack() as stack:
         workplace = stack.enter_context(held(to))
-        states = {name: _state(_at(job, config), job, target / name) for name, config in points.items()}
+        states = {
+            point.name: _state(_at(jobs[point.analysis], point.config), jobs[point.analysis], target / point.name)
+            for point in points
+        }
         there = _refuse_others(target, states)
         workplace.make_empty()
         stack.callback(workplace.clear)
+        stack.push(functools.partial(_told_of_points, target, states))
         target.mkdir(parents=True, exist_ok=True)
-        # What is on the disk already may be all of it, but for the table.
-        analysis = None
-        if len(there) < len(points):
-            analysis = job.analyze(spill_directory=workplace.directory, progress=progress)
-        rows = []
-        for name, config in points.items():
-            if name not in there:
-                assert analysis is not None
-                _write(_at(job, config), analysis, states[name], workplace, target / name, progress)
-            rows.append(
-                _row(name, {field: getattr(config, field) for field in values}, former.report_of(target / name))
-            )
+        for key, some in shared.items():
+            left = [point for point in some if point.name not in there]
+            if not left:  # all of it is on the disk already
+                continue
+            analysis = jobs[key].analyze(spill_directory=workplace.directory, progress=progress)
+            for point in left:
+                job = _at(jobs[key], point.config)
+                _write(job, analysis, states[point.name], workplace, target / point.name, progress)
+        rows = [_row(point, former.report_of(target / point.name)) for point in points]
         new_file(target / SWEEP_FILE, csv_table(rows))
     return rows
 
 
-def _row(name: str, values: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+def _told_of_points(target: Path, names: Iterable[str], _: Any, error: BaseException | None, __: Any) -> None:
+    """What is kept where a sweep is cut off, as a note for who reads why."""
+    whole = sum((target / name).is_dir() for name in names)
+    if error is not None and whole:
+        error.add_note(f"{whole} whole merges are kept in {target}; the same command goes on from there.")
+
+
+def _job(recipe: Recipe, points: Sequence[Point], options: Options) -> Job:
+    """What is analyzed for points that have it in common."""
+    config = widest([point.config for point in points])
+    return open_job(replace(recipe, config=config, method=points[0].method), options)
+
+
+def _row(point: Point, report: Mapping[str, Any]) -> dict[str, Any]:
     core, residual = report["core"], report["residual"]
     return {
-        "point": name,
-        **values,
+        **point.row,
         "core/mean": core["norm_ratio_to_mean"],
         "core scale used": core["scale_used"],
         "eta used": residual["eta_used"],
@@ -125,28 +146,6 @@ def _refuse_others(target: Path, states: Mapping[str, Mapping[str, Any]]) -> set
         if not same or foreign(target / name):
             raise BadFile(f"to ({target}): holds {name} of another sweep; remove it, or give another directory")
     return ours
-
-
-def _points(config: MergeConfig, values: Mapping[str, Sequence[Any]]) -> dict[str, MergeConfig]:
-    """Name → configuration of every combination."""
-    for field, given in values.items():
-        if field not in SWEPT:
-            raise BadOption(f"{field}: cannot be swept over; expected one of {', '.join(SWEPT)}")
-        if len({repr(value) for value in given}) < len(given) or not given:
-            raise BadOption(f"{field}: expected different values, got {', '.join(map(str, given)) or 'none'}")
-    if not values:
-        raise BadOption(f"sweep: expected values of one option at least: {', '.join(SWEPT)}")
-    combinations = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
-    return {",".join(f"{field}={value}" for field, value in one.items()): config.replace(**one) for one in combinations}
-
-
-def _widest(config: MergeConfig, points: Sequence[MergeConfig]) -> MergeConfig:
-    """What has to be analyzed for all of them."""
-    ranks = [point.rank for point in points]
-    if len({type(rank) for rank in ranks}) > 1:
-        raise BadOption(f"rank: expected shares alone or whole numbers alone, got {', '.join(map(str, ranks))}")
-    strongest = max(points, key=lambda point: point.eta)
-    return strongest.replace(rank=max(ranks))
 
 
 def _at(job: Job, config: MergeConfig) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,7 +67,7 @@ class PlannedTensor:
         return self if rank == self.rank else replace(self, rank=rank)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All tensors of the output in the base's order (extras last), and the tied ones left out of the arithmetic.
 
@@ -78,6 +79,10 @@ class Plan:
     tied: Mapping[str, Sequence[str]]
     dropped: tuple[str, ...]
     heads: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = Counter(tensor.role for tensor in self.tensors)
+        return f"<Plan: {', '.join(f'{count} {role}' for role, count in counts.items())}>"
 
     def of(self, *roles: Role) -> list[PlannedTensor]:
         """The tensors of some roles, largest first: the order in which threads take them."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,6 +16,7 @@ from .._backends import choose, usable_device
 from .._interface import Operators
 from ..config import MergeConfig
 from ..errors import R2MError
+from ..progress import Progress, ProgressEvent, readable_bytes
 from . import budget
 from .budget import Inputs
 from .compatibility import plan as plan_tensors
@@ -26,26 +28,9 @@ from .schedule import Found, Pass, Step, run_in_groups, run_on_threads, shares, 
 from .spill import FactorStore
 from .state_dicts import device_of
 
+logger = logging.getLogger(__name__)
 # Of the device memory free at the start, what the merge takes unless it is told.
 DEVICE_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """More tensors done: one, or a group on the Triton backend.
-
-    ``step`` is "task Gram", "truncation" or "combination"; counts are of that step, and with several processes of what
-    falls to this one.
-    """
-
-    step: str
-    tensors_done: int
-    tensors_total: int
-    bytes_done: int
-    bytes_total: int
-
-
-Progress = Callable[[ProgressEvent], None]
 
 
 @dataclass(frozen=True)
@@ -104,6 +89,8 @@ class Run:
         self.processes, self.journal = options.processes or SingleProcess(), options.journal or NoJournal()
         self.loader = Loader(inputs, self.device)
         self.records: dict[str, StepRecord] = {}
+        logger.info("backend %s on %s: %s", self.backend.name, self.device, self.backend.reason)
+        logger.debug("%r", self.plan)
         known = passes(self.plan, config, self.backend.operators)
         self._share = shares(self.plan, known, inputs, config, self.processes.size)[self.processes.index]
         free = _free_bytes(self.device, limit)
@@ -122,6 +109,12 @@ class Run:
         self.factors = FactorStore(self.memory.factors, options.spill_directory, None if free is None else free // 2)
         if self.memory.spill > 0:
             self.factors.reserve(self.memory.spill)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an analysis reads its inputs again at every merge and keeps factors in a file, so that it cannot be "
+            "pickled or copied; keep its report() or what it merges"
+        )
 
     def owns(self, tensor: PlannedTensor) -> bool:
         """Whether this process works on a tensor."""
@@ -179,7 +172,8 @@ class Run:
         read = self.loader.read_bytes - read_before
         values = self.processes.gather(values, trouble)
         read = sum(self.processes.gather({str(self.processes.index): read}).values())
-        self.records[over.name] = StepRecord(over.name, time.perf_counter() - start, read)
+        record = self.records[over.name] = StepRecord(over.name, time.perf_counter() - start, read)
+        logger.info("%s: %d tensors, %s in %.3f s", over.name, len(left), readable_bytes(read), record.seconds)
         return values
 
 

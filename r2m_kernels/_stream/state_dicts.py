@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..errors import BadOption, quoted
 from .plan import Plan
 from .tensors import TensorSource, TensorSpec
 
+logger = logging.getLogger(__name__)
 Checkpoint = Mapping[str, Tensor] | nn.Module | TensorSource
 Experts = Mapping[str, Checkpoint] | Sequence[Checkpoint]
 
@@ -26,7 +28,8 @@ def open_checkpoints(base: Checkpoint, experts: Experts) -> tuple[TensorSource, 
         raise BadOption(f"experts: expected a sequence or a mapping by name, got {type(experts).__name__}")
     named = experts if isinstance(experts, Mapping) else {f"expert{i}": item for i, item in enumerate(experts)}
     source = open_checkpoint("base", base)
-    return source, {name: open_checkpoint(f"expert {quoted(name)}", item) for name, item in named.items()}
+    opened = {name: open_checkpoint(f"expert {quoted(name)}", item) for name, item in named.items()}
+    return source, {name: _named_as(source, item) for name, item in opened.items()}
 
 
 def open_checkpoint(label: str, checkpoint: Checkpoint) -> TensorSource:
@@ -56,6 +59,31 @@ def open_checkpoint(label: str, checkpoint: Checkpoint) -> TensorSource:
     return StateDictSource(label, checkpoint)
 
 
+def _named_as(base: TensorSource, expert: TensorSource) -> TensorSource:
+    """An expert under the base's names, where wrappers alone tell them apart, such as ``torch.compile`` adds."""
+    if not (isinstance(base, StateDictSource) and isinstance(expert, StateDictSource)):
+        return expert
+    known = {plain: name for name, plain in _without_wrappers(base.specs).items()}
+    names = {name: known.get(plain, plain) for name, plain in _without_wrappers(expert.specs).items()}
+    fewer = len({*names.values()} & base.specs.keys()) <= len(expert.specs.keys() & base.specs.keys())
+    if fewer or len({*names.values()}) < len(names):
+        return expert
+    first = next(name for name, new in names.items() if new != name)
+    note = f"{expert.label}: named as a compiled or parallel module has it, {quoted(first)} taken as "
+    renamed = StateDictSource(expert.label, {new: expert.read(name) for name, new in names.items()})
+    renamed.notes = (f"{note}{quoted(names[first])}",)
+    logger.info("%s", renamed.notes[0])
+    return renamed
+
+
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Name → what it is in the module that is wrapped: without ``_orig_mod.``, and ``module.`` before all of them."""
+    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    while plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {name: inner.removeprefix("module.") for name, inner in plain.items()}
+    return plain
+
+
 def device_of(source: TensorSource, plan: Plan) -> torch.device:
     """Where the first planned tensor of a state dict lies; the CPU for other sources."""
     if isinstance(source, StateDictSource):
@@ -70,6 +98,7 @@ class StateDictSource:
 
     def __init__(self, label: str, state_dict: Mapping[str, Tensor]) -> None:
         self.label = label
+        self.notes: tuple[str, ...] = ()  # on what was understood in another way than it was given
         self._tensors = {
             name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in state_dict.items()
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,8 +19,10 @@ import pytest
 import r2m.merge
 import torch
 from r2m.commands.main import main
+from r2m.commands.main import r2m as group
 from r2m.commands.merge import merge
 from r2m.commands.process import exit_code
+from r2m.commands.way import ORDER, WAY
 from r2m.distributed import LostProcess
 from r2m.options import Options
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe
@@ -31,6 +34,7 @@ from r2m_kernels.config import FLAGS, METHODS, OFFERED, make_config
 from r2m_kernels.errors import BackendUnavailable, BadCheckpoint
 from r2m_kernels.fields import OPTIONS
 from r2m_kernels.options import flag
+from r2m_kernels.summary import in_words
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -45,20 +49,44 @@ def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) 
     result = command("merge", *checkpoints.arguments, "--out", "a/merged")
     report = json.loads(Path("a/merged/r2m_report.json").read_text())
     assert result.code == 0
-    where, coefficients, norms = result.out.splitlines()
+    where, *words, following = result.out.splitlines()
     assert where.startswith("Merged 3 experts into a/merged: ")
-    assert coefficients == "core coefficients: " + ", ".join(
-        f"{name} {report['core']['coefficients'][name]:.3f}" for name in ("fs", "fr", "efs")
-    )
-    assert norms == (
-        f"‖core‖/‖mean‖ {report['core']['norm_ratio_to_mean']:.3g}, λ {report['core']['scale_used']:.3g}, "
-        f"η {report['residual']['eta_used']:.3g}, "
-        f"truncation cut up to {max(report['residual']['cut'].values()):.0%} of a residual"
-    )
-    norms = command("merge", *checkpoints.arguments, "--row-power", "0", "--out", "a/alike").out.splitlines()[2]
+    assert words == in_words(report)
+    cosines, shared, beyond = words
+    total = sum(map(abs, report["core"]["coefficients"].values()))
+    shares = ", ".join(f"{name} {report['core']['coefficients'][name] / total:.0%}" for name in ("fs", "fr", "efs"))
+    length = f"{report['core']['norm_ratio_to_mean']:.0%} as long as the experts' mean"
+    assert cosines.startswith("Experts moved by ")
+    assert shared == f"Shared by all (the core): {shares}, {length}, multiplied by {report['core']['scale_used']:.3g}."
+    assert f"{max(report['residual']['cut'].values()):.0%} of an expert's energy" in beyond
+    assert following == "Next: r2m evaluate a/merged --data PICTURES --out a/merged.evaluation"
+    assert result.err.startswith("comparing experts: 4 tensors, ")
+    beyond = command("merge", *checkpoints.arguments, "--row-power", "0", "--out", "a/alike").out.splitlines()[3]
     report = json.loads(Path("a/alike/r2m_report.json").read_text())
-    assert f", ‖residual term‖/‖core‖ {report['residual']['norm_ratio_to_core']:.3g}, truncation cut" in norms
-    assert result.err.startswith("task Gram: 4 tensors, ")
+    assert beyond.endswith(f", {report['residual']['norm_ratio_to_core']:.0%} as long as the core.")
+
+
+def test_alone_the_command_shows_the_way_and_all_of_every_summary(command: Command) -> None:
+    result = command()
+    lines = result.err.splitlines()
+    at = [
+        next(number for number, line in enumerate(lines) if line.startswith(f"  r2m {name} "))
+        for name in WAY
+        if name in group.commands
+    ]
+    assert at == sorted(at)
+    listed = result.err.partition("Commands, in this order:\n")[2]
+    assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == [name for name in ORDER if name in group.commands]
+    assert group.commands.keys() <= {*ORDER}, "their place in the order is not said"
+    for one in group.commands.values():
+        assert " ".join((one.help or "").partition("\n\n")[0].split()) in " ".join(listed.split())
+
+
+@pytest.mark.parametrize("name", sorted({*group.commands} & {*WAY}))
+def test_the_way_is_one_that_can_be_gone(name: str) -> None:
+    words = [word for word in WAY[name].split() if word.startswith("--")]
+    known = {flag for parameter in group.commands[name].params for flag in parameter.opts}
+    assert {*words} <= known
 
 
 def test_warnings_are_told(checkpoints: Checkpoints, command: Command) -> None:
@@ -86,15 +114,19 @@ def test_undefined_numbers_are_shown_as_that(checkpoints: Checkpoints, command: 
     result = command("merge", "--base", "base.safetensors", "--expert", "base.safetensors", "--out", "merged")
     assert result.code == 0
     assert "Merged 1 expert into merged" in result.out
-    assert "‖core‖/‖mean‖ undefined" in result.out
+    assert "nan" not in result.out
+    assert "None" not in result.out
 
 
 @pytest.fixture
 def configuration(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """What ``merge_files`` is called with, instead of a merge."""
     report = {
+        "experts": ["x"],
+        "task_vectors": {"relative_to_base": {"x": None}, "cosines": [[None]]},
         "core": {"coefficients": {"x": 1.0}, "norm_ratio_to_mean": None, "scale_used": 1.0},
-        "residual": {"eta_used": None, "norm_ratio_to_core": None},
+        "config": {"elementwise": "none", "eta": 0.0},
+        "residual": {},
         "output": {"bytes": 1, "seconds": 0.0},
         "warnings": [],
     }
@@ -452,15 +484,14 @@ def test_a_process_on_a_terminal_without_such_letters_merges(checkpoints: Checkp
         "merge",
         *checkpoints.arguments,
         "--out",
-        "out",
+        "out‖",
         python=(),
         environment={"PYTHONIOENCODING": "latin-1"},
     ) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "Merged 3 experts into out" in out
-    assert "?core?/?mean?" in out
-    assert set(load_file("out/model.safetensors")) == set(checkpoints.base)
+    assert "Merged 3 experts into out?: " in out
+    assert set(load_file("out‖/model.safetensors")) == set(checkpoints.base)
 
 
 def test_a_process_with_bad_input_ends_with_2(checkpoints: Checkpoints, start: Start) -> None:
@@ -498,7 +529,7 @@ def test_ctrl_c_ends_a_process_with_130(tmp_path: Path, start: Start, monkeypatc
     arguments = "--base base.safetensors --expert a.safetensors --expert b.safetensors --svd exact --out x/out"
     with start("merge", *arguments.split()) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("task Gram: 12 tensors")
+        assert process.stderr.readline().startswith("comparing experts: 12 tensors")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

@@ -35,9 +35,11 @@ def test_a_set_that_fits(checkpoints: Checkpoints, command: Command) -> None:
     paths = [checkpoints.base_path, *checkpoints.paths.values()]
     result = command("inspect", *paths)
     assert result.code == 0
-    verdict = result.out.splitlines()[-1]
+    verdict, following = result.out.splitlines()[-2:]
+    assert following == f"Next: r2m init {' '.join(paths)}"
     assert verdict.startswith("can be merged into base.safetensors: ")
-    assert set(verdict.partition(": ")[2].split(", ")) == {"2 as matrix", "2 as vector", "2 as copied"}
+    counts = {"2 matrices merged", "2 vectors merged", "2 kept as the base's"}
+    assert set(verdict.partition(": ")[2].split(", ")) == counts
     rows = [line for line in command("inspect", "--norms", *paths).out.splitlines() if "task vector" in line]
     assert [row.split()[-1] for row in rows] == ["fs.safetensors", "fr.safetensors", "efs.safetensors"]
     matrices = ("block.weight", "conv.weight")

@@ -6,26 +6,27 @@ import io
 import sys
 
 import pytest
-from r2m.progress import Lines, readable_bytes, reporting
+from r2m.progress import reporting
 
-from r2m_kernels import ProgressEvent
+from r2m_kernels import ProgressEvent, ProgressLines
+from r2m_kernels.progress import readable_bytes
 
 
 def test_lines_come_at_the_ends_of_a_step_and_now_and_then() -> None:
     now = 0.0
     lines: list[str] = []
-    show = Lines(lines.append, lambda: now)
+    show = ProgressLines(lines.append, lambda: now)
     for second in range(13):
         now = float(second)
         show(ProgressEvent("truncation", second + 1, 13, 10**6 * (second + 1), 13 * 10**6))
     show(ProgressEvent("combination", 1, 1, 0, 0))
     assert lines == [
-        "truncation: 13 tensors, 13 MB",
-        "truncation: 6 of 13 tensors, 6 MB, about 6 s left",
-        "truncation: 11 of 13 tensors, 11 MB, about 2 s left",
-        "truncation: done in 12.0 s",
-        "combination: 1 tensors, 0 B",
-        "combination: done in 0.0 s",
+        "truncating residuals: 13 tensors, 13 MB",
+        "truncating residuals: 6 of 13 tensors, 6 MB, about 6 s left",
+        "truncating residuals: 11 of 13 tensors, 11 MB, about 2 s left",
+        "truncating residuals: done in 12.0 s",
+        "adding up: 1 tensors, 0 B",
+        "adding up: done in 0.0 s",
     ]
 
 
@@ -47,7 +48,7 @@ def test_a_terminal_shows_tensors_bytes_and_time(monkeypatch: pytest.MonkeyPatch
     shown = terminal.getvalue()
     assert "4/4 tensors" in shown
     assert "4 MB of 4 MB" in shown
-    assert "combination" in shown
+    assert "adding up" in shown
     assert "1/4 tensors" in shown
     assert "0:00:00" in shown
 
@@ -57,7 +58,7 @@ def test_elsewhere_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> 
         assert show is not None
         show(ProgressEvent("task Gram", 1, 2, 5, 10))
     captured = capsys.readouterr()
-    assert captured.err == "task Gram: 2 tensors, 10 B\n"
+    assert captured.err == "comparing experts: 2 tensors, 10 B\n"
     assert captured.out == ""
 
 

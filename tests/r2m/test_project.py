@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,7 +210,13 @@ def test_a_sweep_is_one_analysis_merged_again_and_again(
     assert command("merge", *checkpoints.arguments, "--method", method, "--out", "out").code == 0
     result = command("sweep", "out", "--to", "swept", *options)
     assert result.code == 0, result.err
-    assert result.out == f"{len(points)} merges in swept, in swept/sweep.csv what they are\n"
+    told, following = result.out.splitlines()
+    assert told == f"{len(points)} merges in swept, in swept/sweep.csv what they are"
+    named = [model.partition("=")[::2] for model in following.split("--model ")[1:]]
+    assert [name.replace("-", "=") for name, _ in named] == [
+        path.split()[0].removeprefix("swept/") for _, path in named
+    ]
+    assert len(named) == len(points)
     config = {"r2m_truncated": make_config("r2m_truncated", {}), "r2m": MergeConfig.r2m()}[method]
     largest = max((rank for rank, _ in points if rank is not None), default=config.rank)
     analysis = analyze(checkpoints.base, checkpoints.experts, config, rank=largest)
@@ -236,6 +243,81 @@ def test_a_sweep_reads_once_and_combines_for_each(checkpoints: Checkpoints, comm
     assert first["task Gram"] == second["task Gram"] > 0
 
 
+def test_a_sweep_over_methods_is_each_as_merged_alone(
+    checkpoints: Checkpoints, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from r2m import sweep
+
+    arguments = [*checkpoints.arguments, "--keep", "conv*"]
+    assert command("merge", *arguments, "--rank", "0.3", "--eta", "0.7", "--out", "out").code == 0
+    words = ("sweep", "out", "--to", "swept", "--method", "ties:density=0.1,ties,tsv_m,r2m", "--rank", "0.2,0.3")
+    result = command(*words)
+    assert result.code == 0, result.err
+    alone = {
+        "method=ties,density=0.1": ["--method", "ties", "--density", "0.1"],
+        "method=ties": ["--method", "ties"],
+        "method=tsv_m": ["--method", "tsv_m"],
+        # Of the method that out was made by all stays that is not said; both ranks are of one analysis.
+        "method=r2m,rank=0.2": None,
+        "method=r2m,rank=0.3": ["--rank", "0.3", "--eta", "0.7"],
+    }
+    rows = list(csv.DictReader(Path("swept/sweep.csv").read_text().splitlines()))
+    assert [row["point"] for row in rows] == list(alone)
+    assert [(row["method"], row["rank"], row["density"]) for row in rows] == [
+        ("ties", "", "0.1"),
+        ("ties", "", "0.2"),
+        ("tsv_m", "", ""),
+        ("r2m", "0.2", ""),
+        ("r2m", "0.3", ""),
+    ]
+    assert sorted(os.listdir("swept")) == sorted([*alone, "sweep.csv"])
+    for number, (point, options) in enumerate(alone.items()):
+        report = json.loads(Path("swept", point, "r2m_report.json").read_text())
+        assert report["method"] == rows[number]["method"]
+        assert report["config"]["keep"] == ["conv*"]
+        if options is not None:
+            assert command("merge", *arguments, *options, "--out", f"alone{number}").code == 0
+            assert Path("swept", point, OUTPUT).read_bytes() == Path(f"alone{number}", OUTPUT).read_bytes()
+    config = json.loads(Path("swept/method=r2m,rank=0.2/r2m_report.json").read_text())["config"]
+    assert (config["rank"], config["eta"]) == (0.2, 0.7)
+    # Cut off and given again: what is whole stays, and only what is missing is analyzed.
+    analyzed: list[str] = []
+    analyze_job = sweep.Job.analyze
+    monkeypatch.setattr(
+        sweep.Job, "analyze", lambda job, **more: analyzed.append(job.recipe.method) or analyze_job(job, **more)
+    )
+    before = {point: Path("swept", point, OUTPUT).stat().st_mtime_ns for point in alone}
+    Path("swept/sweep.csv").unlink()
+    shutil.rmtree("swept/method=tsv_m")
+    assert command(*words).code == 0
+    assert analyzed == ["tsv_m"]
+    after = {point: Path("swept", point, OUTPUT).stat().st_mtime_ns for point in alone}
+    assert {point for point in alone if before[point] != after[point]} == {"method=tsv_m"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method tys", "method: expected one of 'r2m', "),
+        ("--method ties:dense=2", "method: ties: expected OPTION=VALUE, got 'dense=2'; did you mean 'density'?"),
+        ("--method ties:density", "method: ties: density: expected density=VALUE, got 'density'"),
+        ("--method ties:density=2", "density: expected a number in (0, 1], got 2"),
+        ("--method ties:eta=2", "--eta: not used by the method 'ties', which uses "),
+        ("--method ties --eta 1,2", "--eta: none of the methods ties uses it"),
+        ("--method ties,ties", "sweep: expected different points, got method=ties twice"),
+        ("--method r2m:exclude=a", "--exclude: cannot be given here; a recipe's parameters have it"),
+        ("--density 0.1", "density: cannot be swept over; expected one of rank, eta, core_scale, row_power"),
+        ("", "sweep: expected values of one option at least: rank, eta, core_scale, row_power; or methods"),
+    ],
+)
+def test_sweeps_that_cannot_be(words: str, said: str, checkpoints: Checkpoints, command: Command) -> None:
+    assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
+    result = command("sweep", "out", "--to", "swept", *words.split())
+    assert result.code == 2
+    assert result.err.startswith(f"Error: {said}")
+    assert not Path("swept").exists()
+
+
 def test_a_full_disk_ends_a_sweep_with_whole_points_alone(
     checkpoints: Checkpoints, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +338,7 @@ def test_a_full_disk_ends_a_sweep_with_whole_points_alone(
     result = command("sweep", "out", "--to", "swept", "--eta", "0.5,1,2")
     assert result.code == 1
     assert os.listdir("swept") == ["eta=0.5"]
+    assert result.err.endswith("1 whole merges are kept in swept; the same command goes on from there.\n")
 
 
 def test_a_merge_enters_with_the_number_of_its_specialists(checkpoints: Checkpoints, command: Command) -> None:

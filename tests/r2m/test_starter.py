@@ -31,7 +31,8 @@ def test_a_starter_recipe_merges_as_the_options_do(checkpoints: Checkpoints, com
     Path("project").mkdir()
     words = [f"{name}={path}" for name, path in checkpoints.paths.items()]
     result = command("init", "base.safetensors", *words, "--to", "project/recipe.yaml")
-    assert (result.code, result.out) == (0, "project/recipe.yaml: r2m merge project/recipe.yaml --out merged\n")
+    said = "project/recipe.yaml: a recipe for a base and 3 experts, which fit\n"
+    assert (result.code, result.out) == (0, f"{said}Next: r2m merge project/recipe.yaml --out merged\n")
     text = Path("project/recipe.yaml").read_text()
     assert 'base_model: "../base.safetensors"  # unknown family, 6 tensors' in text
     assert command("merge", "project/recipe.yaml", "--out", "a").code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -9,26 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from r2m.commands.given import take_options
+from r2m.commands.given import read_methods, read_value, take_options
 from r2m.commands.merge import tell
 from r2m.commands.messages import done, say
-from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option, read_rank
+from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import settle_memory
-from r2m.options import OPTIONS, SWEPT
+from r2m.commands.way import following
+from r2m.options import OPTIONS
+from r2m.points import GRID
 from r2m_kernels.config import FLAGS
 from r2m_kernels.errors import BadOption, printable
-from r2m_kernels.fields import FILES, STRENGTH
+from r2m_kernels.fields import FILES, METHOD, STRENGTH
 from r2m_kernels.options import flag
 
 if TYPE_CHECKING:
     from r2m.recipe import Recipe
 
+_LISTED = 8  # points, as words of a command
 _RUNNING = [OPTIONS[name] for name in ("device", "backend", "memory_budget")]
 
 
 def _swept(command: Any) -> Any:
     """An option for each that may be swept over."""
-    for key in reversed(SWEPT):
+    for key in reversed(GRID):
         command = option(STRENGTH, flag(key), metavar="A,B,…", help=FLAGS[key].sentence)(command)
     return command
 
@@ -98,23 +102,44 @@ def _merge_again(out: str, changed: Callable[[Recipe], Recipe], *, quiet: bool, 
 @click.command(cls=SectionedCommand)
 @click.argument("out", metavar="OUT")
 @option(FILES, "--to", required=True, metavar="DIR", help="The directory to create, with one output per combination.")
+@option(
+    METHOD,
+    "--method",
+    "methods",
+    metavar="A,B,…",
+    help="Compare methods, each with options of its own after colons: ties:density=0.1,tsv_m,r2m. What OUT's recipe "
+    "says of weights and of tensors by name holds for all.  [default: OUT's]",
+)
 @_swept
 @flags(_RUNNING)
 @OFFLINE
 @QUIET
-def sweep(out: str, to: str, quiet: bool, **given: Any) -> None:
-    """Merge OUT, the output of a merge, with every combination of some options: analyzed once, combined for each."""
+def sweep(out: str, to: str, methods: str | None, quiet: bool, **given: Any) -> None:
+    """Merge OUT, the output of a merge, by several methods or with every combination of some options.
+
+    Values of an option go to the methods that use it. What has one analysis in common is analyzed once and combined for
+    each; a sweep that was cut off goes on when the same command is given again.
+    """
     settle_memory()
     from r2m.progress import reporting
     from r2m.sweep import sweep as run
     from r2m_kernels.errors import printable
 
-    texts = {field: given.pop(field) for field in SWEPT}
-    values = {field: [read_rank(one) for one in text.split(",")] for field, text in texts.items() if text is not None}
+    texts = {field: given.pop(field) for field in GRID}
+    values = {field: [read_value(field, one) for one in text.split(",")] for field, text in texts.items() if text}
+    asked = read_methods(methods) if methods is not None else ()
     with reporting(quiet=quiet) as progress:
-        rows = run(out, values, to, take_options(given), progress=progress)
+        rows = run(out, values, to, take_options(given), methods=asked, progress=progress)
     if not quiet:
         done(printable(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are"))
+        points = [word for row in rows for word in ("--model", shlex.quote(_as_model(to, row["point"])))]
+        scored = ["--data", "PICTURES", "--out", shlex.quote(f"{to}.evaluation")]
+        done(following("evaluate", *(points if len(rows) <= _LISTED else [*points[:2], "--model", "…"]), *scored))
+
+
+def _as_model(to: str, point: str) -> str:
+    """A point as ``r2m evaluate`` takes it, under a name without =."""
+    return f"{point.removeprefix('method=').replace('=', '-')}={to}/{point}"
 
 
 @click.command()

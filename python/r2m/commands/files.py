@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from r2m.commands.given import only_given
 from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, names
+from r2m.commands.way import following
 from r2m.recipe import DTYPES, Arrangement
 
 
@@ -28,7 +30,9 @@ def init(base: str, experts: tuple[str, ...], to: str) -> None:
         new_file(Path(to), text.encode(), replace=False)
     except FileExistsError:
         raise click.UsageError(f"{to}: exists already; --to names another file.") from None
-    done(printable(f"{to}: r2m merge {to} --out merged"))
+    count = len(experts)
+    done(printable(f"{to}: a recipe for a base and {count} expert{'s' * (count > 1)}, which fit"))
+    done(following("merge", shlex.quote(to), "--out", "merged"))
 
 
 @click.command()

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from r2m.commands.options import read_rank
 from r2m.options import OPTIONS, Options
+from r2m.points import Asked
 from r2m.recipe import ARRANGEMENT, OUTPUT, Recipe
-from r2m_kernels.config import FLAGS
+from r2m_kernels.checks import choice, did_you_mean
+from r2m_kernels.config import FLAGS, METHODS
 from r2m_kernels.errors import BadOption
 from r2m_kernels.fields import OPTIONS as PARAMETERS
 from r2m_kernels.options import flag
+
+_TRUTH = {"true": True, "false": False}
 
 
 def only_given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,3 +60,43 @@ def _change(key: str) -> str:
     option = FLAGS.get(key)
     parameter = f"parameters.{option.name}" if option is not None and option.name in PARAMETERS else "KEY"
     return f"--set {places.get(key, parameter)}=VALUE changes it"
+
+
+def read_methods(text: str) -> list[Asked]:
+    """``"ties:density=0.1,tsv_m"``: methods, each with options of its own after colons.
+
+    Raises:
+        BadOption: no such method or option, or a value that is none.
+    """
+    asked: list[Asked] = []
+    for one in text.split(","):
+        name, *options = one.strip().split(":")
+        choice("method", name, tuple(METHODS))
+        asked.append((name, dict(_read(name, option) for option in options)))
+    return asked
+
+
+def _read(method: str, text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    key = key.strip().removeprefix("--").replace("-", "_")
+    if key not in FLAGS:
+        raise BadOption(f"method: {method}: expected OPTION=VALUE, got {text!r}{did_you_mean(key, FLAGS)}")
+    if not separator or not value:
+        raise BadOption(f"method: {method}: {key}: expected {key}=VALUE, got {text!r}")
+    return key, read_value(key, value)
+
+
+def read_value(key: str, text: str) -> Any:
+    """An option's value as it is written; whether it may have that one is for the configuration to say.
+
+    Raises:
+        BadOption: the option's values are no single words.
+    """
+    declared = FLAGS[key]
+    if declared.choices:
+        return text
+    if declared.kind in (float | int, float, int):
+        return read_rank(text)
+    if declared.kind is bool:
+        return _TRUTH.get(text, text)
+    raise BadOption(f"{flag(key)}: cannot be given here; a recipe's parameters have it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ import click
 from r2m.commands.given import only_given
 from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, names
+from r2m.commands.way import following
 from r2m.recipe import Arrangement
 
 
@@ -29,6 +31,8 @@ def inspect(paths: tuple[str, ...], norms: bool, every: bool, **given: Any) -> i
     lines, fit = look(paths, arrangement=arrangement, norms=norms, every=every)
     for line in lines:
         say(line)
+    if fit and len(paths) > 1:
+        say(following("init", *map(shlex.quote, paths)))
     return 0 if fit else 1
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import click
 
-from r2m.commands import again, evaluate, files, look, merge
+from r2m.commands import again, evaluate, files, look, merge, methods
 from r2m.commands.messages import say, settled
 from r2m.commands.process import ENDED, exit_code, no_memory
+from r2m.commands.way import WayGroup
 from r2m_kernels.errors import DoesNotFit, printable
 
 
@@ -23,7 +24,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-@click.group(name="r2m", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=WayGroup, name="r2m", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -36,8 +39,9 @@ def r2m() -> None:
     """Merge detectors that were fine-tuned from one base into one detector, without data (R²M)."""
 
 
-for _command in (*merge.COMMANDS, *again.COMMANDS, *look.COMMANDS, *evaluate.COMMANDS, *files.COMMANDS):
-    r2m.add_command(_command)
+for _module in (merge, again, look, evaluate, files, methods):
+    for _command in _module.COMMANDS:
+        r2m.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

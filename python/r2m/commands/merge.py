@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
 
 from r2m.commands.given import recipe_of, take_options
 from r2m.commands.messages import done, say
-from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
+from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, method_name, option
 from r2m.commands.process import exit_code, settle_memory
+from r2m.commands.way import following
 from r2m.options import OPTIONS, RUN
 from r2m.recipe import ARRANGEMENT, OUTPUT
 from r2m_kernels.config import FLAGS, METHODS, OFFERED
@@ -52,8 +54,8 @@ from r2m_kernels.fields import FILES, METHOD
 @option(
     METHOD,
     "--method",
-    type=click.Choice(list(METHODS)),
-    metavar=f"[{'|'.join(OFFERED)}]",  # a former method is still understood
+    type=method_name,
+    metavar=f"[{'|'.join([*OFFERED, *METHODS.others])}]",  # a former method is still understood
     help="; ".join(f"{name}: {method.title}" for name, method in OFFERED.items()) + ".  [default: r2m]",
 )
 @flags(FLAGS.values())
@@ -112,7 +114,7 @@ def _plan(out: str, given: dict[str, Any], *, quiet: bool, listed: bool = False,
 
 
 def tell(report: dict[str, Any], out: str, quiet: bool) -> None:
-    """What a merge did, in three lines, and its warnings."""
+    """What a merge did, in words, its warnings, and what comes next."""
     if quiet:
         return
     from r2m_kernels.errors import printable
@@ -125,26 +127,18 @@ def tell(report: dict[str, Any], out: str, quiet: bool) -> None:
 
 
 def _summary(report: dict[str, Any], out: str) -> list[str]:
-    from r2m.progress import readable_bytes
     from r2m_kernels.errors import printable
+    from r2m_kernels.progress import readable_bytes
+    from r2m_kernels.summary import in_words
 
-    core, residual, output = report["core"], report["residual"], report["output"]
-    count = len(core["coefficients"])
-    coefficients = ", ".join(f"{printable(name)} {value:.3f}" for name, value in core["coefficients"].items())
+    output, count = report["output"], len(report["experts"])
     size, seconds = readable_bytes(output["bytes"]), output["seconds"]
-    ratio, eta = _number(core["norm_ratio_to_mean"]), _number(residual["eta_used"])
-    numbers = [f"‖core‖/‖mean‖ {ratio}", f"λ {core['scale_used']:.3g}", f"η {eta}"]
-    if residual["norm_ratio_to_core"] is not None:  # made as rows pass otherwise: nobody has seen it
-        numbers.append(f"‖residual term‖/‖core‖ {residual['norm_ratio_to_core']:.3g}")
-    cut = [value for value in (residual.get("cut") or {}).values() if value is not None]
-    if cut and max(cut) > 0:
-        numbers.append(f"truncation cut up to {max(cut):.0%} of a residual")
     return [
-        f"Merged {count} expert{'s' if count > 1 else ''} into {printable(out)}: {size} in {seconds:.1f} s",
-        f"core coefficients: {coefficients}",
-        ", ".join(numbers),
+        f"Merged {count} expert{'s' * (count > 1)} into {printable(out)}: {size} in {seconds:.1f} s",
+        *in_words(report),
         *_head(report.get("arrangement", {}).get("head", {})),
         *_adapters(report.get("adapters")),
+        following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(f"{out}.evaluation")),
     ]
 
 
@@ -154,7 +148,7 @@ def _head(head: dict[str, Any]) -> list[str]:
 
     if head.get("rule") in (None, "merge") or not head["tensors"]:
         return []
-    return [f"head ({printable(head['rule'])}): {', '.join(map(printable, head['tensors']))}"]
+    return [f"Classifier ({printable(head['rule'])}): {', '.join(map(printable, head['tensors']))}."]
 
 
 def _adapters(about: dict[str, Any] | None) -> list[str]:
@@ -166,10 +160,6 @@ def _adapters(about: dict[str, Any] | None) -> list[str]:
     counts = f"{len(about['ranks'])} layers by factors, {len(about['saved'])} modules whole"
     averaged = f"; the mean in all of them: {', '.join(map(printable, about['averaged']))}" if about["averaged"] else ""
     return [f"adapters ({about['kind']}): {counts}{averaged}"]
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3g}"
 
 
 COMMANDS = (merge, plan)

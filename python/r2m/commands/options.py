@@ -9,7 +9,8 @@ import click
 
 from r2m.options import RUN
 from r2m.recipe import ARRANGEMENT
-from r2m_kernels.config import FLAGS, OFFERED
+from r2m_kernels.checks import did_you_mean
+from r2m_kernels.config import FLAGS, METHODS, OFFERED
 from r2m_kernels.options import Option
 
 
@@ -34,6 +35,15 @@ class SectionedCommand(click.Command):
         for section, records in sections.items():
             with formatter.section(section):
                 formatter.write_dl(records)
+
+
+def method_name(text: str) -> str:
+    """A method by name, also one of a package that was installed since."""
+    if text not in METHODS:
+        raise click.BadParameter(
+            f"{text!r} is not one of {', '.join(map(repr, METHODS))}{did_you_mean(text, METHODS)}."
+        )
+    return text
 
 
 def option(section: str, *names: str, **kwargs: Any) -> Callable[[Any], Any]:
