@@ -164,7 +164,7 @@ def test_one_mismatch_is_one_sentence():
 @pytest.mark.parametrize(
     ("rename", "guess"),
     [
-        (lambda name: "module." + name, "its names carry the prefix 'module.' that the base's lack"),
+        (lambda name: "model." + name, "its names carry the prefix 'model.' that the base's lack"),
         (lambda name: name.removeprefix("vision."), "its names lack the prefix 'vision.' of the base's"),
     ],
 )
