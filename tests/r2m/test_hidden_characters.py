@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from r2m.templating import _markdown
+from r2m.templating import markdown_text
 
 if TYPE_CHECKING:
     from conftest import Checkpoints, Result
@@ -107,5 +107,5 @@ def test_a_licence_of_an_input_is_a_word(licence: str, checkpoints: Checkpoints,
 
 
 def test_markdown_shows_a_text_as_it_is() -> None:
-    assert _markdown("<b>[x](y)|`*\\") == r"\<b\>\[x\](y)\|\`\*\\"
-    assert _markdown("train_on_fs\n# a") == r"train_on_fs\\n# a"
+    assert markdown_text("<b>[x](y)|`*\\") == r"\<b\>\[x\](y)\|\`\*\\"
+    assert markdown_text("train_on_fs\n# a") == r"train_on_fs\\n# a"
