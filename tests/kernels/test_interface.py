@@ -204,7 +204,7 @@ def right(base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> None:
 
 def wrong(base: dict[str, Tensor], experts: list[dict[str, Tensor]]) -> None:
     merge(base, experts, rnk=0.2)
-    analyze(base, experts, svd="exat")
+    analyze(base, experts, svd="precise")
     analyze(base, experts).merge(eta="much")
     MergeConfig.r2m(rank_rouding="up")
 """
