@@ -69,10 +69,12 @@ def points_of(recipe: Recipe, values: Mapping[str, Sequence[Any]], methods: Iter
         return _of_methods(recipe, values, methods)
     if not values:
         raise BadOption(f"sweep: expected values of one option at least: {', '.join(SWEPT)}; or methods")
-    return [
-        Point(_name(one), recipe.method, recipe.config.replace(**one), {"point": _name(one), **one})
-        for one in _combinations(values)
-    ]
+    points = []
+    for one in _combinations(values):
+        config = recipe.config.replace(**one)
+        row = {"point": _name(one), **{key: getattr(config, key) for key in one}}
+        points.append(Point(_name(one), recipe.method, config, row))
+    return points
 
 
 def _of_methods(recipe: Recipe, values: Mapping[str, Sequence[Any]], methods: Sequence[Asked]) -> list[Point]:
@@ -117,9 +119,11 @@ def _configured(recipe: Recipe, method: str, given: Mapping[str, Any]) -> MergeC
 def _value(method: str, config: MergeConfig, key: str, given: Mapping[str, Any]) -> Any:
     """What the table says of an option; nothing where the method does not use it."""
     used = METHODS[method].options
-    if key in given or key not in used:
-        return given.get(key, "")
-    return METHODS[method].default(key) if key == "scale" else getattr(config, used[key].name)
+    if key not in used:
+        return ""
+    if key == "scale":  # no field of the configuration
+        return float(given.get(key, METHODS[method].default(key)))
+    return getattr(config, used[key].name)
 
 
 def _combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
