@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import r2m_kernels
-from r2m import adapted, distributed, former, labels, machine, ownership, plain_yaml, preprocessing
+from r2m import adapted, distributed, former, labels, machine, ownership, plain_yaml, preprocessing, preprocessing_files
 from r2m.arrangement import Arranged, arrange
 from r2m.card import card
 from r2m.checkpoints import hub
@@ -201,7 +201,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         raise BadOption(f"key: no checkpoint has anything under {quoted(key)}")
     known, counts = {}, {}
     for name, one in recipe.experts.items():
-        known[name] = one.preprocessing or preprocessing.beside(hub.local(one.path))
+        known[name] = one.preprocessing or preprocessing_files.beside(hub.local(one.path))
         counts[name] = 1 if hub.is_reference(one.path) else former.specialists(Path(one.path))
     config = recipe.config
     if config.weights is None and any(count > 1 for count in counts.values()):
@@ -384,8 +384,12 @@ def complete(
         if name == labels.FILE:
             content = labels.into_config(content, agreed.classes, outputs, recipe.dtype)
         write_file(directory / name, content)
-    if job.preprocessing is not None and preprocessing.beside(directory) != job.preprocessing:
-        write_file(directory / preprocessing.FILE, job.preprocessing.for_transformers())
+    if job.preprocessing is not None and preprocessing_files.beside(directory) != job.preprocessing:
+        text = job.preprocessing.for_transformers()
+        if text is None:  # the report alone says it, and not what the base has instead
+            (directory / preprocessing.FILE).unlink(missing_ok=True)
+        else:
+            write_file(directory / preprocessing.FILE, text)
     write_file(directory / RECIPE_FILE, plain_yaml.dump(dump(recipe, partial.target)).encode())
     write_file(directory / STATE.file, former.record(state, analysis))
     made = sorted({*ownership.files(directory)} - {CARD_FILE, REPORT.file})

@@ -19,7 +19,7 @@ from r2m_kernels.errors import BadFile, quoted
 RECIPE_FILE = "r2m_config.yaml"
 CARD_FILE = "README.md"
 RESULTS_FILE = ".eval_results/r2m.yaml"  # the Hub's place and form
-COPIED_FILES = ("config.json", "preprocessor_config.json")
+COPIED_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 _MARKS = {RECIPE_FILE, REPORT.file}
 _NAMES = {STATE.file, CARD_FILE, SAFETENSORS.index, *OUTPUTS, *COPIED_FILES, *_MARKS}

@@ -45,7 +45,7 @@ from r2m import plain_yaml
 from r2m.checkpoints import hub
 from r2m.naming import named
 from r2m.places import from_output, read_small, to_output
-from r2m.preprocessing import Preprocessing
+from r2m.preprocessing import Corner, Preprocessing, Resample, Resize
 from r2m.recipe import ARRANGEMENT, OUTPUT, Arrangement, Expert, Recipe, adapted, default_method
 from r2m_kernels import MergeConfig, checks
 from r2m_kernels.config import METHODS, OFFERED, make_config
@@ -105,9 +105,15 @@ _Name = Annotated[str, PlainValidator(_name), WithJsonSchema({"type": "string", 
 
 
 class _Preprocessing(_Keys):
-    size: int = Field(description="pixels of a side")
+    size: int = Field(description="pixels of a side of what the detector sees")
     mean: list[float | int] = Field(description="of the channels, of values in [0, 1]")
     std: list[float | int] = Field(description="of the channels")
+    resize: Resize = Field("squash", description="which side is resized to scale: both, the shorter, the longer, none")
+    scale: int = Field(0, description="pixels; what is more than size is cut off around the centre; 0: size")
+    resample: Resample = Field("bicubic", description="how pixels in between are found")
+    rescale: float | int = Field(1 / 255, description="what values from 0 to 255 are multiplied with")
+    corner: Corner = Field("down", description="how a cut that is not in the middle is rounded")
+    fill: list[int] = Field([0, 0, 0], description="of the channels, where a picture is smaller than size")
 
     def read(self) -> Preprocessing:
         return Preprocessing.of(**dict(self))

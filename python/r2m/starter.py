@@ -14,7 +14,8 @@ from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.inspection import family
 from r2m.naming import name_experts
-from r2m.preprocessing import beside, common
+from r2m.preprocessing import common
+from r2m.preprocessing_files import beside
 from r2m.presets import PRESETS
 from r2m.recipe import OUTPUT, Arrangement
 from r2m_kernels import MergeConfig

@@ -10,7 +10,8 @@ from r2m.checkpoints import hub
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.ensemble import Ensemble, load_ensemble
 from r2m.evaluation.request import Request
-from r2m.preprocessing import Preprocessing, beside
+from r2m.preprocessing import Preprocessing
+from r2m.preprocessing_files import stated
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadOption
 
@@ -35,18 +36,20 @@ def load(name: str, path: str, request: Request, adapters: bool) -> nn.Module | 
 
 def preprocessing_of(name: str, path: str, request: Request) -> Preprocessing:
     """What was asked for, on top of what stands beside the checkpoint."""
-    stored = beside(hub.local(path))
     asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
-    known: dict[str, Any] = {
-        field: getattr(stored, field, None) if one is None else one for field, one in asked.items()
-    }
-    missing = [f"--{field}" for field, one in known.items() if one is None]
-    if missing:
-        raise BadOption(
-            f"model '{name}' ({path}): its preprocessing is not known: no preprocessor_config.json beside it; expected "
-            f"{', '.join(missing)}"
-        )
-    return Preprocessing.of(**known)
+    given: dict[str, Any] = {field: one for field, one in asked.items() if one is not None}
+    stored = None if len(given) == len(asked) else stated(hub.local(path))
+    if stored is None:
+        missing = [f"--{field}" for field in asked if field not in given]
+        if missing:
+            raise BadOption(
+                f"model '{name}' ({path}): its preprocessing is not known: nothing beside it says it; expected "
+                f"{', '.join(missing)}"
+            )
+        return Preprocessing.of(**given)
+    # Another size is another geometry: a square that pictures are resized to.
+    kept = ("mean", "std", "resample", "rescale") if "size" in given else tuple(vars(stored))
+    return Preprocessing.of(**{field: getattr(stored, field) for field in kept} | given)
 
 
 def _triple(name: str, text: str | None) -> list[float] | None:
