@@ -11,6 +11,7 @@ from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
 from r2m.commands.process import EXIT_CODES
 from r2m.evaluation.layouts import LAYOUTS
+from r2m.evaluation.metrics import METRICS
 from r2m.records import RECORDS, SEAL, SEALED, VERSION
 from r2m_kernels.config import OFFERED, MergeConfig
 from r2m_kernels.fields import OPTIONS
@@ -85,6 +86,14 @@ def layouts() -> str:
     return _table(["as of", "what lies there", "a dataset is"], rows)
 
 
+def judged() -> str:
+    """What ``r2m evaluate`` measures."""
+    rows = [
+        [f"`{name}`", one.heading, "more" if one.better > 0 else "less", one.meaning] for name, one in METRICS.items()
+    ]
+    return _table(["key, of `--columns` too", "heading", "better is", "what it is"], rows)
+
+
 def _table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
@@ -98,7 +107,7 @@ def pages(root: Path) -> dict[Path, str]:
     """
     tables = {
         root / "README.md": {"methods": methods()},
-        root / "docs" / "evaluation.md": {"layouts": layouts()},
+        root / "docs" / "evaluation.md": {"layouts": layouts(), "metrics": judged()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
     written = {root / "docs" / "cli.md": commands(), root / "docs" / "files.md": files()}

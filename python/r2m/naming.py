@@ -24,7 +24,7 @@ def name_experts(arguments: Sequence[str]) -> dict[str, str]:
     Raises:
         BadOption: an empty NAME or PATH, or a NAME given twice.
     """
-    return named([_split(argument) for argument in arguments])
+    return named([split(argument) for argument in arguments])
 
 
 def named(given: Sequence[tuple[str | None, str]]) -> dict[str, str]:
@@ -48,7 +48,8 @@ def named(given: Sequence[tuple[str | None, str]]) -> dict[str, str]:
     return experts
 
 
-def _split(argument: str) -> tuple[str | None, str]:
+def split(argument: str) -> tuple[str | None, str]:
+    """Name and path of one ``[NAME=]PATH``; arguments and errors are :func:`name_experts`'s."""
     name, separator, path = argument.partition("=")
     if os.path.lexists(argument) or (argument and not separator):
         return None, argument

@@ -361,6 +361,43 @@ def test_pictures_are_degraded_as_they_say() -> None:
     assert np.asarray(degraded(grey, "noise-5", 0)).std() != np.asarray(degraded(picture, "noise-5", 0)).std()
 
 
+def test_a_merge_is_judged_beside_its_specialists(detector: str, command: Command) -> None:
+    """By its recipe; and compared with them and with their average."""
+    words = ["--expert", "good.safetensors", "--expert", "fr=bad.safetensors", "--head", "merge", "--quiet"]
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, "base.safetensors")
+    save_file({"weight": torch.tensor([[0.1] * 3, [-0.2] * 3]), "bias": torch.zeros(2)}, "bad.safetensors")
+    for out, method in (("merged", "task_arithmetic"), ("mean", "weight_average")):
+        assert command("merge", "--base", "base.safetensors", *words, "--method", method, "--out", out).code == 0
+    for number in range(4):
+        image(f"set/real/{number}.png", 60 + number)
+        image(f"set/fake/{number}.png", 66 - number)
+    asked = ("--detector", detector, *PREPARED, "--data", "set", "--bootstrap", "20")
+    result = command("evaluate", "merged", "--model", "mean", *asked, "--out", "e")
+    assert result.code == 0, result.err
+    found = json.loads(Path("e/evaluation.json").read_text())
+    roles = {name: (one["role"], one["specialists"]) for name, one in found["models"].items()}
+    assert roles == {
+        "merged": ("merge", ["good.safetensors", "fr"]),
+        "mean": ("average", ["good.safetensors", "fr"]),
+        "good.safetensors": ("specialist", []),
+        "fr": ("specialist", []),
+    }
+    pairs = {(row["model"], row["than"]) for row in found["differences"]}
+    assert pairs == {("merged", "good.safetensors"), ("merged", "fr"), ("merged", "mean")}
+    assert [line.split()[:3] for line in result.out.splitlines() if "specialist" in line or "average" in line] == [
+        ["merged", "good.safetensors", "best"],
+        ["merged", "mean", "average"],
+    ]
+    Path("bad.safetensors").unlink()
+    result = command("evaluate", "merged", *asked)
+    assert result.code == 0, result.err
+    assert "not beside it: fr, of merged: bad.safetensors is not there" in result.out
+    words = ["merged", "--model", "good.safetensors=merged/model.safetensors", *asked, "--out", "named"]
+    assert command("evaluate", *words).code == 0
+    found = json.loads(Path("named/evaluation.json").read_text())
+    assert list(found["models"]) == ["merged", "good.safetensors", "good.safetensors#2"]
+
+
 LAYERS = """
 import torch
 from torch import nn
@@ -474,7 +511,11 @@ def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("", "evaluate: expected --model, --adapters or --scores"),
+        ("", "evaluate: expected the output of a merge, --model, --adapters or --scores"),
+        (
+            "good.safetensors --data set --detector mine:build {}",
+            "good.safetensors: expected the output of a merge; a ch",
+        ),
         ("--adapters m --data set", "evaluate: --adapters needs --detector"),
         (
             "--adapters set --detector mine:build --data set {}",

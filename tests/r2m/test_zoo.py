@@ -28,6 +28,7 @@ def test_what_libraries_save_is_merged_and_loads_strictly(tmp_path: Path, capsys
     for name, numbers in zoo("evaluate", tmp_path).items():
         assert numbers["code"] == 0, name
         assert numbers["difference"] <= 1e-6 < numbers["spread"], (name, numbers)
+        assert numbers["detected"] <= 1e-6, (name, numbers)
     found = zoo("check", tmp_path)
     assert found.keys() == kinds.keys()
     for name, numbers in found.items():

@@ -2,12 +2,14 @@
 
 ``zoo.py make DIR`` saves for each kind a base and three experts as these libraries do. ``zoo.py check DIR`` loads
 DIR/KIND/merged with ``strict=True`` and compares its forward pass with that of the mean, taken by hand. ``zoo.py
-evaluate DIR`` runs ``r2m evaluate`` on such detectors.
+evaluate DIR`` runs ``r2m evaluate`` and ``detect`` on such detectors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -301,7 +303,7 @@ def one_logit() -> nn.Module:
 
 
 def evaluate(directory: Path) -> None:
-    """``r2m evaluate`` on detectors of each library, its probabilities beside those of their own forward pass."""
+    """``r2m evaluate`` and ``detect`` on detectors of each library, beside probabilities of their own forward pass."""
     from r2m.commands.main import main
 
     (directory / "r2m-tiny.json").write_text(json.dumps(OPEN_CLIP))
@@ -332,23 +334,19 @@ def evaluate(directory: Path) -> None:
             expected = model.eval()((images / 255 - 0.5) / 0.25)
         logits = expected if isinstance(expected, Tensor) else expected.logits
         out = directory / f"evaluated-{name}"
-        words = [
-            "evaluate",
-            "--model",
-            str(path),
-            "--detector",
-            *kind.split(),
-            "--data",
-            str(directory / "set"),
-            "--out",
-            str(out),
-        ]
-        code = main([*words, "--size", str(SIZE), "--mean", "0.5", "--std", "0.25", "--bootstrap", "5"])
+        given = ["--detector", *kind.split(), "--size", str(SIZE), "--mean", "0.5", "--std", "0.25"]
+        pictures = str(directory / "set")
+        words = ["evaluate", "--model", str(path), *given, "--data", pictures, "--out", str(out), "--bootstrap", "5"]
+        code = main(words)
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            main(["detect", str(path), pictures, *given, "--json"])
+        detected = {row["file"]: row["score"] for row in map(json.loads, told.getvalue().splitlines())}
         rows = {row["path"]: float(row["probability"]) for row in csv.DictReader((out / "scores-1.csv").open())}
         theirs = [rows[str(path)] for path in paths]
         of_fake = logits.double().flatten().sigmoid() if logits.shape[1] == 1 else logits.double().softmax(1)[:, 1]
         difference = (torch.tensor(theirs) - of_fake).abs().max()
         found[name] = {"code": code, "difference": float(difference), "spread": max(theirs) - min(theirs)}
+        found[name]["detected"] = max(abs(detected[one] - score) for one, score in rows.items())
     print(json.dumps(found))
 
 

@@ -16,14 +16,18 @@ from r2m.options import RUN
 
 @click.command(
     cls=SectionedCommand,
-    epilog="Example: r2m evaluate --model r2m=merged --detector clip:clip-vit-large-patch14 --data DFDC.json",
+    epilog="Example: r2m evaluate merged --model other.pth --detector timm:vit_base_patch16_224 --data PICTURES",
 )
-@flags(REQUEST.values())
+@click.argument("merged", nargs=-1, metavar="[NAME=]OUT…")
+@flags(one for name, one in REQUEST.items() if name != "merged")
 @option(RUN, "--out", metavar="DIR", help="Where evaluation.json and scores-N.csv go.  [default: nowhere]")
 @option(RUN, "--overwrite", is_flag=True, help="Replace an evaluation in DIR.")
 @option(RUN, "--quiet", is_flag=True, help="No progress.")
 def evaluate(out: str | None, overwrite: bool, quiet: bool, **given: Any) -> None:
-    """Measure detectors on datasets: AUC, accuracy and more over frames and videos, several models in one table."""
+    """Measure detectors on datasets: AUC, accuracy and more over frames and videos, several models in one table.
+
+    OUT is the output of a merge; it is measured beside its specialists, where they are still there.
+    """
     from r2m.extras import need
 
     need("evaluate", "evaluate", "sklearn", "PIL")

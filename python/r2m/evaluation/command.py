@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,11 @@ import sklearn
 import torch
 from torch import nn
 
-from r2m import places
+from r2m import naming, places
+from r2m.checkpoints.adapter_config import CONFIG
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
-from r2m.evaluation.comparison import Role, roles
+from r2m.evaluation.comparison import Role, merged, roles
 from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
 from r2m.evaluation.degradations import DEGRADATIONS, degraded
 from r2m.evaluation.ensemble import Ensemble, attribution, combined
@@ -27,7 +29,7 @@ from r2m.evaluation.metrics import METRICS, average, metrics
 from r2m.evaluation.models import load, preprocessing_of
 from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
-from r2m.naming import name_experts
+from r2m.naming import split
 from r2m.preprocessing import Preprocessing
 from r2m.progress import bars, readable_bytes
 from r2m.records import EVALUATION
@@ -73,14 +75,22 @@ def _alone(out: str | None) -> Iterator[None]:
 
 def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> tuple[list[str], list[str]]:
     _check(request, out, overwrite)
-    named = name_experts([*request.models, *request.adapters, *request.scores])
-    kinds = ["model"] * len(request.models) + ["adapters"] * len(request.adapters) + ["scores"] * len(request.scores)
-    paths = {kind: {name: named[name] for name, one in zip(named, kinds, strict=True) if one == kind} for kind in kinds}
-    scores = {name: read_scores(path) for name, path in paths.get("scores", {}).items()}
-    checkpoints = paths.get("model", {}) | paths.get("adapters", {})
+    beside, merges, untold = _specialists(request)
+    given = {
+        "model": [*map(split, (*request.merged, *request.models)), *beside],
+        "adapters": list(map(split, request.adapters)),
+        "scores": list(map(split, request.scores)),
+    }
+    named = naming.named([one for kind in given.values() for one in kind])
+    each = iter(named.items())
+    paths = {kind: dict(itertools.islice(each, len(ones))) for kind, ones in given.items()}
+    scores = {name: read_scores(path) for name, path in paths["scores"].items()}
+    checkpoints = paths["model"] | paths["adapters"]
     data = read_all(request) if checkpoints else Data()
-    preprocessings = {name: preprocessing_of(name, path, request) for name, path in checkpoints.items()}
-    models = {name: load(name, path, request, name in paths.get("adapters", {})) for name, path in checkpoints.items()}
+    preprocessings = {
+        name: preprocessing_of(name, path, request, merges.get(path)) for name, path in checkpoints.items()
+    }
+    models = {name: load(name, path, request, name in paths["adapters"]) for name, path in checkpoints.items()}
     sources, whose, attributions = dict(named), dict[str, str](), dict[str, Any]()
     for name, one in models.items():
         if isinstance(one, Ensemble):
@@ -90,7 +100,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     if twice is not None:
         raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(whose[twice])}; give it another")
     preprocessings |= {member: preprocessings[name] for member, name in whose.items()}
-    names = [*checkpoints, *whose, *paths.get("scores", {})]
+    names = [*checkpoints, *whose, *paths["scores"]]
     check_names(request, names, {name for one in scores.values() for name in one} | data.datasets.keys())
     evaluated = _run(request, models, preprocessings, data.datasets, quiet)
     for name, one in models.items():
@@ -98,7 +108,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
             members = {member: evaluated[f"{name}/{member}"] for member in one.members}
             attributions[name] = attribution(members, evaluated[name])
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
-    order = [*evaluated, *paths.get("scores", {})]
+    order = [*evaluated, *paths["scores"]]
     known = roles(checkpoints)
     judged = judge_all({name: scores[name] for name in order}, request, known)
     sweep = {
@@ -143,6 +153,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     if out is not None:
         run.write_result(Path(out), result, evaluated, shown)
     notes = [
+        *untold,
         *_notes(result),
         *_of_ensembles(result),
         *data.told(),
@@ -150,6 +161,34 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         *(printable(text) for text in result["warnings"]),
     ]
     return tables.lines(shown, request.table), notes
+
+
+def _specialists(request: Request) -> tuple[list[tuple[str | None, str]], dict[str, str], list[str]]:
+    """Names and paths of what merges were made of, by path the merge, and lines on those that are not run."""
+    found: dict[str, str] = {}
+    of: dict[str, str] = {}
+    lines = []
+    asked = [split(one) for one in (*request.merged, *request.models, *request.adapters, *request.scores)]
+    names, taken = {name for name, _ in asked}, {os.path.realpath(path) for _, path in asked}
+    for argument in request.merged:
+        path = split(argument)[1]
+        recipe = merged(path)
+        if recipe is None:
+            raise BadFile(f"{path}: expected the output of a merge; a checkpoint that is none is given by --model")
+        for name, expert in recipe.experts.items():
+            why = "is not there" if not os.path.exists(expert) else "is an adapter" if _is_adapter(expert) else ""
+            if why:
+                lines.append(f"not beside it: {printable(name)}, of {printable(path)}: {printable(expert)} {why}")
+            elif os.path.realpath(expert) not in taken:
+                taken.add(os.path.realpath(expert))
+                of[expert] = path
+                numbered = (f"{name}#{number}" for number in itertools.count(2))
+                found[next(one for one in itertools.chain([name], numbered) if one not in {*names, *found})] = expert
+    return list(found.items()), of, lines
+
+
+def _is_adapter(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, CONFIG))
 
 
 def _robustness(
@@ -187,9 +226,10 @@ def _of_ensembles(result: Mapping[str, Any]) -> list[str]:
 
 
 def _check(request: Request, out: str | None, overwrite: bool) -> None:
-    if not request.models and not request.adapters and not request.scores:
-        raise BadOption("evaluate: expected --model, --adapters or --scores")
-    run_here = "--model" if request.models else "--adapters" if request.adapters else ""
+    if not (request.merged or request.models or request.adapters or request.scores):
+        raise BadOption("evaluate: expected the output of a merge, --model, --adapters or --scores")
+    kinds = {"OUT": request.merged, "--model": request.models, "--adapters": request.adapters}
+    run_here = next((kind for kind, asked in kinds.items() if asked), "")
     if run_here and not request.detector:
         raise BadOption(f"evaluate: {run_here} needs --detector, which says what the checkpoint is the weights of")
     if run_here and not request.data:

@@ -35,6 +35,19 @@ class Role:
     specialists: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a recipe beside a checkpoint says.
+
+    Attributes:
+        method: by which it was merged.
+        experts: name → path.
+    """
+
+    method: str
+    experts: Mapping[str, str]
+
+
 @dataclass
 class Differences:
     """What was compared, and what could not be.
@@ -54,16 +67,17 @@ def roles(paths: Mapping[str, str]) -> dict[str, Role]:
     Args:
         paths: model → its checkpoint.
     """
-    recipes = {name: _recipe(path) for name, path in paths.items()}
+    recipes = {name: merged(path) for name, path in paths.items()}
     specialists: dict[str, tuple[str, ...]] = {}
-    for name, (_, experts) in recipes.items():
+    for name, recipe in recipes.items():
+        experts = [] if recipe is None else list(recipe.experts.values())
         specialists[name] = tuple(
             other for other, path in paths.items() if other != name and any(_same(path, one) for one in experts)
         )
     theirs = {other for names in specialists.values() for other in names}
     found = {}
-    for name, (method, _) in recipes.items():
-        kind = None if method is None else AVERAGE if method == _AVERAGES else MERGE
+    for name, recipe in recipes.items():
+        kind = None if recipe is None else AVERAGE if recipe.method == _AVERAGES else MERGE
         found[name] = Role(kind or (SPECIALIST if name in theirs else None), specialists[name])
     return found
 
@@ -140,21 +154,22 @@ def _of_merge(name: str, role: Role, known: Mapping[str, Role]) -> list[str]:
     return [*role.specialists, *averages]
 
 
-def _recipe(path: str) -> tuple[str | None, list[str]]:
-    """The method and the experts of who lies there; None where it is no merge."""
+def merged(path: str) -> Merged | None:
+    """What a merge made of what, of who lies there; None where it is no merge."""
     checkpoint = hub.local(path)
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
     what = f"{directory}: {RECIPE_FILE}"
     if not (directory / REPORT.file).is_file():  # somebody's recipe beside a checkpoint
-        return None, []
+        return None
     try:
         recipe = plain_yaml.load(read_small(directory / RECIPE_FILE, what), what)
-        experts = [one["model"] for one in recipe["models"]]
-        return str(recipe["merge_method"]), [
-            one if hub.is_reference(one) else to_output(directory, one) for one in experts
-        ]
-    except (OSError, BadFile, LookupError, TypeError):
-        return None, []
+        experts = {
+            str(one["name"]): one["model"] if hub.is_reference(one["model"]) else to_output(directory, one["model"])
+            for one in recipe["models"]
+        }
+        return Merged(str(recipe["merge_method"]), experts)
+    except (OSError, BadFile, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _same(path: str, expert: str) -> bool:

@@ -34,11 +34,23 @@ def load(name: str, path: str, request: Request, adapters: bool) -> nn.Module | 
     return made(request.detector, path, f"model '{name}' ({path})", Arrangement(preset=request.preset))
 
 
-def preprocessing_of(name: str, path: str, request: Request) -> Preprocessing:
-    """What was asked for, on top of what stands beside the checkpoint."""
+def preprocessing_of(name: str, path: str, request: Request, of: str | None = None) -> Preprocessing:
+    """What was asked for, on top of what stands beside the checkpoint or, of an expert, beside the merge.
+
+    Args:
+        name: of the model, for error messages.
+        path: of its checkpoint.
+        request: what was asked for.
+        of: the merge that is judged beside it.
+
+    Raises:
+        InvalidInput: it is not known, or not done here.
+    """
     asked = {"size": request.size, "mean": _triple("mean", request.mean), "std": _triple("std", request.std)}
     given: dict[str, Any] = {field: one for field, one in asked.items() if one is not None}
     stored = None if len(given) == len(asked) else stated(hub.local(path))
+    if stored is None and of is not None and len(given) < len(asked):
+        stored = stated(hub.local(of))
     if stored is None:
         missing = [f"--{field}" for field in asked if field not in given]
         if missing:

@@ -22,6 +22,7 @@ class Request:
         BadOption: a value that an option may not have.
     """
 
+    merged: tuple[str, ...] = option((), MODELS, "The output of a merge, to run beside its specialists.", metavar="OUT")
     models: tuple[str, ...] = option((), MODELS, "A checkpoint to run.", flag="model", metavar="[NAME=]PATH")
     adapters: tuple[str, ...] = option(
         (),
