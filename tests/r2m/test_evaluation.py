@@ -442,6 +442,10 @@ def test_an_ensemble_is_the_mean_logit_of_a_model_with_each_adapter(command: Com
     assert np.abs(together - 1 / (1 + np.exp(-logits.mean(0)))).max() < 1e-12
     assert found["m"]["looks_like"]["set"]["fs"] == np.mean(logits.argmax(0)[together > 0.5] == 1)
     assert "m on set: what it calls fake looks like fr (" in result.out
+    middle = float(np.median(together))
+    assert command(*evaluate, "--adapters", "m", "--threshold", str(middle), "--out", "t").code == 0
+    moved = json.loads(Path("t/evaluation.json").read_text())["models"]["m"]["looks_like"]["set"]
+    assert moved.get("fs", 0) == np.mean(logits.argmax(0)[together > middle] == 1)
     stored = {name: one["bytes"] for name, one in found.items()}
     assert stored["fs"] == Path("fs.safetensors").stat().st_size
     assert stored["m"] == stored["m/fs"] + stored["m/fr"] + Path("m/model.safetensors").stat().st_size

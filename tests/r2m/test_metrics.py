@@ -80,6 +80,10 @@ def test_a_false_positive_rate_may_be_met_by_a_few_of_many_reals() -> None:
     found = metrics(scores(labels, values))
     assert found["tpr_at_fpr_1"] == 0.4
     assert found["tpr_at_fpr_5"] == 0.7
+    # In a straight stretch of the curve, from (0, 0) on, where scikit-learn keeps only the ends.
+    steps = np.linspace(1, 0.5, 100).tolist()
+    found = metrics(scores([0] * 200 + [1] * 100, [*steps, *[0.0] * 100, *steps]))
+    assert (found["tpr_at_fpr_1"], found["tpr_at_fpr_5"]) == (0.02, 0.1)
 
 
 def test_reliability_is_scikit_learns_and_the_calibration_error_by_hand() -> None:
@@ -157,6 +161,13 @@ def test_intervals_hold_the_value_and_narrow_with_more_videos() -> None:
     assert interval(scores([0, 1], [0.1, 0.2]), 0) is None
 
 
+def test_where_each_frame_is_a_video_both_intervals_are_one() -> None:
+    of = drawn(np.random.default_rng(7), 60, 1)
+    assert interval(of) == interval(of, key="video_auc") is not None
+    twice = Scores(*(np.repeat(one, 2) for one in (of.labels, of.probabilities, of.videos)))
+    assert interval(twice, key="video_auc") == pytest.approx(interval(of))
+
+
 def test_differences_are_paired() -> None:
     """Two detectors that err on the same videos: their difference is far more certain than either."""
     dice = np.random.default_rng(2)
@@ -228,6 +239,12 @@ def test_thresholds_meet_their_criteria(reals: list[float], fakes: list[float]) 
         assert tpr == max(tpr for fpr, tpr in possible if fpr <= most)
     fpr, tpr = rates(found["eer"])
     assert abs(1 - tpr - fpr) <= min(abs(1 - tpr - fpr) for fpr, tpr in possible) + 1e-12
+
+
+def test_a_threshold_lies_in_the_middle_between_two_scores() -> None:
+    apart = scores([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9])
+    assert {by: chosen_threshold(apart, by) for by in CRITERIA} == dict.fromkeys(CRITERIA, pytest.approx(0.4))
+    assert chosen_threshold(scores([0, 1], [0.7, 0.6]), "fpr_1") == pytest.approx(0.85)  # nothing is fake
 
 
 def judged(datasets: dict[str, dict[str, Scores]], **asked: Any) -> dict[str, Any]:

@@ -103,14 +103,15 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     names = [*checkpoints, *whose, *paths["scores"]]
     check_names(request, names, {name for one in scores.values() for name in one} | data.datasets.keys())
     evaluated = _run(request, models, preprocessings, data.datasets, quiet)
-    for name, one in models.items():
-        if isinstance(one, Ensemble):
-            members = {member: evaluated[f"{name}/{member}"] for member in one.members}
-            attributions[name] = attribution(members, evaluated[name])
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
     order = [*evaluated, *paths["scores"]]
     known = roles(checkpoints)
     judged = judge_all({name: scores[name] for name in order}, request, known)
+    for name, one in models.items():
+        if isinstance(one, Ensemble):
+            members = {member: evaluated[f"{name}/{member}"] for member in one.members}
+            threshold = next(iter(judged["models"][name]["datasets"].values()))["threshold"]
+            attributions[name] = attribution(members, evaluated[name], threshold)
     sweep = {
         one: _run(request, models, preprocessings, data.datasets, quiet, one)
         for one in (DEGRADATIONS if request.robustness else ())

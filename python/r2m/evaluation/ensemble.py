@@ -90,14 +90,16 @@ def combined(members: Mapping[str, Evaluated]) -> Evaluated:
     return Evaluated(rows, dict(first.unreadable))
 
 
-def attribution(members: Mapping[str, Evaluated], all_of_them: Evaluated) -> dict[str, dict[str, float]]:
+def attribution(
+    members: Mapping[str, Evaluated], all_of_them: Evaluated, threshold: float
+) -> dict[str, dict[str, float]]:
     """Dataset → adapter → for which share of the frames that all together call fake its logit is the largest.
 
-    Datasets without such frames are not there.
+    Fake is what is above the threshold. Datasets without such frames are not there.
     """
     shares = {}
     for dataset, scored in all_of_them.rows.items():
-        fake = np.array([probability > 0.5 for _, probability in scored])
+        fake = np.array([probability > threshold for _, probability in scored])
         looks_like = Counter(_logits(members, dataset)[:, fake].argmax(axis=0).tolist())
         if fake.any():
             shares[dataset] = {name: looks_like[place] / int(fake.sum()) for place, name in enumerate(members)}

@@ -56,6 +56,9 @@ class Resampled:
                 index = np.array([places[name, video] for video in videos.videos.tolist()])
                 of_frame = index[np.searchsorted(videos.videos, frames.videos)]
                 for key, of, at in zip(RESAMPLED, (frames, videos), (of_frame, index), strict=True):
+                    if of is videos and len(videos.labels) == len(frames.labels):  # each frame is one
+                        self._values[model, name, key] = self._values[model, name, RESAMPLED[0]]
+                        continue
                     values = self._values[model, name, key] = np.full(count, np.nan)
                     judged.append((values, Ranked(of), at))
         for number, weights in enumerate(_draws(strata, count, seed)):
