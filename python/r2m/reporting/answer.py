@@ -170,7 +170,7 @@ def _difference(of: Standing, name: str, other: str) -> Entry:
     if interval is None:
         return Entry(signed(value), title="without an interval: the evaluation did not compare the two")
     told = interval[0] > 0 or interval[1] < 0
-    return Entry(signed(value), " to ".join(signed(end, 2) for end in interval), strong=told)
+    return Entry(signed(value), " to ".join(signed(end) for end in interval), strong=told)
 
 
 def rows(of: Standing) -> Rows:

@@ -14,12 +14,13 @@ from r2m.evaluation.metrics import Scores
 from r2m.reporting.figures import OTHERS, WIDTH, Picture, Rows, colour, finish, legend, matrix_picture, picture
 from r2m.reporting.matrix import Matrix, number
 from r2m.reporting.standing import FRAMES, Standing
-from r2m.shorten import clip
+from r2m.shorten import clip, shorten
 
 _BINS = 20  # of scores
 _LETTERS = 13  # of a model's name beside its scores
 _TITLE = 40  # of a test set over its panel
 _NAMED = 6  # models with a colour of their own
+_DOT = 60.0  # square points of a dot for all frames
 _STEPS = 250  # places on each side of a ROC curve that can be told apart in a panel
 _THRESHOLD = 0.5  # of evaluations that do not say which
 _SQUARE = (WIDTH, WIDTH)
@@ -95,7 +96,7 @@ def _histograms(of: Standing, held: Mapping[str, ByModel]) -> Picture:
 
 
 def _ridges(axes: Axes, of: Standing, dataset: str, counts: Mapping[str, Sequence[NDArray[np.int64]]]) -> None:
-    edges = np.linspace(0, 1, _BINS + 1)
+    edges, names = np.linspace(0, 1, _BINS + 1), shorten(of.specialists, list(of.roles), limit=_LETTERS)
     for place, (name, found) in enumerate(counts.items()):
         for count, sign, index in zip(found, (-1, 1), (0, 1), strict=True):
             heights = -place + sign * 0.45 * count / max(count.max(), 1)
@@ -103,7 +104,7 @@ def _ridges(axes: Axes, of: Standing, dataset: str, counts: Mapping[str, Sequenc
             axes.stairs(heights, edges, baseline=-place, fill=True, color=colour(index), label=label)
         threshold = of.models[name]["datasets"].get(dataset, {}).get("threshold", _THRESHOLD)
         axes.plot([threshold] * 2, [-place - 0.45, -place + 0.45], color=axes.xaxis.label.get_color(), linewidth=1.2)
-    axes.set_yticks([-place for place in range(len(counts))], [clip(of.short[name], _LETTERS) for name in counts])
+    axes.set_yticks([-place for place in range(len(counts))], [names[name] for name in counts])
     axes.set_xlim(0, 1)
     axes.set_ylim(-len(counts) + 0.4, 0.6)
     axes.tick_params(axis="y", length=0)
@@ -166,7 +167,7 @@ def _square(
     y: str,
     title: str,
     *,
-    marker: str = "",
+    sizes: Mapping[str, NDArray[np.float64]] | None = None,
     **where: Any,
 ) -> None:
     """A line for each model in a square with its diagonal; the first above all others."""
@@ -177,11 +178,14 @@ def _square(
             color=colour(index),
             linewidth=2.2 if index == 0 else 1.3 if index < _NAMED else 0.6,
             zorder=5 - min(index, _NAMED) / 10,
-            marker=marker,
-            markersize=3,
         )[0]
         for index, points in enumerate(curves.values())
     ]
+    for index, (name, dots) in enumerate((sizes or {}).items()):
+        if index < _NAMED:
+            axes.scatter(
+                curves[name][0], curves[name][1], dots, color=colour(index), zorder=5 - index / 10, linewidth=0
+            )
     legend(axes, handles, [texts[name] for name in curves], **where)
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
@@ -201,8 +205,10 @@ def _reliabilities(of: Standing, bins: Mapping[str, Mapping[str, Rows]]) -> Pict
             for name, found in bins[dataset].items()
         }
         texts = {name: f"{of.short[name]} {number(of.value(name, dataset, 'ece'))}" for name in shown}
+        counts = {name: np.array([float(one["count"]) for one in found]) for name, found in bins[dataset].items()}
+        sizes = {name: 2 + _DOT * count / count.sum() for name, count in counts.items()}
         return lambda axes: _square(
-            axes, shown, texts, "probability of fake", "share of fakes", of.sets[dataset], marker="o", loc="upper left"
+            axes, shown, texts, "probability of fake", "share of fakes", of.sets[dataset], sizes=sizes, loc="upper left"
         )
 
     rows = [
@@ -215,8 +221,9 @@ def _reliabilities(of: Standing, bins: Mapping[str, Mapping[str, Rows]]) -> Pict
         "reliability",
         "Reliability",
         "How often a frame is fake, against the probability that was given; beside each name the expected calibration "
-        "error. On the dotted line probabilities mean what they say; below it the model is too sure of fakes, above it "
-        "too sure of reals. It depends on how many fakes a test set has." + _grey(of),
+        "error, and a dot is the larger the more frames it stands for. On the dotted line probabilities mean what they "
+        "say; below it the model is too sure of fakes, above it too sure of reals. It depends on how many fakes a test "
+        "set has." + _grey(of),
         rows,
         [panel(dataset) for dataset in bins],
         _SQUARE,

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from r2m.reporting.matrix import Matrix
-from r2m.shorten import clip
+from r2m.shorten import shorten
 
 # What is found again in an SVG, to become a colour of the page's style; on paper nearly black, and grey.
 _INK, _FAINT = "#010203", "#7a7a7b"
@@ -156,7 +156,7 @@ def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]]
         axes.barh(middles, values, height, label=label, color=colour(number))
         for middle, value in zip(middles, values, strict=True):
             axes.text(max(value, 0) + 0.02 * most, middle, f"{value:.3g}", va="center")
-    axes.set_yticks(range(len(names)), [clip(name, _LETTERS) for name in names])
+    axes.set_yticks(range(len(names)), list(shorten(names, limit=_LETTERS).values()))
     axes.invert_yaxis()
     low = min(0.0, *(value for values in series.values() for value in values))
     axes.set_xlim(low * 1.1, most * 1.25)
@@ -164,6 +164,23 @@ def bars(axes: Axes, names: Sequence[str], series: Mapping[str, Sequence[float]]
     axes.tick_params(axis="y", length=0)
     if len(series) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=len(series))
+    finish(axes, "", "", title)
+
+
+def dots(
+    axes: Axes, names: Sequence[str], values: Sequence[float], ends: Sequence[Sequence[float] | None], title: str
+) -> None:
+    """Dots with their numbers and intervals, for what is compared beside one another and not with 0."""
+    for place, (value, interval) in enumerate(zip(values, ends, strict=True)):
+        if interval is not None:
+            axes.plot(interval, [place, place], color=colour(0), linewidth=1.2)
+        axes.plot([value], [place], "o", color=colour(0), markersize=5)
+        axes.annotate(f"{value:.3g}", (value, place), (0, 5), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(names)), list(shorten(names, limit=2 * _LETTERS).values()))
+    axes.set_ylim(len(names) - 0.5, -0.8)
+    axes.margins(x=0.15)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=_FAINT, alpha=0.3, linewidth=0.6)
     finish(axes, "", "", title)
 
 

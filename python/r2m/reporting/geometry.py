@@ -102,7 +102,7 @@ def layers_and_kinds(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
     A layer's name ends with a number. Of the ways to take some numbers in as the layer's and leave others to the kind,
     that one is chosen by which most matrices have their like in other layers and others in theirs, and then the one
-    with the fewest layers and kinds.
+    with the fewest kinds.
 
     Args:
         names: of weights, such as ``blocks.3.attn.qkv.weight``.
@@ -128,4 +128,4 @@ def _split(parts: Sequence[str], depth: int) -> tuple[str, str] | None:
 def _regularity(split: Mapping[str, tuple[str, str]]) -> tuple[int, int]:
     layers, kinds = (Counter(one) for one in zip(*split.values(), strict=True)) if split else (Counter[str](),) * 2
     shared = itertools.filterfalse(lambda one: layers[one[0]] < 2 or kinds[one[1]] < 2, split.values())
-    return len(list(shared)), -len(layers) - len(kinds)
+    return len(list(shared)), -len(kinds)

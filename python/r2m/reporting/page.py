@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2m.evaluation.data import read_scores
+from r2m.evaluation.data import read_scores, some
 from r2m.evaluation.metrics import Scores
 from r2m.places import csv_table, from_output
 from r2m.progress import readable_bytes
@@ -159,7 +159,7 @@ def _evaluated(of: Standing) -> dict[str, Any]:
         "models": list(_models(of)),
         "data": list(_data(of)),
         "unreadable": len(of.measured.get("unreadable", ())),
-        "left_out": _listed(of.measured.get("left_out")),
+        "left_out": of.measured.get("left_out", ()),
     }
 
 
@@ -178,25 +178,13 @@ def _models(of: Standing) -> Iterator[dict[str, Any]]:
 
 
 def _data(of: Standing) -> Iterator[dict[str, Any]]:
-    labels = of.measured.get("labels") or {}
+    """What each test set is made of, and which names were taken as what, where the evaluation says so."""
+    labels = of.measured.get("labels", {})
     for dataset in of.datasets:
         one = next(one["datasets"][dataset] for one in of.models.values() if dataset in one["datasets"])
         counts = {key: one.get(key) for key in ("frames", "videos", "real videos", "fake videos")}
-        yield {
-            "short": of.sets[dataset],
-            "test set": dataset,
-            **counts,
-            "labels": "; ".join(_listed(labels.get(dataset))),
-        }
-
-
-def _listed(found: Any) -> list[str]:
-    """What a file says in whatever form, in lines."""
-    if isinstance(found, Mapping):
-        return [f"{key}: {', '.join(_listed(value))}" for key, value in found.items()]
-    if isinstance(found, list | tuple):
-        return [line for one in found for line in _listed(one)]
-    return [] if found is None else [str(found)]
+        taken = {f"taken as {key}": some(names) for key, names in labels.get(dataset, {}).items()}
+        yield {"short": of.sets[dataset], "test set": dataset, **counts, **taken}
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -16,8 +16,8 @@ from r2m.shorten import shorten
 from r2m_kernels.errors import InvalidInput
 
 FRAMES, VIDEOS = "auc", "video_auc"  # what the answer is given in, and where a video has several frames
-MERGED, SPECIALIST, AVERAGE, BASE, OTHER = "this merge", "specialist", "average", "base", "other"
-_ORDER = (MERGED, AVERAGE, SPECIALIST, BASE, OTHER)
+MERGED, SPECIALIST, AVERAGE, BASE, MERGE, OTHER = "this merge", "specialist", "average", "base", "a merge", "other"
+_ORDER = (MERGED, AVERAGE, SPECIALIST, BASE, MERGE, OTHER)
 _MEAN = "mean"  # over datasets, in an evaluation's differences
 _AVERAGES = "weight_average"  # the method
 # What models are called in files of scores, of which nobody knows which checkpoint gave them.
@@ -182,8 +182,8 @@ def _roles(models: Mapping[str, Any], report: Mapping[str, Any], out: Path) -> t
     for name, one in models.items():
         source = str(one["source"])
         role = next((role for role, path in places if _same(source, path)), None)
-        if role is None and _is_average(source, one):
-            role = AVERAGE
+        if role is None:
+            role = _of_merge(source, one)
         if role is None and one.get("detector") is None:
             role = _by_name(name, report, out)
             by_name += [name] * (role is not None)
@@ -209,11 +209,13 @@ def _same(source: str, path: str) -> bool:
     return one == other or (os.path.dirname(one) == other and os.path.isdir(other)) or one == os.path.dirname(other)
 
 
-def _is_average(source: str, one: Mapping[str, Any]) -> bool:
-    if one.get("role") is not None:
-        return bool(one["role"] == AVERAGE)
+def _of_merge(source: str, one: Mapping[str, Any]) -> str | None:
+    """Of the output of another merge; evaluations of before do not say whether it is one."""
+    if "role" in one:
+        return {"average": AVERAGE, "merge": MERGE}.get(one["role"])
     directory = Path(source) if os.path.isdir(source) else Path(source).parent
-    return read_beside(directory / REPORT.file).get("method") == _AVERAGES
+    method = read_beside(directory / REPORT.file).get("method")
+    return None if method is None else AVERAGE if method == _AVERAGES else MERGE
 
 
 def _by_name(name: str, report: Mapping[str, Any], out: Path) -> str | None:
