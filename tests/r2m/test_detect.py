@@ -205,6 +205,21 @@ def test_a_video_that_ends_early_gives_what_it_has(command: Command) -> None:
     assert command("detect", "bright.safetensors", "sound.mp4", *OPTIONS).code == 2
 
 
+def test_a_playlist_is_no_video(command: Command) -> None:
+    """FFmpeg would open what it lists, wherever that is."""
+    video("clip.mp4", [100] * 4)
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:1", "#EXTINF:1,", str(Path("clip.mp4").absolute()), "#EXT-X-ENDLIST"]
+    Path("list.mp4").write_text("\n".join(lines))
+    Path("list.m3u8").write_text("\n".join(lines))
+    Path("both.avi").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    for name in ("list.mp4", "both.avi"):
+        result = command("detect", "bright.safetensors", name, *OPTIONS)
+        assert (result.code, f"Error: {name}: not a readable video: Invalid " in result.err) == (2, True)
+    Path("concat:clip.mp4").write_bytes(Path("clip.mp4").read_bytes())
+    result = command("detect", "bright.safetensors", "concat:clip.mp4", *OPTIONS)
+    assert (result.code, "mean of 4 frames" in result.out) == (0, True)
+
+
 def test_a_telephones_video_stands_upright() -> None:
     video("clip.mp4", [100] * 4)
     video("turned.mp4", [100] * 4, rotated=True)

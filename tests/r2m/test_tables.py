@@ -86,6 +86,16 @@ def test_a_dataset_that_gave_thresholds_is_not_one_to_average() -> None:
     assert [row[0].value for row in table(of).rows] == ["d0", "d1"]
 
 
+def test_names_give_way_before_columns_do() -> None:
+    of = evaluation({"quick brown foxes and dogs": [0.9], "five lazy boxing wizards jump": [0.8]})
+    columns = ["videos", "video_auc", "auc", "balanced_acc", "eer"]
+    for one in of["models"].values():
+        one["datasets"] = {"sphinx of black quartz judges": one["datasets"]["d0"]}
+    found = FORMATS["text"](table(of, columns))
+    assert len(found) == 3  # in one block
+    assert 75 < max(map(len, found)) <= 80
+
+
 def test_markdown_latex_and_csv_have_the_same() -> None:
     of = evaluation({"a|b_c": [0.9, 0.7], "100 %": [0.8, 0.7]})
     made = table(of)

@@ -14,6 +14,11 @@ from PIL import Image
 from r2m.extras import need
 from r2m_kernels.errors import printable
 
+# Containers that hold pictures themselves: a playlist under such a name would have FFmpeg open whatever it lists.
+_OPENED = {
+    "format_whitelist": "mov,mp4,avi,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv",
+    "protocol_whitelist": "file",
+}
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv")
 
 
@@ -46,7 +51,7 @@ def stills(path: Path, count: int) -> Iterator[Still | str]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path.absolute()}", options=_OPENED) as container:
             if not container.streams.video:
                 yield "no video in it"
                 return
