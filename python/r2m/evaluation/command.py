@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -16,25 +15,29 @@ import sklearn
 import torch
 from torch import nn
 
-from r2m import naming, places
-from r2m.checkpoints.adapter_config import CONFIG
+from r2m import places
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
-from r2m.evaluation.comparison import Role, merged, roles
+from r2m.evaluation.comparison import Role, roles
 from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
 from r2m.evaluation.degradations import DEGRADATIONS, degraded
 from r2m.evaluation.ensemble import Ensemble, attribution, combined
+from r2m.evaluation.entrants import Entrant, chosen, load_all
 from r2m.evaluation.judging import check_names, judge_all
 from r2m.evaluation.metrics import METRICS, average, metrics
-from r2m.evaluation.models import load, preprocessing_of
 from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
-from r2m.naming import split
 from r2m.preprocessing import Preprocessing
 from r2m.progress import bars, readable_bytes
 from r2m.records import EVALUATION
 from r2m_kernels import __version__
-from r2m_kernels.errors import BadFile, BadOption, printable, quoted
+from r2m_kernels.errors import BadFile, BadOption, printable
+
+# Options that decide the numbers.
+SETTINGS = (
+    *("split", "frames", "subfolders", "compression", "deepfakebench_compat", "bootstrap", "seed", "device"),
+    *("threshold", "threshold_from", "threshold_by", "against"),
+)
 
 
 def evaluate(
@@ -75,71 +78,40 @@ def _alone(out: str | None) -> Iterator[None]:
 
 def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) -> tuple[list[str], list[str]]:
     _check(request, out, overwrite)
-    beside, merges, untold = _specialists(request)
-    given = {
-        "model": [*map(split, (*request.merged, *request.models)), *beside],
-        "adapters": list(map(split, request.adapters)),
-        "scores": list(map(split, request.scores)),
-    }
-    named = naming.named([one for kind in given.values() for one in kind])
-    each = iter(named.items())
-    paths = {kind: dict(itertools.islice(each, len(ones))) for kind, ones in given.items()}
-    scores = {name: read_scores(path) for name, path in paths["scores"].items()}
-    checkpoints = paths["model"] | paths["adapters"]
-    data = read_all(request) if checkpoints else Data()
-    preprocessings = {
-        name: preprocessing_of(name, path, request, merges.get(path)) for name, path in checkpoints.items()
-    }
-    models = {name: load(name, path, request, name in paths["adapters"]) for name, path in checkpoints.items()}
-    sources, whose, attributions = dict(named), dict[str, str](), dict[str, Any]()
-    for name, one in models.items():
-        if isinstance(one, Ensemble):
-            whose |= {f"{name}/{member}": name for member in one.members}
-            sources |= {f"{name}/{member}": path for member, path in one.paths.items()}
-    twice = next((member for member in whose if member in named), None)
-    if twice is not None:
-        raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(whose[twice])}; give it another")
-    preprocessings |= {member: preprocessings[name] for member, name in whose.items()}
-    names = [*checkpoints, *whose, *paths["scores"]]
-    check_names(request, names, {name for one in scores.values() for name in one} | data.datasets.keys())
-    evaluated = _run(request, models, preprocessings, data.datasets, quiet)
+    who = chosen(request)
+    scores = {name: read_scores(path) for name, path in who.scores.items()}
+    data = read_all(request) if who.checkpoints else Data()
+    entered = load_all(who, request)
+    check_names(request, list(entered), {name for one in scores.values() for name in one} | data.datasets.keys())
+    evaluated = _run(request, entered, data.datasets, quiet)
     scores |= {name: scores_of(one.rows) for name, one in evaluated.items()}
-    order = [*evaluated, *paths["scores"]]
-    known = roles(checkpoints)
-    judged = judge_all({name: scores[name] for name in order}, request, known)
-    for name, one in models.items():
-        if isinstance(one, Ensemble):
-            members = {member: evaluated[f"{name}/{member}"] for member in one.members}
-            threshold = next(iter(judged["models"][name]["datasets"].values()))["threshold"]
-            attributions[name] = attribution(members, evaluated[name], threshold)
+    known = roles(who.checkpoints)
+    judged = judge_all({name: scores[name] for name in entered}, request, known)
     sweep = {
-        one: _run(request, models, preprocessings, data.datasets, quiet, one)
-        for one in (DEGRADATIONS if request.robustness else ())
+        degradation: _run(request, entered, data.datasets, quiet, degradation)
+        for degradation in (DEGRADATIONS if request.robustness else ())
     }
-    models_found = {}
-    for name, numbers in judged["models"].items():
-        role = known.get(name, Role())
-        models_found[name] = {
-            "source": os.path.abspath(sources[name]) if out is None else places.from_output(out, sources[name]),
-            "detector": request.detector if name in evaluated else None,
-            "preprocessing": preprocessings[name].plain() if name in evaluated else None,
-            "bytes": _bytes(sources[name], models.get(name)) if name in evaluated else None,
-            "looks_like": attributions.get(name),
+    models = {}
+    for name, one in entered.items():
+        numbers, role, ran = judged["models"][name], known.get(name, Role()), name in evaluated
+        kept = {degradation: found[name] for degradation, found in sweep.items() if ran}
+        models[name] = {
+            "source": os.path.abspath(one.path) if out is None else places.from_output(out, one.path),
+            "detector": request.detector if ran else None,
+            "preprocessing": one.preprocessing.plain() if one.preprocessing else None,
+            "bytes": _bytes(one) if ran else None,
+            "looks_like": _looks_like(name, one.model, evaluated, numbers),
             "role": role.kind,
             "specialists": list(role.specialists),
             **numbers,
-            "robustness": _robustness(
-                {one: found[name] for one, found in sweep.items() if name in found}, numbers, request
-            ),
+            "robustness": _robustness(kept, numbers, request),
         }
     unreadable = {path: reason for one in evaluated.values() for path, reason in one.unreadable.items()}
-    settings = ("split", "frames", "subfolders", "compression", "deepfakebench_compat", "bootstrap", "seed", "device")
-    judging = ("threshold", "threshold_from", "threshold_by", "against")
     result = {
-        "models": models_found,
+        "models": models,
         "differences": judged["differences"],
         "warnings": judged["warnings"],
-        "settings": {name: getattr(request, name) for name in (*settings, *judging)},
+        "settings": {name: getattr(request, name) for name in SETTINGS},
         "unreadable": unreadable,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **data.plain(),
@@ -153,43 +125,19 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     shown = tables.tables(result, tables.columns_asked(request.columns) or tables.few_columns(result))
     if out is not None:
         run.write_result(Path(out), result, evaluated, shown)
-    notes = [
-        *untold,
-        *_notes(result),
-        *_of_ensembles(result),
-        *data.told(),
-        *run.left_out(unreadable),
-        *(printable(text) for text in result["warnings"]),
-    ]
-    return tables.lines(shown, request.table), notes
+    doubts = [printable(text) for text in result["warnings"]]
+    told = [*_notes(result), *_of_ensembles(result), *data.told(), *run.left_out(unreadable), *doubts]
+    return tables.lines(shown, request.table), [*who.untold, *told]
 
 
-def _specialists(request: Request) -> tuple[list[tuple[str | None, str]], dict[str, str], list[str]]:
-    """Names and paths of what merges were made of, by path the merge, and lines on those that are not run."""
-    found: dict[str, str] = {}
-    of: dict[str, str] = {}
-    lines = []
-    asked = [split(one) for one in (*request.merged, *request.models, *request.adapters, *request.scores)]
-    names, taken = {name for name, _ in asked}, {os.path.realpath(path) for _, path in asked}
-    for argument in request.merged:
-        path = split(argument)[1]
-        recipe = merged(path)
-        if recipe is None:
-            raise BadFile(f"{path}: expected the output of a merge; a checkpoint that is none is given by --model")
-        for name, expert in recipe.experts.items():
-            why = "is not there" if not os.path.exists(expert) else "is an adapter" if _is_adapter(expert) else ""
-            if why:
-                lines.append(f"not beside it: {printable(name)}, of {printable(path)}: {printable(expert)} {why}")
-            elif os.path.realpath(expert) not in taken:
-                taken.add(os.path.realpath(expert))
-                of[expert] = path
-                numbered = (f"{name}#{number}" for number in itertools.count(2))
-                found[next(one for one in itertools.chain([name], numbered) if one not in {*names, *found})] = expert
-    return list(found.items()), of, lines
-
-
-def _is_adapter(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, CONFIG))
+def _looks_like(
+    name: str, model: object, evaluated: Mapping[str, run.Evaluated], numbers: Mapping[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """Of an ensemble, whose forgeries what it calls fake looks like."""
+    if not isinstance(model, Ensemble):
+        return None
+    members = {member: evaluated[f"{name}/{member}"] for member in model.members}
+    return attribution(members, evaluated[name], next(iter(numbers["datasets"].values()))["threshold"])
 
 
 def _robustness(
@@ -206,11 +154,10 @@ def _robustness(
     return found or None
 
 
-def _bytes(path: str, model: nn.Module | Ensemble | None) -> int:
+def _bytes(one: Entrant) -> int:
     """Of the files: of an ensemble, its model's and all adapters'."""
-    directories = [path, *(model.paths.values() if isinstance(model, Ensemble) else ())]
-    opened = (open_checkpoint(one, one, adapters=True) for one in directories)
-    return sum(file.stat().st_size for one in opened for file in one.files)
+    opened = (open_checkpoint(place, place, adapters=True) for place in (one.path, *one.files))
+    return sum(file.stat().st_size for checkpoint in opened for file in checkpoint.files)
 
 
 def _of_ensembles(result: Mapping[str, Any]) -> list[str]:
@@ -242,8 +189,7 @@ def _check(request: Request, out: str | None, overwrite: bool) -> None:
 
 def _run(
     request: Request,
-    models: Mapping[str, nn.Module | Ensemble],
-    preprocessings: Mapping[str, Preprocessing],
+    entered: Mapping[str, Entrant],
     datasets: Mapping[str, Dataset],
     quiet: bool,
     degradation: str | None = None,
@@ -257,18 +203,23 @@ def _run(
             what = name if degradation is None else f"{name}, {degradation}"
             shown.show(what, done, total, f"{done}/{total}")
 
-    def scored(name: str, model: nn.Module) -> run.Evaluated:
+    def scored(name: str, model: nn.Module, preprocessing: Preprocessing) -> run.Evaluated:
         progress = functools.partial(show, name)
-        return run.run_detector(name, model, datasets, preprocessings[name], request, progress, change)
+        return run.run_detector(name, model, datasets, preprocessing, request, progress, change)
 
     with nullcontext() if quiet else bars() as shown:
-        for name, model in models.items():
-            if isinstance(model, Ensemble):
-                members = {member: scored(f"{name}/{member}", model.with_adapter(member)) for member in model.members}
+        for name, one in entered.items():
+            if one.model is None or one.preprocessing is None:
+                continue
+            if isinstance(one.model, Ensemble):
+                members = {
+                    member: scored(f"{name}/{member}", one.model.with_adapter(member), one.preprocessing)
+                    for member in one.model.members
+                }
                 evaluated[name] = combined(members)
-                evaluated |= {f"{name}/{member}": one for member, one in members.items()}
+                evaluated |= {f"{name}/{member}": found for member, found in members.items()}
             else:
-                evaluated[name] = scored(name, model)
+                evaluated[name] = scored(name, one.model, one.preprocessing)
     return evaluated
 
 
