@@ -154,18 +154,24 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_scored(command: Command) ->
 
 
 def test_a_video_is_the_mean_of_its_frames(command: Command) -> None:
-    for number in range(3):
-        image(f"frames/000/{number}.png", 50 * number)
+    for number in (0, 2, 10):
+        image(f"frames/000/{number}.png", 15 * number)
     image("frames/001/0.png", 240)
     image("frames/2.png", 10)
     result = command("detect", "bright.safetensors", "frames", *OPTIONS, "--json", "--videos")
     found = rows(result)
-    assert [row.get("video") for row in found if "video" in row] == ["frames/000", "frames/001", "frames"]
-    assert found[3]["frames"] == 3
-    assert found[3]["score"] == pytest.approx(np.mean([row["score"] for row in found[:3]]))
+    assert [row.get("video") for row in found if "video" in row] == ["frames", "frames/000", "frames/001"]
+    assert [row["file"] for row in found[2:5]] == [f"frames/000/{name}.png" for name in (0, 2, 10)]
+    assert found[5]["frames"] == 3
+    assert found[5]["score"] == pytest.approx(np.mean([row["score"] for row in found[2:5]]))
     assert "mean of 3 frames" in command("detect", "bright.safetensors", "frames", *OPTIONS, "--videos").out
     apart = rows(command("detect", "bright.safetensors", "frames", *OPTIONS, "--json"))
     assert [row["file"] for row in apart] == [row["file"] for row in found if "file" in row]
+    Path("linked").mkdir()
+    for name, to in (("a", "../frames/000"), ("b", "../frames/000"), ("round", ".")):
+        Path("linked", name).symlink_to(to)
+    linked = rows(command("detect", "bright.safetensors", "linked", *OPTIONS, "--json"))
+    assert [row["file"] for row in linked] == [f"linked/a/{name}.png" for name in (0, 2, 10)]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from r2m.evaluation.ensemble import Ensemble, log_odds, together
-from r2m.evaluation.folders import IMAGES
+from r2m.evaluation.folders import IMAGES, natural
 from r2m.evaluation.metrics import THRESHOLD
 from r2m.evaluation.models import load, preprocessing_of
 from r2m.evaluation.pictures import prepared, read_image
@@ -103,12 +103,25 @@ def detect(
 def _listed(files: Sequence[str]) -> Iterator[str]:
     """Files as they were given, and those in directories that are pictures or videos by their names."""
     for file in files:
-        if not os.path.isdir(file):
+        if os.path.isdir(file):
+            yield from _inside(file)
+        else:
             yield file
+
+
+def _inside(directory: str) -> Iterator[str]:
+    """By number where names have one; linked directories too, each once."""
+    seen = set()
+    for place, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
             continue
-        for path in sorted(Path(file).rglob("*")):
-            if path.suffix.lower() in (*IMAGES, *SUFFIXES) and not path.is_dir():
-                yield str(path)
+        seen.add(real)
+        folders.sort(key=natural)
+        for name in sorted(names, key=natural):
+            if os.path.splitext(name)[1].lower() in (*IMAGES, *SUFFIXES):
+                yield os.path.join(place, name)
 
 
 def _pictures(files: Sequence[str], preprocessing: Preprocessing, frames: int, videos: bool) -> Iterator[Picture]:
