@@ -82,10 +82,10 @@ $(PRETRAINED): Makefile | $(READY)
 quality: $(READY) $(PRETRAINED)  ## does it detect? detectors trained, merged by every method and judged: JSON, pictures, docs/quality.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality
 
-bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plots and the README's table
+bench: $(READY)  ## speed, error and memory beside rivals in one run: JSON, plots and docs/speed.md
 	$(BIN)/python -m bench.run --peers .venv-peers
 	$(BIN)/python -m bench.plot
-	$(BIN)/python -m bench.compare --readme
+	$(BIN)/python -m bench.compare --page
 
 # An environment that sees the packages of others, torch among them, and installs only what they lack.
 define on_top

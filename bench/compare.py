@@ -1,8 +1,8 @@
-"""The README's tables of speed, made from committed results; their text is ``readme.md.j2``.
+"""docs/speed.md's tables, made from committed results; their text is ``speed.md.j2``.
 
-    python -m bench.compare [--readme | --check]
+    python -m bench.compare [--page | --check]
 
-Prints the Markdown; ``--readme`` puts it between the marks in README.md, ``--check`` exits with 1 if it is not there.
+Prints the Markdown; ``--page`` puts it between the marks in docs/speed.md, ``--check`` exits with 1 if it is not there.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def section(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
             merges.append([row["job"], f"{row['seconds'] * 1e3:.0f}", error, *numbers])
     several = machine["cores"] > 1
     return render(
-        Path(__file__).with_name("readme.md.j2"),
+        Path(__file__).with_name("speed.md.j2"),
         cpu=cpu,
         gpu=gpu,
         cores=f"{machine['cores']} cores of an {machine['cpu']}" if several else f"one core of {machine['cpu']}",
@@ -81,20 +81,20 @@ def section(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--readme", action="store_true")
+    mode.add_argument("--page", action="store_true")
     mode.add_argument("--check", action="store_true")
     options = parser.parse_args()
     text = section(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "gpu_merges")))
-    if not (options.readme or options.check):
+    if not (options.page or options.check):
         print(text)
         return 0
-    readme = ROOT / "README.md"
-    before, (begin, *_, end) = readme.read_text(), text.splitlines()
+    page = ROOT / "docs" / "speed.md"
+    before, (begin, *_, end) = page.read_text(), text.splitlines()
     if begin not in before or end not in before:
-        print(f"bench.compare: {readme} has no line {begin}", file=sys.stderr)
+        print(f"bench.compare: {page} has no line {begin}", file=sys.stderr)
         return 1
     after = before[: before.index(begin)] + text + before[before.index(end) + len(end) :]
-    return update(readme, after, check=options.check, command="python -m bench.compare --readme")
+    return update(page, after, check=options.check, command="python -m bench.compare --page")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m r2m.manual``: docs/cli.md, docs/files.md and the READMEs' tables, from the code itself."""
+"""``python -m r2m.manual``: docs/cli.md, docs/files.md and tables of other pages, from the code itself."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def pages(root: Path) -> dict[Path, str]:
         root: of the repository.
     """
     tables = {
-        root / "README.md": {"methods": methods()},
+        root / "docs" / "methods.md": {"methods": methods()},
         root / "docs" / "evaluation.md": {"layouts": layouts(), "metrics": judged()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
