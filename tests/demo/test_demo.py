@@ -14,6 +14,7 @@ import torch
 from r2m.demo import run_demo
 from r2m.demo.networks import load_detector, new_detector, save_detector
 from r2m.demo.table import COLUMNS, METHODS
+from r2m.demo.training import Recipe, Setting
 from r2m.merge import merge_files
 from r2m.recipe import Expert, Recipe
 from rich.console import Console
@@ -30,6 +31,16 @@ CHECKPOINTS = [
 MERGED = ["r2m", "weight_average", "task_arithmetic", "cart"]
 
 
+# The same flow and files as the demo's, in seconds; what it measures means nothing.
+SECONDS = Setting(
+    Recipe(16, batch=32, learning_rate=2e-3),
+    Recipe(12, batch=32),
+    training_draws=2,
+    validation_draws=1,
+    test_draws=1,
+)
+
+
 # The slowest test of the demo: about 20 seconds on two idle cores.
 def test_the_whole_demo(tmp_path):
     out = tmp_path / "out"
@@ -39,7 +50,7 @@ def test_the_whole_demo(tmp_path):
     (out / "base.safetensors").write_bytes(b"left by an interrupted run")
     console = Console(file=io.StringIO(), width=100)
 
-    result = run_demo(out, quick=True, console=console)
+    result = run_demo(out, quick=True, setting=SECONDS, console=console)
 
     printed = console.file.getvalue()
     assert foreign.read_text() == "keep me"

@@ -23,7 +23,7 @@ from r2m.demo.parallel import run_together, say, torch_threads
 from r2m.demo.pictures import draw_bars, draw_forgeries, draw_roc
 from r2m.demo.samples import GROUPS, Group, make_group
 from r2m.demo.table import METHODS, Row, make_notes, make_row, print_table, table_csv, table_json
-from r2m.demo.training import FULL, QUICK
+from r2m.demo.training import FULL, QUICK, Setting
 from r2m.extras import need
 from r2m.output import check_output
 from r2m.places import new_file
@@ -52,6 +52,7 @@ def run_demo(
     seed: int = 0,
     threads: int | None = None,
     quick: bool = False,
+    setting: Setting | None = None,
     console: Console | None = None,
 ) -> DemoResult:
     """Train, merge, measure, and write checkpoints, table and pictures.
@@ -63,7 +64,8 @@ def run_demo(
         seed: of the split, the forgeries, the training and the merge; 0 to 2³¹ − 1. Same seed, same table.
         threads: models that train at once, each on one thread of torch; by default 2, or 1 on a single core.
             It does not change the results.
-        quick: much less training, for tests.
+        quick: less training and fewer pictures.
+        setting: how much exactly, for who is content with neither.
         console: where progress and table go; by default stdout.
 
     Raises:
@@ -82,7 +84,7 @@ def run_demo(
     for name in MERGES.values():
         check_output(out / "merged" / name, overwrite=True, inputs=[])
     console = console or Console()
-    setting = QUICK if quick else FULL
+    setting = setting or (QUICK if quick else FULL)
 
     photographs = read_photographs()
     split = split_people(seed)
