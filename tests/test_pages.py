@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, the first screen holds what a newcomer looks for, figures come from results."""
+"""README and docs: links lead somewhere, the first screen has what a newcomer looks for, figures come from results."""
 
 from __future__ import annotations
 

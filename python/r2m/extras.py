@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +25,7 @@ def need(what: str, extra: str | None, *modules: str) -> None:
 
     Args:
         what: what needs them, for the message.
-        extra: of ``pip install 'r2m_kernels[EXTRA]'``; ``None``: they are in none.
+        extra: of this package's; ``None``: they are in none.
         modules: by the names they are imported under.
 
     Raises:
@@ -30,5 +33,16 @@ def need(what: str, extra: str | None, *modules: str) -> None:
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            how = f": pip install 'r2m_kernels[{extra}]'" if extra else ", which is not installed"
-            raise BadOption(f"{what}: needs the package {_PACKAGES.get(module, module)}{how}")
+            package = _PACKAGES.get(module, module)
+            how = f": pip install '{requirement(extra, package)}'" if extra else ", which is not installed"
+            raise BadOption(f"{what}: needs the package {package}{how}")
+
+
+def requirement(extra: str, package: str) -> str:
+    """What an extra asks for of a package, ``"scikit-learn>=1.4"``: pip takes it wherever this package came from."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for one in importlib.metadata.requires("r2m_kernels") or ():
+            asked, _, condition = one.partition(";")
+            if re.match(rf"{re.escape(package)}\b(?!-)", asked) and f'"{extra}"' in condition.replace("'", '"'):
+                return asked.strip()
+    return package

@@ -14,7 +14,8 @@ import torch
 from r2m.demo import run_demo
 from r2m.demo.networks import load_detector, new_detector, save_detector
 from r2m.demo.table import COLUMNS, METHODS
-from r2m.demo.training import Recipe, Setting
+from r2m.demo.training import Recipe as Training
+from r2m.demo.training import Setting
 from r2m.merge import merge_files
 from r2m.recipe import Expert, Recipe
 from rich.console import Console
@@ -33,8 +34,8 @@ MERGED = ["r2m", "weight_average", "task_arithmetic", "cart"]
 
 # The same flow and files as the demo's, in seconds; what it measures means nothing.
 SECONDS = Setting(
-    Recipe(16, batch=32, learning_rate=2e-3),
-    Recipe(12, batch=32),
+    Training(16, batch=32, learning_rate=2e-3),
+    Training(12, batch=32),
     training_draws=2,
     validation_draws=1,
     test_draws=1,
@@ -106,7 +107,7 @@ def test_what_cannot_end_well_is_refused_before_training(tmp_path, monkeypatch):
     for module, package in (("matplotlib", "matplotlib"), ("scipy", "scipy"), ("sklearn", "scikit-learn")):
         with monkeypatch.context() as patched:
             patched.setattr(importlib.util, "find_spec", lambda name, missing=module: name != missing or None)
-            with pytest.raises(BadOption, match=rf"needs the package {package}: pip install 'r2m_kernels\[demo\]'"):
+            with pytest.raises(BadOption, match=rf"needs the package {package}: pip install '{package}[><=]"):
                 run_demo(tmp_path)
     foreign = tmp_path / "merged" / "cart" / "thesis.txt"
     foreign.parent.mkdir(parents=True)

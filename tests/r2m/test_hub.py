@@ -223,5 +223,5 @@ def test_no_network(start: Start, tmp_path: Path) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidInput, match=r"pip install 'r2m_kernels\[hub\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install 'huggingface_hub>="):
         hub.fetch.__wrapped__("hf://lab/clip")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from r2m.extras import need
+from r2m.extras import need, requirement
 from r2m.places import (
     PARTIAL,
     FileSystemWarning,
@@ -199,7 +199,9 @@ def test_a_link_that_leads_out_is_read_only_where_somebody_named_it() -> None:
 
 def test_a_missing_package_is_named_with_how_to_get_it() -> None:
     need("report", "report", "json", "csv")
-    with pytest.raises(BadOption, match=r"^report: needs the package no_such: pip install 'r2m_kernels\[report\]'$"):
+    with pytest.raises(BadOption, match=r"^report: needs the package no_such: pip install 'no_such'$"):
         need("report", "report", "json", "no_such")
+    assert requirement("report", "scikit-learn").startswith("scikit-learn>=")
+    assert requirement("report", "scikit") == requirement("nothing", "scikit") == "scikit"
     with pytest.raises(BadOption, match=r"^detector: needs the package no_such, which is not installed$"):
         need("detector", None, "no_such")

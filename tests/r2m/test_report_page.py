@@ -81,7 +81,10 @@ def test_the_page_says_what_the_report_says(checkpoints: Checkpoints, command: C
     report = merged(checkpoints, command)
     Path("kept.json").write_text(json.dumps(report))
     result = command("report", "out")
-    assert (result.code, result.out) == (0, "out.report/report.html, and 16 files beside it\n")
+    assert (result.code, result.out) == (
+        0,
+        "out.report/report.html, which any browser opens, and 16 files beside it\nNext: r2m card out\n",
+    )
     assert sorted(os.listdir("out.report")) == written(*GEOMETRY)
     page = Reader(Path("out.report/report.html").read_text())
     text = " ".join(page.words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from r2m.commands.given import only_given
 from r2m.commands.messages import done, say
 from r2m.commands.options import SectionedCommand, flags, option
 from r2m.commands.process import DONE, INPUT
+from r2m.commands.way import following
 from r2m.evaluation.request import DATA, DETECT, MODELS, REQUEST, Request
 from r2m.options import RUN
 
@@ -38,6 +40,9 @@ def evaluate(out: str | None, overwrite: bool, quiet: bool, **given: Any) -> Non
     done("\n".join(table))
     for note in notes:  # beside a table that is for a file
         say(note, err=request.table != "text")
+    if out is not None and len(request.merged) == 1 and request.table == "text":
+        path = request.merged[0].rpartition("=")[2]
+        say(following("report", shlex.quote(path), "--evaluation", shlex.quote(out)))
 
 
 @click.command(

@@ -120,7 +120,9 @@ def report(out: str, to: str | None, evaluation: str | None, swept: str | None, 
         elif found:
             say(printable(f"Evaluations of {out}: {', '.join(found)}; none is shown without --evaluation DIR"))
     files = write_page(out, target, evaluation=evaluation, swept=swept, spectra=spectra, overwrite=overwrite)
-    done(f"{printable(target)}/{PAGE_FILE}, and {len(files) - 1} files beside it")
+    done(f"{printable(target)}/{PAGE_FILE}, which any browser opens, and {len(files) - 1} files beside it")
+    measured = () if evaluation is None else ("--evaluation", shlex.quote(evaluation))
+    say(following("card", shlex.quote(out), *measured))
 
 
 COMMANDS = (inspect, card, report)

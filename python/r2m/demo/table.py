@@ -64,7 +64,7 @@ def make_notes(
         "Chance is 0.5; the base's head is untrained. Joint training needs all the data, the ensemble all the models.",
         f"One seed ({seed}) and few people: differences below 0.01 are noise. Photographs: {CREDIT}.",
     )
-    less = "Quick run: less training and fewer pictures than without --quick, so worse detectors, maybe in another order."
+    less = "Quick run: less training and fewer pictures than without --quick: worse detectors, maybe in another order."
     return (less, *notes) if quick else notes
 
 
