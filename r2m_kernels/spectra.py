@@ -63,9 +63,10 @@ def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeCo
         return width * (shape[0] * size + (short + long) * COMPUTE_BYTES)
     # A QR of the long side holds it three times. The polar factor of one side beside the other takes less.
     joint = size * (3 * width * long + 4 * width**2)
-    # Products with all residuals in two types, and by element of all experts' cores and their squares.
-    trimmed = width * (long + short) * size + count * width * shape[0] * (size + COMPUTE_BYTES)
-    trimmed += 3 * count * width**2 * size
+    # Products with all residuals in two types, or in one beside all experts' cores, or those by element and squared.
+    moved, cores = count * width * shape[0], count * width**2 * size
+    largest = max(moved * (size + COMPUTE_BYTES), moved * size + cores, 3 * cores)
+    trimmed = width * (long + short) * size + largest
     return max(joint, trimmed) if config.spectrum == "trim" else joint
 
 
@@ -156,8 +157,10 @@ def trimmed(
     left, right, _ = _joint_bases(factors)
     sides = right.to(factors.right.dtype).unsqueeze(1).expand(-1, count, -1, -1)
     moved = operators.residual_matmul(inputs.bases, inputs.experts, mixing, sides, precision="tf32x3")
-    # All M_iᵀ by one product, (L, N, N·r, N·r).
-    cores = (moved.mT.flatten(1, 2).double() @ left).view(size, count, count * rank, count * rank)
+    # All M_iᵀ by one product, (L, N, N·r, N·r); turned and widened at once, as it is the largest of all.
+    moved = moved.mT.to(torch.float64, memory_format=torch.contiguous_format)
+    cores = (moved.flatten(1, 2) @ left).view(size, count, count * rank, count * rank)
+    del moved
     squares = cores.square()
     squares.diagonal(dim1=2, dim2=3).zero_()
     cores *= squares <= squares.mean(dim=(2, 3), keepdim=True) * (TRIM / count) ** 2

@@ -225,7 +225,7 @@ def test_random_adapters_among_dense_experts(number: int) -> None:
     base, experts = adapters(ranks, shapes, dtype)
     for one in experts.values():
         one.dense = [name for name in "abc" if draw.random() < 0.1]
-    rank, backend = draw.choice([0.1, 0.02, 8, 1.0]), draw.choice(BACKENDS[:2])
+    rank, backend = draw.choice([0.4, 0.1, 0.02, 8, 1.0]), draw.choice(BACKENDS[:2])
     power = draw.choice([0.0, 3.0])
     config = MergeConfig.r2m(rank=rank, eta=draw.choice([1.0, 0.4]), row_power=power, svd="exact")
     analysis = analyze(base, experts, config, backend=backend)
