@@ -12,10 +12,12 @@ from r2m.evaluation.metrics import METRICS
 from r2m.reporting.figures import Rows
 from r2m.reporting.matrix import number, signed
 from r2m.reporting.standing import AVERAGE, SPECIALIST, Standing
-from r2m.shorten import clip, shorten
+from r2m.shorten import shorten
 
 _UPRIGHT = 8  # test sets, above which their names stand upright over their columns
 _LETTERS = 18  # of a test set's name where the table has little room
+# Of the table as a picture, in inches; also of a letter.
+_ROW, _COLUMN, _LETTER = 0.36, 0.78, 0.085
 
 
 @dataclass(frozen=True)
@@ -139,21 +141,18 @@ def table(of: Standing) -> Table:
         for dataset in of.datasets
     }
     most = max((one for name in of.roles if (one := of.mean(name)) is not None), default=None)
+    short = shorten(of.datasets, limit=_LETTERS)
     lines = []
     for name, role in of.roles.items():
         entries = [_entry(of.mean(name), of.mean_interval(name), most)] if several else []
         if several:
             worst = of.worst(name)
-            entries.append(
-                Entry("–")
-                if worst is None
-                else Entry(number(worst[1], 3), clip(of.sets[worst[0]], _LETTERS), title=worst[0])
-            )
+            entries.append(Entry("–") if worst is None else Entry(number(worst[1], 3), short[worst[0]], title=worst[0]))
         entries += [_difference(of, name, other) for _, other in beside]
         entries += [_entry(of.value(name, one), of.interval(name, one), best[one]) for one in of.datasets]
         lines.append(Line(of.short[name], name, role, name == of.merged, entries))
     headings = [*(sums if several else []), *(title for title, _ in beside)]
-    sets = list(shorten(of.datasets, limit=_LETTERS).values())
+    sets = [short[name] for name in of.datasets]
     return Table([*headings, *sets], len(headings), list(of.datasets), len(sets) > _UPRIGHT, lines)
 
 
@@ -208,31 +207,51 @@ def summary(of: Standing) -> Rows:
 
 
 def draw(shown: Table, axes: Axes) -> None:
-    """The table as a picture, for who pastes pictures."""
-    widths = [max(len(line.name) for line in shown.lines) * 0.1 + 0.3] + [1.0] * len(shown.headings)
-    widths[1 : 1 + shown.sums] = [1.15] * shown.sums
-    edges = [sum(widths[:column]) for column in range(len(widths))]
-    for column, heading in enumerate(shown.headings, start=1):
-        turn = 90 if shown.upright and column > shown.sums else 0
-        axes.text(
-            edges[column] + widths[column] / 2, -0.75, heading, ha="center", va="bottom", weight="bold", rotation=turn
-        )
-    for place, line in enumerate(shown.lines):
+    """The table as a picture, for who pastes pictures. Columns and rows are 1 apart; rows go downwards."""
+    places = _places(shown)
+    axes.text(0.05, -0.75, "model", va="bottom", weight="bold")
+    for column, heading in enumerate(shown.headings):
+        upright = shown.upright and column >= shown.sums
+        text = heading if column >= shown.sums else heading.replace(" ", "\n", 1)
+        turn = 90 if upright else 0
+        axes.text(places[column], -0.75, text, ha="center", va="bottom", weight="bold", rotation=turn)
+    for row, line in enumerate(shown.lines):
         if line.leads:
-            axes.axhspan(place - 0.5, place + 0.5, color="#0072b2", alpha=0.12, linewidth=0)
-        axes.text(0.05, place, line.name, va="center", weight="bold" if line.leads else "normal")
-        for column, entry in enumerate(line.entries, start=1):
-            middle, up = edges[column] + widths[column] / 2, 0.13 if entry.beneath else 0.0
-            weight = "bold" if entry.strong else "normal"
-            axes.text(middle, place - up, entry.text, ha="center", va="center", weight=weight)
-            axes.text(middle, place + 0.22, entry.beneath, ha="center", va="center", size=7)
+            axes.axhspan(row - 0.5, row + 0.5, color="#0072b2", alpha=0.12, linewidth=0)
+        axes.text(0.05, row, line.name, va="center", weight="bold" if line.leads else "normal")
+        for place, entry in zip(places, line.entries, strict=True):
+            up = 0.13 if entry.beneath else 0.0
+            axes.text(
+                place, row - up, entry.text, ha="center", va="center", weight="bold" if entry.strong else "normal"
+            )
+            axes.text(place, row + 0.22, entry.beneath, ha="center", va="center", size=7)
     axes.axhline(-0.6, color="#7a7a7b", linewidth=0.8)
-    axes.set_xlim(0, sum(widths))
-    axes.set_ylim(len(shown.lines) - 0.5, -1 - (0.25 * max(map(len, shown.headings)) if shown.upright else 0))
+    axes.set_xlim(0, _right(shown))
+    axes.set_ylim(len(shown.lines) - 0.5, -1.0 - _above(shown) / _ROW)
     axes.set_axis_off()
+
+
+def _places(shown: Table) -> list[float]:
+    """Middles of the columns; those that sum up have more in them."""
+    widths = [1.6] * shown.sums
+    for heading in shown.headings[shown.sums :]:
+        widths.append(1.0 if shown.upright else max(1.0, len(heading) * _LETTER / _COLUMN + 0.25))
+    first = max(len(line.name) for line in shown.lines) * _LETTER / _COLUMN + 0.3
+    return [first + sum(widths[:column]) + width / 2 for column, width in enumerate(widths)]
+
+
+def _right(shown: Table) -> float:
+    """Where the last column ends."""
+    places = _places(shown)
+    return places[-1] + (places[-1] - places[-2] if len(places) > 1 else 1.0) / 2 + 0.1
+
+
+def _above(shown: Table) -> float:
+    """Inches of the headings."""
+    upright = max(map(len, shown.headings[shown.sums :]), default=0) * _LETTER if shown.upright else 0.0
+    return max(upright, 0.35)
 
 
 def drawn_size(shown: Table) -> tuple[float, float]:
     """Of that picture, in inches."""
-    letters = max(map(len, shown.headings), default=0) if shown.upright else 0
-    return 1.6 + 0.9 * len(shown.headings), 0.6 + 0.36 * len(shown.lines) + 0.09 * letters
+    return _COLUMN * _right(shown), _above(shown) + _ROW * (len(shown.lines) + 1)

@@ -85,11 +85,13 @@ def write_page(
     points = [] if swept is None else sweep_rows(Path(swept))
     check_target(Path(to), overwrite)
     sections: list[Section] = []
+    said: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     if found is not None:
         with as_written(f"{evaluation}: {EVALUATION.file}"):
             sections += [Section(one.name, one.title, [one]) for one in of_evaluation(found, scores)]
-            shown = answer.table(found)
+            said = _evaluated(found)
+            shown = said["table"]
             pictures = drawn(lambda axes: answer.draw(shown, axes), answer.drawn_size(shown))
             files |= {f"{_TABLE}.{kind}": content for kind, content in pictures.items()}
             files[f"{_TABLE}.csv"] = csv_table(answer.rows(found))
@@ -106,7 +108,7 @@ def write_page(
         files |= {f"{one.name}.{kind}": content for kind, content in one.files.items()}
         files[f"{one.name}.csv"] = csv_table(one.rows)
     with as_written(f"{out}: {REPORT.file}"):
-        files[PAGE_FILE] = page(report, str(out), found, sections).encode(errors="xmlcharrefreplace")
+        files[PAGE_FILE] = page(report, str(out), said, sections).encode(errors="xmlcharrefreplace")
     sources = {"out": out, "evaluation": evaluation, "sweep": swept}
     content = {
         "sources": {key: None if path is None else from_output(to, str(path)) for key, path in sources.items()},
@@ -116,13 +118,13 @@ def write_page(
     return sorted([*files, PAGE.file])
 
 
-def page(report: Mapping[str, Any], out: str, of: Standing | None, sections: Sequence[Section]) -> str:
+def page(report: Mapping[str, Any], out: str, evaluated: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """The HTML.
 
     Args:
         report: the merge's.
         out: where its output is.
-        of: an evaluation, if there is one.
+        evaluated: what is said of an evaluation; empty: there is none.
         sections: what follows the answer.
     """
     short = list(shorten(report["experts"]).values())
@@ -130,7 +132,6 @@ def page(report: Mapping[str, Any], out: str, of: Standing | None, sections: Seq
     tensors = [
         {key: row.get(key, "") for key in ("name", "role", "shape", "dtype", "rank")} for row in report["tensors"]
     ]
-    evaluated = {} if of is None else _evaluated(of)
     return render(
         "report.html",
         names=names,
