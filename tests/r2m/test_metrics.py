@@ -241,6 +241,14 @@ def test_thresholds_meet_their_criteria(reals: list[float], fakes: list[float]) 
     assert abs(1 - tpr - fpr) <= min(abs(1 - tpr - fpr) for fpr, tpr in possible) + 1e-12
 
 
+def test_thresholds_from_reals_that_others_share_are_doubted() -> None:
+    of = drawn(np.random.default_rng(8), 40, 1, 0.8)
+    datasets = {"val": with_paths(of, "val"), "x": with_paths(of, "x"), "own": of}
+    (warning,) = judged({"m": datasets}, threshold_from="val")["warnings"]
+    assert warning.startswith("thresholds were chosen on pictures of 'val' that are also in 'x', whose accuracies look")
+    assert judged({"m": datasets}, threshold_from="own")["warnings"] == judged({"m": datasets})["warnings"] == []
+
+
 def test_a_threshold_lies_in_the_middle_between_two_scores() -> None:
     apart = scores([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9])
     assert {by: chosen_threshold(apart, by) for by in CRITERIA} == dict.fromkeys(CRITERIA, pytest.approx(0.4))
