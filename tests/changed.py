@@ -46,7 +46,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "r2m_kernels/*": ((), ("tests/bench/test_same_bits.py",)),
     "*.md": (
         (),
-        ("tests/r2m/test_manual.py", "tests/r2m/test_tutorial.py", "tests/bench/*.py", "tests/test_package.py"),
+        (
+            *("tests/r2m/test_manual.py", "tests/r2m/test_tutorial.py", "tests/r2m/test_own_methods.py"),
+            *("tests/r2m/test_python_page.py", "tests/test_pages.py", "tests/bench/*.py", "tests/test_package.py"),
+        ),
     ),
     "bench/results/*": ((), ("tests/bench/*.py",)),
 }

@@ -110,6 +110,9 @@ def _plan(out: str, given: dict[str, Any], *, quiet: bool, listed: bool = False,
     planned, lines = plan_merge(recipe_of(given), out, options, **shared)
     for line in [*lines, *(work_lines(planned) if listed else ())] if not quiet else ():
         say(line)
+    if planned.enough and not quiet:
+        words = [shlex.quote(given["recipe"])] if given.get("recipe") else ["…"]  # all that was given, again
+        say(following("merge", *words, "--out", shlex.quote(out)))
     return 0 if planned.enough else 1
 
 
