@@ -425,7 +425,7 @@ def test_a_head_is_averaged_unless_it_is_to_be_merged(files: list[str], command:
     words = ["merge", "--base", "base.safetensors"]
     words += [word for name in ("fs", "fr", "efs") for word in ("--expert", f"{name}.safetensors")]
     said = command(*words, "--out", "mean")
-    assert said.out.splitlines()[-1] == "head (mean): head.weight, head.bias"
+    assert "head (mean): head.weight, head.bias" in said.out.splitlines()
     report = json.loads(Path("mean/r2m_report.json").read_text())
     assert report["arrangement"]["head"] == {"rule": "mean", "tensors": ["head.weight", "head.bias"]}
     assert command(*words, "--out", "named", "--head-tensor", "head.weight").code == 0
