@@ -288,12 +288,15 @@ def _guess(
                 return f"; its names lack the prefix {quoted(prefix)} of the base's"
     shapes = [name for name, spec in base.specs.items() if source.specs.get(name, spec).shape != spec.shape]
     averaged = config.head == "mean" and config.extra != "drop"  # and so that is no way
-    if shapes and not missing and not averaged and set(shapes) <= {*classifier(source.specs)}:
+    own = {*classifier(source.specs)}
+    if averaged and not (missing or base.aliases) and {*shapes, *extras} <= own and (shapes or None in extras.values()):
+        return "; the experts' classifiers differ, and those of one shape are averaged: --head expert:NAME keeps one's"
+    if shapes and not missing and not averaged and set(shapes) <= own:
         return "; its classifier has other outputs than the base's: head='mean' (--head mean) averages the experts'"
     if extras and not missing and config.extra == "error" and None not in extras.values():
         way = (
             "head='mean' (--head mean)"
-            if extras.keys() <= {*classifier(source.specs)} and not averaged
+            if extras.keys() <= own and not averaged
             else "extra='average' (--extra average)"
         )
         return f"; every expert has it: a head the base lacks? {way} takes their mean"

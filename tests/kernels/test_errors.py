@@ -213,6 +213,22 @@ def test_what_was_given_is_not_advised():
         assert "averages the experts'" not in message(error)
 
 
+@pytest.mark.parametrize("own", [{}, {"fc.weight": torch.zeros(1000, 4)}], ids=["no head", "a head of its own"])
+def test_classifiers_that_differ_from_each_other_are_told_as_that(own):
+    base = {"a": torch.zeros(4, 4)}
+    one, two = ({**base, "fc.weight": torch.zeros(outputs, 4)} for outputs in (1, 2))
+    with pytest.raises(DoesNotFit) as error:
+        merge({**base, **own}, [one, two])
+    assert (
+        message(error).count("the experts' classifiers differ, and those of one shape are averaged: --head expert:")
+        == 2
+    )
+    with pytest.raises(DoesNotFit) as error:  # where more is wrong, that says less
+        merge({**base, **own, "b": torch.zeros(3)}, [one, two])
+    assert "classifiers differ" not in message(error)
+    assert merge({**base, **own}, [two, two])["fc.weight"].shape == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("base", "experts", "sentence"),
     [
