@@ -425,12 +425,12 @@ def test_a_head_is_averaged_unless_it_is_to_be_merged(files: list[str], command:
     words = ["merge", "--base", "base.safetensors"]
     words += [word for name in ("fs", "fr", "efs") for word in ("--expert", f"{name}.safetensors")]
     said = command(*words, "--out", "mean")
-    assert "head (mean): head.weight, head.bias" in said.out.splitlines()
+    assert "Classifier (mean): head.weight, head.bias." in said.out.splitlines()
     report = json.loads(Path("mean/r2m_report.json").read_text())
     assert report["arrangement"]["head"] == {"rule": "mean", "tensors": ["head.weight", "head.bias"]}
     assert command(*words, "--out", "named", "--head-tensor", "head.weight").code == 0
     assert json.loads(Path("named/r2m_report.json").read_text())["arrangement"]["head"]["tensors"] == ["head.weight"]
-    assert "head (" not in command(*words, "--out", "merged", "--head", "merge").out
+    assert "Classifier (" not in command(*words, "--out", "merged", "--head", "merge").out
     heads = [load_file(f"{out}/model.safetensors")["head.weight"] for out in ("mean", "merged")]
     assert not torch.equal(*heads)
     assert command("merge", "merged/r2m_config.yaml", "--out", "again", "--quiet").code == 0
