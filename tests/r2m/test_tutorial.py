@@ -37,7 +37,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
     assert models.keys() == {"merged", "average", "ties", "half", "fs", "fr", "efs"}
     assert models["merged"]["datasets"].keys() == {"EFS", "FR", "FS"}
     # The numbers mean something: specialists know their own family, far from chance over 200 real and 200 forged ones.
-    assert all(models[name]["datasets"][name.upper()]["auc"] > 0.58 for name in ("fs", "fr", "efs"))
+    assert all(models[name]["datasets"][name.upper()]["auc"] > 0.65 for name in ("fs", "fr", "efs"))
     assert (tmp_path / "merged.report" / "sweep.png").stat().st_size > 1000
     front = yaml.safe_load((tmp_path / "merged" / "README.md").read_text().split("\n---\n")[0].removeprefix("---"))
     names = [one["dataset"]["name"] for one in front["model-index"][0]["results"]]

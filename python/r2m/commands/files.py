@@ -70,7 +70,7 @@ def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pic
 @click.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of data, training and merge.")
-@click.option("--quick", is_flag=True, help="A minute: less training, worse detectors.")
+@click.option("--quick", is_flag=True, help="Less training, in half of the time: worse detectors.")
 def demo(out: str, seed: int, quick: bool) -> None:
     """Train three forgery specialists on real faces, merge them and measure the result, on a CPU."""
     from rich.console import Console
