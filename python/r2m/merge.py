@@ -91,10 +91,11 @@ class Job:
             for name, count in self.specialists.items()
             if count > 1
         ]
+        adapters = [(source, one.base) for source in self.sources if (one := source.adapter) and one.base]
         others = [
-            f"{source.label}: was made for {quoted(source.adapter.base)}, by its {CONFIG}, and not for this base"
-            for source in self.sources
-            if source.adapter and source.adapter.base and made_for(source.adapter.base, self.recipe.base) is False
+            f"{source.label}: was made for {quoted(named)}, by its {CONFIG}, and not for this base"
+            for source, named in adapters
+            if made_for(named, self.recipe.base, source.files[0].parent) is False
         ]
         return left_out + counted + others
 

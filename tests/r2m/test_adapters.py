@@ -355,6 +355,27 @@ def test_a_named_base_and_one_that_is_given(tmp_path: Path) -> None:
     assert made_for(None, "hf://lab/clip") is None
 
 
+def test_an_adapter_of_an_output_is_for_the_model_there(base: dict[str, Tensor], command: Command) -> None:
+    for name, seed in (("fs", 50), ("fr", 60)):
+        specialist(name, seed)
+    experts = ("--expert", "fs", "--expert", "fr")
+    made = ("--format", "adapters", "--rank", "2", "--whole-up-to", "0", "--out", "adapted")
+    assert command("merge", "--base", "base.safetensors", *experts, *made).code == 0
+    told = (
+        "expert 'fs' (adapted/adapters/fs): was made for 'adapted', by its adapter_config.json, and not for this base"
+    )
+    merge = ("merge", "--expert", "fs=adapted/adapters/fs", "--expert", "fr=adapted/adapters/fr", "--base")
+    assert told in command(*merge, "base.safetensors", "--out", "wrong").err
+    for number, given in enumerate(("adapted", "adapted/model.safetensors")):
+        result = command(*merge, given, "--out", f"right{number}")
+        assert (result.code, "was made for" in result.err) == (0, False)
+    shown = command("inspect", "base.safetensors", "adapted/adapters/fs").out
+    assert "base    adapted, by its adapter_config.json: not the one given\n" in shown
+    Path("adapted").rename("elsewhere")  # and nothing says any more what it was called
+    moved = [word.replace("adapted", "elsewhere") for word in merge]
+    assert "was made for" not in command(*moved, "base.safetensors", "--out", "moved").err
+
+
 LINEAR = pair(QKV, (24, 3), (3, 8))
 BROKEN = {QKV: LINEAR[f"{QKV}.lora_A.weight"].clone()}
 BROKEN[QKV][1, 2:4] = math.nan

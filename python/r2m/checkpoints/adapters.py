@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import CONFIG, UNLOADED, AdapterConfig
 from r2m.checkpoints.files import Checkpoint, TensorFile
+from r2m.checkpoints.formats import INDEXES, OUTPUTS
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.low_rank import Factors, added
 from r2m.checkpoints.view import LazyTensor, View, zeros
@@ -160,7 +162,7 @@ def described(source: Checkpoint, base: str | None = None) -> dict[str, str]:
     products = [one.factors for one in made.values() if one.kind != "bias"]
     whole = [name for name in view.tensors if name not in made]
     told = {True: ": the one given", False: ": not the one given", None: "; whether it is the one given cannot be told"}
-    same = "" if base is None else told[made_for(config.base, base)]
+    same = "" if base is None else told[made_for(config.base, base, source.files[0].parent)]
     return {
         "adapter": config.title,
         "rank": _counted(str(one.rank) for one in products),
@@ -171,15 +173,19 @@ def described(source: Checkpoint, base: str | None = None) -> dict[str, str]:
     }
 
 
-def made_for(named: str | None, base: str) -> bool | None:
+def made_for(named: str | None, base: str, adapter: Path | None = None) -> bool | None:
     """Whether the base that an adapter names is the one that is given; ``None``: that cannot be told.
 
     Args:
         named: a path, or a repository of the Hub.
         base: as it was given.
+        adapter: its directory. One that still lies in the output that it is named after is for the model there.
     """
     if named is None:
         return None
+    out = None if adapter is None else adapter.resolve().parent.parent
+    if out is not None and out.name == named and any((out / file).exists() for file in (*OUTPUTS, *INDEXES)):
+        return os.path.realpath(base) in {os.path.realpath(place) for place in (out, *map(out.joinpath, OUTPUTS))}
     if hub.is_reference(base):
         given = "/".join(base.removeprefix(hub.SCHEME).partition("@")[0].split("/")[:2])
         of_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not os.path.exists(named)
