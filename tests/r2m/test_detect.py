@@ -243,10 +243,8 @@ def test_without_a_decoder_one_sentence(command: Command, monkeypatch: pytest.Mo
     find = extras.importlib.util.find_spec
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     result = command("detect", "bright.safetensors", "clip.mp4", *OPTIONS)
-    assert (result.code, result.err) == (
-        2,
-        "Error: clip.mp4: needs the package av: pip install 'r2m_kernels[video]'\n",
-    )
+    how = f"pip install '{extras.requirement('video', 'av')}'"
+    assert (result.code, result.err) == (2, f"Error: clip.mp4: needs the package av: {how}\n")
     with pytest.raises(InvalidInput):
         list(stills(Path("clip.mp4"), 1))
 
