@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def test_the_first_screen_is_a_sentence_two_commands_a_picture_and_a_table() -> 
     (picture,) = re.findall(r"!\[[^\]]{20,}\]\((\S+)\)", first)
     assert (ROOT / picture).stat().st_size < 500_000
     assert len(re.findall(r"^\| --- ", first, re.MULTILINE)) == 1
+
+
+def test_every_extra_is_told() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    install = README.partition("## Install")[2].partition("\n## ")[0]
+    assert {*re.findall(r"^\| `(\w+)` \| ", install, re.MULTILINE)} == extras.keys()
 
 
 def test_every_page_of_docs_is_reached_from_the_readme() -> None:
