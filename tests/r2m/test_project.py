@@ -295,27 +295,27 @@ def test_a_sweep_over_methods_is_each_as_merged_alone(
     assert {point for point in alone if before[point] != after[point]} == {"method=tsv_m"}
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--method tys", "method: expected one of 'r2m', "),
-        ("--method ties:dense=2", "method: ties: expected OPTION=VALUE, got 'dense=2'; did you mean 'density'?"),
-        ("--method ties:density", "method: ties: density: expected density=VALUE, got 'density'"),
-        ("--method ties:density=2", "density: expected a number in (0, 1], got 2"),
-        ("--method ties:eta=2", "--eta: not used by the method 'ties', which uses "),
-        ("--method ties --eta 1,2", "--eta: none of the methods ties uses it"),
-        ("--method ties,ties", "sweep: expected different points, got method=ties twice"),
-        ("--method r2m:exclude=a", "--exclude: cannot be given here; a recipe's parameters have it"),
-        ("--density 0.1", "density: cannot be swept over; expected one of rank, eta, core_scale, row_power"),
-        ("", "sweep: expected values of one option at least: rank, eta, core_scale, row_power; or methods"),
-    ],
-)
-def test_sweeps_that_cannot_be(words: str, said: str, checkpoints: Checkpoints, command: Command) -> None:
+NO_SWEEP = [
+    ("--method tys", "method: expected one of 'r2m', "),
+    ("--method ties:dense=2", "method: ties: expected OPTION=VALUE, got 'dense=2'; did you mean 'density'?"),
+    ("--method ties:density", "method: ties: density: expected density=VALUE, got 'density'"),
+    ("--method ties:density=2", "density: expected a number in (0, 1], got 2"),
+    ("--method ties:eta=2", "--eta: not used by the method 'ties', which uses "),
+    ("--method ties --eta 1,2", "--eta: none of the methods ties uses it"),
+    ("--method ties,ties", "sweep: expected different points, got method=ties twice"),
+    ("--method r2m:exclude=a", "--exclude: cannot be given here; a recipe's parameters have it"),
+    ("--density 0.1", "density: cannot be swept over; expected one of rank, eta, core_scale, row_power"),
+    ("", "sweep: expected values of one option at least: rank, eta, core_scale, row_power; or methods"),
+]
+
+
+def test_sweeps_that_cannot_be(checkpoints: Checkpoints, command: Command) -> None:
     assert command("merge", *checkpoints.arguments, "--out", "out").code == 0
-    result = command("sweep", "out", "--to", "swept", *words.split())
-    assert result.code == 2
-    assert result.err.startswith(f"Error: {said}")
-    assert not Path("swept").exists()
+    for words, said in NO_SWEEP:
+        result = command("sweep", "out", "--to", "swept", *words.split())
+        assert result.code == 2, words
+        assert result.err.startswith(f"Error: {said}")
+        assert not Path("swept").exists()
 
 
 def test_a_full_disk_ends_a_sweep_with_whole_points_alone(
