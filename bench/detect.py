@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def pictures(directory: Path, count: int) -> None:
         Image.fromarray(noisy).save(path, quality=90)
 
 
-def measure(count: int) -> dict[str, object]:
+def measure(count: int) -> dict[str, Any]:
     """Seconds of both, and the largest difference of scores."""
     times: dict[str, list[float]] = {"evaluate": [], "detect": []}
     with tempfile.TemporaryDirectory() as name:
