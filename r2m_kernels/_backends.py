@@ -61,7 +61,7 @@ def usable_device(value: str | torch.device) -> torch.device:
     try:
         return torch.empty(1, device=device).device  # "cuda" has an index from here on
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all devices that there are
         raise BackendUnavailable(f"device '{value}' cannot be used here: {reason}") from None
 
 
