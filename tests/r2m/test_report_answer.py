@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from r2m.reporting import answer
 from r2m.reporting.beside import evaluations_beside
-from r2m.reporting.geometry import layers_and_kinds
+from r2m.reporting.geometry import by_number, layers_and_kinds
 from r2m.reporting.matrix import Matrix, number, signed
 from r2m.reporting.standing import standing
 from r2m.shorten import shorten
@@ -119,6 +119,13 @@ def test_an_evaluation_of_before(merged: Checkpoints) -> None:
     assert "No weight average is among the models" in answer.missing(found)[0]
 
 
+def test_a_merge_that_is_the_average_itself(merged: Checkpoints) -> None:
+    measured = evaluation(mine=model("out", 0.8, a=0.8), fs=model("fs.safetensors", 0.7, a=0.7))
+    found = standing(measured, {**REPORT, "method": "weight_average"}, "out")
+    assert answer.missing(found) == []
+    assert answer.sentences(found)[1:] == ["best specialist (fs) .70: difference +.100"]
+
+
 def test_what_is_not_of_this_merge_says_so(merged: Checkpoints) -> None:
     of_others = evaluation(mine=model("elsewhere/out", 0.8, a=0.8), fs=model("elsewhere/fs.safetensors", 0.7, a=0.7))
     found = standing(of_others, REPORT, "out")
@@ -191,6 +198,8 @@ def test_layers_and_kinds() -> None:
     ]
     assert len(set(layers_and_kinds(xception).values())) == len(xception)
     assert layers_and_kinds(["a.weight"]) == {"a.weight": ("a", "other")}
+    layers = ["blocks.10", "blocks.9", "patch", "blocks.2.10", "blocks.2.9", "layer1²"]
+    assert sorted(layers, key=by_number) == ["blocks.2.9", "blocks.2.10", "blocks.9", "blocks.10", "layer1²", "patch"]
 
 
 def test_numbers() -> None:

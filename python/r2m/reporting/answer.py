@@ -14,7 +14,8 @@ from r2m.reporting.matrix import number, signed
 from r2m.reporting.standing import AVERAGE, SPECIALIST, Standing
 from r2m.shorten import shorten
 
-_UPRIGHT = 8  # test sets, above which their names stand upright over their columns
+# Of test sets' names in a row, each with room for a number at least; with more they stand upright over their columns.
+_BESIDE, _ROOM = 48, 7
 _LETTERS = 18  # of a test set's name where the table has little room
 # Of the table as a picture, in inches; also of a letter.
 _ROW, _COLUMN, _LETTER = 0.36, 0.78, 0.085
@@ -153,7 +154,8 @@ def table(of: Standing) -> Table:
         lines.append(Line(of.short[name], name, role, name == of.merged, entries))
     headings = [*(sums if several else []), *(title for title, _ in beside)]
     sets = [short[name] for name in of.datasets]
-    return Table([*headings, *sets], len(headings), list(of.datasets), len(sets) > _UPRIGHT, lines)
+    upright = sum(max(len(name), _ROOM) for name in sets) > _BESIDE
+    return Table([*headings, *sets], len(headings), list(of.datasets), upright, lines)
 
 
 def _entry(value: float | None, interval: Sequence[float] | None, best: float | None) -> Entry:

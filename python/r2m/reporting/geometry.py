@@ -76,6 +76,7 @@ def of_truncation(report: Mapping[str, Any]) -> Iterator[Picture]:
 def _kept_energy(experts: Sequence[str], kept: Rows) -> Picture:
     place = layers_and_kinds([row["name"] for row in kept])
     layers, kinds = (list(dict.fromkeys(one)) for one in zip(*place.values(), strict=True))
+    layers.sort(key=by_number)
     kinds.sort(key=_REST.__eq__)
     short_layers, short_kinds, short = shorten(layers), shorten(kinds), shorten(experts)
     values: list[list[float | None]] = [[None] * len(kinds) for _ in layers]
@@ -95,6 +96,11 @@ def _kept_energy(experts: Sequence[str], kept: Rows) -> Picture:
         [{"tensor": row["name"], "rank": row["rank"], **row["kept_energy"]} for row in kept],
         Matrix([short_layers[one] for one in layers], [short_kinds[one] for one in kinds], values, 0.0, titles=titles),
     )
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """By which names are sorted so that layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def layers_and_kinds(names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -35,7 +35,8 @@ class Standing:
         datasets: all of them.
         metric: in which the answer is given.
         short, sets: model, dataset → its name on tables and pictures.
-        merged, specialist, average: the merge, the best of its specialists, and the weight average; None: not there.
+        merged, specialist, average: the merge, the best of its specialists, and the weight average, which the merge
+            itself may be; None: not there.
     """
 
     measured: Mapping[str, Any]
@@ -171,9 +172,9 @@ def standing(measured: Mapping[str, Any], report: Mapping[str, Any], out: str | 
     specialists = [name for name, role in roles.items() if role == SPECIALIST]
     rest = [name for name in roles if name not in specialists]
     short, sets = shorten(specialists, rest), shorten(datasets)
-    return Standing(
-        measured, roles, by_name, datasets, metric, short, sets, best(MERGED), best(SPECIALIST), best(AVERAGE)
-    )
+    merged = best(MERGED)
+    average = merged if report["method"] == _AVERAGES else best(AVERAGE)
+    return Standing(measured, roles, by_name, datasets, metric, short, sets, merged, best(SPECIALIST), average)
 
 
 def _roles(models: Mapping[str, Any], report: Mapping[str, Any], out: Path) -> tuple[dict[str, str], list[str]]:
