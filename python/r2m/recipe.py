@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from r2m.checkpoints.formats import ADAPTERS, OUTPUT_FORMATS, SAFETENSORS
+from r2m.detector_kinds import WHAT
+from r2m.detector_kinds import check as check_detector
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS, Preset, Rules
@@ -130,7 +132,7 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format, adapters, adapter_rank: of the output, as their sentences say.
+        dtype, format, adapters, adapter_rank, detector: of the output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
@@ -176,6 +178,15 @@ class Recipe:
         minimum=1,
         metavar="R",
         unset="all that the experts' adapters have together",
+    )
+
+    detector: str | None = option(
+        None,
+        FILES,
+        WHAT,
+        "Kept with the merge, so that evaluate and detect need not be told.",
+        metavar="KIND",
+        check=check_detector,
     )
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ from pydantic import (
 
 from r2m import plain_yaml
 from r2m.checkpoints import hub
+from r2m.detector_kinds import placed
 from r2m.naming import named
 from r2m.places import from_output, read_small, to_output
 from r2m.preprocessing import Corner, Preprocessing, Resample, Resize
@@ -236,6 +237,8 @@ _Recipe = create_model("_Recipe", __base__=_Special, **{name: _plain_key(one) fo
 def _read_plain(value: Any, declared: Option, directory: Path) -> Any:
     if isinstance(value, list):
         return tuple(value)
+    if value and declared.metavar == "KIND":
+        return placed(declared.checked(value), functools.partial(_beside, directory))
     return _beside(directory, value) if value and declared.metavar == "PATH" else value
 
 
@@ -248,6 +251,8 @@ def _plain_written(holder: Recipe | Arrangement, declared: Mapping[str, Option],
             written[name] = list(value) if isinstance(value, tuple) else value
             if one.metavar == "PATH":
                 written[name] = place(value)
+            if one.metavar == "KIND":
+                written[name] = placed(value, place)
     return written
 
 

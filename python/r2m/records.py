@@ -167,6 +167,7 @@ EVALUATION = Record(
     {
         "models.*.source": "the checkpoint or the scores",
         "models.*.detector": "how it was loaded",
+        "models.*.fake": "the output that was taken for the fake's: index, label, and who says so; null for scores",
         "models.*.preprocessing": "of its pictures",
         "models.*.bytes": "of its files, with those of its adapters; null for scores",
         "models.*.looks_like": "by dataset, of what an ensemble calls fake, whose logit is how often the largest; null",

@@ -12,6 +12,7 @@ from r2m.arrangement import Arranged, arrange, fitting
 from r2m.checkpoints import hub
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.detector_kinds import check, placed, recognised
 from r2m.inspection import family
 from r2m.naming import name_experts
 from r2m.preprocessing import common
@@ -24,13 +25,14 @@ from r2m_kernels.errors import InvalidInput, printable, quoted
 from r2m_kernels.heads import classifier
 
 
-def starter(base: str, words: Sequence[str], to: Path) -> str:
+def starter(base: str, words: Sequence[str], to: Path, detector: str | None = None) -> str:
     """The text of a recipe.
 
     Args:
         base: a checkpoint.
         words: ``[NAME=]PATH`` of the experts.
         to: where the recipe will be; its paths are relative to that directory.
+        detector: what the checkpoints are weights of; None: what files beside them say.
 
     Raises:
         InvalidInput: a checkpoint cannot be read, or they do not fit whatever the preset.
@@ -65,6 +67,7 @@ def starter(base: str, words: Sequence[str], to: Path) -> str:
     heads = classifier(next(iter(arranged.experts.values())).specs)
     what = f"{printable(heads[0])}, …" if heads else "none was found; head_tensors: [GLOB, …] names it"
     lines.append(f"# head: mean  # or merge, base, expert:NAME; the classifier: {what}")
+    lines.append(_detector(detector, (base, *experts.values()), directory))
     lines.append(_preprocessing({name: path for name, path in experts.items() if not hub.is_reference(path)}))
     return "\n".join(lines) + "\n"
 
@@ -79,6 +82,17 @@ def _fitting(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str |
         if needed is None:
             raise
         return needed
+
+
+def _detector(detector: str | None, paths: Sequence[str], directory: Path) -> str:
+    """As it was asked for, or as the first says beside whom it stands; transformers' is recognised at any time."""
+    if detector is not None:
+        check("--detector", detector)
+    places = (Path(path) for path in paths if not hub.is_reference(path))
+    found = detector or next(filter(None, map(recognised, places)), None)
+    if found is None or (found == "transformers" and detector is None):
+        return "# detector: timm:NAME  # what evaluate and detect run it as; also transformers, clip:DIR and others"
+    return f"detector: {_text(placed(found, lambda path: _relative(path, directory)))}"
 
 
 def _preprocessing(experts: Mapping[str, str]) -> str:

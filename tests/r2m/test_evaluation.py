@@ -520,12 +520,15 @@ def test_images_that_cannot_be_read_are_told_or_stop_it(detector: str, command: 
             "good.safetensors --data set --detector mine:build {}",
             "good.safetensors: expected the output of a merge; a ch",
         ),
-        ("--adapters m --data set", "evaluate: --adapters needs --detector"),
+        ("--adapters m --data set", "model 'm' (m): nothing says what it is the weights of; expected --detector tr"),
         (
             "--adapters set --detector mine:build --data set {}",
             "expected what a merge with --format adapters",
         ),
-        ("--model good.safetensors --data set", "evaluate: --model needs --detector"),
+        (
+            "--model good.safetensors --data set",
+            "(good.safetensors): nothing says what it is the weights of; expected --detector transfo",
+        ),
         ("--model good.safetensors --detector mine:build", "evaluate: --model needs --data"),
         (
             "--model good.safetensors --detector mine:build --data set",

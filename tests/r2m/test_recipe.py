@@ -78,6 +78,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "format": "adapters",
         "adapters": "one",
         "adapter_rank": 8,
+        "detector": "clip:vit",
         "rename": {"old.": "new."},
         "preset": "df40",
         "head": "refit:logistic",
@@ -92,6 +93,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
     assert schema()["properties"].keys() == content.keys()
     found = dump(read_recipe(written(json.dumps(content), "project/recipe.yaml")))
     assert list(found) == list(content)
+    content["detector"] = f"clip:{here / 'project' / 'vit'}"
     content["base_model"], content["head_features"] = (str(here / "project" / name) for name in ("base", "features"))
     for one in content["models"]:
         one["model"] = str(here / "project" / one["model"])

@@ -12,6 +12,7 @@ from r2m.commands.given import only_given
 from r2m.commands.messages import done
 from r2m.commands.options import OFFLINE, names
 from r2m.commands.way import following
+from r2m.detector_kinds import WHAT
 from r2m.recipe import DTYPES, Arrangement
 
 
@@ -19,13 +20,14 @@ from r2m.recipe import DTYPES, Arrangement
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="[NAME=]PATH…")
 @click.option("--to", default="recipe.yaml", show_default=True, metavar="FILE", help="The recipe to write.")
-def init(base: str, experts: tuple[str, ...], to: str) -> None:
+@click.option("--detector", metavar="KIND", help=WHAT + "  [default: as files beside them say]")
+def init(base: str, experts: tuple[str, ...], to: str, detector: str | None) -> None:
     """Write a commented recipe for BASE and experts: what they are, and which preset makes them fit."""
     from r2m.places import new_file
     from r2m.starter import starter
     from r2m_kernels.errors import printable
 
-    text = starter(base, experts, Path(to))
+    text = starter(base, experts, Path(to), detector)
     try:
         new_file(Path(to), text.encode(), replace=False)
     except FileExistsError:

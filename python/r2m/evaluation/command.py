@@ -19,7 +19,7 @@ from r2m import places
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.evaluation import run, tables
 from r2m.evaluation.comparison import Role, roles
-from r2m.evaluation.data import Data, Dataset, read_scores, scores_of
+from r2m.evaluation.data import Data, Dataset, read_scores, scores_of, some
 from r2m.evaluation.degradations import DEGRADATIONS, degraded
 from r2m.evaluation.ensemble import Ensemble, attribution, combined
 from r2m.evaluation.entrants import Entrant, chosen, load_all
@@ -97,7 +97,8 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
         kept = {degradation: found[name] for degradation, found in sweep.items() if ran}
         models[name] = {
             "source": os.path.abspath(one.path) if out is None else places.from_output(out, one.path),
-            "detector": request.detector if ran else None,
+            "detector": one.detector,
+            "fake": one.fake.plain() if one.fake else None,
             "preprocessing": one.preprocessing.plain() if one.preprocessing else None,
             "bytes": _bytes(one) if ran else None,
             "looks_like": _looks_like(name, one.model, evaluated, numbers),
@@ -126,8 +127,14 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
     if out is not None:
         run.write_result(Path(out), result, evaluated, shown)
     doubts = [printable(text) for text in result["warnings"]]
-    told = [*_notes(result), *_of_ensembles(result), *data.told(), *run.left_out(unreadable), *doubts]
-    return tables.lines(shown, request.table), [*who.untold, *told]
+    told = [
+        *_notes(result),
+        *_of_ensembles(result),
+        *data.told(),
+        *run.left_out(unreadable),
+        *doubts,
+    ]
+    return tables.lines(shown, request.table), [*who.untold, *_outputs(entered), *told]
 
 
 def _looks_like(
@@ -173,13 +180,20 @@ def _of_ensembles(result: Mapping[str, Any]) -> list[str]:
     return [*lines, f"on the disk: {listed}"] if any(one["looks_like"] for one in result["models"].values()) else []
 
 
+def _outputs(entered: Mapping[str, Entrant]) -> list[str]:
+    """Which of the models' outputs was taken for the fake's."""
+    whose: dict[str, list[str]] = {}
+    for name, one in entered.items():
+        if one.model is not None and one.fake is not None:
+            whose.setdefault(str(one.fake), []).append(name)
+    return [f"{some(names)}: {text}" for text, names in whose.items()]
+
+
 def _check(request: Request, out: str | None, overwrite: bool) -> None:
     if not (request.merged or request.models or request.adapters or request.scores):
         raise BadOption("evaluate: expected the output of a merge, --model, --adapters or --scores")
     kinds = {"OUT": request.merged, "--model": request.models, "--adapters": request.adapters}
     run_here = next((kind for kind, asked in kinds.items() if asked), "")
-    if run_here and not request.detector:
-        raise BadOption(f"evaluate: {run_here} needs --detector, which says what the checkpoint is the weights of")
     if run_here and not request.data:
         raise BadOption(f"evaluate: {run_here} needs --data")
     tables.columns_asked(request.columns)

@@ -10,15 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from r2m.arrangement import plain
+from r2m.checkpoints import hub
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
+from r2m.detector_kinds import FORMS
 from r2m.extras import look_here, need
+from r2m.places import read_beside
+from r2m.preprocessing_files import CONFIG
 from r2m.recipe import Arrangement
 from r2m_kernels.errors import BadOption, DoesNotFit, InvalidInput, NotFinite, printable, quoted
 from r2m_kernels.heads import classifier
 
-KINDS = "transformers, clip:DIR, timm:NAME, open_clip:NAME or MODULE:FUNCTION"
 CLASSES = 2
 
 
@@ -42,12 +45,14 @@ def load_detector(kind: str, checkpoint: str | Path, label: str, arrangement: Ar
         # It knows its checkpoints' names, which are not always its modules'.
         return _with("transformers", lambda library: _from_transformers(library, checkpoint, label), label, kind).eval()
     if not name or not argument:
-        raise BadOption(f"{label}: detector {quoted(kind)}: expected {KINDS}")
-    view = plain(open_checkpoint(checkpoint, label), arrangement or Arrangement())
+        raise BadOption(f"{label}: detector {quoted(kind)}: expected {FORMS}")
+    arrangement = arrangement or Arrangement()
+    view = plain(open_checkpoint(checkpoint, label, arrangement.key), arrangement)
     if name in _LIBRARIES:
         library_name, build = _LIBRARIES[name]
         outputs = _outputs(view)
-        model = _with(library_name, lambda library: build(library, argument, outputs), label, kind)
+        place = hub.local(checkpoint)
+        model = _with(library_name, lambda library: build(library, argument, outputs, Path(place)), label, kind)
     else:
         model = _built(name, argument, label)
     _load(model, view, kind)
@@ -101,23 +106,32 @@ def _outputs(view: View) -> int:
     return 1 if found == {1} else CLASSES
 
 
-def _clip(library: Any, directory: str, outputs: int) -> nn.Module:
-    config = library.AutoConfig.from_pretrained(directory, local_files_only=True)
+def _clip(library: Any, directory: str, outputs: int, _place: Path) -> nn.Module:
+    config = library.AutoConfig.from_pretrained(hub.local(directory), local_files_only=True)
     config = getattr(config, "vision_config", config)
     tower = library.CLIPVisionModel(config)
     tower = getattr(tower, "vision_model", tower)
     return _Tower("backbone", tower, nn.Linear(config.hidden_size, outputs), lambda output: output.pooler_output)
 
 
-def _open_clip(library: Any, name: str, outputs: int) -> nn.Module:
+def _timm(library: Any, name: str, outputs: int, place: Path) -> nn.Module:
+    """With the arguments that timm's own configuration beside the checkpoint has for this architecture."""
+    config = read_beside((place if place.is_dir() else place.parent) / CONFIG)
+    arguments = config.get("model_args") if config.get("architecture") == name else None
+    model: nn.Module = library.create_model(name, num_classes=outputs, **(arguments or {}))
+    return model
+
+
+def _open_clip(library: Any, name: str, outputs: int, _place: Path) -> nn.Module:
+    name = f"local-dir:{name}" if Path(name).is_dir() else name
     tower = library.create_model(name, load_weights=False).visual
     return _Tower("visual", tower, nn.Linear(tower.output_dim, outputs), lambda embedding: embedding)
 
 
-# What makes a detector of an argument and a number of outputs, and the library that it is given.
-_LIBRARIES: Mapping[str, tuple[str, Callable[[Any, str, int], nn.Module]]] = {
+# What makes a detector of an argument, a number of outputs and the checkpoint, and the library that it is given.
+_LIBRARIES: Mapping[str, tuple[str, Callable[[Any, str, int, Path], nn.Module]]] = {
     "clip": ("transformers", _clip),
-    "timm": ("timm", lambda library, name, outputs: library.create_model(name, num_classes=outputs)),
+    "timm": ("timm", _timm),
     "open_clip": ("open_clip", _open_clip),
 }
 

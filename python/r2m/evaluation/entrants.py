@@ -12,7 +12,7 @@ from torch import nn
 from r2m.checkpoints.adapter_config import CONFIG
 from r2m.evaluation.comparison import merged
 from r2m.evaluation.ensemble import Ensemble
-from r2m.evaluation.models import load, preprocessing_of
+from r2m.evaluation.models import Fake, fake_of, kind_of, load, preprocessing_of
 from r2m.evaluation.request import Request
 from r2m.naming import named, split
 from r2m.preprocessing import Preprocessing
@@ -52,12 +52,16 @@ class Entrant:
         model: that is run; None: one of an ensemble's adapters, or finished scores.
         preprocessing: of who is run, alone or in an ensemble.
         files: directories of what it takes, beside ``path``.
+        detector: how it is loaded.
+        fake: which of its outputs is the fake's.
     """
 
     path: str
     model: nn.Module | Ensemble | None = None
     preprocessing: Preprocessing | None = None
     files: tuple[str, ...] = field(default=())
+    detector: str | None = None
+    fake: Fake | None = None
 
 
 def chosen(request: Request) -> Chosen:
@@ -83,19 +87,23 @@ def load_all(who: Chosen, request: Request) -> dict[str, Entrant]:
     Raises:
         InvalidInput: one cannot be loaded, its preprocessing is not known, or two would have one name.
     """
+    merge = next((split(one)[1] for one in request.merged), None)
+    of = {path: who.merges.get(path, merge) for path in who.checkpoints.values()}
+    kinds = {name: kind_of(name, path, request, of[path]) for name, path in who.checkpoints.items()}
     preprocessings = {
         name: preprocessing_of(name, path, request, who.merges.get(path)) for name, path in who.checkpoints.items()
     }
     entered: dict[str, Entrant] = {}
     for name, path in who.checkpoints.items():
-        model = load(name, path, request, name in who.adapters)
+        model = load(name, path, request, name in who.adapters, of[path])
+        about = kinds[name], fake_of(name, path, request, of[path])
         members = model.paths if isinstance(model, Ensemble) else {}
-        entered[name] = Entrant(path, model, preprocessings[name], tuple(members.values()))
+        entered[name] = Entrant(path, model, preprocessings[name], tuple(members.values()), *about)
         for member, place in members.items():
             twice = f"{name}/{member}"
             if twice in {**who.checkpoints, **who.scores}:
                 raise BadOption(f"model {quoted(twice)}: is also an adapter's name, of {quoted(name)}; give it another")
-            entered[twice] = Entrant(place, None, preprocessings[name])
+            entered[twice] = Entrant(place, None, preprocessings[name], (), *about)
     return entered | {name: Entrant(path) for name, path in who.scores.items()}
 
 
@@ -105,7 +113,7 @@ def _specialists(request: Request) -> tuple[dict[str, str], dict[str, str], list
     of: dict[str, str] = {}
     lines = []
     asked = [split(one) for one in (*request.merged, *request.models, *request.adapters, *request.scores)]
-    names, taken = {name for name, _ in asked}, {os.path.realpath(path) for _, path in asked}
+    names, taken = {name for name, _ in asked}, {os.path.realpath(path): path for _, path in asked}
     for argument in request.merged:
         path = split(argument)[1]
         recipe = merged(path)
@@ -115,8 +123,10 @@ def _specialists(request: Request) -> tuple[dict[str, str], dict[str, str], list
             why = "is not there" if not os.path.exists(expert) else "is an adapter" if _is_adapter(expert) else ""
             if why:
                 lines.append(f"not beside it: {printable(name)}, of {printable(path)}: {printable(expert)} {why}")
-            elif os.path.realpath(expert) not in taken:
-                taken.add(os.path.realpath(expert))
+            elif os.path.realpath(expert) in taken:
+                of.setdefault(taken[os.path.realpath(expert)], path)
+            else:
+                taken[os.path.realpath(expert)] = expert
                 numbered = (f"{name}#{number}" for number in itertools.count(2))
                 free = next(one for one in itertools.chain([name], numbered) if one not in {*names, *found})
                 found[free], of[expert] = expert, path

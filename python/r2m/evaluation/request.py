@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from r2m.detector_kinds import WHAT
 from r2m.evaluation.layouts import LAYOUTS
 from r2m.presets import PRESETS
 from r2m_kernels.errors import BadOption
@@ -33,9 +34,16 @@ class Request:
     detector: str | None = option(
         None,
         MODELS,
-        "What the checkpoints are weights of: transformers; clip:DIR (DF40, DeepfakeBench; DIR: its CLIP's "
-        "config.json); timm:NAME; open_clip:NAME; MODULE:FUNCTION, which gives a torch module.",
+        WHAT,
         metavar="KIND",
+        unset="as the merge's recipe or files beside the checkpoint say",
+    )
+    fake: int | None = option(
+        None,
+        MODELS,
+        "Which of two outputs stands for fake, 0 or 1.",
+        metavar="INDEX",
+        unset="as the recipe or config.json says, else 1",
     )
     preset: str | None = option(None, MODELS, "Names of the checkpoints' tensors, as of merge.", choices=tuple(PRESETS))
     scores: tuple[str, ...] = option(
@@ -144,4 +152,4 @@ class Request:
 REQUEST: dict[str, Option] = read_options(Request)
 Request.__doc__ = documented(Request, REQUEST)
 # Those that pictures without labels have too.
-DETECT = ("detector", "preset", "size", "mean", "std", "frames", "threshold", "batch", "device")
+DETECT = ("detector", "fake", "preset", "size", "mean", "std", "frames", "threshold", "batch", "device")
