@@ -226,7 +226,9 @@ def test_an_evaluation_and_a_sweep_are_shown(checkpoints: Checkpoints, command: 
         if (row["dataset"], row["model"]) == ("celeb", "fs")
     ]
     assert sum(int(row["real"]) for row in counts) == sum(int(row["fake"]) for row in counts) == 15
-    assert "ROC curves" in " ".join(Reader(Path("page/report.html").read_text()).words)
+    text = Path("page/report.html").read_text()
+    assert "ROC curves" in " ".join(Reader(text).words)
+    assert os.getcwd() not in text  # where things lie here
 
 
 @pytest.mark.parametrize("method", ["r2m_truncated", "r2m"])

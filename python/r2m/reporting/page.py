@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2m.evaluation.data import read_scores, some
+from r2m.evaluation.data import CLASSES, read_scores, some
 from r2m.evaluation.metrics import Scores
 from r2m.places import csv_table, from_output
 from r2m.progress import readable_bytes
@@ -136,7 +136,6 @@ def page(report: Mapping[str, Any], out: str, evaluated: Mapping[str, Any], sect
         "report.html",
         names=names,
         out=printable(out),
-        report=report,
         evaluated=evaluated,
         warnings=[*report["warnings"], *_of_noise(report)],
         facts=list(_facts(report)),
@@ -155,7 +154,6 @@ def _evaluated(of: Standing) -> dict[str, Any]:
         "notes": answer.notes(of),
         "missing": answer.missing(of),
         "table": answer.table(of),
-        "rows": answer.rows(of),
         "summary": answer.summary(of),
         "models": list(_models(of)),
         "data": list(_data(of)),
@@ -172,7 +170,8 @@ def _models(of: Standing) -> Iterator[dict[str, Any]]:
             "short": of.short[name],
             "name": name,
             "is": role,
-            "checkpoint or scores": one["source"],
+            # A page is passed on: what directories are called above is nobody's business.
+            "checkpoint or scores": "/".join(Path(one["source"]).parts[-2:]) or ".",
             "detector": one.get("detector"),
             "size": None if size is None else readable_bytes(size),
         }
@@ -184,7 +183,7 @@ def _data(of: Standing) -> Iterator[dict[str, Any]]:
     for dataset in of.datasets:
         one = next(one["datasets"][dataset] for one in of.models.values() if dataset in one["datasets"])
         counts = {key: one.get(key) for key in ("frames", "videos", "real videos", "fake videos")}
-        taken = {f"taken as {key}": some(names) for key, names in labels.get(dataset, {}).items()}
+        taken = {f"taken as {key}": some(labels.get(dataset, {}).get(key, ())) for key in CLASSES} if labels else {}
         yield {"short": of.sets[dataset], "test set": dataset, **counts, **taken}
 
 
