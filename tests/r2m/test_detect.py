@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_scored(command: Command) ->
     result = command("detect", "bright.safetensors", "empty", *OPTIONS)
     assert (result.code, result.err[:59]) == (2, "Error: empty: expected pictures or videos in it, by their n")
     result = command("detect", "bright.safetensors", "good.png", *OPTIONS[2:])
-    assert "expected --detector, which says what it is the weights of" in result.err
+    assert "nothing says what it is the weights of; expected --detector transfo" in result.err
 
 
 def test_a_video_is_the_mean_of_its_frames(command: Command) -> None:
