@@ -64,7 +64,6 @@ _HOOKS = (
 _PREFIX = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)")
 
 # Factors of an update that was never added to its weight: of LoRA by whoever wrote it, LoKr and LoHa.
-_FACTOR_SIGNS = ("lora_", "lokr_", "hada_")
 _FACTOR = re.compile(
     r"(.*\.)?(lora_(A|B|down|up|mid|embedding_[AB]|magnitude_vector)|lokr_[wt]\d\w*|hada_[wt]\d\w*)(\..*)?"
 )
@@ -86,14 +85,15 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
     whole += [name for name in stored if name in tensors and not _packs(tensors[name].dtype)]
     scales = _scales(tensors, {name.rpartition(".")[0] for name in whole}) if whole else {}
     quantised = {name: _quantised(name, tensors, scales) for name in whole}
-    for name in tensors:
-        found = (
-            quantised.get(name),
-            _normalised(name, tensors) if name.endswith(_HOOKED) else None,
-            _parametrized(name, groups) if _PARAMETRIZED in name else None,
-            _factor(name) if any(sign in name for sign in _FACTOR_SIGNS) else None,
-        )
-        yield from filter(None, found)
+    for name in tensors:  # of a million hardly any is one: little is done for each
+        if (one := quantised.get(name)) is not None:
+            yield one
+        if name.endswith(_HOOKED) and (one := _normalised(name, tensors)) is not None:
+            yield one
+        if _PARAMETRIZED in name and (one := _parametrized(name, groups)) is not None:
+            yield one
+        if ("lora_" in name or "lokr_" in name or "hada_" in name) and (one := _factor(name)) is not None:
+            yield one
 
 
 def _packs(dtype: torch.dtype) -> bool:
