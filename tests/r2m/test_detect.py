@@ -112,6 +112,22 @@ def test_scores_are_those_of_evaluate(command: Command) -> None:
     assert {row["label"] == "real" for row in rows(result) if row["score"] <= 0.5} == {True}
 
 
+def test_of_a_merge_nothing_needs_to_be_said_but_its_name(command: Command) -> None:
+    """The recipe has the detector, and the report the preprocessing."""
+    save_file(weights(torch.zeros(2, 48)), "base.safetensors")
+    recipe = ["base_model: base.safetensors", "merge_method: weight_average", "detector: mine:Brightness"]
+    recipe += ["preprocessing: {size: 16, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}", "models:"]
+    Path("recipe.yaml").write_text("\n".join([*recipe, "- {model: bright.safetensors, name: fs}"]))
+    assert command("merge", "recipe.yaml", "--out", "m", "--quiet").code == 0
+    image("dark.png", 20)
+    image("bright.png", 230)
+    result = command("detect", "m", "dark.png", "bright.png", "--json")
+    assert result.code == 0, result.err
+    expected = rows(command("detect", "bright.safetensors", "dark.png", "bright.png", *OPTIONS, "--json"))
+    assert rows(result) == expected
+    assert [row["label"] for row in expected] == ["real", "fake"]
+
+
 def test_a_table_for_people(command: Command) -> None:
     image("a/dark.png", 20)
     image("a/bright [1].png", 230)
