@@ -250,13 +250,15 @@ def test_a_sweep_over_methods_is_each_as_merged_alone(
 
     arguments = [*checkpoints.arguments, "--keep", "conv*"]
     assert command("merge", *arguments, "--rank", "0.3", "--eta", "0.7", "--out", "out").code == 0
-    words = ("sweep", "out", "--to", "swept", "--method", "ties:density=0.1,ties,tsv_m,r2m", "--rank", "0.2,0.3")
+    words = ("sweep", "out", "--to", "swept", "--method", "ties:density=0.1,ties,tsv_m,star,r2m", "--rank", "0.2,0.3")
     result = command(*words)
     assert result.code == 0, result.err
     alone = {
         "method=ties,density=0.1": ["--method", "ties", "--density", "0.1"],
         "method=ties": ["--method", "ties"],
         "method=tsv_m": ["--method", "tsv_m"],
+        "method=star,rank=0.2": ["--method", "star", "--rank", "0.2"],  # whose ranks have no analysis in common
+        "method=star,rank=0.3": ["--method", "star", "--rank", "0.3"],
         # Of the method that out was made by all stays that is not said; both ranks are of one analysis.
         "method=r2m,rank=0.2": None,
         "method=r2m,rank=0.3": ["--rank", "0.3", "--eta", "0.7"],
@@ -267,6 +269,8 @@ def test_a_sweep_over_methods_is_each_as_merged_alone(
         ("ties", "", "0.1"),
         ("ties", "", "0.2"),
         ("tsv_m", "", ""),
+        ("star", "0.2", ""),
+        ("star", "0.3", ""),
         ("r2m", "0.2", ""),
         ("r2m", "0.3", ""),
     ]
