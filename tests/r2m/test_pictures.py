@@ -214,3 +214,14 @@ def test_pictures_are_their_librarys_own(tmp_path: Path) -> None:
     found = libraries("compare", tmp_path)
     assert len(found) > 30
     assert max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.slow
+def test_a_merge_of_each_family_is_judged_without_an_option(tmp_path: Path) -> None:
+    """As its library's own model and transform judge it, the fake's output by its label."""
+    found = with_libraries("zoo_families.py", "judge", tmp_path)
+    assert {name: one["fake"] for name, one in found.items()} == {"timm": 0, "open_clip": 1, "transformers": 0}
+    for name, one in found.items():
+        assert one["codes"] == [0, 0], name
+        assert one["models"] == ["out", "fs", "fr"], name
+        assert one["difference"] <= 1e-6 < one["spread"], (name, one)
