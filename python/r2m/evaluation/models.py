@@ -5,7 +5,6 @@ A checkpoint as a detector, or one with adapters; what it takes pictures to be; 
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -163,7 +162,6 @@ def _recipe(path: str | None) -> Recipe | None:
     return _read((place if place.is_dir() else place.parent) / RECIPE_FILE)
 
 
-@functools.lru_cache(maxsize=64)
 def _read(file: Path) -> Recipe | None:
     if not file.is_file():
         return None
