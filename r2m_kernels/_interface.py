@@ -307,12 +307,12 @@ class Operators(Protocol):
         """
         ...
 
-    def weigh_rows(self, left: Tensor, squares: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+    def weigh_rows(self, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
         """Left factors with row r times the share W_ri of :meth:`row_coefficients`, X_i being left_i right_i.
 
         Args:
             left: (L, N, m, r), or some of their rows.
-            squares: (L, N, r, r) or (L, N, r) of the right factors, :func:`.factors.component_squares`.
+            lengths: (L, N, m) float64, ‖row r of X_i‖ of those: :func:`.factors.row_lengths`.
             weights, scales, power: see there.
 
         Returns:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements
+from ._stream.blocks import BLOCK_ELEMENTS
 from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
@@ -18,7 +18,7 @@ from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fe
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .progress import Progress
-from .terms import Terms, by_factors, kind_of, unmatched
+from .terms import LowRank, Terms, by_factors, kind_of, unmatched
 
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
@@ -32,13 +32,11 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         if tensor.role not in ("matrix", "vector"):
             return BLOCK_ELEMENTS
         if by_factors(tensor, config):
-            return row_block_elements(*tensor.matrix_shape)
+            return LowRank.block_elements(tensor)
         return kind_of(tensor, config).block_elements(tensor)
 
-    def beside(tensor: PlannedTensor, inputs: Inputs) -> int:
-        """Right factors, with which all rows are multiplied."""
-        m, n = tensor.matrix_shape if tensor.truncated else (1, 0)
-        return inputs.factor_bytes(tensor, config) * n // (m + n)
+    def factors(tensor: PlannedTensor, inputs: Inputs) -> int:
+        return inputs.factor_bytes(tensor, config) // sum(tensor.matrix_shape) if tensor.truncated else 0
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
         merged = tensor.role in ("matrix", "vector")
@@ -48,7 +46,7 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         "combination",
         tensors,
         block_elements,
-        beside=beside,
+        factors=factors,
         workspace=workspace,
         by_factors=lambda tensor: by_factors(tensor, config),
     )
@@ -88,9 +86,18 @@ class CombinationStep(Step):
                 if group.part is None:
                     self._sink.write(name, merged)
                 else:
-                    assert isinstance(self._sink, PartialSink)
-                    self._sink.write_elements(name, group.part.start, merged.reshape(-1))
+                    self._write_part(name, group, merged)
         return largest
+
+    def _write_part(self, name: str, group: Group, merged: Tensor) -> None:
+        assert isinstance(self._sink, PartialSink)
+        assert group.part is not None
+        if group.columns is None:
+            self._sink.write_elements(name, group.part.start, merged.reshape(-1))
+            return
+        first, n = group.part.start + group.columns.start, group.tensors[0].matrix_shape[1]
+        for index, row in enumerate(merged):
+            self._sink.write_elements(name, first + index * n, row)
 
     def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
         """The largest of all parts."""

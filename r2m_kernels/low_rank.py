@@ -126,18 +126,19 @@ def combine(
     products: Products | None,
     outs: Sequence[Tensor],
     rows: slice | None = None,
+    columns: slice | None = None,
 ) -> Tensor:
     """θ₀ + Σ_j c_j τ_lj and truncated residuals into each out, as one product of all their columns.
 
     Args:
         operators: who adds it to the base.
-        bases: L tensors of one shape, or some rows of one.
+        bases: L tensors of one shape, or some rows and columns of one.
         experts: N sequences of L task vectors.
         m: rows of the tensors.
         coefficients: (N,) c.
-        products: of those rows; ``None``: there are none.
+        products: of those rows and columns; ``None``: there are none.
         outs: L tensors as the bases.
-        rows: which rows those are; ``None``: all.
+        rows, columns: which those are; ``None``: all.
 
     Returns:
         (L,) largest magnitudes.
@@ -146,7 +147,7 @@ def combine(
     dtype, device = compute_dtype([bases[0], changes[0]]), bases[0].device
     some = slice(0, m) if rows is None else rows
     lefts = [change[:, some] * weight for change, weight in zip(changes, coefficients.tolist(), strict=True)]
-    rights = [change[:, m:].mT for change in changes]
+    rights = [change[:, m:][:, columns or slice(None)].mT for change in changes]
     if products is not None:
         scaled = products.left.to(device, dtype) * products.scale.to(device, dtype).view(-1, 1, 1)
         lefts += list(scaled.unbind(1))

@@ -199,7 +199,7 @@ class Analysis:
         # 4. One norm for all residuals.
         residuals = self.residuals(config)
         # 5. What each tensor is made of.
-        return Terms(self._findings, residuals, config, self._factors.of, self._run.factors.rows)
+        return Terms(self._findings, residuals, config, self._factors.of, self._factors.lengths, self._run.factors.rows)
 
     @deterministic
     def residuals(self, config: MergeConfig | None = None) -> Residuals:

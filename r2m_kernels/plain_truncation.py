@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -53,12 +54,13 @@ def textbook(
 ) -> GroupFactors:
     """Power iterations, then the eigenvectors of a small Gram; on a CPU one residual after another."""
     width, shape = sketch_width(rank, config), inputs.bases[0].shape
-    tests = stacked([test_matrix(config.seed, name, shape, width) for name in inputs.names])
+    tests = [partial(test_matrix, config.seed, name, shape, width) for name in inputs.names]
     if operators.traits.groups_tensors:
-        return _range_finder(inputs.bases, inputs.experts, mixing, rank, config, operators, tests)
+        of_all = partial(stacked, [test() for test in tests])
+        return _range_finder(inputs.bases, inputs.experts, mixing, rank, config, operators, of_all)
     of_tensors = [
-        list(textbook_by_expert(inputs.some([place]), mixing, rank, config, operators, tests[place]))
-        for place in range(len(inputs.names))
+        list(textbook_by_expert(inputs.some([place]), mixing, rank, config, operators, test))
+        for place, test in enumerate(tests)
     ]
     left, right, gap = (
         torch.cat([torch.cat([getattr(one, field) for one in made], dim=1) for made in of_tensors])
@@ -68,17 +70,24 @@ def textbook(
 
 
 def textbook_by_expert(
-    inputs: Truncatable[M], mixing: Tensor, rank: int, config: MergeConfig, operators: Operators, tests: Tensor
+    inputs: Truncatable[M],
+    mixing: Tensor,
+    rank: int,
+    config: MergeConfig,
+    operators: Operators,
+    test: Callable[[], Tensor],
 ) -> Iterator[GroupFactors]:
     """The same on a CPU of one tensor, an expert's each: residuals are formed where they are read.
 
     Args:
-        tests: of :func:`test_matrix`, for the tensor's own name and shape.
+        test: makes :func:`test_matrix` for the tensor's own name and shape, which is as large as a factor.
     """
     (base,), experts = inputs.bases, [expert for (expert,) in inputs.experts]
-    alone, tests = torch.ones(1, 1, dtype=torch.float64), tests.unsqueeze(0)
+    alone = torch.ones(1, 1, dtype=torch.float64)
     for residual in operators.residual_matrices(base, experts, mixing):
-        yield _range_finder([residual.zeros()], [[residual]], alone, rank, config, operators, tests)
+        yield _range_finder(
+            [residual.zeros()], [[residual]], alone, rank, config, operators, lambda: test().unsqueeze(0)
+        )
 
 
 def _range_finder(
@@ -88,7 +97,7 @@ def _range_finder(
     rank: int,
     config: MergeConfig,
     operators: Operators,
-    tests: Tensor,
+    tests: Callable[[], Tensor],
 ) -> GroupFactors:
     first, tolerance = bases[0], config.tolerance
 
@@ -96,15 +105,21 @@ def _range_finder(
         return operators.residual_matmul(bases, experts, mixing, rhs, transpose, precision="tf32x3")
 
     # The same test matrix for every expert: their order cannot matter.
-    tests = tests.to(first.device)
-    basis = operators.orthonormalize(times(tests.unsqueeze(1).expand(-1, len(experts), -1, -1)), overwrite=True)
+    drawn = times(tests().to(first.device).unsqueeze(1).expand(-1, len(experts), -1, -1))
+    basis = operators.orthonormalize(drawn, overwrite=True)
+    del drawn
     product = times(basis, transpose=True)  # Bᵀ, (L, N, n, k)
     before, energy = None, _energies(product)
     done = torch.zeros(len(bases), dtype=torch.bool)
     for _ in range(config.power_iterations):
-        if tolerance is None:
-            basis = turned = product[:0]  # let go before the next one is made
-        turned = operators.orthonormalize(times(operators.orthonormalize(product)), overwrite=True)
+        if tolerance is None:  # let go before the next ones are made
+            basis = turned = product[:0]
+            product = operators.orthonormalize(product, overwrite=True)
+            turned = times(product)
+            product = product[:0]
+        else:
+            turned = times(operators.orthonormalize(product))
+        turned = operators.orthonormalize(turned, overwrite=True)
         multiplied = times(turned, transpose=True)
         energies = _energies(multiplied)
         if before is None or not bool(done.any()):
@@ -121,8 +136,9 @@ def _range_finder(
                 break
     grams, growth = fetched([gram_matrices(product), energy if before is None else (energy - before).clamp_min(0)])
     rotation = leading_eigenvectors(grams, rank).to(product)
-    right = (product @ rotation).mT.contiguous()
+    right = _turned(product, rotation).mT
     gap = torch.full_like(growth, torch.nan) if before is None else growth * _rates(grams, rank)
+    right = right if first.device.type == "cpu" else right.contiguous()
     return GroupFactors(_turned(basis, rotation), right, "left", True, "textbook", gap)
 
 

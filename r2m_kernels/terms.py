@@ -15,10 +15,9 @@ from torch.nn import functional
 
 from . import descent, elements, low_rank, spectra
 from ._interface import Operators
-from ._stream import parallel
-from ._stream.blocks import BLOCK_ELEMENTS, row_block_elements, row_panels
+from ._stream.blocks import BLOCK_ELEMENTS, product_height, row_block_elements
 from ._stream.budget import COMPUTE_BYTES
-from ._stream.factors import Factors, component_squares, stacked
+from ._stream.factors import Factors, row_lengths, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, by_rows
 from .config import MergeConfig
@@ -85,61 +84,52 @@ class LowRank(Term):
 
     Attributes:
         coefficients: (N,) c.
-        factors: of each of the L tensors; none where no residual is beyond rounding. Of a part its rows of left ones,
-            or all where a GPU weighs rows.
+        factors: of each of the L tensors; none where no residual is beyond rounding. Of a part its rows of left ones
+            and its columns of right ones.
         scale: (N,).
         rows: how rows of left factors are weighted; ``None``: all alike.
+        lengths: (N, m) of all rows of a tensor's residuals, where it comes in parts; else they are worked out here.
     """
 
     coefficients: Tensor
     factors: Sequence[Factors]
     scale: Tensor
     rows: RowWeights | None
+    lengths: Tensor | None = None
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
-        return row_block_elements(*tensor.matrix_shape)
+        columns = tensor.matrix_shape[1]
+        return product_height(columns) * columns
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
         if not self.factors:
             return Linear(self.coefficients).write(operators, group, outs)
-        left, right, scale = self.products(operators, group.bases[0].device)
-        if self.rows is not None and _all_rows(group):
-            left = left[:, :, group.rows]
+        left, right, scale = self.products(operators, group.bases[0].device, group.rows)
         if group.factored:
             return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, scale), outs)
         group, outs = group.in_rows(outs)
         return operators.combine(group.bases, group.experts, self.coefficients, left, right, scale, outs)
 
-    def products(self, operators: Operators, device: torch.device) -> low_rank.Products:
-        """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted; there are some."""
+    def products(self, operators: Operators, device: torch.device, rows: slice | None = None) -> low_rank.Products:
+        """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted; there are some.
+
+        Args:
+            operators: who weighs them.
+            device: where they are wanted.
+            rows: which rows of a single tensor the left ones are; ``None``: all.
+        """
         widest = max(factors.left.shape[2] for factors in self.factors)
         # Rows, as kernels have them; where tensors kept unlike numbers of components, with zeros below.
         lefts = [_rows(factors.left.to(device).mT, widest) for factors in self.factors]
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
-            left = self._weighed(operators, self.rows, left, right)
+            if self.lengths is None:
+                lengths = row_lengths(left, right, all(factors.orthogonal_rows for factors in self.factors))
+            else:
+                lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
+            left = operators.weigh_rows(left, lengths, self.rows.weights, self.rows.scales, self.rows.power)
         return low_rank.Products(left, right, self.scale)
-
-    def _weighed(self, operators: Operators, rule: RowWeights, left: Tensor, right: Tensor) -> Tensor:
-        """Left factors, rows weighted: on a CPU in the blocks at whose ends parts end, to the same bits therefore."""
-        known = self.factors[0].squares if len(self.factors) == 1 else None
-        orthogonal = all(factors.orthogonal_rows for factors in self.factors)
-        squares = component_squares(right, orthogonal) if known is None else known.unsqueeze(0)
-
-        def weighed(panel: Sequence[slice]) -> list[Tensor]:
-            numbers = (squares, rule.weights, rule.scales, rule.power)
-            return [operators.weigh_rows(left[:, :, rows], *numbers) for rows in panel]
-
-        if left.device.type != "cpu":
-            return weighed([slice(None)])[0]
-        panels = row_panels(left.shape[2], right.shape[3])
-        return torch.cat([one for several in parallel.for_each(weighed, panels) for one in several], dim=2)
-
-
-def _all_rows(group: Group) -> bool:
-    """Whether of a part all rows are weighted: a GPU's products of fewer rows may be rounded otherwise."""
-    return group.rows is not None and group.bases[0].device.type != "cpu"
 
 
 def _by_factors(
@@ -150,10 +140,10 @@ def _by_factors(
     outs: Sequence[Tensor],
 ) -> Tensor:
     """A linear term, with truncated residuals or without, of task vectors that are factors themselves."""
-    m, n = group.tensors[0].matrix_shape
-    bases = group.bases if group.part is None else [base.view(-1, n) for base in group.bases]
-    outs = outs if group.part is None else [out.view(-1, n) for out in outs]
-    return low_rank.combine(operators, bases, group.experts, m, coefficients, products, outs, group.rows)
+    m, _ = group.tensors[0].matrix_shape
+    bases = group.bases if group.part is None else [base.view(-1, group.width) for base in group.bases]
+    outs = outs if group.part is None else [out.view(-1, group.width) for out in outs]
+    return low_rank.combine(operators, bases, group.experts, m, coefficients, products, outs, group.rows, group.columns)
 
 
 def _rows(factor: Tensor, rank: int) -> Tensor:
@@ -329,7 +319,8 @@ class Terms:
         findings: of steps 1–3.
         residuals: of step 4.
         config: of the merge.
-        factors: the low-rank factors of a tensor, or those of some rows; ``None`` where it has none.
+        factors: the low-rank factors of a tensor, or those of some rows and columns; ``None`` where it has none.
+        lengths: (N, m) of the rows of its truncated residuals, for one that comes in parts.
         rows: Gram matrices of a tensor's rows, by its name; ``None`` where they are not known.
         truncated: whether truncated residuals are added; whole ones are in any case.
     """
@@ -337,7 +328,8 @@ class Terms:
     findings: Findings
     residuals: Residuals
     config: MergeConfig
-    factors: Callable[[PlannedTensor, slice | None], Factors | None]
+    factors: Callable[[PlannedTensor, slice | None, slice | None], Factors | None]
+    lengths: Callable[[PlannedTensor], Tensor | None]
     rows: Callable[[str], Tensor | None]
     truncated: bool = True
 
@@ -384,8 +376,8 @@ class Terms:
             return Flat(len(core) * coefficients)
         if kind is not LowRank:
             return Linear(coefficients)
-        some = None if rows is not None and _all_rows(group) else group.rows
         wanted = tensors if eta != 0 and self.truncated else []
-        factors = [one for tensor in wanted if (one := self.factors(tensor, some)) is not None]
+        factors = [one for tensor in wanted if (one := self.factors(tensor, group.rows, group.columns)) is not None]
+        lengths = self.lengths(first) if factors and rows is not None and group.part is not None else None
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
-        return LowRank(coefficients, factors, scale, rows)
+        return LowRank(coefficients, factors, scale, rows, lengths)

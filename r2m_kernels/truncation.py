@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +17,7 @@ from . import low_rank
 from ._interface import Operators, Pace, ShiftedFactors, spans
 from ._stream.blocks import as_matrix
 from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
-from ._stream.factors import Factors, GroupFactors, Side
+from ._stream.factors import Factors, GroupFactors, Side, row_lengths
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
@@ -208,8 +210,9 @@ class TruncationStep(Step):
         # A generator here would hold one expert's factors while the next one's are made.
         last, numbers = self._placed(tensor, map(_fast, fast, repeat(base.shape)), compute_dtype(inputs))
         if untrusted(numbers[-1]):
-            tests = test_matrix(config.seed, tensor.name, tensor.spec.shape, sketch_width(tensor.rank, config))
-            again = textbook_by_expert(matrix, self._mixing, tensor.rank, config, operators, tests)
+            width = sketch_width(tensor.rank, config)
+            test = partial(test_matrix, config.seed, tensor.name, tensor.spec.shape, width)
+            again = textbook_by_expert(matrix, self._mixing, tensor.rank, config, operators, test)
             last, numbers = self._placed(tensor, again, compute_dtype(inputs))
         store.complete(tensor.name, last)
         if config.row_power == 0:
@@ -298,20 +301,39 @@ class ResidualFactors:
         analyzed = {name: truncated.products for name, truncated in findings.truncated.items()}
         self._products = {_asked(findings.config): analyzed}
         self._late: dict[tuple[str, int], Factors] = {}
+        self._lengths: dict[tuple[str, int], Tensor] = {}
+        self._lock = threading.Lock()
 
-    def of(self, tensor: PlannedTensor, rows: slice | None = None) -> Factors | None:
+    def of(self, tensor: PlannedTensor, rows: slice | None = None, columns: slice | None = None) -> Factors | None:
         """Factors at the tensor's rank; ``None`` where nothing is truncated, or there are no residuals.
 
         Args:
             rows: some of the left factors' alone.
+            columns: with rows: some of the right factors' alone.
         """
-        store = self._run.factors
-        if rows is not None and tensor.name in store:
-            some = store.rows_of(tensor.name, rows)
-            if some.ordered or some.right.shape[1] <= tensor.rank:
-                return some.truncated(tensor.rank)
+        if rows is not None and self._stored(tensor):
+            return self._run.factors.part(tensor.name, rows, columns or slice(None)).truncated(tensor.rank)
         whole = self._whole(tensor)
-        return whole if whole is None or rows is None else replace(whole, left=whole.left[:, rows])
+        if whole is None or rows is None:
+            return whole
+        return replace(whole, left=whole.left[:, rows], right=whole.right[:, :, columns or slice(None)])
+
+    def lengths(self, tensor: PlannedTensor) -> Tensor | None:
+        """‖row of F_i‖ of a tensor that comes in parts: (N, m) float64, worked out once."""
+        key = (tensor.name, tensor.rank)
+        with self._lock:
+            if key not in self._lengths:
+                if self._stored(tensor):
+                    self._lengths[key] = self._run.factors.row_lengths(*key)
+                elif (whole := self._whole(tensor)) is not None:
+                    sides = (whole.left.unsqueeze(0), whole.right.unsqueeze(0))
+                    self._lengths[key] = row_lengths(*sides, whole.orthogonal_rows)[0]
+            return self._lengths.get(key)
+
+    def _stored(self, tensor: PlannedTensor) -> bool:
+        """Whether the store has the factors, of which the first are those at the tensor's rank."""
+        store = self._run.factors
+        return tensor.name in store and store.leading(tensor.name, tensor.rank)
 
     def _whole(self, tensor: PlannedTensor) -> Factors | None:
         if tensor.name in self._run.factors:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu import checks
 from r2m_kernels import _torch, _triton, ops
 from r2m_kernels._interface import Operators
-from r2m_kernels._stream.factors import component_squares
+from r2m_kernels._stream.factors import row_lengths
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.addresses import VECTOR_BYTES, vectors_fit
 
@@ -148,9 +148,9 @@ class _Group:
         m, lefts, rights = self.shape[0], left.unsqueeze(0), right.unsqueeze(0)
         rows = torch.linspace(-0.5, 1.0, m * self.count, device=self.device, dtype=self.wide).view(1, m, self.count)
         product = torch.einsum("i,imr,irn->mn", scale.to(self.tau), left.double().abs(), right.double().abs())
-        squares = component_squares(rights, orthogonal=False)
+        lengths = row_lengths(lefts, rights, orthogonal=False)
         yield self.case(
-            "weigh_rows", "", lambda our: our.weigh_rows(lefts, squares, self.weights, scale, 3.0), lefts.double().abs()
+            "weigh_rows", "", lambda our: our.weigh_rows(lefts, lengths, self.weights, scale, 3.0), lefts.double().abs()
         )
         yield from self.writing(
             "combine",

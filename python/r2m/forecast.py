@@ -332,6 +332,7 @@ def work_lines(forecast: Forecast) -> list[str]:
 
 def _described(work: Work) -> str:
     tensor = work.tensors[0]
-    how = f"in {len(work.parts)} parts" if work.parts else "beside others" if work.shared else "on all threads"
+    parts = len(work.parts) * max(1, len(work.columns))
+    how = f"in {parts} parts" if parts else "beside others" if work.shared else "on all threads"
     how = how if work.pace is None else "from storage"
     return f"{printable(tensor.name)} {list(tensor.spec.shape)}, {tensor.role}, {how}"

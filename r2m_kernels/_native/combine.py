@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._stream.blocks import as_matrix, element_panels, row_panels
+from .._stream.blocks import as_matrix, element_panels, product_panels, row_panels
 from .._stream.tensors import compute_dtype
 from .._torch.combine import side_by_side
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
@@ -70,12 +70,17 @@ def _combine(
         where = (factors.data_ptr(), stride, *view.shape)
         return library.largest(COMBINE, dtype, len(thetas), inputs, *where, added, matrices([view]))
 
-    def of_run(run: slice) -> float:
-        if not rowwise:
-            return of_rows(slice(None), run, None)
-        return of_rows(run, slice(None), None if low_rank is None else low_rank[0][run] @ low_rank[1])
+    def of_block(block: tuple[slice, slice]) -> float:
+        rows, columns = block
+        return of_rows(rows, columns, None if low_rank is None else low_rank[0][rows] @ low_rank[1][:, columns])
 
-    largest = over(row_panels(*theta.shape) if rowwise else element_panels(theta.numel()), of_run, out)
+    largest: Tensor
+    if low_rank is not None:
+        largest = over(product_panels(*theta.shape), of_block, out)
+    elif by_rows:
+        largest = over(row_panels(*theta.shape), lambda rows: of_rows(rows, slice(None), None), out)
+    else:
+        largest = over(element_panels(theta.numel()), lambda run: of_rows(slice(None), run, None), out)
     if target is not out:
         out.copy_(target)
     return largest

@@ -21,6 +21,9 @@ MAX_BLOCK_COLUMNS = BLOCK_ELEMENTS // MIN_BLOCK_ROWS
 # cores share (512 rows of 1024: 205 GFLOP/s in bfloat16 on Zen 4, against 178 with 128 rows).
 RUN_ELEMENTS = 2**19
 RUNS_PER_PANEL = 4
+# Columns of a block that a product of low-rank factors is made in. A matrix may come in panels of whole blocks, so that
+# right factors of a few columns are in memory at once.
+PRODUCT_COLUMNS = 2**10
 # Blocks of one panel are summed in order, then panels in order; panels may run on different threads.
 BLOCKS_PER_PANEL = 16
 
@@ -56,6 +59,24 @@ def row_block_elements(rows: int, columns: int) -> int:
     return block_height(rows, columns) * columns
 
 
+def product_height(columns: int) -> int:
+    """Rows of a block of low-rank products, in a matrix of so many columns or in any :func:`column_panels` of it."""
+    return block_height(0, min(columns, PRODUCT_COLUMNS))
+
+
+def product_panels(rows: int, columns: int) -> list[list[tuple[slice, slice]]]:
+    """Rows and columns of the blocks of low-rank products of a (rows, columns) matrix, grouped into panels."""
+    of_rows = _panels(rows, product_height(columns))
+    return [[(block, some) for block in panel] for some in runs(columns, PRODUCT_COLUMNS) for panel in of_rows]
+
+
+def column_panels(columns: int, most: int) -> list[slice]:
+    """Columns of a matrix in panels of about ``most``: whole blocks of products, and none of less than a whole one."""
+    step = max(1, most // PRODUCT_COLUMNS) * PRODUCT_COLUMNS
+    starts = [start for start in range(0, columns, step) if start == 0 or columns - start >= PRODUCT_COLUMNS]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], columns], strict=True)]
+
+
 def row_panels(rows: int, columns: int) -> list[list[slice]]:
     """Row slices of a (rows, columns) matrix, grouped into panels."""
     return _panels(rows, block_height(rows, columns))
@@ -65,13 +86,17 @@ def long_panels(rows: int, columns: int) -> list[list[slice]]:
     """Runs along the long side of a matrix, grouped into panels: a run of all residuals is formed at once."""
     long, short = max(rows, columns), min(rows, columns)
     step = max(MIN_BLOCK_ROWS, RUN_ELEMENTS // max(1, short))
-    runs = [slice(start, min(start + step, long)) for start in range(0, long, step)]
-    return [runs[i : i + RUNS_PER_PANEL] for i in range(0, len(runs), RUNS_PER_PANEL)]
+    return _panels(long, step, RUNS_PER_PANEL)
 
 
 def column_slices(columns: int) -> list[slice]:
     """Column slices of a matrix: one, unless it is very wide."""
-    return [slice(i, min(i + MAX_BLOCK_COLUMNS, columns)) for i in range(0, columns, MAX_BLOCK_COLUMNS)]
+    return runs(columns, MAX_BLOCK_COLUMNS)
+
+
+def runs(length: int, step: int) -> list[slice]:
+    """So many elements one after another."""
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def element_panels(elements: int, blocks: int = BLOCKS_PER_PANEL) -> list[list[slice]]:
@@ -80,7 +105,7 @@ def element_panels(elements: int, blocks: int = BLOCKS_PER_PANEL) -> list[list[s
 
 
 def _panels(length: int, step: int, each: int = BLOCKS_PER_PANEL) -> list[list[slice]]:
-    blocks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    blocks = runs(length, step)
     return [blocks[i : i + each] for i in range(0, len(blocks), each)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Rows of factors that are widened to float64 at once on a CPU. On a GPU, where every launch counts, all are.
 PRODUCT_ROWS = 2**10
+LENGTH_ROWS = 2**8  # the same of left factors whose rows are measured, beside products of all components
 # How fast what a subspace misses shrinks, from the Ritz values at its edge and at the rank: their ratio to this power.
 RATE = 4
 # Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
@@ -33,7 +34,6 @@ class Factors:
         gap: (N,) float64, an estimate of the energy that the best truncation at this rank would keep beyond this one's;
             0 where this is the best one, NaN where nothing is known.
         method: who truncated: "exact", "textbook", or "shifted" for the backend's own.
-        squares: (N, r) or (N, r, r) float64, :func:`component_squares`, where they came with the factors.
     """
 
     left: Tensor
@@ -42,23 +42,20 @@ class Factors:
     basis: Side | None = None
     gap: Tensor | None = None
     method: str = "exact"
-    squares: Tensor | None = None
 
     def truncated(self, rank: int) -> Factors:
         """The leading ``rank`` components, by descending singular value."""
         if rank >= self.left.shape[2]:
             return self
         whole = self if self.ordered else self._in_order()
-        squares = None if whole.squares is None else whole.squares[:, :rank]
-        left, right = whole.left[:, :, :rank], whole.right[:, :rank]
-        return replace(whole, left=left, right=right, gap=None, squares=squares)
+        return replace(whole, left=whole.left[:, :, :rank], right=whole.right[:, :rank], gap=None)
 
     def _in_order(self) -> Factors:
         """The same F_i; one side is orthonormal, and the other's Gram has the squared singular values."""
         weighted = self.right.transpose(1, 2) if self.basis == "left" else self.left
         rotation = leading_eigenvectors(gram_matrices(weighted).cpu(), weighted.shape[2]).to(weighted)
         left, right = torch.bmm(self.left, rotation), torch.bmm(rotation.transpose(1, 2), self.right)
-        return replace(self, left=left, right=right, ordered=True, squares=None)
+        return replace(self, left=left, right=right, ordered=True)
 
     @property
     def orthogonal_rows(self) -> bool:
@@ -147,19 +144,43 @@ def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
     return product_of_sides(row_blocks(left), row_blocks(right.mT), ordered)
 
 
-def component_squares(right: Tensor, orthogonal: bool) -> Tensor:
-    """Inner products of the rows of right factors (…, r, n): (…, r, r) float64.
+def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+    """‖row of left_li right_li‖: (L, N, m) float64 where they are.
 
-    Where rows are orthogonal to the compute dtype's rounding, there is each one's own squared length alone: (…, r).
+    Args:
+        left, right: (L, N, m, r) and (L, N, r, n).
+        orthogonal: the rows of each right factor are, to the compute dtype's rounding.
     """
-    if orthogonal:
-        return row_squares(right)
-    total = right.new_zeros(*right.shape[:-1], right.shape[-2], dtype=torch.float64)
-    step = PRODUCT_ROWS if right.device.type == "cpu" else max(1, right.shape[-1])
-    for start in range(0, right.shape[-1], step):  # of few columns at once, since they are widened
-        wide = right[..., start : start + step].double()
-        total += wide @ wide.mT
-    return total
+    if left.device.type != "cpu":
+        return lengths_of_rows([left], [right], orthogonal)
+    each = [
+        lengths_of_rows(
+            torch.split(left[place, i], LENGTH_ROWS), torch.split(right[place, i], PRODUCT_ROWS, dim=1), orthogonal
+        )
+        for place in range(left.shape[0])
+        for i in range(left.shape[1])
+    ]
+    return torch.stack(each).view(left.shape[:3])
+
+
+def lengths_of_rows(left: Iterable[Tensor], right: Iterable[Tensor], orthogonal: bool) -> Tensor:
+    """:func:`row_lengths` of factors in blocks, (…, some rows, r) and (…, r, some columns): (…, m)."""
+    squares: Tensor | None = None  # of components, or all their inner products
+    for block in right:
+        wide = block.to(torch.float64, memory_format=torch.contiguous_format)
+        found = wide.square().sum(dim=-1) if orthogonal else wide @ wide.mT
+        squares = found if squares is None else squares.add_(found)
+        del block, wide, found  # before the next one is read
+    assert squares is not None, "a matrix has columns"
+    lengths = []
+    for block in left:
+        wide = block.to(torch.float64, memory_format=torch.contiguous_format)
+        if orthogonal:
+            of_rows = (wide.square() @ squares.unsqueeze(-1)).squeeze(-1)
+        else:
+            of_rows = (wide @ squares).mul_(wide).sum(dim=-1)
+        lengths.append(of_rows.clamp_min_(0).sqrt_())
+    return torch.cat(lengths, dim=-1)
 
 
 def row_blocks(factor: Tensor) -> Iterator[Tensor]:
@@ -229,8 +250,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def gram_matrices(product: Tensor) -> Tensor:
     """(…, k, k) float64 of (…, n, k)."""
-    double = product.double()
-    return double.mT @ double
+    step = PRODUCT_ROWS if product.device.type == "cpu" else max(1, product.shape[-2])
+    total = product.new_zeros(*product.shape[:-2], *product.shape[-1:] * 2, dtype=torch.float64)
+    for rows in torch.split(product, step, dim=-2):
+        wide = rows.double()
+        total += wide.mT @ wide
+    return total
 
 
 def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ class Group:
         bases: L tensors; none of extras.
         experts: N lists of L tensors.
         part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
+        columns: of a part of whole rows some columns, its inputs then being blocks of those; ``None``: all.
         factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them.
     """
 
@@ -40,6 +41,7 @@ class Group:
     bases: list[Tensor] = field(default_factory=list)
     experts: list[list[Tensor]] = field(default_factory=list)
     part: slice | None = None
+    columns: slice | None = None
     factored: bool = False
 
     @property
@@ -60,6 +62,11 @@ class Group:
         columns = self.tensors[0].matrix_shape[1]
         return slice(self.part.start // columns, self.part.stop // columns)
 
+    @property
+    def width(self) -> int:
+        """How many columns a part of whole rows has."""
+        return self.tensors[0].matrix_shape[1] if self.columns is None else self.columns.stop - self.columns.start
+
     def inputs(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """One tensor's: the base's and the experts'."""
         return self.bases[index], [expert[index] for expert in self.experts]
@@ -67,17 +74,16 @@ class Group:
     def single(self, index: int) -> Group:
         """A group of one of its tensors, with its inputs."""
         base, experts = self.inputs(index)
-        return Group([self.tensors[index]], [base], [[expert] for expert in experts], self.part, self.factored)
+        return replace(self, tensors=[self.tensors[index]], bases=[base], experts=[[expert] for expert in experts])
 
     def in_rows(self, outs: Sequence[Tensor]) -> tuple[Group, Sequence[Tensor]]:
         """A part of a matrix, which is whole rows then, and what is written of it, as rows; whole ones as they are."""
         if self.part is None:
             return self, outs
-        columns = self.tensors[0].matrix_shape[1]
         base, experts = self.inputs(0)
-        rows = [[expert.view(-1, columns)] for expert in experts]
-        group = Group(self.tensors, [base.view(-1, columns)], rows, self.part)
-        return group, [out.view(-1, columns) for out in outs]
+        rows = [[expert.view(-1, self.width)] for expert in experts]
+        group = replace(self, bases=[base.view(-1, self.width)], experts=rows)
+        return group, [out.view(-1, self.width) for out in outs]
 
 
 class Loader:
@@ -103,6 +109,7 @@ class Loader:
         self,
         tensors: Sequence[PlannedTensor],
         part: slice | None = None,
+        columns: slice | None = None,
         *,
         with_base: bool = True,
         factored: bool = False,
@@ -110,6 +117,7 @@ class Loader:
         """A group's inputs on the device, or a part of a single tensor's; copied ones come without.
 
         Args:
+            part, columns: of :class:`Group`.
             with_base: whether the base's are among them.
             factored: whether the experts' come as factors, whole ones of a part too.
         """
@@ -117,15 +125,17 @@ class Loader:
             return Group(tensors, part=part)
         if factored:
             own = [self.inputs.base] if with_base else []
-            read = [self.whole(one, own) if part is None else self._part(one, own, part) for one in tensors]
+            read = [self.whole(one, own) if part is None else self._part(one, own, part, columns) for one in tensors]
             changes = [[self._change(source, one) for one in tensors] for source in self.inputs.experts]
-            return Group(tensors, [base for bases in read for base in bases], changes, part, factored=True)
+            bases = [base for bases in read for base in bases]
+            return Group(tensors, bases, changes, part, columns, factored=True)
         sources = self.inputs.sources if with_base else self.inputs.experts
         loaded = [
-            self.whole(tensor, sources) if part is None else self._part(tensor, sources, part) for tensor in tensors
+            self.whole(tensor, sources) if part is None else self._part(tensor, sources, part, columns)
+            for tensor in tensors
         ]
         of_sources = [list(of_source) for of_source in zip(*loaded, strict=True)]
-        return Group(tensors, of_sources[0] if with_base else [], of_sources[1:] if with_base else of_sources, part)
+        return Group(tensors, of_sources.pop(0) if with_base else [], of_sources, part, columns)
 
     def _change(self, source: TensorSource, tensor: PlannedTensor) -> Tensor:
         """The factors of one task vector, on the device."""
@@ -165,10 +175,18 @@ class Loader:
             self._at_hand[tensor.name] = tensors
         return tensors
 
-    def _part(self, tensor: PlannedTensor, sources: Sequence[TensorSource], part: slice) -> list[Tensor]:
+    def _part(
+        self, tensor: PlannedTensor, sources: Sequence[TensorSource], part: slice, columns: slice | None
+    ) -> list[Tensor]:
+        if columns is None:
+            if tensor.name in self.kept:
+                return [one.reshape(-1)[part] for one in self._at_hand[tensor.name]]
+            return [self.read(source, tensor, part).to(self.device) for source in sources]
+        n = tensor.matrix_shape[1]
+        rows = slice(part.start // n, part.stop // n)
         if tensor.name in self.kept:
-            return [one.reshape(-1)[part] for one in self._at_hand[tensor.name]]
-        return [self.read(source, tensor, part).to(self.device) for source in sources]
+            return [one.reshape(-1, n)[rows, columns].contiguous() for one in self._at_hand[tensor.name]]
+        return [self._read_block(source, tensor, rows, columns) for source in sources]
 
     def read(self, source: TensorSource, tensor: PlannedTensor, part: slice | None = None) -> Tensor:
         """One input of a tensor, or a run of its elements; counted."""

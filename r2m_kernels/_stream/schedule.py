@@ -17,12 +17,16 @@ import torch
 from .._interface import Pace
 from ..config import MergeConfig
 from . import budget
+from .blocks import column_panels, runs
 from .budget import Inputs, Memory
 from .loader import Group, Loader
 from .parallel import for_each, workers
 from .plan import Plan, PlannedTensor, Role
 from .processes import Journal, assign
 from .stored import StoredMatrix
+
+# Of some rows of left factors while they are multiplied: as they were kept, weighed, and those of all experts in one.
+LEFT_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Pass:
         pace: how a tensor is worked on where it is stored, from all inputs, how the memory is split, and the number of
             threads; ``None`` where it is loaded.
         reads: how often that reads its inputs.
-        beside: bytes that stay in memory while a tensor passes in parts.
+        factors: bytes of low-rank factors that a row of a part is made with, and a column too; those of columns stay
+            in memory while rows pass.
         workspace: bytes that a tensor takes beside its inputs and result where all of it is needed at once.
         by_factors: whether of a tensor the factors of its task vectors are enough.
         base_by_factors: whether the base's is needed beside them.
@@ -50,16 +55,22 @@ class Pass:
     base_of: tuple[Role, ...] = ("matrix", "vector")
     pace: Callable[[PlannedTensor, Inputs, Memory, int], Pace | None] = lambda *_: None
     reads: Callable[[PlannedTensor, Inputs, Pace], int] = lambda *_: 1
-    beside: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
+    factors: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     workspace: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
     base_by_factors: bool = True
 
-    def load(self, loader: Loader, tensors: Sequence[PlannedTensor], part: slice | None = None) -> Group:
+    def load(
+        self,
+        loader: Loader,
+        tensors: Sequence[PlannedTensor],
+        part: slice | None = None,
+        columns: slice | None = None,
+    ) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
         factored = self.by_factors(tensors[0])
         with_base = tensors[0].role in self.base_of and (self.base_by_factors or not factored)
-        return loader.load(tensors, part, with_base=with_base, factored=factored)
+        return loader.load(tensors, part, columns, with_base=with_base, factored=factored)
 
 
 def shares(plan: Plan, passes: Sequence[Pass], inputs: Inputs, config: MergeConfig, processes: int) -> list[set[str]]:
@@ -131,12 +142,14 @@ class Work:
     Attributes:
         tensors: one, or a group of one shape.
         parts: runs of elements of a single tensor, spread over threads; empty: it is taken whole.
+        columns: panels of columns that parts of whole rows are taken in, one after another; empty: all at once.
         shared: several such run at once, each on a thread of its own; else it has all threads for itself.
         pace: of a single tensor that is worked on where it is stored.
     """
 
     tensors: tuple[PlannedTensor, ...]
     parts: tuple[slice, ...] = ()
+    columns: tuple[slice, ...] = ()
     shared: bool = False
     pace: Pace | None = None
 
@@ -159,9 +172,9 @@ def work_list(
         threads: at work at once.
         on_device: for a backend that takes groups: whether a tensor's inputs are where it computes.
     """
-    parts = {tensor.name: _parts(over, tensor, inputs, memory) for tensor in tensors}
-    works = [Work((tensor,), parts[tensor.name]) for tensor in tensors if parts[tensor.name]]
-    rest = [tensor for tensor in tensors if not parts[tensor.name]]
+    cuts = {tensor.name: _cut(over, tensor, inputs, memory, panels=on_device is None) for tensor in tensors}
+    works = [cut for cut in cuts.values() if cut.parts]
+    rest = [tensor for tensor in tensors if not cuts[tensor.name].parts]
     if on_device is not None:
         return works + [Work(tuple(group)) for group in _groups(rest, inputs, memory, on_device)]
     paces = {tensor.name: over.pace(tensor, inputs, memory, threads) for tensor in rest}
@@ -174,16 +187,45 @@ def work_list(
     return works + [Work((tensor,)) for tensor in alone] + [Work((tensor,), shared=True) for tensor in shared]
 
 
-def _parts(over: Pass, tensor: PlannedTensor, inputs: Inputs, memory: Memory) -> tuple[slice, ...]:
-    """Runs of elements for a tensor that exceeds its share of the memory and can be cut; else none."""
-    size, elements = inputs.working_bytes(tensor), tensor.spec.numel
-    if memory.piece is None or size <= memory.piece:
-        return ()
-    block = over.block_elements(tensor)
-    if block is None or not inputs.in_parts(tensor):
-        return ()
-    length = max(1, elements * memory.piece // size // block) * block
-    return tuple(slice(i, min(i + length, elements)) for i in range(0, elements, length)) if length < elements else ()
+def _cut(over: Pass, tensor: PlannedTensor, inputs: Inputs, memory: Memory, *, panels: bool) -> Work:
+    """A tensor in parts, where it exceeds its share of the memory and can be cut.
+
+    Args:
+        over, tensor, inputs, memory: see :func:`work_list`.
+        panels: whether parts may have some columns alone.
+    """
+    elements, block = tensor.spec.numel, over.block_elements(tensor)
+    too_large = memory.piece is not None and inputs.working_bytes(tensor) > memory.piece
+    if not too_large or block is None or not inputs.in_parts(tensor):
+        return Work((tensor,))
+    assert memory.piece is not None
+    columns: tuple[slice, ...] = ()
+    if (factors := over.factors(tensor, inputs)) and panels and inputs.in_blocks(tensor):
+        found = column_panels(tensor.matrix_shape[1], _room(memory) // 2 // factors)
+        columns = tuple(found) if len(found) > 1 else ()
+    length = max(1, memory.piece // _part_bytes(over, tensor, inputs, block, columns)) * block
+    if length >= elements and not columns:
+        return Work((tensor,))
+    return Work((tensor,), parts=tuple(runs(elements, length)), columns=columns)
+
+
+def _room(memory: Memory) -> int:
+    """Bytes for what is at work on a tensor in parts."""
+    return memory.stored or memory.flight or 0
+
+
+def _widest(tensor: PlannedTensor, columns: Sequence[slice]) -> int:
+    """Columns of the widest panel."""
+    return max((panel.stop - panel.start for panel in columns), default=tensor.matrix_shape[1])
+
+
+def _part_bytes(over: Pass, tensor: PlannedTensor, inputs: Inputs, elements: int, columns: Sequence[slice]) -> int:
+    """What a part takes that has so many elements, or some columns of them."""
+    size, factors = inputs.working_bytes(tensor) * elements // tensor.spec.numel, over.factors(tensor, inputs)
+    if factors:
+        n = tensor.matrix_shape[1]
+        size = size * _widest(tensor, columns) // n + LEFT_COPIES * factors * elements // n
+    return max(1, size)
 
 
 def _groups(
@@ -249,17 +291,18 @@ def run_in_groups(works: Sequence[Work], step: Step, loader: Loader, memory: Mem
 
 def _in_parts(work: Work, step: Step, loader: Loader, memory: Memory, ahead: int) -> Any:
     """What is found of one tensor from its parts, which are spread over threads."""
-    (tensor,) = work.tensors
+    (tensor,), inputs = work.tensors, loader.inputs
     if tensor.name in loader.kept:
-        loader.whole(tensor, loader.inputs.sources)
-
-    def value_of(part: slice) -> Any:
-        return step.work(step.over.load(loader, [tensor], part))
-
+        loader.whole(tensor, inputs.sources)
     # A block may take more than a thread's share: then fewer parts are begun at once.
     first = work.parts[0]
-    size = loader.inputs.working_bytes(tensor) * (first.stop - first.start) // tensor.spec.numel
+    size = _part_bytes(step.over, tensor, inputs, first.stop - first.start, work.columns)
     assert memory.flight is not None
-    room = min(memory.flight, (memory.stored or memory.flight) - step.over.beside(tensor, loader.inputs))
-    limit = max(1, min(ahead, room // max(1, size)))
-    return step.join(tensor, list(for_each(value_of, work.parts, limit)))
+    factors = step.over.factors(tensor, inputs)
+    beside = factors * _widest(tensor, work.columns) if factors else 0
+    limit = max(1, min(ahead, min(memory.flight, _room(memory) - beside) // size))
+
+    def found(columns: slice | None) -> Iterator[Any]:
+        return for_each(lambda part: step.work(step.over.load(loader, [tensor], part, columns)), work.parts, limit)
+
+    return step.join(tensor, [value for columns in work.columns or (None,) for value in found(columns)])

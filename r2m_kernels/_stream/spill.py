@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .factors import PRODUCT_ROWS, Factors, component_squares, inner_products, product_of_sides
+from .blocks import runs
+from .factors import LENGTH_ROWS, PRODUCT_ROWS, Factors, inner_products, lengths_of_rows, product_of_sides, row_lengths
 
 FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
 
@@ -43,8 +44,8 @@ class FactorStore:
         self._held: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._spilled: dict[tuple[str, str], tuple[_Spilled, ...]] = {}
         self._factors: dict[str, Factors] = {}  # without their tensors
-        self._at_hand: dict[str, Tensor] = {}  # right factors of tensors that are written in parts
-        self._squares: dict[str, Tensor] = {}  # and their rows'
+        # Of tensors that are written in parts, some columns of right factors.
+        self._at_hand: dict[str, tuple[slice, Tensor]] = {}
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -109,25 +110,47 @@ class FactorStore:
         left, right = self._fetch(("factors", name))
         return replace(self._factors[name], left=left, right=right)
 
-    def rows_of(self, name: str, rows: slice) -> Factors:
-        """The same with some rows of the left factors alone. The right ones stay at hand until :meth:`let_go`."""
+    def leading(self, name: str, rank: int) -> bool:
+        """Whether the first components are the truncation to a rank: they come by size, or it has them all."""
+        held = self._held.get(("factors", name))
+        size = self._spilled[("factors", name)][1].shape[1] if held is None else held[1].shape[1]
+        return self._factors[name].ordered or size <= rank
+
+    def part(self, name: str, rows: slice, columns: slice) -> Factors:
+        """The same with some rows of the left factors and some columns of the right ones alone.
+
+        The latter stay at hand until others are asked for, or :meth:`let_go`.
+        """
         key, known = ("factors", name), self._factors[name]
+        if key in self._held:
+            left, right = self._held[key]
+            return replace(known, left=left[:, rows], right=right[:, :, columns])
         with self._lock:
-            if key in self._held:
-                right = self._held[key][1]
-            else:
-                if name not in self._at_hand:
-                    self._at_hand[name] = self._load(self._spilled[key][1])
-                right = self._at_hand[name]
-            if name not in self._squares:
-                self._squares[name] = component_squares(right, known.orthogonal_rows)
-        left = self._held[key][0][:, rows] if key in self._held else self._load(self._spilled[key][0], rows)
-        return replace(known, left=left, right=right, squares=self._squares[name])
+            if name not in self._at_hand or self._at_hand[name][0] != columns:
+                self._at_hand.pop(name, None)  # before others are read
+                self._at_hand[name] = (columns, self._load(self._spilled[key][1], slice(None), columns))
+            right = self._at_hand[name][1]
+        return replace(known, left=self._load(self._spilled[key][0], rows), right=right)
 
     def let_go(self, name: str) -> None:
-        """Forget what :meth:`rows_of` has at hand of a tensor."""
+        """Forget what :meth:`part` has at hand of a tensor."""
         self._at_hand.pop(name, None)
-        self._squares.pop(name, None)
+
+    def row_lengths(self, name: str, rank: int) -> Tensor:
+        """‖row of F_i‖ of a tensor by its first components: (N, m) float64, with little of them in memory."""
+        key, orthogonal = ("factors", name), self._factors[name].orthogonal_rows
+        if key in self._held:
+            left, right = self._held[key]
+            return row_lengths(left[:, :, :rank].unsqueeze(0), right[:, :rank].unsqueeze(0), orthogonal)[0]
+        spilled_left, spilled_right = self._spilled[key]
+        (count, m, _), n, leading = spilled_left.shape, spilled_right.shape[2], slice(0, rank)
+
+        def of_one(expert: int) -> Tensor:
+            lefts = (self._load(spilled_left, rows, leading, expert)[0] for rows in runs(m, LENGTH_ROWS))
+            rights = (self._load(spilled_right, leading, columns, expert)[0] for columns in runs(n, PRODUCT_ROWS))
+            return lengths_of_rows(lefts, rights, orthogonal)
+
+        return torch.stack([of_one(expert) for expert in range(count)])
 
     def inner_products(self, name: str, ordered: bool) -> Tensor:
         """⟨F_i, F_j⟩ of a tensor, (N, N) float64, with little of the factors in memory."""
@@ -138,8 +161,7 @@ class FactorStore:
 
         def blocks(spilled: _Spilled, side: int) -> Iterator[Tensor]:
             """Components side by side, as in factors that come at once: a product may be rounded otherwise."""
-            for start in range(0, spilled.shape[side], PRODUCT_ROWS):
-                some = slice(start, min(start + PRODUCT_ROWS, spilled.shape[side]))
+            for some in runs(spilled.shape[side], PRODUCT_ROWS):
                 if side == 1:
                     yield self._load(spilled, some).mT.contiguous().mT.unsqueeze(0)
                 else:
@@ -212,14 +234,21 @@ class FactorStore:
         # The file has no name any more; who reads the message needs to know which disk is full.
         return OSError(error.errno, error.strerror, str(self._directory or tempfile.gettempdir()))
 
-    def _load(self, spilled: _Spilled, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """All of it, or blocks of its matrices."""
-        if spilled.shape[1:] and (rows, columns) != (slice(None), slice(None)):
+    def _load(
+        self,
+        spilled: _Spilled,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        expert: int | None = None,
+    ) -> Tensor:
+        """All of it, or blocks of its matrices, or of one of them."""
+        if (rows, columns) != (slice(None), slice(None)):
             count, height, width = spilled.shape
             (top, bottom, _), (left, right, _) = rows.indices(height), columns.indices(width)
-            block = torch.empty(count, bottom - top, right - left, dtype=spilled.dtype)
+            experts = range(count) if expert is None else [expert]
+            block = torch.empty(len(experts), bottom - top, right - left, dtype=spilled.dtype)
             size = spilled.dtype.itemsize
-            for index, matrix in enumerate(block):
+            for index, matrix in zip(experts, block, strict=True):
                 start = spilled.offset + (index * height + top) * width * size
                 if right - left == width:
                     self._fill(matrix, start)

@@ -14,6 +14,7 @@ from .._stream.blocks import (
     column_slices,
     element_panels,
     panel_limit,
+    product_panels,
     row_panels,
 )
 from .._stream.tensors import compute_dtype
@@ -60,26 +61,29 @@ def _combine(
     weights = [] if by_rows else representable(coefficients, dtype)
     of_rows = coefficients.to(base.device, dtype) if by_rows else None
 
-    def merge_panel(panel: list[slice]) -> Tensor:
+    def merge_panel(panel: list[tuple[slice, slice]]) -> Tensor:
         largest = []
-        for rows in panel:
-            for columns in column_slices(theta.shape[1]):
-                block = theta[rows, columns].to(dtype)
-                total = block.clone()
-                for j, expert in enumerate(thetas):
-                    if of_rows is not None:
-                        change = torch.sub(expert[rows, columns].to(dtype), block)
-                        total.addcmul_(of_rows[rows, j].unsqueeze(1), change)
-                    elif weights[j] != 0.0:
-                        total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weights[j])
-                if low_rank:
-                    total.addmm_(low_rank[0][rows], low_rank[1][:, columns])
-                rounded = total.to(out.dtype)  # the one rounding to the storage dtype
-                largest.append(magnitude(rounded))
-                merged[rows, columns] = rounded
+        for rows, columns in panel:
+            block = theta[rows, columns].to(dtype)
+            total = block.clone()
+            for j, expert in enumerate(thetas):
+                if of_rows is not None:
+                    change = torch.sub(expert[rows, columns].to(dtype), block)
+                    total.addcmul_(of_rows[rows, j].unsqueeze(1), change)
+                elif weights[j] != 0.0:
+                    total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weights[j])
+            if low_rank:
+                total.addmm_(low_rank[0][rows], low_rank[1][:, columns])
+            rounded = total.to(out.dtype)  # the one rounding to the storage dtype
+            largest.append(magnitude(rounded))
+            merged[rows, columns] = rounded
         return largest_of(largest, base.device)
 
-    panels = row_panels(*theta.shape) if low_rank or by_rows else element_panels(theta.numel())
+    if low_rank:
+        panels = product_panels(*theta.shape)
+    else:
+        runs = row_panels(*theta.shape) if by_rows else element_panels(theta.numel())
+        panels = [[(rows, columns) for rows in panel for columns in column_slices(theta.shape[1])] for panel in runs]
     largest = largest_of(parallel.for_each(merge_panel, panels, panel_limit(base.device)), base.device)
     if target is not out:
         out.copy_(target)
@@ -89,5 +93,6 @@ def _combine(
 def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Σ_i s_i L_i R_i as one product: (m, N·r) and (N·r, n)."""
     count, m, rank = left.shape
-    scaled = left.to(dtype) * scale.to(left.device, dtype).view(count, 1, 1)
-    return scaled.transpose(0, 1).reshape(m, count * rank), right.to(dtype).reshape(count * rank, right.shape[2])
+    scaled = torch.empty(m, count, rank, dtype=dtype, device=left.device)
+    torch.mul(left.to(dtype).transpose(0, 1), scale.to(left.device, dtype).view(1, count, 1), out=scaled)
+    return scaled.view(m, count * rank), right.to(dtype).reshape(count * rank, right.shape[2])

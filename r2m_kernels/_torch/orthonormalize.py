@@ -21,26 +21,27 @@ def orthonormalize(y: Tensor, *, overwrite: bool = False) -> Tensor:
         if largest == 0:
             result[index] = 0.0
         else:
-            _decompose(block, largest, result[index])
+            _decompose(block.div_(largest) if overwrite else block / largest, result[index])
     return result.reshape(y.shape)
 
 
-def _decompose(block: Tensor, largest: Tensor, out: Tensor) -> None:
-    """Q of block / largest, so that neither squares of large entries overflow nor those of small ones vanish.
+def _decompose(block: Tensor, out: Tensor) -> None:
+    """Q of a block whose largest entry is 1: neither squares of large ones overflow nor those of small ones vanish.
 
-    Of a tall block panel by panel, whose triangles are decomposed then: what LAPACK copies is a panel.
+    Of a tall one panel by panel, whose triangles are decomposed then: what LAPACK copies is a panel.
     """
     rows, columns = block.shape
     count = rows // max(PANEL_ROWS, PANEL_RATIO * columns)
     if count < 2:
-        out.copy_(torch.linalg.qr(block / largest).Q)
+        out.copy_(torch.linalg.qr(block).Q)
         return
     panels = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
     triangles = []
     for panel in panels:
-        q, triangle = torch.linalg.qr(block[panel] / largest)
+        q, triangle = torch.linalg.qr(block[panel])
         out[panel] = q
         triangles.append(triangle)
+        del q  # before the next one is made
     turns = torch.linalg.qr(torch.cat(triangles)).Q.split(columns)
     for panel, turn in zip(panels, turns, strict=True):
         out[panel] = out[panel] @ turn

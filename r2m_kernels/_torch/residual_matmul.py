@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._stream.blocks import column_slices, row_panels
+from .._stream.blocks import column_slices, long_panels, row_panels
 from .._stream.stored import Matrix, StoredMatrix
 from .._stream.tensors import compute_dtype
 from .residuals import Residuals
@@ -57,6 +57,8 @@ def _plain(residuals: Residuals, rhs: Tensor) -> Tensor:
 
 def _transposed(residuals: Residuals, rhs: Tensor) -> Tensor:
     (m, n), count = residuals.shape, residuals.count
+    if m < n:
+        return _long(residuals, rhs)
 
     def multiply(panel: list[slice]) -> tuple[Tensor]:
         partial = torch.zeros(count, n, rhs.shape[2], dtype=rhs.dtype, device=rhs.device)
@@ -71,3 +73,17 @@ def _transposed(residuals: Residuals, rhs: Tensor) -> Tensor:
     if not panels:
         return torch.zeros(count, n, rhs.shape[2], dtype=rhs.dtype, device=rhs.device)
     return parallel.ordered_sum(multiply, panels, residuals.panels)[0]
+
+
+def _long(residuals: Residuals, rhs: Tensor) -> Tensor:
+    """X_iᵀ · rhs_i of wide X_i: each run of the long side by itself, without sums of the result's size."""
+    result = rhs.new_empty(residuals.count, residuals.shape[1], rhs.shape[2])
+
+    def multiply(panel: list[slice]) -> None:
+        for run in panel:
+            for i, rows in enumerate(residuals.along(run, tall=False)):
+                torch.mm(rows, rhs[i], out=result[i, run])
+
+    for _ in parallel.for_each(multiply, long_panels(*residuals.shape), residuals.panels):
+        pass
+    return result

@@ -86,12 +86,6 @@ def row_coefficients(
     return coefficients.to(dtype)
 
 
-def weigh_rows(left: Tensor, squares: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
-    """See :class:`r2m_kernels._interface.Operators`."""
-    wide = left.to(torch.float64, memory_format=torch.contiguous_format)
-    if squares.ndim < left.ndim:
-        of_rows = (wide.square() @ squares.unsqueeze(-1)).squeeze(-1)
-    else:
-        of_rows = (wide @ squares).mul_(wide).sum(dim=-1)
-    shares = row_shares(of_rows.clamp_min_(0).sqrt_(), weights, scales, power)
-    return left * shares.to(left.dtype).unsqueeze(-1)
+def weigh_rows(left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`. By element, so that a row's numbers are its own."""
+    return left * row_shares(lengths, weights, scales, power).to(left.dtype).unsqueeze(-1)

@@ -139,6 +139,28 @@ def test_residuals_that_are_too_steep_are_truncated_again_from_storage(backend):
     assert same_bits(whole.merge(), stored.merge())
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("power", [0.0, 3.0])
+def test_a_wide_matrix_comes_in_panels_of_columns_where_its_right_factors_do_not_fit(backend, power):
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = ({"wide": torch.randn(170, 3100, generator=generator)} for _ in range(4))
+    config = MergeConfig.r2m(row_power=power)  # rank 68: components in no order, right factors that are not orthogonal
+    runs = []
+
+    class Watched(StateDictSink):
+        def write_elements(self, name: str, start: int, elements: torch.Tensor) -> None:
+            runs.append(elements.numel())
+            super().write_elements(name, start, elements)
+
+    sink, whole = Watched(), merge(base, experts, config, backend=backend)
+    analysis = analyze(base, experts, config, backend=backend, memory_budget=2**22)
+    analysis.write(sink)
+    assert analysis.spilled_bytes == 3 * 68 * (170 + 3100) * 4
+    # Whole blocks of 1024, the last with what is less than one.
+    assert set(runs) == {1024, 3100 - 2 * 1024}
+    assert same_bits(sink.state_dict, whole)
+
+
 def test_a_strided_tensor_is_cut_like_its_copy(made):
     base, experts = made
     strided = {**base, "tall": base["tall"].T.contiguous().T}

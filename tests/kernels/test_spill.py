@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
-from r2m_kernels._stream.factors import Factors
+from r2m_kernels._stream.factors import Factors, row_lengths
 from r2m_kernels._stream.spill import FactorStore
 
 
@@ -40,6 +41,28 @@ def test_without_a_budget_nothing_touches_the_disk(tmp_path):
     store.put("t", factors(0))
     assert torch.equal(store.get("t").left, factors(0).left)
     assert store.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_parts_and_lengths_of_rows_are_the_same_from_disk(tmp_path, ordered):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(3, 300, 70, generator=generator), torch.randn(3, 70, 1500, generator=generator)
+    stores = [FactorStore(), FactorStore(budget=1, directory=tmp_path)]
+    for store in stores:
+        store.put("t", Factors(left, right, ordered=ordered))
+    rows, columns = slice(20, 90), slice(1024, 1500)
+    for store in stores:
+        part = store.part("t", rows, columns)
+        assert torch.equal(part.left, left[:, rows])
+        assert torch.equal(part.right, right[:, :, columns])
+        store.let_go("t")
+        assert store.leading("t", 70)
+        assert store.leading("t", 69) == ordered
+    held, spilled = (store.row_lengths("t", 70) for store in stores)
+    assert torch.equal(held, spilled)
+    exact = (left.double() @ right.double()).norm(dim=2)
+    assert ordered or torch.allclose(held, exact, rtol=1e-12)
+    assert torch.equal(stores[1].row_lengths("t", 9), row_lengths(left[None, :, :, :9], right[None, :, :9], ordered)[0])
 
 
 def test_calls_that_move_less_than_asked_are_repeated(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 
 from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
-from r2m_kernels._stream.factors import component_squares
+from r2m_kernels._stream.factors import row_lengths
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
 
@@ -266,7 +266,7 @@ class OfAGroup:
         thresholds = torch.tensor([0.02, 0.1, 0.0])
         found = {"row_grams": _triton.row_grams(bases, experts).rows, "task_gram": _triton.task_gram(bases, experts)[0]}
         found["sum_rows"] = _triton.sum_rows(found["row_grams"])
-        found["weigh_rows"] = _triton.weigh_rows(left, component_squares(right, False), third, third, 3.0)
+        found["weigh_rows"] = _triton.weigh_rows(left, row_lengths(left, right, False), third, third, 3.0)
         found["weighted_sum"] = _triton.weighted_sum(bases, experts, third, torch.float64)
         found["row_coefficients"] = _triton.row_coefficients(
             found["row_grams"], third, mixing_of(3), third, third, 0.7, 3.0, torch.float32
