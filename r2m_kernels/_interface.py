@@ -329,6 +329,7 @@ class Operators(Protocol):
         right: Tensor | None,
         scale: Tensor | None,
         outs: Sequence[Tensor],
+        squares: list[Tensor] | None = None,
     ) -> Tensor:
         """θ₀ + Σ_j c_j τ_lj + Σ_i scale_i · left_li right_li into each out, rounded once to its dtype.
 
@@ -339,6 +340,8 @@ class Operators(Protocol):
             coefficients: (N,), or (L, m, N) in the compute dtype: one of each row.
             left, right, scale: (L, N, m, r), (L, N, r, n) and (N,), or None all three.
             outs: L tensors of that shape, of any dtype and layout; one may be an input of its own tensor.
+            squares: takes numbers, (L, …) float64, of which each tensor's add up to ‖Σ_i scale_i · left_i right_i‖² of
+                factors that are given.
 
         Returns:
             (L,) largest magnitudes, as of all operators that write.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fe
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .progress import Progress
-from .terms import LowRank, Terms, by_factors, kind_of, unmatched
+from .terms import LowRank, Terms, Written, by_factors, kind_of, unmatched
 
+Known = tuple[Sequence[PlannedTensor], Written]  # tensors that were computed
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
 
@@ -54,11 +56,16 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
 
 def write(
     run: Run, terms: Terms, sink: TensorSink, dtype: torch.dtype | None = None, progress: Progress | None = None
-) -> None:
-    """Every merged tensor into a sink; ``dtype`` of floating-point ones, where it is not the base's."""
+) -> float:
+    """Every merged tensor into a sink; ``dtype`` of floating-point ones, where it is not the base's.
+
+    Returns:
+        ‖η Σ_i W_i ∘ X_i‖ over matrix tensors where rows are weighted; else 0.
+    """
     specs = run.plan.output_specs(run.inputs.base.specs, dtype)
     run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
-    run.each(CombinationStep(run, terms, sink, specs), progress)
+    squares = run.each(CombinationStep(run, terms, sink, specs), progress)
+    return math.sqrt(math.fsum(squares[tensor.name] for tensor in run.plan.of("matrix")))
 
 
 class CombinationStep(Step):
@@ -77,9 +84,9 @@ class CombinationStep(Step):
         self._terms, self._loader, self._operators = terms, run.loader, run.backend.operators
         self._sink, self._specs, self._factors = sink, specs, run.factors
 
-    def work(self, group: Group) -> Tensor | None:
-        """The largest magnitude of each tensor that was computed, (L,)."""
-        outs, largest = self._merged(group)
+    def work(self, group: Group) -> list[Known]:
+        """What is known of the tensors that were computed."""
+        outs, written = self._merged(group)
         tied = self._terms.findings.plan.tied
         for tensor, merged in zip(group.tensors, outs, strict=True):
             for name in (tensor.name, *tied.get(tensor.name, ())):
@@ -87,7 +94,7 @@ class CombinationStep(Step):
                     self._sink.write(name, merged)
                 else:
                     self._write_part(name, group, merged)
-        return largest
+        return written
 
     def _write_part(self, name: str, group: Group, merged: Tensor) -> None:
         assert isinstance(self._sink, PartialSink)
@@ -99,40 +106,52 @@ class CombinationStep(Step):
         for index, row in enumerate(merged):
             self._sink.write_elements(name, first + index * n, row)
 
-    def join(self, tensor: PlannedTensor, parts: list[Any]) -> Any:
-        """The largest of all parts."""
+    def join(self, tensor: PlannedTensor, parts: list[Any]) -> list[Known]:
+        """That of all parts."""
         self._factors.let_go(tensor.name)
-        return None if parts[0] is None else torch.stack(parts).amax(dim=0)
+        return [known for part in parts for known in part]
 
-    def settled(self, found: Found) -> list[Sequence[Any]]:
-        """No values: written tensors are remembered by name.
+    def settled(self, found: Found) -> list[Sequence[float]]:
+        """‖η Σ_i W_i ∘ X_i‖² of each matrix whose rows are weighted, without what ``scale`` makes of it; else 0.
 
         Raises:
-            NotFinite: one of them was written as NaN or Inf.
+            NotFinite: a tensor was written as NaN or Inf.
         """
-        computed = [(tensors, largest) for tensors, largest in found if largest is not None]
-        largest = torch.cat(fetched([largest for _, largest in computed])) if computed else torch.empty(0)
+        known: list[Known] = [one for _, several in found for one in several]
+        numbers = [(one.largest, *(one.residual.numbers if one.residual else ())) for _, one in known]
+        at_hand = iter(fetched([number for several in numbers for number in several]))
+        squares: dict[str, list[float]] = {tensor.name: [] for tensors, _ in found for tensor in tensors}
+        for tensors, one in known:
+            self._refuse_non_finite(tensors, next(at_hand))
+            if one.residual is not None:
+                of_group = one.residual.squares(*(next(at_hand) for _ in one.residual.numbers))
+                for tensor, own in zip(tensors, of_group, strict=True):
+                    squares[tensor.name] += own.flatten().tolist()
+        # Exact sums: how a tensor was cut touches no bit.
+        return [[math.fsum(squares[one.name]) / self._terms.lengthened(one) ** 2 for one in some] for some, _ in found]
+
+    def _refuse_non_finite(self, tensors: Sequence[PlannedTensor], largest: Tensor) -> None:
         if not bool(torch.isfinite(largest).all()):
-            written = [tensor for tensors, _ in computed for tensor in tensors]
-            first = written[int((~torch.isfinite(largest)).nonzero()[0])]
+            first = tensors[int((~torch.isfinite(largest)).nonzero()[0])]
             raise NotFinite(
                 f"tensor {quoted(first.name)}: merged values exceed the range of "
                 f"{dtype_name(self._specs[first.name].dtype)}; ask for a wider dtype or smaller core_scale and eta"
             )
-        return super().settled(found)
 
-    def _merged(self, group: Group) -> tuple[list[Tensor], Tensor | None]:
+    def _merged(self, group: Group) -> tuple[list[Tensor], list[Known]]:
         first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
         if first.role == "copied":
-            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors], None
+            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors], []
         # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
             torch.empty(theta.shape, dtype=self._specs[name].dtype, device=theta.device)
             for theta, name in zip(group.bases or group.experts[0], group.names, strict=True)
         ]
         if first.role in ("statistic", "extra"):
-            return outs, self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
+            largest = self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
+            return outs, [(group.tensors, Written(largest))]
         if first.role == "matrix" and self._terms.single:
-            singles = [(group.single(index), [out]) for index, out in enumerate(outs)]
-            return outs, torch.cat([self._terms.of(one).write(self._operators, one, out) for one, out in singles])
-        return outs, self._terms.of(group).write(self._operators, group, outs)
+            groups = [(group.single(index), [out]) for index, out in enumerate(outs)]
+        else:
+            groups = [(group, outs)]
+        return outs, [(one.tensors, self._terms.of(one).write(self._operators, one, some)) for one, some in groups]

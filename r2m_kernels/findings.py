@@ -57,8 +57,8 @@ class Strength:
         core_scale: λ.
         eta: η.
         core_norm: ‖λ τ_core‖ over matrix tensors.
-        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, 0 where it is rounding; ``None`` where rows are weighted:
-            the term is made as they pass.
+        residual_norm: ‖Σ w_i s_i F_i‖ over matrix tensors, or ‖Σ W_i ∘ F_i‖ where rows are weighted, 0 where it is
+            rounding; ``None`` of the latter before the term was made, as rows pass.
         cancelled: whether residuals cancel so far that a relative eta is kept from blowing up what is left.
     """
 

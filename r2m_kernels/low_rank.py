@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._interface import Grams, Operators
-from ._stream.factors import GroupFactors, stacked
+from ._stream.factors import GroupFactors, inner_products, stacked
 from ._stream.tensors import compute_dtype
 
 # Elements of a base whose squares are summed at once.
@@ -115,6 +115,11 @@ class Products(NamedTuple):
     left: Tensor
     right: Tensor
     scale: Tensor
+
+    def squares(self) -> Tensor:
+        """(L, N, N) float64, of which each tensor's add up to its square."""
+        both = torch.outer(self.scale, self.scale).double().to(self.left.device)
+        return inner_products(self.left, self.right, ordered=False) * both
 
 
 def combine(

@@ -143,6 +143,7 @@ class Analysis:
         self.base_squares = dict(findings.base_squares)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
         self.backend, self.device = run.backend, run.device
+        self._residual_norms: dict[str, float] = {}  # of what was written, where rows are weighted: by its options
         self.notes = tuple(note for source in run.inputs.experts for note in getattr(source, "notes", ()))
 
     def __repr__(self) -> str:
@@ -180,7 +181,9 @@ class Analysis:
     ) -> None:
         """Steps 4 and 5 into a sink, tensor by tensor. Errors are :meth:`merge`'s."""
         dtype = tensor_checks.output_dtype(dtype)
-        combination.write(self._run, self._terms(checked(config, self.config)), sink, dtype, progress)
+        config = checked(config, self.config)
+        terms = self._terms(config)
+        self._residual_norms[repr(config.to_dict())] = combination.write(self._run, terms, sink, dtype, progress)
 
     def adapters(self, config: MergeConfig | None = None, **overrides: Unpack[Overrides]) -> Adapters:
         """The merge taken apart: one model, and what each expert adds to its matrices, by few columns.
@@ -209,9 +212,14 @@ class Analysis:
         return norm_matching.match(self._findings, self._factors.products(config), config)
 
     def report(self, config: MergeConfig | None = None) -> Report:
-        """All that is known of the merge, as plain JSON values (keys: docs/files.md). Printed, it is in words."""
+        """All that is known of the merge, as plain JSON values (keys: docs/files.md). Printed, it is in words.
+
+        Where rows are weighted, the residual term's norm is measured as it is added: it is known of what was written.
+        """
         config = checked(config, self.config)
-        return report.report(self._findings, self.residuals(config), config, self._run)
+        measured = self._residual_norms.get(repr(config.to_dict()))
+        residuals = norm_matching.with_norm(self.residuals(config), measured, self._findings)
+        return report.report(self._findings, residuals, config, self._run)
 
     @property
     def steps(self) -> list[StepRecord]:

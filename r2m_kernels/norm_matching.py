@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,6 +99,16 @@ def strength(
         assert residual is not None, "a relative η weighs no rows"
         eta, cancelled = eta * core_norm / max(residual, floor) if residual > 0 else 0.0, 0 < residual < floor
     return Strength(core_scale, eta, core_norm, residual, cancelled)
+
+
+def with_norm(residuals: Residuals, norm: float | None, findings: Findings) -> Residuals:
+    """The same with the norm of the residual term, η included, as it was measured where rows are weighted."""
+    strength = residuals.strength
+    if norm is None or not math.isfinite(norm) or strength.residual_norm is not None or strength.eta == 0:
+        return residuals
+    norm /= strength.eta
+    beyond = norm > NEGLIGIBLE * _longest(findings.matrix_gram)
+    return replace(residuals, strength=replace(strength, residual_norm=norm if beyond else 0.0))
 
 
 def _longest(squares: Tensor) -> float:

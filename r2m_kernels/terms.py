@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,30 @@ from .update_scale import gain
 FLAT_ELEMENTS = 2**25
 
 
+class Measured(NamedTuple):
+    """What is known of ‖η Σ_i W_i ∘ X_i‖², where it was made: nobody has waited for it.
+
+    Attributes:
+        numbers: float64 tensors of L tensors, on any device.
+        squares: from these on the CPU (L, …) numbers, each of a block or a row, of which a tensor's add up to it.
+    """
+
+    numbers: Sequence[Tensor]
+    squares: Callable[..., Tensor]
+
+
+class Written(NamedTuple):
+    """What is known of L tensors that were written.
+
+    Attributes:
+        largest: (L,) magnitudes.
+        residual: of the residual term where rows are weighted; ``None``: there is none, or it is known from elsewhere.
+    """
+
+    largest: Tensor
+    residual: Measured | None = None
+
+
 class Term:
     """What tensors of one role, shape and rank become: θ₀ and something more."""
 
@@ -42,8 +67,8 @@ class Term:
         """What making it whole takes beside its inputs and result."""
         return 0
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
-        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once; (L,) largest magnitudes."""
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
+        """The merged tensors, or a part of one, into contiguous ``outs``, rounded once."""
         raise NotImplementedError
 
 
@@ -59,10 +84,10 @@ class Linear(Term):
 
     coefficients: Tensor
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         if group.factored:
-            return _by_factors(operators, group, self.coefficients, None, outs)
-        return operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs)
+            return Written(_by_factors(operators, group, self.coefficients, None, outs))
+        return Written(operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs))
 
 
 @dataclass(frozen=True)
@@ -102,14 +127,19 @@ class LowRank(Term):
         columns = tensor.matrix_shape[1]
         return product_height(columns) * columns
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         if not self.factors:
             return Linear(self.coefficients).write(operators, group, outs)
-        left, right, scale = self.products(operators, group.bases[0].device, group.rows)
+        products = self.products(operators, group.bases[0].device, group.rows)
         if group.factored:
-            return _by_factors(operators, group, self.coefficients, low_rank.Products(left, right, scale), outs)
-        group, outs = group.in_rows(outs)
-        return operators.combine(group.bases, group.experts, self.coefficients, left, right, scale, outs)
+            found = _by_factors(operators, group, self.coefficients, products, outs)
+            squares = [products.squares()] if self.rows is not None else []
+        else:
+            squares = []
+            group, outs = group.in_rows(outs)
+            wanted = None if self.rows is None else squares
+            found = operators.combine(group.bases, group.experts, self.coefficients, *products, outs, wanted)
+        return Written(found, Measured(squares, _as_they_are) if squares else None)
 
     def products(self, operators: Operators, device: torch.device, rows: slice | None = None) -> low_rank.Products:
         """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted; there are some.
@@ -130,6 +160,10 @@ class LowRank(Term):
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
             left = operators.weigh_rows(left, lengths, self.rows.weights, self.rows.scales, self.rows.power)
         return low_rank.Products(left, right, self.scale)
+
+
+def _as_they_are(squares: Tensor) -> Tensor:
+    return squares
 
 
 def _by_factors(
@@ -173,7 +207,7 @@ class ByRows(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return row_block_elements(*tensor.matrix_shape)
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         known = [rows.to(outs[0].device, non_blocking=True) for rows in self.grams if rows is not None]
         if group.rows is not None:
             known = [rows[:, group.rows] for rows in known]
@@ -182,7 +216,15 @@ class ByRows(Term):
         grams = stacked(known) if whole else operators.row_grams(group.bases, group.experts).rows
         rule = (self.rows.weights, self.rows.scales, self.eta, self.rows.power, group.compute_dtype)
         coefficients = operators.row_coefficients(grams, self.core, self.mixing, *rule)
-        return operators.combine(group.bases, group.experts, coefficients, None, None, None, outs)
+        largest = operators.combine(group.bases, group.experts, coefficients, None, None, None, outs)
+        return Written(largest, Measured([grams, coefficients], self._squares))
+
+    def _squares(self, grams: Tensor, coefficients: Tensor) -> Tensor:
+        """‖row of the residual term‖², (L, m), from (L, P, m) and (L, m, N)."""
+        shares = (coefficients - self.core).mT
+        pairs = torch.tril_indices(len(self.core), len(self.core))
+        twice = torch.where(pairs[0] == pairs[1], 1.0, 2.0).view(-1, 1)
+        return (grams * twice * shares[:, pairs[0]] * shares[:, pairs[1]]).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +241,7 @@ class Flat(Term):
     def workspace_bytes(tensor: PlannedTensor, experts: int) -> int:
         return max(0, spectra.flattening_bytes(tensor.matrix_shape) - _result_bytes(tensor))
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         largest = []
         # Three of each.
         size = max(1, FLAT_ELEMENTS // max(1, outs[0].numel()))
@@ -208,7 +250,7 @@ class Flat(Term):
             bases, experts = group.bases[some], [expert[some] for expert in group.experts]
             changes = operators.weighted_sum(bases, experts, self.coefficients, torch.float64)
             largest.append(operators.add(bases, spectra.flattened(changes), outs[some]))
-        return torch.cat(largest)
+        return Written(torch.cat(largest))
 
 
 @dataclass(frozen=True)
@@ -235,7 +277,7 @@ class Descent(Term):
         taken = descent.workspace_elements(experts, *tensor.matrix_shape) * torch.float64.itemsize
         return max(0, taken - _result_bytes(tensor))
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         largest, one = [], torch.ones(1, dtype=torch.float64)
         size = max(1, FLAT_ELEMENTS // max(1, outs[0].numel() * len(group.experts)))
         for start in range(0, len(outs), size):
@@ -246,7 +288,7 @@ class Descent(Term):
             del each
             moved = descent.descended(changes, self.core, self.weights, self.steps)
             largest.append(operators.add(bases, moved.mul_(self.core_scale), outs[some]))
-        return torch.cat(largest)
+        return Written(torch.cat(largest))
 
 
 @dataclass(frozen=True)
@@ -261,8 +303,8 @@ class ByElements(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return BLOCK_ELEMENTS
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
-        return elements.combine(operators, group, outs, self.weights, self.core_scale, self.rule)
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
+        return Written(elements.combine(operators, group, outs, self.weights, self.core_scale, self.rule))
 
 
 @dataclass(frozen=True)
@@ -276,10 +318,11 @@ class MatchedColumns(Term):
     def block_elements(tensor: PlannedTensor) -> int | None:
         return None
 
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Tensor:
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         merged = [torch.empty(out.shape, dtype=group.compute_dtype, device=out.device) for out in outs]
-        self.term.write(operators, group, merged)
-        return operators.match_columns(group.bases, group.experts, merged, self.counts, outs)
+        before = self.term.write(operators, group, merged)
+        largest = operators.match_columns(group.bases, group.experts, merged, self.counts, outs)
+        return before._replace(largest=largest)
 
 
 def kind_of(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
@@ -345,15 +388,18 @@ class Terms:
     def of(self, group: Group) -> Term:
         """The term of tensors of one role, shape and rank; of a single one where :attr:`single` says so."""
         first, strength = group.tensors[0], self.residuals.strength
-        core_scale, eta = strength.core_scale, strength.eta
-        if first.role == "matrix" and self.config.scale == "layer":
-            lengthened = gain(self.findings.grams[first.name], self.findings.real.weights)
-            core_scale, eta = lengthened * core_scale, lengthened * eta
-        term = self._plain(group, core_scale, eta)
+        lengthened = self.lengthened(first)
+        term = self._plain(group, lengthened * strength.core_scale, lengthened * strength.eta)
         # Where the core is made of no task vector there is no length to match: the change stays as it is.
         if kind_of(first, self.config) is MatchedColumns and bool(self.findings.real.core.any()):
             return MatchedColumns(term, self.findings.real.core.abs())
         return term
+
+    def lengthened(self, tensor: PlannedTensor) -> float:
+        """By what the change of a tensor is scaled as a whole."""
+        if tensor.role != "matrix" or self.config.scale != "layer":
+            return 1.0
+        return gain(self.findings.grams[tensor.name], self.findings.real.weights)
 
     def _plain(self, group: Group, core_scale: float, eta: float) -> Term:
         real, scales, config = self.findings.real, self.residuals.scales, self.config

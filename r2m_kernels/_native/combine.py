@@ -12,7 +12,7 @@ from torch import Tensor
 from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, product_panels, row_panels
 from .._stream.tensors import compute_dtype
-from .._torch.combine import side_by_side
+from .._torch.combine import norm_square, side_by_side
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
 
 COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
@@ -27,13 +27,18 @@ def combine(
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
+    squares: list[Tensor] | None = None,
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     largest = []
+    of_blocks: list[Tensor] = []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
         chosen = coefficients[index] if coefficients.ndim == 3 else coefficients
-        largest.append(_combine(base, [expert[index] for expert in experts], chosen, lefts, rights, scale, out))
+        others = [expert[index] for expert in experts]
+        largest.append(_combine(base, others, chosen, lefts, rights, scale, out, of_blocks))
+    if squares is not None and of_blocks:
+        squares.append(torch.stack(of_blocks))
     return torch.stack(largest)
 
 
@@ -45,6 +50,7 @@ def _combine(
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
+    of_blocks: list[Tensor],
 ) -> Tensor:
     if base.numel() == 0:
         return torch.zeros((), dtype=torch.float64)
@@ -70,13 +76,19 @@ def _combine(
         where = (factors.data_ptr(), stride, *view.shape)
         return library.largest(COMBINE, dtype, len(thetas), inputs, *where, added, matrices([view]))
 
-    def of_block(block: tuple[slice, slice]) -> float:
-        rows, columns = block
-        return of_rows(rows, columns, None if low_rank is None else low_rank[0][rows] @ low_rank[1][:, columns])
-
     largest: Tensor
     if low_rank is not None:
-        largest = over(product_panels(*theta.shape), of_block, out)
+        panels, (left_rows, right_rows) = product_panels(*theta.shape), low_rank
+        places = {id(block): place for place, block in enumerate(block for panel in panels for block in panel)}
+        squares = torch.zeros(len(places), dtype=torch.float64)
+
+        def of_block(block: tuple[slice, slice]) -> float:
+            product = left_rows[block[0]] @ right_rows[:, block[1]]
+            squares[places[id(block)]] = norm_square(product)
+            return of_rows(*block, product)
+
+        largest = over(panels, of_block, out)
+        of_blocks.append(squares)
     elif by_rows:
         largest = over(row_panels(*theta.shape), lambda rows: of_rows(rows, slice(None), None), out)
     else:

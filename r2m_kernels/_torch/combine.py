@@ -29,13 +29,18 @@ def combine(
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
+    squares: list[Tensor] | None = None,
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     largest = []
+    of_blocks: list[Tensor] = []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
         core = coefficients[index] if coefficients.ndim == 3 else coefficients
-        largest.append(_combine(base, [expert[index] for expert in experts], core, lefts, rights, scale, out))
+        others = [expert[index] for expert in experts]
+        largest.append(_combine(base, others, core, lefts, rights, scale, out, of_blocks))
+    if squares is not None and of_blocks:
+        squares.append(torch.stack(of_blocks))
     return torch.stack(largest)
 
 
@@ -47,6 +52,7 @@ def _combine(
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
+    of_blocks: list[Tensor],
 ) -> Tensor:
     dtype = compute_dtype([base, *experts])
     low_rank = None
@@ -61,8 +67,8 @@ def _combine(
     weights = [] if by_rows else representable(coefficients, dtype)
     of_rows = coefficients.to(base.device, dtype) if by_rows else None
 
-    def merge_panel(panel: list[tuple[slice, slice]]) -> Tensor:
-        largest = []
+    def merge_panel(panel: list[tuple[slice, slice]]) -> tuple[Tensor, list[Tensor]]:
+        largest, squares = [], []
         for rows, columns in panel:
             block = theta[rows, columns].to(dtype)
             total = block.clone()
@@ -73,21 +79,31 @@ def _combine(
                 elif weights[j] != 0.0:
                     total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weights[j])
             if low_rank:
-                total.addmm_(low_rank[0][rows], low_rank[1][:, columns])
+                product = low_rank[0][rows] @ low_rank[1][:, columns]
+                squares.append(norm_square(product))
+                total.add_(product)
             rounded = total.to(out.dtype)  # the one rounding to the storage dtype
             largest.append(magnitude(rounded))
             merged[rows, columns] = rounded
-        return largest_of(largest, base.device)
+        return largest_of(largest, base.device), squares
 
     if low_rank:
         panels = product_panels(*theta.shape)
     else:
         runs = row_panels(*theta.shape) if by_rows else element_panels(theta.numel())
         panels = [[(rows, columns) for rows in panel for columns in column_slices(theta.shape[1])] for panel in runs]
-    largest = largest_of(parallel.for_each(merge_panel, panels, panel_limit(base.device)), base.device)
+    merged_panels = list(parallel.for_each(merge_panel, panels, panel_limit(base.device)))
+    if low_rank:
+        of_blocks.append(torch.stack([square for _, some in merged_panels for square in some]))
     if target is not out:
         out.copy_(target)
-    return largest
+    return largest_of((largest for largest, _ in merged_panels), base.device)
+
+
+def norm_square(block: Tensor) -> Tensor:
+    """‖block‖², a float64 number."""
+    norm: Tensor = torch.linalg.vector_norm(block, dtype=torch.float64)
+    return norm.square()
 
 
 def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
 from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
+from .orthonormalize import inner_products
 from .outputs import Outputs, representable, write_rounded
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -162,6 +164,7 @@ def combine(
     right: Tensor | None,
     scale: Tensor | None,
     outs: Sequence[Tensor],
+    squares: list[Tensor] | None = None,
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     elements, count = bases[0].numel(), len(experts)
@@ -178,6 +181,9 @@ def combine(
         # Factors lie in memory as rows, (L, N, r, m) and (L, N, r, n).
         lefts = padded_rows(left.to(group.device, dtype).transpose(-1, -2))
         rights = padded_rows(right.to(group.device, dtype))
+        if squares is not None:
+            both = torch.outer(scale, scale).double().to(group.device, non_blocking=True)
+            squares.append(inner_products(lefts, rights) * both)
         matrix = launch.combine_matrix(target, dtype, outputs.aligned and vectors_fit(m))
         column_tiles = -(-n // matrix.columns)
         return outputs.write(

@@ -128,6 +128,11 @@ def test_a_merge_by_factors_is_the_references(backend: str, kind: str) -> None:
     changes = [{name: one[name].double() - base[name] for name in base} for one in (merged, expected)]
     assert distance(*changes) <= BOUND * distance(changes[1], {name: torch.zeros_like(t) for name, t in base.items()})
     assert torch.equal(merged["still.weight"], base["still.weight"])
+    if config.row_power > 0 and config.eta != 0:
+        core = reference.merge({n: t.double() for n, t in base.items()}, whole, **{**options, "eta": 0.0})
+        matrices = [tensor.name for tensor in analysis.plan.of("matrix")]
+        term = sum(float((expected[name] - core[name]).square().sum()) for name in matrices) ** 0.5
+        assert analysis.report()["residual"]["norm"] == pytest.approx(term, rel=1e-4)
 
 
 REFERENCE = (

@@ -152,13 +152,15 @@ def test_a_wide_matrix_comes_in_panels_of_columns_where_its_right_factors_do_not
             runs.append(elements.numel())
             super().write_elements(name, start, elements)
 
-    sink, whole = Watched(), merge(base, experts, config, backend=backend)
+    sink, at_once = Watched(), analyze(base, experts, config, backend=backend)
+    whole = at_once.merge()
     analysis = analyze(base, experts, config, backend=backend, memory_budget=2**22)
     analysis.write(sink)
     assert analysis.spilled_bytes == 3 * 68 * (170 + 3100) * 4
     # Whole blocks of 1024, the last with what is less than one.
     assert set(runs) == {1024, 3100 - 2 * 1024}
     assert same_bits(sink.state_dict, whole)
+    assert analysis.report()["residual"] == at_once.report()["residual"]
 
 
 def test_a_strided_tensor_is_cut_like_its_copy(made):

@@ -73,6 +73,29 @@ def test_kept_energy_is_the_share_that_truncation_kept():
     ]
 
 
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+@pytest.mark.parametrize("options", [{"rank": 1.0}, {"rank": 0.3}, {"rank": 0.3, "scale": "layer"}], ids=str)
+def test_the_norm_of_residuals_weighted_by_row_is_measured_as_they_are_added(backend, options):
+    base, experts = checkpoints(3, scales=[1.0, 1.5, 0.7])
+    config = MergeConfig.r2m(eta=0.7, svd="exact", head="merge", **options)
+    analysis = analyze(base, experts, config, backend=backend)
+    report = analysis.report()
+    assert report["residual"]["norm"] is report["core"]["share_of_update"] is None  # not yet
+    analysis.merge()
+    report = analysis.report()
+    # As if nothing were scaled: core and residual term are compared.
+    merged, core = (reference.merge(base, experts, rank=options["rank"], eta=eta) for eta in (0.7, 0.0))
+    term, length = (
+        math.sqrt(sum(float((one[name] - other[name].double()).square().sum()) for name in MATRICES))
+        for one, other in ((merged, core), (core, base))
+    )
+    assert report["residual"]["norm"] == pytest.approx(term, rel=2e-5)
+    assert report["residual"]["norm_ratio_to_core"] == pytest.approx(term / length, rel=2e-5)
+    assert report["core"]["share_of_update"] == pytest.approx(length**2 / (length**2 + term**2), rel=4e-5)
+    other = analysis.report(config.replace(eta=0.6))  # of what was not written nothing is known
+    assert other["residual"]["norm"] is None
+
+
 def test_a_smaller_rank_has_its_own_energies():
     _, _, analysis, report = reported()
     smaller = analysis.report(analysis.config.replace(rank=0.02))
