@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import launch
 from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
-from .orthonormalize import inner_products
+from .orthonormalize import parts_of_products
 from .outputs import Outputs, representable, write_rounded
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -183,7 +183,7 @@ def combine(
         rights = padded_rows(right.to(group.device, dtype))
         if squares is not None:
             both = torch.outer(scale, scale).double().to(group.device, non_blocking=True)
-            squares.append(inner_products(lefts, rights) * both)
+            squares.append(parts_of_products(lefts, rights) * both.unsqueeze(-1))
         matrix = launch.combine_matrix(target, dtype, outputs.aligned and vectors_fit(m))
         column_tiles = -(-n // matrix.columns)
         return outputs.write(

@@ -257,6 +257,11 @@ def orthonormal_rows(vectors: Tensor, passes: int = 2) -> Tensor:
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over (left_i left_jᵀ) ∘ (right_i right_jᵀ), for rows (L, N, r, m) and (L, N, r, n): (L, N, N) float64."""
+    return sum_tiles(parts_of_products(left, right))
+
+
+def parts_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """The sums over tiles of components that :func:`inner_products` adds up: (L, N, N, tiles) float64."""
     (size, count, rank, m), n = left.shape, right.shape[-1]
     left, right = padded_rows(left), padded_rows(right)
     config = launch.factor_products(launch.target_of(left.device), vectors_fit(m) and vectors_fit(n))
@@ -280,7 +285,7 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
         SIDE=config.rows,
         INNER=config.inner,
     )
-    return sum_tiles(partial)
+    return partial
 
 
 def _gram(vectors: Tensor) -> Tensor:
