@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._stream import parallel
-from .._stream.blocks import column_slices, long_panels, row_panels
+from .._stream.blocks import block_height, column_slices, row_panels, runs
 from .._stream.stored import Matrix, StoredMatrix
 from .._stream.tensors import compute_dtype
 from .residuals import Residuals
@@ -79,11 +79,11 @@ def _long(residuals: Residuals, rhs: Tensor) -> Tensor:
     """X_iᵀ · rhs_i of wide X_i: each run of the long side by itself, without sums of the result's size."""
     result = rhs.new_empty(residuals.count, residuals.shape[1], rhs.shape[2])
 
-    def multiply(panel: list[slice]) -> None:
-        for run in panel:
-            for i, rows in enumerate(residuals.along(run, tall=False)):
-                torch.mm(rows, rhs[i], out=result[i, run])
+    def multiply(run: slice) -> None:
+        for i, rows in enumerate(residuals.along(run, tall=False)):
+            torch.mm(rows, rhs[i], out=result[i, run])
 
-    for _ in parallel.for_each(multiply, long_panels(*residuals.shape), residuals.panels):
+    m, n = residuals.shape
+    for _ in parallel.for_each(multiply, runs(n, block_height(n, m)), residuals.panels):
         pass
     return result
