@@ -166,6 +166,8 @@ class _Special(_Keys):
             raise BadOption(f"merge_method: {method} of mergekit is {_ELSEWHERE[method]}")
         # What a merge wrote says all that its method decided: it is read without the package that brought the method.
         whole = self.parameters.keys() >= FORMER_FIELDS
+        # `r2m init` lists none of them; who wrote a recipe by hand left the key out, or had something to say in it.
+        started = "parameters" in self.model_fields_set and not self.parameters
         gone = whole and method not in METHODS and method.isascii() and method.isidentifier()
         if not gone:
             checks.choice("merge_method", method, tuple(METHODS))
@@ -179,7 +181,7 @@ class _Special(_Keys):
             **output,
             arrangement=Arrangement(self.rename, **plain),
             preprocessing=self.preprocessing.read() if self.preprocessing else None,
-            notes=(_GONE.format(method),) if gone else () if whole else _notes(method),
+            notes=(_GONE.format(method),) if gone else () if whole or started else _notes(method),
         )
 
     def _config(self, method: str, output: Mapping[str, Any]) -> MergeConfig:

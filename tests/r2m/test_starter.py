@@ -36,6 +36,7 @@ def test_a_starter_recipe_merges_as_the_options_do(checkpoints: Checkpoints, com
     assert (result.code, result.out) == (0, f"{said}Next: r2m merge project/recipe.yaml --out merged\n")
     text = Path("project/recipe.yaml").read_text()
     assert 'base_model: "../base.safetensors"  # unknown family, 6 tensors' in text
+    assert read_recipe("project/recipe.yaml").notes == ()  # it is of this version
     assert command("merge", "project/recipe.yaml", "--out", "a").code == 0
     assert command("merge", *checkpoints.arguments, "--out", "b").code == 0
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
