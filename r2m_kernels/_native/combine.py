@@ -31,7 +31,7 @@ def combine(
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     largest = []
-    of_blocks: list[Tensor] = []
+    of_blocks: list[Tensor] | None = None if squares is None else []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
         chosen = coefficients[index] if coefficients.ndim == 3 else coefficients
@@ -50,7 +50,7 @@ def _combine(
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
-    of_blocks: list[Tensor],
+    of_blocks: list[Tensor] | None,
 ) -> Tensor:
     if base.numel() == 0:
         return torch.zeros((), dtype=torch.float64)
@@ -84,11 +84,13 @@ def _combine(
 
         def of_block(block: tuple[slice, slice]) -> float:
             product = left_rows[block[0]] @ right_rows[:, block[1]]
-            squares[places[id(block)]] = norm_square(product)
+            if of_blocks is not None:
+                squares[places[id(block)]] = norm_square(product)
             return of_rows(*block, product)
 
         largest = over(panels, of_block, out)
-        of_blocks.append(squares)
+        if of_blocks is not None:
+            of_blocks.append(squares)
     elif by_rows:
         largest = over(row_panels(*theta.shape), lambda rows: of_rows(rows, slice(None), None), out)
     else:

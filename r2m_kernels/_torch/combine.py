@@ -33,7 +33,7 @@ def combine(
 ) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     largest = []
-    of_blocks: list[Tensor] = []
+    of_blocks: list[Tensor] | None = None if squares is None else []
     for index, (base, out) in enumerate(zip(bases, outs, strict=True)):
         lefts, rights = (None if factor is None else factor[index] for factor in (left, right))
         core = coefficients[index] if coefficients.ndim == 3 else coefficients
@@ -52,7 +52,7 @@ def _combine(
     right: Tensor | None,
     scale: Tensor | None,
     out: Tensor,
-    of_blocks: list[Tensor],
+    of_blocks: list[Tensor] | None,
 ) -> Tensor:
     dtype = compute_dtype([base, *experts])
     low_rank = None
@@ -80,7 +80,8 @@ def _combine(
                     total.add_(torch.sub(expert[rows, columns].to(dtype), block), alpha=weights[j])
             if low_rank:
                 product = low_rank[0][rows] @ low_rank[1][:, columns]
-                squares.append(norm_square(product))
+                if of_blocks is not None:
+                    squares.append(norm_square(product))
                 total.add_(product)
             rounded = total.to(out.dtype)  # the one rounding to the storage dtype
             largest.append(magnitude(rounded))
@@ -93,7 +94,7 @@ def _combine(
         runs = row_panels(*theta.shape) if by_rows else element_panels(theta.numel())
         panels = [[(rows, columns) for rows in panel for columns in column_slices(theta.shape[1])] for panel in runs]
     merged_panels = list(parallel.for_each(merge_panel, panels, panel_limit(base.device)))
-    if low_rank:
+    if low_rank and of_blocks is not None:
         of_blocks.append(torch.stack([square for _, some in merged_panels for square in some]))
     if target is not out:
         out.copy_(target)
