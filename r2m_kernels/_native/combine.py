@@ -79,18 +79,17 @@ def _combine(
     largest: Tensor
     if low_rank is not None:
         panels, (left_rows, right_rows) = product_panels(*theta.shape), low_rank
-        places = {id(block): place for place, block in enumerate(block for panel in panels for block in panel)}
-        squares = torch.zeros(len(places), dtype=torch.float64)
+        squares: list[Tensor] = []  # in any order: who asks for them adds them up exactly
 
         def of_block(block: tuple[slice, slice]) -> float:
             product = left_rows[block[0]] @ right_rows[:, block[1]]
             if of_blocks is not None:
-                squares[places[id(block)]] = norm_square(product)
+                squares.append(norm_square(product))
             return of_rows(*block, product)
 
         largest = over(panels, of_block, out)
         if of_blocks is not None:
-            of_blocks.append(squares)
+            of_blocks.append(torch.stack(squares))
     elif by_rows:
         largest = over(row_panels(*theta.shape), lambda rows: of_rows(rows, slice(None), None), out)
     else:
