@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-SOURCES := r2m_kernels python/r2m tests bench setup.py
+SOURCES := r2m_kernels python/r2m tests bench release setup.py
 
 # Of one check. One BLAS thread a process: two test workers with two threads each fight over two cores.
 PROCESSES := 2
@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist works
 # Two checks at once: some have one process, and while one waits for the disk another computes.
 TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs 2 --output-sync=target
 
-.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal clean
+.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal wheel wheel-check release clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -118,6 +118,16 @@ gpu:  ## on a machine with a GPU, without an install: right and fast? JSON in OU
 
 gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interpreter, with a GPU machine's packages
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-gpu/bin/python -m bench.gpu --rehearsal
+
+wheel: $(READY)  ## dist/: the source archive, wheels for x86_64, aarch64 and any machine, auditwheel's reports (g++-aarch64-linux-gnu)
+	$(BIN)/python -m release.wheels
+
+# Downloads torch several times. ARM: a directory that release/arm.sh has made.
+wheel-check: wheel  ## the wheels in empty environments, with torch 2.10 and the newest; ARM=DIR: NEON kernels under qemu-user
+	$(BIN)/python -m release.installed --demo $(if $(ARM),--arm $(ARM))
+
+release: $(READY)  ## can this commit be released? version, changelog, citation, tag, and what `make wheel` made
+	$(BIN)/python -m release.check
 
 clean:  ## remove the environment and everything made
 	rm -rf .venv .venv-gpu .venv-peers .venv-zoo build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

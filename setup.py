@@ -1,14 +1,16 @@
 """Builds the two packages of one distribution, and the CPU kernels of ``csrc/`` as a plain shared library.
 
 The library knows neither torch nor Python, so that one wheel serves every version of both. ``R2M_NATIVE=off`` builds
-without it, ``require`` fails where it cannot be built, ``auto`` (the default) then goes on without: the portable torch
-backend does the work. The compiler is ``$CXX``, or else ``c++``.
+without it, for any machine; ``require`` fails where it cannot be built; ``auto`` (the default) builds it on Linux, and
+goes on without it where that fails: the portable torch backend does the work. The compiler is ``$CXX``, or else
+``c++``; for another machine it is a cross compiler, and ``$_PYTHON_HOST_PLATFORM`` says which (``linux-aarch64``).
 """
 
 from __future__ import annotations
 
 import os
-import platform
+import shlex
+import sysconfig
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,21 +25,23 @@ FLAGS = [
     # Products may be fused with sums, which rounds once less; nothing else of IEEE arithmetic is given up.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
+SYSTEM, _, MACHINE = sysconfig.get_platform().partition("-")
 # Every variant is compiled for its own instructions, and chosen by what the CPU at hand has.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VARIANTS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    ],
-}
+    "x86_64": {"kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "kernels_avx512.cpp": AVX512},
+    "aarch64": {"kernels_neon.cpp": []},
+}.get(MACHINE, {})
+HAS_VARIANTS = {"x86_64": ["-DR2M_X86"], "aarch64": ["-DR2M_ARM"]}.get(MACHINE, [])
 SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PLAIN = ["r2m_native.cpp", "kernels_portable.cpp"]
 HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "convert.h", "merged.h", "elements.h"]
-X86 = platform.machine() in ("x86_64", "AMD64")
 
 wish = os.environ.get("R2M_NATIVE", "auto")
 if wish not in ("auto", "require", "off"):
     raise SystemExit(f"R2M_NATIVE: expected auto, require or off, got '{wish}'")
+if wish == "auto" and SYSTEM != "linux":
+    wish = "off"
 
 
 class BuildLibrary(build_ext):
@@ -57,7 +61,7 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Every source with the flags of its variant, then the library."""
-        compiler = os.environ.get("CXX", "c++")
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
         extra = SANITIZERS if self.sanitize else []
         target = Path(self.get_ext_fullpath(ext.name))
         objects = []
@@ -66,10 +70,10 @@ class BuildLibrary(build_ext):
             target_object = Path(self.build_temp) / Path(name).with_suffix(".o")
             objects.append(str(target_object))
             self.mkpath(self.build_temp)
-            flags = [*FLAGS, *(["-DR2M_X86"] if X86 else []), *VARIANTS.get(name, []), *extra]
-            self._run([compiler, *flags, "-c", source, "-o", str(target_object)])
+            flags = [*FLAGS, *HAS_VARIANTS, *VARIANTS.get(name, []), *extra]
+            self._run([*compiler, *flags, "-c", source, "-o", str(target_object)])
         self.mkpath(str(target.parent))
-        self._run([compiler, "-shared", *extra, *objects, "-o", str(target)])
+        self._run([*compiler, "-shared", *extra, *objects, "-o", str(target)])
 
     def _run(self, command: list[str]) -> None:
         try:
@@ -79,14 +83,14 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """A wheel for this kind of machine and any Python."""
+    """A wheel for any Python, and for any machine where nothing was compiled."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI, platform."""
         return ("py3", "none", super().get_tag()[2])
 
 
-sources = [f"csrc/{name}" for name in [*PLAIN, *(VARIANTS if X86 else [])]]
+sources = [f"csrc/{name}" for name in [*PLAIN, *VARIANTS]]
 library = Extension(LIBRARY, sources, depends=[f"csrc/{name}" for name in HEADERS], optional=wish == "auto")
 
 setup(

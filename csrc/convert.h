@@ -62,6 +62,11 @@ static void widen_halves(const uint16_t *source, int64_t count, T *out) {
     for (; k + 8 <= count; k += 8)
       _mm256_storeu_ps((float *)out + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(source + k))));
   }
+#elif defined(R2M_NEON_HALVES)
+  if (sizeof(T) == sizeof(float)) {
+    for (; k + 4 <= count; k += 4)
+      vst1q_f32((float *)out + k, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source + k))));
+  }
 #endif
   for (; k < count; ++k) out[k] = (T)float_of_half(source[k]);
 }
@@ -71,6 +76,8 @@ static void narrow_to_halves(const float *source, int64_t count, uint16_t *out) 
 #if defined(__F16C__)
   for (; k + 8 <= count; k += 8)
     _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_loadu_ps(source + k), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(R2M_NEON_HALVES)
+  for (; k + 4 <= count; k += 4) vst1_u16(out + k, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(source + k))));
 #endif
   for (; k < count; ++k) out[k] = half_of_float(source[k]);
 }

@@ -7,10 +7,20 @@
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(R2M_NEON_HALVES)
+#include <arm_neon.h>
 #endif
 
 #include "r2m_native.h"
 #include "variants.h"
+
+// Since 2.29 glibc has a pow that sets no errno for old programs' sake; with the former one a library built today runs
+// on all systems that Python's packages are made for.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver pow, pow@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver pow, pow@GLIBC_2.17");
+#endif
 
 #define R2M_RESTRICT __restrict__
 

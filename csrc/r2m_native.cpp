@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
+[[maybe_unused]] constexpr int32_t HAS_BFLOAT16_PRODUCTS = 1 << 8;
 // Of experts: their pairs are counted and have bytes.
 constexpr int64_t MOST_EXPERTS = int64_t{1} << 20;
 // Of numbers that are counted together: their bytes, of the widest type and a chunk beyond, stay in int64.
@@ -30,15 +30,19 @@ int32_t capabilities() {
     unsigned eax, ebx, ecx, edx;
     if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1)) found |= HAS_BFLOAT16_PRODUCTS;
   }
+#elif defined(R2M_ARM)
+  found |= 1 << R2M_NEON;  // every 64-bit one has it
 #endif
   return found;
 }
 
 const r2m::Kernels *kernels(int32_t variant) {
-  if (variant < 0 || variant > R2M_AVX512 || !(capabilities() >> variant & 1)) return nullptr;
+  if (variant < 0 || variant > R2M_NEON || !(capabilities() >> variant & 1)) return nullptr;
 #if defined(R2M_X86)
   if (variant == R2M_AVX2) return &r2m::avx2::KERNELS;
   if (variant == R2M_AVX512) return &r2m::avx512::KERNELS;
+#elif defined(R2M_ARM)
+  if (variant == R2M_NEON) return &r2m::neon::KERNELS;
 #endif
   return &r2m::portable::KERNELS;
 }

@@ -21,7 +21,7 @@ extern "C" {
 
 enum { R2M_OK = 0, R2M_NO_MEMORY = 1, R2M_BAD_ARGUMENT = 2, R2M_NO_VARIANT = 3 };
 enum { R2M_FLOAT32 = 0, R2M_FLOAT64 = 1, R2M_BFLOAT16 = 2, R2M_FLOAT16 = 3 };
-enum { R2M_PORTABLE = 0, R2M_AVX2 = 1, R2M_AVX512 = 2 };
+enum { R2M_PORTABLE = 0, R2M_AVX2 = 1, R2M_AVX512 = 2, R2M_NEON = 3 };
 
 /* A matrix in memory: element (row, column) lies at data + (row * row_stride + column) elements. */
 typedef struct {

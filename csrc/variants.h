@@ -30,6 +30,9 @@ extern const Kernels KERNELS;
 namespace avx512 {
 extern const Kernels KERNELS;
 }
+namespace neon {
+extern const Kernels KERNELS;
+}
 
 }  // namespace r2m
 

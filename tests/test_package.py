@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from release import check, wheels
+from release import installed as try_wheels
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "r2m_kernels/_native/libr2m_native.so"
@@ -34,60 +37,116 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The tracked and new files, without what earlier builds left: a build must not depend on it."""
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    copy = tmp_path / "sources"
-    for name in listed:
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    return copy
+    """The tracked and new files, without what earlier builds left."""
+    return wheels.copy_of_sources(tmp_path / "sources")
+
+
+def installed(wheel, site):
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--target", site, wheel)
+    run(*pip, cwd=site.parent)
+    return site
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_and_merges_elsewhere(sources, tmp_path):
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ".", cwd=sources)
-    (wheel,) = tmp_path.glob("r2m_kernels-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"r2m_kernels", "r2m"}
-    assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py", LIBRARY} <= set(names)
-    assert {"r2m/templates/card.md", "r2m/templates/report.html"} <= set(names)
-    assert wheel.stem.split("-")[2:4] == ["py3", "none"]  # of any Python and any torch, on one kind of machine
+def test_what_an_index_takes(tmp_path):
+    kinds = [kind for kind in wheels.KINDS if kind != "aarch64" or shutil.which("aarch64-linux-gnu-g++")]
+    machine = platform.machine()
+    made = {one.name.rpartition("-")[2]: one for one in wheels.build(tmp_path / "dist", kinds)}
+    assert len(made) == len(kinds)
+    contents = {}
+    for kind in {machine, *kinds} - {"sdist", "any"}:
+        wheel = made[f"manylinux_2_28_{kind}.whl"]
+        report = " ".join(wheel.with_suffix(".txt").read_text().split())
+        assert f'is consistent with the following platform tag: "manylinux_2_17_{kind}"' in report
+        contents[kind] = set(zipfile.ZipFile(wheel).namelist())
+        assert LIBRARY in contents[kind]
+    portable = set(zipfile.ZipFile(made["any.whl"]).namelist())
+    assert all(names - {LIBRARY} == portable for names in contents.values())
+    assert {name.split("/")[0] for name in portable if ".dist-info" not in name} == {"r2m_kernels", "r2m"}
+    assert {"r2m_kernels/py.typed", "r2m_kernels/_triton/launch.json", "r2m/demo/__init__.py"} <= portable
+    assert {"r2m/templates/card.md", "r2m/templates/report.html"} <= portable
 
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    elsewhere.mkdir()
-    where = "import r2m, r2m_kernels; print(r2m.__file__, r2m_kernels.__file__)"
-    assert run(sys.executable, "-c", where, cwd=elsewhere, PYTHONPATH=str(site)).count(str(site)) == 2
-    base = {"w": torch.zeros(30, 40), "b": torch.zeros(30)}
-    save_file(base, elsewhere / "base.safetensors")
-    save_file({name: tensor + 1.0 for name, tensor in base.items()}, elsewhere / "fs.safetensors")
-    command = ("-m", "r2m", "merge", "--base", "base.safetensors", "--expert", "fs.safetensors", "--out", "merged")
-    run(sys.executable, *command, cwd=elsewhere, PYTHONPATH=str(site))
-    merged = load_file(elsewhere / "merged" / "model.safetensors")
-    assert torch.allclose(merged["w"], torch.ones(30, 40))
-    report = json.loads((elsewhere / "merged" / "r2m_report.json").read_text())
-    assert report["backend"]["name"] == "native"
+    archive = next(one for name, one in made.items() if name.endswith(".tar.gz"))
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {f"csrc/{name}" for name in set(os.listdir(ROOT / "csrc")) - {".clang-format"}} <= names
+    assert {"setup.py", "python/r2m/commands/main.py", "requirements.txt", "Makefile", "LICENSE"} <= names
+
+    for kind, backend in ((f"manylinux_2_28_{machine}.whl", "native"), ("any.whl", "torch")):
+        site = installed(made[kind], tmp_path / backend)
+        found = try_wheels.tried(sys.executable, tmp_path / f"{backend}_tried", site)
+        assert found["backend"] == backend
+        assert found["file"].startswith(str(site))
+    assert found["why"].endswith("this installation has no compiled CPU kernels")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "environment", [{"R2M_NATIVE": "off"}, {"CXX": "/no/such/compiler"}], ids=lambda e: next(iter(e))
-)
-def test_a_build_without_a_compiler_merges_by_torch_and_says_so(environment, sources, tmp_path):
+def test_a_build_without_a_compiler_merges_by_torch(sources, tmp_path):
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation")
-    run(*pip, "--target", site, ".", cwd=sources, **environment)
+    run(*pip, "--target", site, ".", cwd=sources, CXX="/no/such/compiler")
     assert not (site / LIBRARY).exists()
-    code = """
-import torch, r2m_kernels
-w = torch.ones(2, 2)
-print(r2m_kernels.analyze({"w": w}, [{"w": w}]).report()["backend"])
+    assert try_wheels.tried(sys.executable, tmp_path / "tried", site)["backend"] == "torch"
+
+
+BUILDS = """
+import json, os, runpy, sys, setuptools
+builds = []
+setuptools.setup = lambda **all: builds.append(len(all["ext_modules"]))
+for os.environ["_PYTHON_HOST_PLATFORM"], os.environ["R2M_NATIVE"] in json.loads(sys.argv[1]):
+    runpy.run_path("setup.py")
+print(builds)
 """
-    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert "'name': 'torch'" in found
-    assert "built without a C++ compiler" in found
+
+
+def test_systems_other_than_linux_are_built_without_kernels_unless_asked():
+    asked = {("win-amd64", "auto"): 0, ("macosx-11.0-arm64", "auto"): 0, ("macosx-11.0-arm64", "require"): 1}
+    asked |= {("linux-aarch64", "auto"): 1, ("linux-x86_64", "off"): 0}
+    assert json.loads(run(sys.executable, "-c", BUILDS, json.dumps([*asked]), cwd=ROOT)) == [*asked.values()]
+
+
+def release_of(root, version="0.2.0", heading="## 0.2.0 (2026-11-30)", cited="0.2.0", date="2026-11-30"):
+    (root / "r2m_kernels").mkdir()
+    (root / "r2m_kernels" / "_version.py").write_text(f'__version__ = "{version}"\n')
+    (root / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n\n## 0.1.0 (2026-01-01)\n")
+    (root / "CITATION.cff").write_text(f"version: {cited}\ndate-released: {date}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"version": "0.2.0.dev0", "cited": "0.2.0.dev0", "heading": "## 0.2.0.dev0 (2026-11-30)"}, "version: "),
+        ({"heading": "## 0.2.0 (unreleased)"}, "CHANGELOG.md: expected its first section to be '## 0.2.0 (YYYY"),
+        ({"cited": "0.1.0"}, "CITATION.cff: expected version 0.2.0, got 0.1.0"),
+        ({"date": "2026-11-29"}, "CITATION.cff: expected date-released 2026-11-30"),
+    ],
+)
+def test_a_release_is_checked(change, problem, tmp_path):
+    wrong = [*check.of_texts(release_of(tmp_path, **change))]
+    assert [one[: len(problem or "")] for one in wrong] == ([problem] if problem else [])
+
+
+def test_a_tag_and_a_working_tree_are_checked(tmp_path):
+    git = ("git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+    release_of(tmp_path)
+    run(*git, "init", "--quiet", cwd=tmp_path)
+    assert "are not committed" in next(check.of_repository(tmp_path))
+    run(*git, "add", ".", cwd=tmp_path)
+    run(*git, "commit", "--quiet", "--message", "all", cwd=tmp_path)
+    assert [*check.of_repository(tmp_path)] == []
+    assert not check.tagged(tmp_path)
+    run(*git, "tag", "--annotate", "v0.2.0", "--message", "a release", cwd=tmp_path)
+    assert (check.tagged(tmp_path), [*check.of_repository(tmp_path)]) == (True, [])
+    run(*git, "commit", "--quiet", "--allow-empty", "--message", "later", cwd=tmp_path)
+    assert [*check.of_repository(tmp_path)] == ["tag v0.2.0: is on another commit; a version is released once"]
+
+
+def test_files_of_a_release_are_checked(tmp_path):
+    assert [*check.of_files(tmp_path)] == [
+        f"{tmp_path}: lacks {check.NAME}-{check.version()}.tar.gz; `make wheel` builds it"
+    ]
 
 
 @pytest.mark.slow
@@ -97,25 +156,6 @@ def test_a_build_that_requires_the_kernels_fails_without_a_compiler(sources, tmp
     done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "/no/such/compiler" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_source_archive_holds_what_a_build_needs(sources, tmp_path):
-    hook = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
-    archive = run(sys.executable, "-c", hook, tmp_path, cwd=sources).splitlines()[-1]
-    with tarfile.open(tmp_path / archive) as opened:
-        names = {name.partition("/")[2] for name in opened.getnames()}
-    assert set(os.listdir(ROOT / "csrc")) - {".clang-format"} <= {
-        name.removeprefix("csrc/") for name in names if name.startswith("csrc/")
-    }
-    assert {
-        "setup.py",
-        "csrc/README.md",
-        "python/r2m/commands/main.py",
-        "requirements.txt",
-        "Makefile",
-        "LICENSE",
-    } <= names
 
 
 @pytest.mark.slow

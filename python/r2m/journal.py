@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m.places import naming
+from r2m_kernels.descriptors import flags
 
 PREFIX = "journal-"
 
@@ -50,7 +51,7 @@ class FileJournal:
         self._flushes: Future[None] | None = None
         self._last = time.monotonic()
         with naming(self._path):
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            self._descriptor = os.open(self._path, flags("O_RDWR", "O_CREAT", "O_NOFOLLOW"), 0o666)
             whole = _records(self._path.read_bytes())[1]
             os.ftruncate(self._descriptor, whole)
             os.lseek(self._descriptor, whole, os.SEEK_SET)

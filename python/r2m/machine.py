@@ -36,7 +36,7 @@ def return_buffers() -> None:
     to 100 MiB, and so does what smaller ones leave at the end of its heap. Elsewhere that saves the time of taking them
     anew.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none that can be asked
         for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 19), (_M_TRIM_THRESHOLD, 1 << 20)):
             ctypes.CDLL(None).mallopt(parameter, value)
 

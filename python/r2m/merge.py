@@ -288,7 +288,9 @@ def merge_files(
             return analysis.report()
         assert workplace is not None
         workplace.check()
-        return complete(job, partial, sink, analysis, state, started)
+        report = complete(job, partial, sink, analysis, state, started)
+        del analysis  # Windows removes no file that is open, and its factors may lie beside the output
+    return report
 
 
 def plan_merge(

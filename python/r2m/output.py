@@ -19,6 +19,7 @@ from r2m.ownership import foreign, is_named, is_unfinished
 from r2m.places import MOST_RECORD, as_seen, is_mounted, new_file, read_mapping, sync
 from r2m.records import STATE
 from r2m.workplace import FORMER, LOCK, OUTPUT, PARTIAL_SUFFIX, directory_of, holds, put_back, resolved, take
+from r2m_kernels.descriptors import REMOVES_OPEN_FILES
 from r2m_kernels.errors import BadFile, InvalidInput, quoted
 from r2m_kernels.streaming import FACTORS_PREFIX
 
@@ -153,11 +154,17 @@ class Workplace:
 
     def leave(self) -> None:
         """Give it back; it goes if nothing else is in it."""
+        empty = False
         with contextlib.suppress(OSError):
-            if holds(self.directory, self.lock) and not (self.directory / _STATE).exists():
+            empty = holds(self.directory, self.lock) and not (self.directory / _STATE).exists()
+        if not REMOVES_OPEN_FILES:
+            os.close(self.lock)
+        with contextlib.suppress(OSError):
+            if empty:
                 (self.directory / LOCK).unlink()
                 self.directory.rmdir()
-        os.close(self.lock)
+        if REMOVES_OPEN_FILES:  # until here nobody else has it
+            os.close(self.lock)
 
 
 @contextlib.contextmanager

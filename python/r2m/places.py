@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -23,7 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from r2m_kernels.descriptors import OPENS_DIRECTORIES, flags
 from r2m_kernels.errors import BadFile, InvalidInput, printable, quoted
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MOST_CONFIG = 2**22  # bytes of a small file that others wrote: a configuration, a card
 _MOST_NESTED = 64  # mappings and lists within one another, in one
@@ -44,7 +49,7 @@ class FileSystemWarning(UserWarning):
 def opened(path: Path, what: str, error: type[InvalidInput] = BadFile) -> Iterator[BinaryIO]:
     """A regular file, or what a link to one leads to, for reading. Arguments and errors are :func:`read_small`'s."""
     regular = stat.S_ISREG(os.stat(path).st_mode)  # some devices do something when they are opened
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if regular else -1
+    descriptor = os.open(path, flags("O_RDONLY", "O_NONBLOCK")) if regular else -1
     if not regular:
         raise error(f"{what}: not a regular file")
     try:
@@ -186,7 +191,7 @@ def created(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written, or is a link; ``filename`` is set.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, flags("O_WRONLY", "O_CREAT", "O_TRUNC", "O_NOFOLLOW"), 0o666)
     with naming(path), open(descriptor, "wb") as file:
         yield file
         file.flush()
@@ -249,13 +254,13 @@ def _locked(directory: Path, target: Path, deadline: float) -> int | None:
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
         try:
-            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = os.open(directory, flags("O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW"))
         except FileNotFoundError:  # who had it has just removed it
             continue
         except OSError:
             return None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            exclude_others(lock)
             ours = os.fstat(lock).st_uid == os.geteuid()
             if ours and is_at(directory, lock):
                 for entry in os.scandir(directory):
@@ -274,6 +279,18 @@ def _locked(directory: Path, target: Path, deadline: float) -> int | None:
             return None
 
 
+def exclude_others(descriptor: int) -> None:
+    """Lock an open file or directory for this process, until it is closed.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be locked; with one of :data:`UNKNOWN_THERE` where there are no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def put(file: Path, path: Path, *, replace: bool) -> None:
     """Give a whole file its name; arguments and errors are :func:`new_file`'s."""
     if replace:
@@ -284,7 +301,7 @@ def put(file: Path, path: Path, *, replace: bool) -> None:
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
     except OSError:  # a file system without second names
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        os.close(os.open(path, flags("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW"), 0o666))
         os.replace(file, path)
 
 
@@ -333,7 +350,9 @@ def sync(path: Path) -> None:
 
     Some file systems do not know how for a directory: that is told, and no reason to throw work away.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not OPENS_DIRECTORIES and path.is_dir():
+        return
+    descriptor = os.open(path, flags("O_RDONLY"))
     try:
         with naming(path):
             os.fsync(descriptor)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 import warnings
 from pathlib import Path
 
-from r2m.places import UNKNOWN_THERE, FileSystemWarning, is_at, naming, sync
+import psutil
+
+from r2m.places import UNKNOWN_THERE, FileSystemWarning, exclude_others, is_at, naming, sync
+from r2m_kernels.descriptors import flags, read_at, write_at
 from r2m_kernels.errors import BadFile
 
 PARTIAL_SUFFIX = ".partial"
@@ -50,7 +52,7 @@ def take(out: str | Path, directory: Path) -> int:
     while True:
         directory.mkdir(exist_ok=True)
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            lock = os.open(path, flags("O_RDWR", "O_CREAT", "O_NOFOLLOW"), 0o666)
         except FileNotFoundError:  # who had it is just removing the directory
             continue
         except OSError:
@@ -63,7 +65,7 @@ def take(out: str | Path, directory: Path) -> int:
             if is_at(path, lock):
                 with naming(path):
                     os.ftruncate(lock, 0)
-                    os.pwrite(lock, str(os.getpid()).encode(), 0)
+                    write_at(lock, str(os.getpid()).encode(), 0)
                 return lock
         except BaseException:
             os.close(lock)
@@ -129,29 +131,20 @@ def _is_aside(out: Path) -> bool:
 
 def _exclude_others(out: str | Path, path: Path, lock: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        exclude_others(lock)
     except BlockingIOError:
         raise BadFile(f"out ({out}): another merge is writing it, process {_holder(lock) or 'unknown'}") from None
     except OSError as error:
         if error.errno not in UNKNOWN_THERE:
             raise OSError(error.errno, error.strerror, str(path)) from error
         holder = _holder(lock)
-        if holder.isdigit() and int(holder) != os.getpid() and _runs(int(holder)):
+        if holder.isdigit() and int(holder) != os.getpid() and psutil.pid_exists(int(holder)):
             raise BadFile(f"out ({out}): another merge is writing it, process {holder}") from None
-        text = f"{path}: its file system has no locks; no other merge may write to {out} now"
+        text = f"{path}: there are no locks here; no other merge may write to {out} now"
         warnings.warn(text, FileSystemWarning, stacklevel=4)
 
 
 def _holder(lock: int) -> str:
     """The number of the process that took a lock last."""
-    return os.pread(lock, 20, 0).decode(errors="replace")
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return True
+    number = bytearray(20)
+    return number[: read_at(lock, memoryview(number), 0)].decode(errors="replace")

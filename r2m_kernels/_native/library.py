@@ -20,8 +20,8 @@ from ..errors import BackendUnavailable, BadOption
 
 ABI_VERSION = 2
 POLICIES = ("auto", "require", "off")
-# By the bit of r2m_capabilities, slowest first.
-VARIANTS = ("portable", "avx2", "avx512")
+# By the bit of r2m_capabilities, of each kind of machine the slowest first.
+VARIANTS = ("portable", "avx2", "avx512", "neon")
 BFLOAT16_PRODUCTS = 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FAILURES = {1: "out of memory", 2: "bad argument", 3: "this CPU lacks the variant's instructions"}
@@ -122,7 +122,7 @@ def load() -> Library:
     given = os.environ.get("R2M_NATIVE_LIBRARY")
     path = Path(given) if given else Path(__file__).with_name("libr2m_native.so")
     if not path.is_file():
-        why = "there is no such file" if given else "this installation was built without a C++ compiler"
+        why = "there is no such file" if given else "this installation has no compiled CPU kernels"
         raise BackendUnavailable(f"the native library '{path}' is missing: {why}")
     _in_use[:] = [_library(path)]
     return _in_use[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..descriptors import REMOVES_OPEN_FILES, read_at, reserve, write_at
 from .blocks import runs
 from .factors import LENGTH_ROWS, PRODUCT_ROWS, Factors, inner_products, lengths_of_rows, product_of_sides, row_lengths
 
@@ -48,6 +49,7 @@ class FactorStore:
         self._at_hand: dict[str, tuple[slice, Tensor]] = {}
         self._held_bytes = self.spilled_bytes = 0
         self._descriptor: int | None = None
+        self._path: str | None = None  # where it could not be removed at once
         self._lock = threading.Lock()
 
     def __contains__(self, name: object) -> bool:
@@ -62,8 +64,7 @@ class FactorStore:
         with self._lock:
             descriptor = self._open()
             try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, size)
+                reserve(descriptor, size)
             except OSError as error:
                 raise self._about_directory(error) from error
 
@@ -200,6 +201,8 @@ class FactorStore:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+            if self._path is not None:
+                os.unlink(self._path)
 
     def __del__(self) -> None:
         self.close()
@@ -219,7 +222,7 @@ class FactorStore:
         content = memoryview(tensor.cpu().contiguous().numpy().data).cast("B")
         while content:  # one call moves at most 2 GiB on Linux
             try:
-                written = os.pwrite(descriptor, content, offset)
+                written = write_at(descriptor, content, offset)
             except OSError as error:
                 raise self._about_directory(error) from error
             content, offset = content[written:], offset + written
@@ -227,7 +230,10 @@ class FactorStore:
     def _open(self) -> int:
         if self._descriptor is None:
             self._descriptor, path = tempfile.mkstemp(prefix=FACTORS_PREFIX, dir=self._directory)
-            os.unlink(path)
+            if REMOVES_OPEN_FILES:
+                os.unlink(path)
+            else:
+                self._path = path
         return self._descriptor
 
     def _about_directory(self, error: OSError) -> OSError:
@@ -264,7 +270,7 @@ class FactorStore:
         assert self._descriptor is not None
         content = memoryview(tensor.numpy().data).cast("B")
         while content:
-            count = os.preadv(self._descriptor, [content], offset)
+            count = read_at(self._descriptor, content, offset)
             if count == 0:
                 raise OSError("the temporary file of low-rank factors ended early")
             content, offset = content[count:], offset + count

@@ -55,7 +55,7 @@ def test_a_file_system_without_locks_is_told(
     result = command("merge", *checkpoints.arguments, "--out", "merged")
     assert result.code == 0
     assert "Warning: " in result.err
-    assert "merged.partial/lock: its file system has no locks; no other merge may write to merged now" in result.err
+    assert "merged.partial/lock: there are no locks here; no other merge may write to merged now" in result.err
     assert sorted(os.listdir()) == sorted({*os.listdir(), "merged"} - {"merged.partial"})
 
 

@@ -340,7 +340,7 @@ sys.exit(main(sys.argv[1:]))
 UNRESERVED = """
 import r2m.checkpoints.writer as w
 del os.posix_fallocate
-w._reserve = lambda descriptor, size: None
+w.reserve = lambda descriptor, size: None
 """
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r2m.checkpoints.adapter_config import AdapterConfig
 from r2m.places import naming
+from r2m_kernels.descriptors import flags, read_at
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -158,7 +159,7 @@ class Checkpoint:
         """The same of several runs of bytes: (count, length)."""
         location = self._locations[name]
         data = torch.empty(count, length, dtype=torch.uint8)
-        descriptor = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(location.path, flags("O_RDONLY", "O_NONBLOCK"))
         try:
             with naming(location.path):
                 whole = identity(descriptor) == self._files[location.path].identity
@@ -178,7 +179,7 @@ def _filled(descriptor: int, view: memoryview, offset: int) -> bool:
     done, size = 0, len(view)
     while done < size:
         # A call may return less than asked: Linux never gives more than 2 147 479 552 bytes.
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        count = read_at(descriptor, view[done:], offset + done)
         if count == 0:
             return False
         done += count

@@ -20,6 +20,7 @@ from r2m.checkpoints.formats import SAFETENSORS
 from r2m.checkpoints.layout import encode_index
 from r2m.checkpoints.safetensors_file import PlannedFile, plan_files
 from r2m.places import naming, write_file
+from r2m_kernels.descriptors import OPENS_DIRECTORIES, flags, reserve, write_at
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -50,8 +51,10 @@ class SafetensorsSink:
         self._create, self._single = create, single
         self._directory = Path(directory)
         # Should the directory be replaced under its path, nothing is written to its successor.
-        self._opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._opened)
+        self._opened: int | None = None
+        if OPENS_DIRECTORIES:
+            self._opened = os.open(directory, flags("O_RDONLY", "O_DIRECTORY"))
+            weakref.finalize(self, os.close, self._opened)
         self._metadata = metadata
         self._max_shard_size = max_shard_size
         self.names: list[str] = []  # announced, in that order
@@ -80,7 +83,7 @@ class SafetensorsSink:
         self._missing = {name: 0 if name in done else spec.numel for name, spec in self._specs.items()}
         for file in self._files if self._create else ():
             path = self._directory / file.name
-            descriptor = self._open(file.name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+            descriptor = self._open(file.name, "O_WRONLY", "O_CREAT", "O_NOFOLLOW")
             try:
                 with naming(path):
                     size = os.fstat(descriptor).st_size
@@ -92,7 +95,7 @@ class SafetensorsSink:
                                 f"{path}: expected tensor {quoted(lost)} in it, as the journal beside it says; the "
                                 "file is gone or was cut; start anew"
                             )
-                        _reserve(descriptor, file.size)
+                        reserve(descriptor, file.size)
             finally:
                 os.close(descriptor)
 
@@ -175,33 +178,26 @@ class SafetensorsSink:
 
     def _write_at(self, name: str, view: memoryview, offset: int) -> None:
         # One descriptor per write, as in the reader: no limit on the number of shards.
-        descriptor = self._open(name, os.O_WRONLY)
+        descriptor = self._open(name, "O_WRONLY")
         try:
             with naming(self._directory / name):
                 done = 0
                 while done < len(view):  # a call may take less than offered; Linux takes 2 147 479 552 bytes at most
-                    done += os.pwrite(descriptor, view[done:], offset + done)
+                    done += write_at(descriptor, view[done:], offset + done)
         finally:
             os.close(descriptor)
 
     def _sync(self, name: str) -> None:
-        descriptor = self._open(name, os.O_RDONLY)
+        descriptor = self._open(name, "O_RDONLY")
         try:
             with naming(self._directory / name):
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
-    def _open(self, name: str, flags: int) -> int:
+    def _open(self, name: str, *how: str) -> int:
+        path = name if self._opened is not None else self._directory / name
         try:
-            return os.open(name, flags | os.O_CLOEXEC, 0o666, dir_fd=self._opened)
+            return os.open(path, flags(*how), 0o666, dir_fd=self._opened)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._directory / name)) from error
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    # Reserving finds a full disk before the work rather than in the middle of it; macOS has no such call.
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)

@@ -28,7 +28,7 @@ def settle_memory() -> None:
     process of one thread; and all threads take them from one place, since an arena for each doubled the memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator: madvise(MADV_HUGEPAGE) from 2 MiB on
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none that can be asked
         for parameter, value in ((_M_MMAP_THRESHOLD, 12 << 20), (_M_TRIM_THRESHOLD, 32 << 20), (_M_ARENA_MAX, 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
 

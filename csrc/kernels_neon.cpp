@@ -1,0 +1,3 @@
+#define R2M_NAMESPACE neon
+#define R2M_NEON_HALVES
+#include "kernels.h"
