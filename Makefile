@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist works
 # Two checks at once: some have one process, and while one waits for the disk another computes.
 TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs 2 --output-sync=target
 
-.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal wheel wheel-check release clean
+.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal wheel wheel-check hub-kernel release clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -101,9 +101,10 @@ bench-peers: .venv-peers/ready  ## the environment in which `make bench` also ru
 	$(call on_top,.venv-peers,.venv,mergekit==0.1.5 fusion-bench==0.2.33 transformers==5.24.0)
 
 # What people make their detectors with. A floor above the peers, which do without torchvision: PyPI's is no CPU build.
-zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers, torchvision and peft
+zoo: .venv-zoo/ready  ## the environment of the tests with timm, open_clip, transformers, torchvision, peft and kernels
 .venv-zoo/ready: .venv-peers/ready
-	$(call on_top,.venv-zoo,.venv-peers .venv,timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.0)
+	$(call on_top,.venv-zoo,.venv-peers .venv,timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.0 \
+	  kernels==0.17.2 tabulate==0.10.0)
 
 # What a GPU machine has beside the torch, pytest and safetensors of requirements.txt.
 GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
@@ -121,6 +122,9 @@ gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interprete
 
 wheel: $(READY)  ## dist/: the source archive, wheels for x86_64, aarch64 and any machine, auditwheel's reports (g++-aarch64-linux-gnu)
 	$(BIN)/python -m release.wheels
+
+hub-kernel: $(READY)  ## build/hub-kernel: the repository from which Hugging Face's `kernels` loads the numerics; REPO=OWNER/NAME
+	$(BIN)/python -m release.hub_kernel $(if $(REPO),--repo-id $(REPO))
 
 # Downloads torch several times. ARM: a directory that release/arm.sh has made.
 wheel-check: wheel  ## the wheels in empty environments, with torch 2.10 and the newest; ARM=DIR: NEON kernels under qemu-user

@@ -6,9 +6,9 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -46,6 +46,14 @@ BASIS = {
 UNCERTAIN = 0.01  # cancellation above this fraction of an energy makes it uncertain
 
 
+def _installed(package: str) -> str:
+    """Its version; what is not imported here may be missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
 def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: Run) -> Report:
     """See :meth:`r2m_kernels.Analysis.report`."""
     names = findings.experts
@@ -59,7 +67,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
         "versions": {
             "r2m_kernels": __version__,
             "torch": torch.__version__,
-            "numpy": numpy.__version__,
+            "numpy": _installed("numpy"),
             "python": platform.python_version(),
         },
         "backend": {

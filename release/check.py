@@ -96,7 +96,9 @@ def of_files(wheels: Path, root: Path = ROOT) -> Iterator[str]:
             libraries = {one for one in wheel.namelist() if one.endswith(".so")}
             if bool(libraries) == name.endswith("any.whl"):
                 yield f"{wheels}/{name}: has {sorted(libraries) or 'no library'}"
-            of_package = {one for one in wheel.namelist() if ".dist-info/" not in one} - libraries
+            of_package = {
+                one for one in wheel.namelist() if not one.endswith("/") and ".dist-info/" not in one
+            } - libraries
             contents.append({one: wheel.read(one) for one in of_package})
     if any(one != contents[0] for one in contents):
         yield f"{wheels}: the wheels have different sources"

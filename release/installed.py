@@ -100,10 +100,10 @@ def try_arm(wheels: Path, root: Path) -> str:
             *(word for one in variables for word in ("-E", one)),
             root / "usr/bin/python3.11",
         ]
-        pytest = ["-m", "pytest", "-q", "--noconftest", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
-        imports = ["--import-mode=importlib", "-o", "pythonpath=tests/kernels tests/support"]
-        tests = ["tests/kernels/test_native.py", "-k", "neon or same_bits or torch_backends or auto_takes"]
-        return run([*python, *pytest, *imports, *tests], ROOT).splitlines()[-1]
+        pytest = ["-m", "pytest", "-q", "--noconftest", "-c", os.devnull, "--rootdir", ROOT, "-p", "no:cacheprovider"]
+        imports = ["--import-mode=importlib", "-o", f"pythonpath={ROOT}/tests/kernels {ROOT}/tests/support"]
+        tests = [ROOT / "tests/kernels/test_native.py", "-k", "neon or same_bits or torch_backends or auto_takes"]
+        return run([*python, *pytest, *imports, *tests], Path(site)).splitlines()[-1]
 
 
 def main() -> int:

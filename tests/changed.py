@@ -53,6 +53,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "bench/results/*": ((), ("tests/bench/*.py",)),
     "release/*": ((), ("tests/test_package.py",)),
+    "release/hub*": (("zoo",), ("tests/r2m/test_hub_kernel.py",)),
     "CITATION.cff": ((), ("tests/test_package.py",)),
 }
 # Imports by name, which nobody sees in the source: who loads what.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import tempfile
@@ -25,6 +26,12 @@ class _Spilled:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a CPU tensor whose elements lie side by side, for as long as the tensor lives."""
+    assert tensor.is_contiguous(), "its elements lie side by side"
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b"")
 
 
 class FactorStore:
@@ -219,7 +226,8 @@ class FactorStore:
 
     def _write(self, tensor: Tensor, offset: int) -> None:
         descriptor = self._open()
-        content = memoryview(tensor.cpu().contiguous().numpy().data).cast("B")
+        dense = tensor.cpu().contiguous()
+        content = _bytes(dense)
         while content:  # one call moves at most 2 GiB on Linux
             try:
                 written = write_at(descriptor, content, offset)
@@ -268,7 +276,7 @@ class FactorStore:
 
     def _fill(self, tensor: Tensor, offset: int) -> None:
         assert self._descriptor is not None
-        content = memoryview(tensor.numpy().data).cast("B")
+        content = _bytes(tensor)
         while content:
             count = read_at(self._descriptor, content, offset)
             if count == 0:

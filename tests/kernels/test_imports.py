@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import r2m_kernels
@@ -69,3 +71,45 @@ def test_inside_the_package_imports_are_relative():
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "r2m_kernels" for alias in node.names))
     ]
     assert absolute == []
+
+
+COPIES = """
+import builtins, importlib.util, json, sys
+import torch
+from pathlib import Path
+for name in [name for name in sys.modules if name.split(".")[0] in ("r2m", "r2m_kernels")]:
+    del sys.modules[name]
+imported = builtins.__import__
+def refusing(name, where=None, *rest):
+    importer = str((where or {}).get("__name__"))
+    if name.split(".")[0] in ("numpy", "r2m_kernels") and importer.startswith(("first", "second")):
+        raise ImportError(f"{importer} imports {name}")
+    return imported(name, where, *rest)
+builtins.__import__ = refusing
+def no_numpy(*_, **__):
+    raise RuntimeError("Numpy is not available")
+torch.Tensor.numpy = no_numpy
+copies = []
+for place in sys.argv[1:]:
+    spec = importlib.util.spec_from_file_location(Path(place).name, f"{place}/__init__.py")
+    copies.append(sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec)))
+    spec.loader.exec_module(copies[-1])
+base = {"w": torch.zeros(30, 40, dtype=torch.bfloat16), "v": torch.zeros(300)}
+experts = [{name: tensor + one for name, tensor in base.items()} for one in (1, 2)]
+for copy in copies:
+    merged = copy.merge(base, experts, rank=0.5, memory_budget=1)  # so little that factors go to the disk
+    assert torch.allclose(merged["v"], torch.full((300,), 1.5)), merged
+    assert copy.analyze(base, experts).report()["experts"]
+    assert copy.ops.task_gram([base["v"]], [[one["v"]] for one in experts]).tolist() == [[[300, 600], [600, 1200]]]
+print(json.dumps([[copy.Analysis.__module__ for copy in copies], "r2m_kernels" in sys.modules]))
+"""
+
+
+def test_copies_under_other_names_work_side_by_side_without_numpy(tmp_path):
+    copies = [tmp_path / "first", tmp_path / "second"]
+    for copy in copies:
+        shutil.copytree(Path(r2m_kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    with forked.start([str(copy) for copy in copies], COPIES) as child:
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert json.loads(out) == [["first.merging", "second.merging"], False]
