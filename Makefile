@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist works
 # Two checks at once: some have one process, and while one waits for the disk another computes.
 TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs 2 --output-sync=target
 
-.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal wheel wheel-check hub-kernel release clean
+.PHONY: help demo test test-all test-changed test-heavy check kernels kernels-oldest sanitize format quality bench bench-peers zoo gpu gpu-rehearsal wheel wheel-check compiled hub-kernel release clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -122,6 +122,9 @@ gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interprete
 
 wheel: $(READY)  ## dist/: the source archive, wheels for x86_64, aarch64 and any machine, auditwheel's reports (g++-aarch64-linux-gnu)
 	$(BIN)/python -m release.wheels
+
+compiled: kernels  ## dist/: an optional wheel of all Triton kernels compiled for every target, so that a first merge compiles nothing
+	$(BIN)/python -m release.compiled
 
 hub-kernel: $(READY)  ## build/hub-kernel: the repository from which Hugging Face's `kernels` loads the numerics; REPO=OWNER/NAME
 	$(BIN)/python -m release.hub_kernel $(if $(REPO),--repo-id $(REPO))

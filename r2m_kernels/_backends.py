@@ -81,10 +81,10 @@ def choose(name: str, device: torch.device) -> Backend:
     if name == "triton":
         if missing:
             raise BackendUnavailable(f"backend 'triton' {missing}; use backend='torch' or 'auto'")
-        return _backend("triton", "asked for by name")
+        return _on_gpu("asked for by name", device)
     if missing:
         return _backend("torch", f"the Triton backend {missing}")
-    return _backend("triton", f"the fastest one this version has for {device.type}")
+    return _on_gpu(f"the fastest one this version has for {device.type}", device)
 
 
 def _on_cpu(name: str, device: torch.device) -> Backend:
@@ -101,6 +101,12 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
     why = "asked for by name" if name == "native" else "the fastest one for cpu"
     variant = library.VARIANTS[loaded.variant]
     return _backend("native", f"{why} ({variant} kernels)", variant)
+
+
+def _on_gpu(reason: str, device: torch.device) -> Backend:
+    """The Triton backend, and what became of kernels that were compiled before."""
+    told = importlib.import_module("._triton.ahead", __package__).fill(device)
+    return _backend("triton", f"{reason}; {told}" if told else reason)
 
 
 def _backend(name: str, reason: str, variant: str = "") -> Backend:
@@ -126,8 +132,9 @@ def _why_not_triton(device: torch.device) -> str:
 @functools.cache
 def _tried(device: torch.device) -> str:
     """Whether the smallest kernel is compiled and launched on a GPU: once in a process, and why not if so."""
-    sums = importlib.import_module("._triton.sums", __package__)
+    ahead, sums = (importlib.import_module(f"._triton.{name}", __package__) for name in ("ahead", "sums"))
     try:
+        ahead.fill(device)
         sums.sum_rows(torch.ones(1, 1, dtype=torch.float64, device=device))
     except Exception as error:  # compilers, drivers and file systems raise what they like
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

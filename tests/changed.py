@@ -53,6 +53,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "bench/results/*": ((), ("tests/bench/*.py",)),
     "release/*": ((), ("tests/test_package.py",)),
+    "release/compiled.py": ((), ("tests/kernels/test_ahead.py",)),
     "release/hub*": (("zoo",), ("tests/r2m/test_hub_kernel.py",)),
     "CITATION.cff": ((), ("tests/test_package.py",)),
 }
