@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import subprocess
 
@@ -19,9 +20,13 @@ from r2m_kernels._torch.residuals import Residuals, SignMatrix
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (5, 7), (64, 1030), (1030, 64), (33, 515), (170, 300)]
 CPU = torch.device("cpu")
+# Of this kind of machine: nobody waits for another's.
+VARIANTS = [
+    name for name in library.VARIANTS if name == "portable" or (name == "neon") == (platform.machine() == "aarch64")
+]
 
 
-@pytest.fixture(params=library.VARIANTS)
+@pytest.fixture(params=VARIANTS)
 def variant(request, monkeypatch):
     """Every variant in turn; those that this CPU has no instructions for are skipped."""
     index = library.VARIANTS.index(request.param)
@@ -100,7 +105,8 @@ def test_gram_and_combine(variant, dtype, elements):
     tau = torch.stack([expert.double() - base.double() for expert in experts])
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     gram = ops.task_gram([base], [[expert] for expert in experts], backend="native")[0]
-    assert ((gram - tau @ tau.T).abs() <= 16 * unit * tau.abs() @ tau.abs().T).all()
+    exact = (tau.unsqueeze(1) * tau).sum(dim=-1)  # in a tree; a BLAS sums thousands of terms one after another
+    assert ((gram - exact).abs() <= 16 * unit * tau.abs() @ tau.abs().T).all()
     core = torch.tensor([0.5, 0.0, -0.2, 0.3, 1.0], dtype=torch.float64)
     merged = ops.combine(base, experts, core, out=torch.empty(elements, dtype=torch.float64), backend="native")
     exact = base.double() + core @ tau
