@@ -8,6 +8,7 @@ layer, so that a name alone says little; and files are often sorted by name, so 
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,11 @@ class _Layer(NamedTuple):
     inputs: int
     word: int | None  # place of the classifier's word in the path
 
+    @property
+    def is_few(self) -> bool:
+        """Whether it makes very few numbers of many."""
+        return self.outputs <= FEW and 8 * self.outputs <= self.inputs
+
 
 def classifier(specs: Mapping[str, TensorSpec]) -> list[str]:
     """:func:`head_names` of a checkpoint, whose integers are no layers."""
@@ -51,37 +57,61 @@ def head_names(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     Args:
         shapes: of all tensors by name, in the checkpoint's order.
     """
-    layers = {name.removesuffix(".weight"): one for name, shape in shapes.items() if (one := _layer(name, shape))}
-    patterns = [re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in layers]
-    often = Counter(patterns)
-    repeated = {module for module, one in zip(layers, patterns, strict=True) if often[one] > 1}
+    named: dict[str, _Layer] = {}
+    few: list[str] = []  # modules of very few outputs
+    for name, shape in shapes.items():  # a million of them: what is nobody's head is let go at once
+        if (one := _layer(name, shape)) is None:
+            continue
+        if one.word is not None:
+            named[name.removesuffix(".weight")] = one
+        if one.is_few:
+            few.append(name.removesuffix(".weight"))
+    patterns = {module: re.sub(r"(?<![^.])\d+(?![^.])", "*", module) for module in named}
+    often = Counter(patterns.values())
     named = {
         module: one
-        for module, one in layers.items()
-        if one.word is not None and not (module in repeated and any(map(str.isdigit, one.path[: one.word])))
+        for module, one in named.items()
+        if not (often[patterns[module]] > 1 and any(map(str.isdigit, one.path[: one.word])))
     }
-    takers = _Takers.of(named, shapes)
-    found = [module for module, one in named.items() if _is_last(one, takers)]
+    takers = _Takers.of(named, shapes) if named else None
+    found = [module for module, one in named.items() if takers and _is_last(one, takers)]
     if not found:
-        found = _unnamed(layers, shapes)
+        found = _unnamed(few, shapes)
     there = [f"{module}.weight" for module in found] + [f"{module}.bias" for module in found]
     return [name for name in there if name in shapes]
 
 
 def _layer(name: str, shape: Sequence[int]) -> _Layer | None:
-    """A linear layer or a convolution of one pixel that may be the last, by the name of its weight."""
-    if not name.endswith(".weight") or len(shape) < 2 or shape[0] == shape[1] or any(size != 1 for size in shape[2:]):
+    """A linear layer or a convolution of one pixel that may be the last, by its weight's name or few outputs."""
+    if len(shape) < 2 or shape[0] == shape[1] or not name.endswith(".weight"):
         return None
-    path = name.split(".")[:-1]
-    word = None
+    if len(shape) > 2 and any(size != 1 for size in shape[2:]):
+        return None
+    path, word = name.split(".")[:-1], None
     for place in reversed(range(len(path))):
-        if _STRONG.fullmatch(path[place]) or _WEAK.fullmatch(path[place]):
+        meaning = _meaning(path[place])
+        if meaning.word:
             word = place
-        elif not _AFTER.fullmatch(path[place]):
+        elif not meaning.after:
             break
-    if any(_INNER.fullmatch(part) for part in path[:word]):
+    one = _Layer(path, shape[0], shape[1], word)
+    if (word is None and not one.is_few) or any(_meaning(part).inner for part in path[:word]):
         return None
-    return _Layer(path, shape[0], shape[1], word)
+    return one
+
+
+class _Meaning(NamedTuple):
+    """What a part of a name can be."""
+
+    word: bool
+    after: bool
+    inner: bool
+
+
+@functools.lru_cache(maxsize=4096)  # a million names are made of few parts
+def _meaning(part: str) -> _Meaning:
+    word = bool(_STRONG.fullmatch(part) or _WEAK.fullmatch(part))
+    return _Meaning(word, bool(_AFTER.fullmatch(part)), bool(_INNER.fullmatch(part)))
 
 
 class _Takers(NamedTuple):
@@ -121,8 +151,7 @@ def _is_last(layer: _Layer, takers: _Takers) -> bool:
     return not (after < len(norms) and norms[after].startswith(inside))
 
 
-def _unnamed(layers: Mapping[str, _Layer], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def _unnamed(few: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """The last layer of a sequence without names, if it is one of very few outputs and all else is wider."""
-    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
-    few = [module for module, one in layers.items() if one.outputs <= FEW and 8 * one.outputs <= one.inputs]
-    return few if len(few) == 1 and matrices[-1] == f"{few[0]}.weight" else []
+    last = next(name for name in reversed(list(shapes)) if len(shapes[name]) > 1) if len(few) == 1 else ""
+    return list(few) if last and last == f"{few[0]}.weight" else []

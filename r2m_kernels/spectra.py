@@ -57,10 +57,10 @@ def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeCo
     if config.spectrum == "truncate":
         return 0
     (short, long), size, width = sorted(shape), torch.float64.itemsize, count * rank
-    if config.spectrum == "rescale":  # leading values come by size: a share of their sum is at most that share of them
-        width = count * math.ceil(float(config.rank) * rank)
-    if config.spectrum in ("rescale", "reweigh"):
-        return width * (shape[0] * size + (short + long) * COMPUTE_BYTES)
+    if config.spectrum == "rescale":  # how many are kept only numbers tell: as of values that fall evenly to zero
+        width = count * math.ceil((1 - math.sqrt(1 - float(config.rank))) * rank)
+    if config.spectrum in ("rescale", "reweigh"):  # in place, and then rounded
+        return width * (short + long) * COMPUTE_BYTES
     # A QR of the long side holds it three times. The polar factor of one side beside the other takes less.
     joint = size * (3 * width * long + 4 * width**2)
     # Products with all residuals in two types, or in one beside all experts' cores, or those by element and squared.
@@ -85,7 +85,7 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
         share: of the sum of singular values.
 
     Returns:
-        Factors as wide as the widest of all needs; the others' are padded with zeros.
+        Factors as wide as the widest of all needs, in the memory of those given; the others' are padded with zeros.
     """
     nuclear = _singular_values(factors)
     totals = nuclear.sum(dim=2, keepdim=True)
@@ -95,8 +95,8 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     kept = (nuclear * keep).sum(dim=2, keepdim=True)
     gain = totals / kept.clamp_min(torch.finfo(torch.float64).tiny) * keep
     width = max(1, int(keep.sum(dim=2).max()))
-    left = factors.left[..., :width] * gain[:, :, None, :width].to(factors.left)
-    return replace(factors, left=left, right=factors.right[:, :, :width].contiguous(), products=None)
+    left = factors.left[..., :width].mul_(gain[:, :, None, :width].to(factors.left))
+    return replace(factors, left=left, right=factors.right[:, :, :width], products=None)
 
 
 def reweighed(factors: GroupFactors) -> GroupFactors:
@@ -106,7 +106,7 @@ def reweighed(factors: GroupFactors) -> GroupFactors:
     share of energy beyond K.
 
     Args:
-        factors: at full rank, by descending singular value.
+        factors: at full rank, by descending singular value; they are overwritten.
     """
     values = _singular_values(factors).cpu()  # a few numbers of each matrix, and many small calls
     shares = (values / values.sum(dim=2, keepdim=True)).nan_to_num(0.0)  # of a residual that is zero
@@ -118,7 +118,7 @@ def reweighed(factors: GroupFactors) -> GroupFactors:
     next_to_first = (beyond.amax(dim=2, keepdim=True) / values.amax(dim=2, keepdim=True)).nan_to_num(0.0).square()
     low = next_to_first + (1 - next_to_first) * tail
     gain = torch.where(within, 1 - low, low)
-    return replace(factors, left=factors.left * gain.unsqueeze(2).to(factors.left), products=None)
+    return replace(factors, left=factors.left.mul_(gain.unsqueeze(2).to(factors.left)), products=None)
 
 
 def _singular_values(factors: GroupFactors) -> Tensor:

@@ -188,7 +188,9 @@ class TruncationStep(Step):
         steep = [] if later else untrusted(factors.trusted)
         tensors, dtype = group.tensors, group.compute_dtype
         if not steep:
-            return [self._kept(tensors, inputs, factors, dtype)]
+            mapped = map_spectra(factors, inputs, self._mixing, self._config, operators, dtype)
+            del factors  # float64 where they are mapped, and their products take as much again
+            return [self._in_store(tensors, mapped)]
         fine = [place for place in range(len(tensors)) if place not in steep]
         again = textbook(inputs.some(steep), self._mixing, rank, self._config, operators)
         made = [self._kept([tensors[place] for place in steep], inputs.some(steep), again, dtype)]

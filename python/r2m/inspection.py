@@ -43,12 +43,13 @@ TOLD: Mapping[str, str] = {
     "copied": "kept as the base's",
     "extra": "of the experts alone averaged",
 }
+_ENDINGS = tuple(FAMILIES)
 _LISTED = 6  # beginnings of names
 
 
 def family(shapes: Mapping[str, Sequence[int]]) -> str | None:
     """A guess from tensors' names and shapes, with the width of what stands first; None where nothing is known."""
-    known = [name for name in shapes if name.endswith(tuple(FAMILIES))]
+    known = [name for name in shapes if name.endswith(_ENDINGS)]
     for ending, title in FAMILIES.items():
         name = next((name for name in known if name == ending or name.endswith("." + ending)), None)
         if name is not None:
@@ -61,7 +62,7 @@ def family(shapes: Mapping[str, Sequence[int]]) -> str | None:
 def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str]:
     """A checkpoint in a few lines; of an adapter also whether ``base`` is its own."""
     specs = source.specs
-    stored = {name: spec for name, spec in specs.items() if name not in source.aliases}
+    stored = {name: spec for name, spec in specs.items() if name not in source.aliases} if source.aliases else specs
     parameters = sum(spec.numel for spec in stored.values() if spec.dtype.is_floating_point)
     size = readable_bytes(sum(spec.nbytes for spec in stored.values()))
     types = Counter(spec.dtype for spec in specs.values())
@@ -72,7 +73,7 @@ def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str
         return [title, *_rows(described(source, base))]
     classes = Classes.beside(source.files)
     rows = {
-        "family": family({name: spec.shape for name, spec in specs.items()}) or "unknown",
+        "family": family({name: spec.shape for name, spec in specs.items() if name.endswith(_ENDINGS)}) or "unknown",
         "types": ", ".join(f"{count} {dtype_name(one)}" for one, count in types.most_common()),
         "begin": ", ".join(f"{printable(name)} {count}" for name, count in begin.most_common(_LISTED))
         + (f" and {len(begin) - _LISTED} more" if len(begin) > _LISTED else ""),

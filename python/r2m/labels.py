@@ -20,13 +20,17 @@ from r2m.checkpoints.formats import OUTPUTS
 from r2m.checkpoints.view import LazyTensor, View
 from r2m.places import MOST_RECORD, mapping, read_beside
 from r2m.records import REPORT
-from r2m_kernels.errors import BadFile, BadOption, DoesNotFit, InvalidInput, printable
+from r2m_kernels.errors import BadFile, BadOption, DoesNotFit, InvalidInput, printable, quoted
 
 FILE = "config.json"  # of transformers
 _MOST = 2**16  # classes
 _MOST_HEAD = 2**20  # elements of a head that is looked at
 # Standard deviations of the cosine of two ways that have nothing to do with each other.
 _CHANCE = 5.0
+# Keys under which configurations have labels: by index, in a list or a mapping, or the other way round.
+_BY_INDEX = ("id2label", "label_names", "class_names", "classes")
+_BY_LABEL = ("label2id", "class_to_idx")
+_UNWRITTEN = ("class_names", "classes", "class_to_idx")  # of no library that a merge is written for
 _UNSAID = re.compile(r"LABEL_\d+")  # what transformers calls classes of which nobody has said anything
 _NUMBER = re.compile(r"\W*\d+\W*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # FakeFace, AI_generated and real-art are two each
@@ -154,6 +158,10 @@ def agree(
                 f"{view.label}: its {FILE} has {len(beside.labels)} labels and its head {counts[name]} outputs: "
                 "they say nothing of it"
             )
+        elif not beside.labels and (key := _not_understood(view.files)):
+            notes.append(
+                f"{view.label}: {quoted(key)} of its {FILE} is not read; expected a label for every output from 0 on"
+            )
     indices = [*said.items(), *((name, wanted.fake) for name in experts if wanted.fake is not None)]
     for name, index in indices:
         if counts[name] != 2 or index not in (0, 1):
@@ -264,6 +272,9 @@ def into_config(text: bytes, classes: Classes, outputs: int, dtype: str | None =
             one.pop("label_names", None), one.pop("label_descriptions", None)
         if classes.labels:
             one["label_names"] = labels
+    if labels != before:
+        for key in _UNWRITTEN:
+            after.pop(key, None)
     if not timm and (labels != before or unsaid):
         labels = labels or [f"LABEL_{i}" for i in range(outputs)]
         after |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -294,7 +305,7 @@ def _labels(config: Any, what: str = FILE) -> list[str]:
     places = [config, inner] if isinstance(inner, dict) else [config]
     found = [
         read(one.get(key))
-        for key, read in (("id2label", _listed), ("label_names", _listed), ("label2id", _inverted))
+        for key, read in (*((key, _listed) for key in _BY_INDEX), *((key, _inverted) for key in _BY_LABEL))
         for one in places
     ]
     said = [one for one in found if one and not all(map(_UNSAID.fullmatch, one))]
@@ -305,12 +316,18 @@ def _labels(config: Any, what: str = FILE) -> list[str]:
     return next(iter(said or filter(None, found)), [])
 
 
+def _not_understood(files: Sequence[Path]) -> str:
+    """The key of labels that a configuration beside a checkpoint has, where none could be read; empty: no such key."""
+    config = read_beside(files[0].parent / FILE) if files else {}
+    return next((key for key in (*_BY_INDEX, *_BY_LABEL) if config.get(key) and not _labels({key: config[key]})), "")
+
+
 def _listed(labels: Any) -> list[str]:
-    """Labels by index, from a list or from a mapping of indices."""
+    """Labels by index, from a list or from a mapping of indices; numbers are labels, too."""
     if isinstance(labels, Mapping):
         labels = [labels.get(str(i)) for i in range(len(labels))] if len(labels) <= _MOST else []
-    known = isinstance(labels, list) and len(labels) <= _MOST and all(isinstance(label, str) for label in labels)
-    return labels if known else []
+    known = isinstance(labels, list) and len(labels) <= _MOST and all(isinstance(one, str | int) for one in labels)
+    return list(map(str, labels)) if known else []
 
 
 def _inverted(indices: Any) -> list[str]:

@@ -357,7 +357,7 @@ def _explained(error: ValidationError) -> str:
 
 def _beside(directory: Path, path: str) -> str:
     """A path as the recipe's reader has it."""
-    return path if hub.is_reference(path) else to_output(directory, path)
+    return path if hub.is_reference(path) else to_output(directory, os.path.expanduser(path))
 
 
 def _fields(parameters: dict[str, Any]) -> dict[str, Any]:

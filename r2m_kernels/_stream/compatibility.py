@@ -59,7 +59,10 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
     ]
     if goes_by_factors(config):
         whole = [tensor.role != "matrix" or by_rows(tensor, config) for tensor in tensors]
-        tensors = [one if kept else _with_changes(one, experts) for one, kept in zip(tensors, whole, strict=True)]
+        # Once for all tensors: what asks for methods is slow.
+        low = [source for source in experts.values() if isinstance(source, LowRankSource)]
+        if len(low) == len(experts):
+            tensors = [one if kept else _with_changes(one, low) for one, kept in zip(tensors, whole, strict=True)]
     if not any(tensor.role != "copied" for tensor in tensors):
         raise DoesNotFit(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
@@ -126,10 +129,9 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str],
     return PlannedTensor(name, spec, "matrix", rank, config.eta != 0 and config.spectrum != "truncate")
 
 
-def _with_changes(tensor: PlannedTensor, experts: Mapping[str, TensorSource]) -> PlannedTensor:
+def _with_changes(tensor: PlannedTensor, experts: Sequence[LowRankSource]) -> PlannedTensor:
     """With the ranks of its task vectors, where all are known and far below its own."""
-    sources = [source for source in experts.values() if isinstance(source, LowRankSource)]
-    ranks = [rank for source in sources if (rank := source.change_rank(tensor.name)) is not None]
+    ranks = [rank for source in experts if (rank := source.change_rank(tensor.name)) is not None]
     few = len(ranks) == len(experts) and FACTORED_SHARE * sum(ranks) <= min(tensor.matrix_shape)
     return replace(tensor, change_ranks=tuple(ranks)) if few else tensor
 

@@ -426,6 +426,16 @@ REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Any], str]] = {
         {},
         f"'{QKV}' has magnitudes, expected none by its adapter_config.json",
     ),
+    "no bias": (
+        LINEAR,
+        {"lora_bias": True},
+        f"'{QKV}' lacks a bias, expected one by lora_bias of its adapter_config.json",
+    ),
+    "bias": (
+        {**LINEAR, f"{QKV}.lora_B.bias": torch.ones(24)},
+        {},
+        f"'{QKV}' has a bias, expected none by lora_bias of its adapter_config.json",
+    ),
     "few magnitudes": (
         {**LINEAR, f"{QKV}.lora_magnitude_vector": torch.ones(8)},
         {"use_dora": True},

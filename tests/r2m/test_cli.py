@@ -89,6 +89,28 @@ def test_the_way_is_one_that_can_be_gone(name: str) -> None:
     assert {*words} <= known
 
 
+@pytest.mark.parametrize("recipe", [False, True])
+def test_a_path_at_home_is_there(
+    recipe: bool, checkpoints: Checkpoints, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell expands ~ behind a = or in a recipe: a directory of that name is not what anybody means."""
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("base", "fs"):
+        (home / f"{name}.safetensors").write_bytes(Path(f"{name}.safetensors").read_bytes())
+    arguments = ["--base=~/base.safetensors", "--expert=fs=~/fs.safetensors"]
+    if recipe:
+        Path("recipe.yaml").write_text("base_model: ~/base.safetensors\nmodels: [model: ~/fs.safetensors]\n")
+        arguments = ["recipe.yaml"]
+    assert command("merge", *arguments, "--out=~/out").code == 0
+    assert (home / "out" / "model.safetensors").exists()
+    assert not Path("~").exists()
+    Path("~").mkdir()
+    Path("~/out").mkdir()
+    assert command("inspect", "~/out").code == 2  # what is there
+
+
 def test_warnings_are_told(checkpoints: Checkpoints, command: Command) -> None:
     arguments = [
         "--base",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import cProfile
+import json
+import resource
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +35,53 @@ def test_one_checkpoint(checkpoints: Checkpoints, command: Command) -> None:
         "  types   5 float32, 1 int64\n"
         "  begin   block 2, position_ids 1, conv 1, empty 1, scale 1\n"
     )
+
+
+def many(path: str, tensors: int) -> None:
+    """Weights and biases of many small layers."""
+    layers = range(tensors // 2)
+    weights = {f"model.layers.{i // 100}.blocks.{i % 100}.weight": torch.full((2, 3), float(i)) for i in layers}
+    save_file(weights | {name[:-6] + "bias": torch.zeros(2) for name in weights}, path)
+
+
+@pytest.mark.parametrize(
+    # Of three checkpoints each tensor is looked at more than once; a plan counts bytes for every step, too.
+    ("command_line", "most"),
+    [("inspect a", 40), ("inspect base a b", 330), ("plan --base base --expert a --expert b --out out", 540)],
+)
+def test_what_a_tensor_more_costs(command_line: str, most: int, command: Command) -> None:
+    """Counted in calls of functions, which no machine's load touches; nothing looks at all others for each."""
+    first, *others = command_line.split()
+    counts = []
+    for tensors in (400, 800):
+        for name in ("base", "a", "b"):
+            many(f"{name}{tensors}", tensors)
+        words = [word + str(tensors) if word in ("base", "a", "b") else word for word in others]
+        command(first, *words)  # imports
+        with cProfile.Profile() as profile:
+            assert command(first, *words).code == 0
+        counts.append(sum(entry.callcount for entry in profile.getstats()))
+    assert counts[1] - counts[0] <= 400 * most
+
+
+@pytest.mark.heavy
+def test_a_million_tensors_are_described_within_ten_seconds(tmp_path: Path) -> None:
+    header, position = {}, 0
+    for i in range(500_000):
+        for ending, shape, size in (("weight", [2, 3], 24), ("bias", [2], 8)):
+            place = {"dtype": "F32", "shape": shape, "data_offsets": [position, position + size]}
+            header[f"layers.{i // 100}.{i % 100}.{ending}"] = place
+            position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    file = tmp_path / "large.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(position))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "r2m", "inspect", str(file)], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ": 1000000 tensors, 4 M parameters" in done.stdout
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime <= 10  # what others do here is not ours
 
 
 def test_a_set_that_fits(checkpoints: Checkpoints, command: Command) -> None:

@@ -176,6 +176,9 @@ def test_what_is_said_counts_more_than_files(command: Command) -> None:
         {"architecture": "vit_base", "label_names": ["fake", "real"]},
         {"architecture": "vit_base", "pretrained_cfg": {"label_names": ["Fake", "Real"]}},
         {"id2label": ["fake", "real"]},
+        {"class_names": ["fake", "real"]},
+        {"classes": {"0": "fake", "1": "real"}},
+        {"class_to_idx": {"fake": 0, "real": 1}},
     ],
 )
 def test_labels_are_read_wherever_libraries_keep_them(config: dict[str, Any], command: Command) -> None:
@@ -184,6 +187,32 @@ def test_labels_are_read_wherever_libraries_keep_them(config: dict[str, Any], co
     assert result.code == 0
     assert "expert 'b' (b): its labels are 0 " in result.err
     assert "its head's rows were put so" in result.err
+
+
+def test_numbers_are_labels(command: Command) -> None:
+    put("base", detector(0)), put_with("a", detector(1), {"id2label": {"0": 0, "1": 1}, "class_names": ["0", "1"]})
+    put_with("b", detector(2), {"id2label": {"0": 1, "1": 0}})
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b", "--out", "out")
+    assert result.code == 0
+    assert (
+        "expert 'b' (b): its labels are 0 1, 1 0, of expert 'a' (a) 0 0, 1 1; its head's rows were put so" in result.err
+    )
+
+
+@pytest.mark.parametrize("key", ["id2label", "class_names", "label2id"])
+def test_labels_that_cannot_be_read_are_told(key: str, command: Command) -> None:
+    put("base", detector(0)), put_with("a", detector(1), {key: {"1": "real", "2": "fake"}})
+    result = command("merge", "--base", "base", "--expert", "a=a", "--out", "out")
+    assert result.code == 0
+    assert f"expert 'a' (a): '{key}' of its config.json is not read; expected a label for every output" in result.err
+
+
+def test_no_other_key_of_the_bases_labels_stays_beside_the_merges(command: Command) -> None:
+    put_with("base", detector(0), {"model_type": "vit", "class_names": ["cat", "dog"]})
+    put("a", detector(1), ("real", "fake"))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    assert labels_of("out") == ["real", "fake"]
+    assert "class_names" not in json.loads(Path("out/config.json").read_text())
 
 
 def test_labels_of_a_merge_without_a_configuration_are_those_of_its_report(command: Command) -> None:
@@ -320,7 +349,7 @@ def test_the_fakes_output_is_told_by_words(labels: Sequence[str], fake: int | No
 
 @pytest.mark.filterwarnings("ignore::r2m.places.FileSystemWarning")
 @pytest.mark.parametrize(
-    "text", ["[", "[1]", "{}", '{"id2label": 3}', '{"id2label": {"1": "a"}}', '{"id2label": {"0": 1}}']
+    "text", ["[", "[1]", "{}", '{"id2label": 3}', '{"id2label": {"1": "a"}}', '{"id2label": {"0": 0.5}}']
 )
 def test_a_configuration_without_labels_says_nothing(text: str) -> None:
     Path("config.json").write_text(text)

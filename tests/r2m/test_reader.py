@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from r2m.checkpoints.reader import open_checkpoint
-from r2m.checkpoints.safetensors_file import _DTYPE_NAMES
+from r2m.checkpoints.safetensors_file import _DTYPE_NAMES, _in_order, open_file
 from safetensors.torch import load_file, save_file
 
 from r2m_kernels import InvalidInput
@@ -349,3 +349,54 @@ def test_a_mutated_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
         assert str(error).startswith("base: ")  # noqa: PT017 - both endings are right
     else:
         assert sum(source.read(name).nbytes for name in source.specs) == 8
+
+
+ORDER = (
+    '{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+    '"b":{"dtype":"BF16","shape":[],"data_offsets":[16,18]},"c":{"dtype":"I64","shape":[0,3],"data_offsets":[18,18]}}'
+)
+DOUBTFUL = {
+    "a gap": ("[16,18]", "[17,19]"),
+    "an overlap": ("[16,18]", "[14,16]"),
+    "another size": ("[2,2]", "[2,3]"),
+    "no number": ("[0,16]", "[false,16]"),
+    "a fraction": ("[0,16]", "[0,16.0]"),
+    "a negative size": ("[2,2]", "[-2,-2]"),
+    "a bool as a size": ("[2,2]", "[true,4]"),
+    "an unknown type": ("BF16", "F17"),
+    "a packed type": ('"BF16","shape":[]', '"F4","shape":[4]'),
+    "an escape": ('"b"', '"\\u0062"'),
+    "a name twice": ('"b"', '"a"'),
+    "a field twice": ('"shape":[2,2]', '"shape":[9],"shape":[2,2]'),
+    "a field more": ('"shape":[2,2]', '"shape":[2,2],"x":1'),
+    "a field less": ('"dtype":"F32",', ""),
+    "three places": ("[0,16]", "[0,16,16]"),
+    "metadata of numbers": ('"pt"', "1"),
+    "metadata that are none": ('{"format":"pt"}', "[]"),
+    "an order of its own": ('"b":{"dtype":"BF16","shape":[],"data_offsets":[16,18]},', ""),
+    "no object": ('{"__metadata__"', '[{"__metadata__"'),
+    "a space before": ('{"__metadata__"', ' {"__metadata__"'),
+    "a nested shape": ("[2,2]", "[[2],2]"),
+    "a shape of letters": ("[2,2]", '"22"'),
+}
+
+
+def test_a_large_header_that_is_in_order_is_read_as_the_library_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(ORDER)) + ORDER.encode() + bytes(range(18)))
+    judged = open_file(path, "x")
+    monkeypatch.setattr("r2m.checkpoints.safetensors_file._LARGE", 0)
+    monkeypatch.delattr("r2m.checkpoints.safetensors_file.safe_open")
+    assert open_file(path, "x") == judged
+
+
+@pytest.mark.parametrize("case", DOUBTFUL)
+def test_a_large_header_with_anything_doubtful_is_for_the_library(case: str) -> None:
+    old, new = DOUBTFUL[case]
+    header = ORDER.replace(old, new, 1).encode()
+    assert header != ORDER.encode()
+    assert _in_order(ORDER.encode(), 8 + len(ORDER) + 18) is not None
+    assert _in_order(header, 8 + len(header) + 18) is None
+    assert _in_order(ORDER.encode(), 8 + len(ORDER) + 17) is None

@@ -560,7 +560,7 @@ def test_memory_stays_within_the_budget(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("method", ["star", "tsv_m", "iso_c"])
+@pytest.mark.parametrize("method", ["star", "mono_soup", "tsv_m", "iso_c"])
 def test_matrices_that_are_needed_whole_take_what_plan_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, threads: int
 ) -> None:
@@ -571,7 +571,7 @@ def test_matrices_that_are_needed_whole_take_what_plan_says(
     planned, _ = plan_merge(recipe, "out", Options(memory_budget="64MiB"))
     taken = peak("out", 64 << 20, method, threads)
     assert not planned.enough
-    assert 0.8 <= taken / planned.shares[0].memory <= 1.1
+    assert 0.9 <= taken / planned.shares[0].memory <= 1.1
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ class AdapterConfig:
         ranks, alphas: pattern of module names → the same of those that it fits.
         stabilised: whether the scale is alpha / √rank and not alpha / rank.
         dora: whether rows have magnitudes of their own (arXiv 2402.09353).
+        biased: whether modules have a bias of their own, beside their factors.
         transposed: whether square weights are (in, out).
         base: what its base is called, if it says so.
         digest: SHA-256 of the file.
@@ -92,6 +93,7 @@ class AdapterConfig:
     alphas: Mapping[str, float]
     stabilised: bool
     dora: bool
+    biased: bool
     transposed: bool
     base: str | None
     digest: str
@@ -140,6 +142,7 @@ def read_config(directory: Path, label: str) -> AdapterConfig:
         alphas={key: _number(what, "alpha_pattern", one) for key, one in _patterns(what, content, "alpha_pattern")},
         stabilised=content.get("use_rslora") is True,
         dora=content.get("use_dora") is True,
+        biased=content.get("lora_bias") is True,
         transposed=content.get("fan_in_fan_out") is True,
         base=base,
         digest=hashlib.sha256(text).hexdigest(),

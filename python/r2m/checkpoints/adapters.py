@@ -211,6 +211,9 @@ def _of_module(
     if config.dora != ("magnitudes" in parts):
         which = "lacks magnitudes, expected some" if config.dora else "has magnitudes, expected none"
         raise BadCheckpoint(f"{source.label}: {quoted(module)} {which} by its {CONFIG}")
+    if config.biased != ("bias" in parts):
+        which = "lacks a bias, expected one" if config.biased else "has a bias, expected none"
+        raise BadCheckpoint(f"{source.label}: {quoted(module)} {which} by lora_bias of its {CONFIG}")
     names = (parts["left"], parts["right"])
     left, right = (source.specs[name] for name in names)
     embedding = "lora_embedding" in names[0]

@@ -5,6 +5,9 @@ torch is imported inside the commands, so that ``--help`` is immediate.
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Sequence
 
 import click
@@ -14,6 +17,9 @@ from r2m.commands.messages import say, settled
 from r2m.commands.process import ENDED, exit_code, no_memory
 from r2m.commands.way import WayGroup
 from r2m_kernels.errors import DoesNotFit, printable
+
+# A path in somebody's home that a shell passes on as it is written: as the value of an option, or after a name.
+_AT_HOME = re.compile(r"((?:--[\w-]+=)?(?:[^=~]+=)?)(~[^/]*/.*)", re.DOTALL)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -56,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        result = r2m.main(args=arguments, prog_name="r2m", standalone_mode=False)
+        words = list(map(_expanded, sys.argv[1:] if arguments is None else arguments))
+        result = r2m.main(args=words, prog_name="r2m", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -80,6 +87,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         more = ["(r2m inspect --all BASE EXPERT… lists every mismatch)"] if getattr(error, "every", "") else []
         say("\n".join([f"Error: {text}", *more, *getattr(error, "__notes__", ())]), err=True)
         return code
+
+
+def _expanded(argument: str) -> str:
+    """With ``~/`` as a shell has it, which leaves it alone behind a ``=``; what is there under that name is meant."""
+    match = _AT_HOME.fullmatch(argument)
+    if match is None or os.path.lexists(match[2]):
+        return argument
+    return match[1] + os.path.expanduser(match[2])
 
 
 def _describe(error: OSError) -> str:
