@@ -97,7 +97,10 @@ setup(
     packages=find_packages(include=["r2m_kernels", "r2m_kernels.*"])
     + find_packages("python", include=["r2m", "r2m.*"]),
     package_dir={"r2m_kernels": "r2m_kernels", "r2m": "python/r2m"},
-    package_data={"r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"], "r2m": ["py.typed", "templates/*"]},
+    package_data={
+        "r2m_kernels": ["py.typed", "README.md", "_triton/launch.json"],
+        "r2m": ["py.typed", "templates/*", "plugins/fusion_bench/method/*.yaml"],
+    },
     ext_modules=[] if wish == "off" else [library],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -42,6 +42,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "python/r2m/arrangement.py": (("zoo",), ("tests/r2m/test_zoo.py",)),
     "python/r2m/presets.py": (("zoo",), ("tests/r2m/test_zoo.py",)),
     "python/r2m/adapted.py": (("zoo",), ("tests/r2m/test_adapted.py",)),
+    "python/r2m/plugins/*": ((), ("tests/r2m/test_plugins.py",)),
     "docs/adapters.md": (("zoo",), ("tests/r2m/test_adapters_page.py",)),
     "r2m_kernels/*": ((), ("tests/bench/test_same_bits.py",)),
     "*.md": (

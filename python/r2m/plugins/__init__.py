@@ -1,0 +1,1 @@
+"""The package's methods inside other people's merge tools, a folder each: docs/plugins.md."""
