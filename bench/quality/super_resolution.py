@@ -7,7 +7,6 @@ networks in general.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import json
 import sys
@@ -22,7 +21,7 @@ from r2m.demo.resampling import Picture, clip
 from r2m.places import new_file
 
 from bench.quality import packages
-from bench.quality.models import CACHE
+from bench.quality.models import CACHE, code_of
 
 # Name → the package's network, and how much larger it makes a picture.
 NETWORKS = {"super-resolution × 2": ("realesr-animevideov3-x2", 2), "super-resolution × 4": ("realesrgan-x4plus", 4)}
@@ -37,7 +36,7 @@ def make_pictures(
         BackendUnavailable: the packages are not installed.
     """
     shaped_by = {
-        "code": [inspect.getsource(module) for module in (camera, faces, resampling, samples, sys.modules[__name__])],
+        "code": [code_of(module) for module in (camera, faces, resampling, samples, sys.modules[__name__])],
         "pictures": [list(people), kind, draws, seed, size],
     }
     digest = hashlib.sha256(json.dumps(shaped_by).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from r2m.demo.detectors import SPECIALISTS
 from r2m.demo.faces import split_people
 from r2m.demo.samples import Group
 
-from bench.quality import choosing, groups, judging, methods, run, settings, store
+from bench.quality import choosing, groups, judging, methods, models, run, settings, store
 from bench.quality.docs import RULES
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
@@ -216,6 +216,20 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monk
     retrained = Models(Run("cnn", 0, quick=True), tmp_path)
     torch.set_num_threads(1)
     assert all(torch.equal(tensor, cached[name]) for name, tensor in retrained.specialist("FS").items())
+
+
+def test_words_and_recipes_of_others_train_nothing_anew(monkeypatch):
+    def code(source):
+        monkeypatch.setattr(models.inspect, "getsource", lambda _: source)
+        return models.code_of(models)
+
+    before = (
+        'def f(x):\n    """Of x."""\n    if x < 0:\n        raise ValueError("no")\n    return x\nQUICK = Setting(1)'
+    )
+    after = "import os\nQUICK = Setting(2)\ndef f(x):\n    if x < 0:  # below\n        raise BadOption()\n    return x"
+    assert code(before) == code(after)
+    assert code(before) != code(before.replace("x < 0", "x < 1")) != code(before.replace("return x", "return -x"))
+    assert code("N = 1") != code("N = 2")
 
 
 def test_training_pictures_are_of_training_people():
