@@ -18,6 +18,7 @@ from bench.quality.judging import Pictures, mean_of
 from bench.quality.methods import all_methods, merged
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
+from bench.quality.store import GroupScores
 from bench.quality.tables import DEFAULT
 from r2m_kernels import MergeConfig, analyze, merge
 
@@ -44,12 +45,14 @@ def many(run: Run) -> list[Numbers]:
     experts = {kind: models.specialist(kind) for kind in settings.MAIN + settings.FURTHER}
     unseen = UNSEEN[run.regime]
     pictures = Pictures({"six families": all_families(run), **groups_of(run, [unseen])})
+    alone = {kind: _scored(run, [expert], pictures) for kind, expert in experts.items()}
     rows: list[Numbers] = []
     for order in range(ORDERS):
         kinds = [str(kind) for kind in np.random.default_rng([run.seed, order]).permutation(list(experts))]
         for count in range(1, len(kinds) + 1):
-            auc = _merged(run, base, [experts[kind] for kind in kinds[:count]], pictures)
-            rows.append({"order": order, "experts": kinds[:count], "auc": auc})
+            some = kinds[:count]
+            auc = _merged(run, base, [experts[kind] for kind in some], [alone[kind] for kind in some], pictures)
+            rows.append({"order": order, "experts": some, "auc": auc})
     return rows
 
 
@@ -63,20 +66,25 @@ def robustness(run: Run) -> Numbers:
         f"FR's task vector × {UNEQUAL:g}": (base, [fs, _lengthened(base, fr), efs]),
         "bfloat16 storage": (_cast(base, torch.bfloat16), [_cast(expert, torch.bfloat16) for expert in (fs, fr, efs)]),
     }
-    return {case: _merged(run, *states, pictures) for case, states in cases.items()}
+    return {
+        case: _merged(run, start, states, [_scored(run, [state], pictures) for state in states], pictures)
+        for case, (start, states) in cases.items()
+    }
 
 
-def _merged(run: Run, base: StateDict, experts: list[StateDict], pictures: Pictures) -> Numbers:
-    """AUC in every group of the ensemble and of what is followed."""
+def _merged(
+    run: Run, base: StateDict, experts: list[StateDict], alone: Sequence[GroupScores], pictures: Pictures
+) -> Numbers:
+    """AUC in every group of the ensemble, whose members' scores are ``alone``, and of what is followed."""
     methods = {method.name: method for method in all_methods()}
-    scored = {"ensemble": mean_of([_scored(run, [expert], pictures) for expert in experts])}
+    scored = {"ensemble": mean_of(alone)}
     for row in FOLLOWED:
         (candidate,) = methods[row].candidates.values()
         scored[row] = _scored(run, merged(candidate, base, experts), pictures)
     return {row: {name: group_auc(group) for name, group in scores.items()} for row, scores in scored.items()}
 
 
-def _scored(run: Run, states: Sequence[StateDict], pictures: Pictures) -> dict[str, Any]:
+def _scored(run: Run, states: Sequence[StateDict], pictures: Pictures) -> GroupScores:
     return pictures.split(pictures.scores(run, [_cast(state, torch.float32) for state in states]))
 
 
@@ -93,13 +101,16 @@ def diagnosis(run: Run) -> list[Numbers]:
     elsewhere = Run(run.architecture, seeds[(seeds.index(run.seed) + 1) % len(seeds)], run.quick)
     stranger = Models(elsewhere).specialist("FR")
     known = dict(zip(settings.MAIN, experts, strict=True))
-    cases = {"+".join(kinds): [known[kind] for kind in kinds] for kinds in itertools.combinations(settings.MAIN, 2)}
-    cases["+".join(settings.MAIN)] = experts
-    cases[f"FR's update × {UNEQUAL:g}"] = [experts[0], _lengthened(base, experts[1]), experts[2]]
-    cases["FR of another base"] = [experts[0], stranger, experts[2]]
+    known |= {"longer": _lengthened(base, known["FR"]), "stranger": stranger}
+    alone = {name: _scored(run, [state], pictures) for name, state in known.items()}
+    cases = {"+".join(kinds): kinds for kinds in itertools.combinations(settings.MAIN, 2)}
+    cases["+".join(settings.MAIN)] = settings.MAIN
+    cases[f"FR's update × {UNEQUAL:g}"] = ("FS", "longer", "EFS")
+    cases["FR of another base"] = ("FS", "stranger", "EFS")
     rows = []
-    for case, members in cases.items():
-        ensemble = mean_of([_scored(run, [expert], pictures) for expert in members])["in-distribution"]
+    for case, names in cases.items():
+        members = [known[name] for name in names]
+        ensemble = mean_of([alone[name] for name in names])["in-distribution"]
         ours = _scored(run, [merge(base, members)], pictures)["in-distribution"]
         shortfall = group_auc(ensemble) - group_auc(ours)
         rows.append({"case": case, "shortfall": shortfall, "report": _report(base, members)})

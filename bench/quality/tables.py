@@ -254,4 +254,4 @@ def print_tables(content: Content) -> None:
         words = "; ".join(f"{method} {choice}" for method, choice in chosen.items())
         console.print(f"Picked on validation, {architecture}: {words}", highlight=False, soft_wrap=True)
     if any(name.endswith("-quick") for name in content["about"]):
-        console.print("Quick run: a third of the training and one seed; these numbers show how it runs and not more.")
+        console.print("Quick run: a tenth of the training and one seed; these numbers show how it runs and not more.")

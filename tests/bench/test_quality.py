@@ -21,6 +21,17 @@ from bench.quality.networks import new_network
 from r2m_kernels import MergeConfig
 from r2m_kernels.report import CALIBRATED
 
+# Averages, choices of the package's and of a rule in plain PyTorch, the default, several models, an ablation.
+A_QUICK_RUNS = (
+    "weight average",
+    "weight average × 1.2",
+    "TIES",
+    "DC-Merge",
+    "R2M by rows, rank .4, small matrices whole",
+    "compressed ensemble, rank 1",
+    "default, row power 2",
+)
+
 
 class Untrained(Models):
     """Detectors of a run that nobody trained."""
@@ -195,7 +206,11 @@ def test_warnings_use_the_thresholds_that_were_found():
 
 @pytest.mark.slow
 def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monkeypatch, capsys):
+    # One row of each kind; that every candidate makes detectors is test_quality_rules.py's.
+    rows = [one for one in methods.all_methods() if one.name in A_QUICK_RUNS]
+    assert len(rows) == len(A_QUICK_RUNS)
     monkeypatch.setattr(run, "ARCHITECTURES", ("cnn",))
+    monkeypatch.setattr(run, "all_methods", lambda: rows)
 
     def quick(out):
         assert run.main(["--quick", "--out", str(out)]) == 0
@@ -203,6 +218,8 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monk
 
     printed, first = quick(tmp_path / "one")
     assert re.search(r"^ *R2M, the default  ", printed, re.MULTILINE)
+    assert set(first["chosen"]["cnn"]) == {"TIES", "DC-Merge"}
+    assert set(A_QUICK_RUNS) <= first["sections"]["scratch"]["development"]["rows"].keys()
     for column in ("in-distribution", "cross", "unseen", "natural"):
         assert column in printed
     for picture in ("scratch.svg", "forgeries.png"):
