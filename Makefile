@@ -111,7 +111,7 @@ GPU_PACKAGES := triton==3.6.0 numpy==2.3.5
 .venv-gpu/ready: requirements.txt Makefile
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet --no-compile $(GPU_PACKAGES) \
-	  $$(grep -E '^(torch|pytest|safetensors)==' requirements.txt)
+	  $$(grep -E '^(torch|pytest|safetensors|pyelftools)==' requirements.txt)
 	touch $@
 
 gpu:  ## on a machine with a GPU, without an install: right and fast? JSON in OUT or bench/results/

@@ -118,7 +118,7 @@ chosen = [
     if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "tf32" and found.config.inputs
     and found.constants["SIGNS"] and not found.constants["TRANSPOSE"]
 ]
-print(json.dumps([compile_check.failures(compile_check.inspected(target, found)) for found in chosen]))
+print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
 """
     (found,) = run(code, target, json.dumps(tiles))
     assert any(failure in one for one in found), found
