@@ -22,7 +22,7 @@ from .task_gram import BLOCK_OF_EXPERTS
 ROWS = 4  # of a program: what its sums take in registers
 
 
-@triton.jit(do_not_specialize=["m", "n", "count", "pairs"])
+@triton.jit(do_not_specialize=["m", "n", "count", "pairs"], do_not_specialize_on_alignment=["squares"])
 def row_grams_kernel(
     table,
     out,

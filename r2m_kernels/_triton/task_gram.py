@@ -26,7 +26,7 @@ BLOCK_OF_EXPERTS = 4
 PANEL = 2**28
 
 
-@triton.jit(do_not_specialize=["elements", "count", "chunks", "pairs"])
+@triton.jit(do_not_specialize=["elements", "count", "chunks", "pairs"], do_not_specialize_on_alignment=["squares"])
 def task_gram_kernel(
     table,
     partial,
