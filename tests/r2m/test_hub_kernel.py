@@ -53,7 +53,7 @@ def test_its_variants_are_the_package_under_a_name_by_its_content(
 def test_the_tool_loads_it_and_its_benchmarks_are_right(tmp_path: Path) -> None:
     repository = hub_kernel.write(tmp_path / "kernel", "somebody/r2m-kernels")
     found = with_libraries("zoo_kernel.py", str(repository), tmp_path)
-    assert found["backends"] == ["Backend.CPU", "Backend.CUDA", "Backend.ROCm"]
+    assert found["backends"] == ["cpu", "cuda", "rocm"]
     assert found["module"].startswith("_r2m_kernels_cpu_")
     assert (found["merged"], found["installed one"]) == ([1.0], False)
     assert found["verified"] == {f"Operators.{name}": True for name in ("combine", "residual_matmul", "task_gram")}
