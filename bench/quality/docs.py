@@ -123,9 +123,16 @@ def _names(content: Content) -> dict[str, Any]:
         "wrong": partial(_wrong, studies),
         "features": {name: _features(studies, name) for name in studied},
         "alarms": partial(_alarms, studies),
+        "lopsided": len({frozenset(_compared(content, of)) for name, (_, of, _) in sections.items() if name in UNSEEN})
+        > 1,
         "readme": _readme(sections),
         "elsewhere": _elsewhere(sections),
     }
+
+
+def _compared(content: Content, section: Content) -> list[str]:
+    """Rows of a section that are methods, ours and others'."""
+    return [row for row in section["rows"] if content["methods"].get(row) in ("peer", "ours")]
 
 
 def _is_form(row: str) -> bool:
@@ -153,11 +160,7 @@ def _shared(section: Content, unseen: str) -> str:
 
 def _best(content: Content, section: Content) -> tuple[str, int]:
     """The single model merged without data that is highest in-distribution, and of how many."""
-    rows = [
-        row
-        for row in section["rows"]
-        if content["methods"].get(row) in ("peer", "ours") and "ensemble" not in row and row != AVERAGE
-    ]
+    rows = [row for row in _compared(content, section) if "ensemble" not in row and row != AVERAGE]
     return max(rows, key=lambda row: section["rows"][row]["mean"][KNOWN]), len(rows)
 
 
