@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -91,7 +91,7 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
     """The native backend; for ``"auto"`` the torch backend where that cannot run and need not."""
     if device.type != "cpu":
         raise BackendUnavailable(f"backend 'native' runs on CPUs and not on '{device.type}'; use backend='auto'")
-    library = importlib.import_module("._native.library", __package__)
+    library = _module("_native.library")
     try:
         loaded = library.load()
     except BackendUnavailable as error:
@@ -105,13 +105,19 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
 
 def _on_gpu(reason: str, device: torch.device) -> Backend:
     """The Triton backend, and what became of kernels that were compiled before."""
-    told = importlib.import_module("._triton.ahead", __package__).fill(device)
+    told = _module("_triton.ahead").fill(device)
     return _backend("triton", f"{reason}; {told}" if told else reason)
 
 
+@functools.cache
 def _backend(name: str, reason: str, variant: str = "") -> Backend:
     variant = " ".join(part for part in (variant, torch.backends.cpu.get_cpu_capability()) if part)
-    return Backend(name, reason, variant, cast(Operators, importlib.import_module(f"._{name}", __package__)))
+    return Backend(name, reason, variant, cast(Operators, _module(f"_{name}")))
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _why_not_triton(device: torch.device) -> str:

@@ -6,24 +6,29 @@ float64) tensors of any shape, mixed between experts. Results are bit-reproducib
 threads; they are on the base's device, by which ``"auto"`` picks. Every function raises ``InvalidInput`` for shapes,
 dtypes and devices that do not fit and ``BackendUnavailable`` for a
 backend that was asked for by name and cannot run here.
+
+Each is an operator of ``torch.ops.r2m`` (:mod:`._operators`), which importing this module registers: ``torch.compile``,
+``torch.export``, FakeTensor and meta tensors take it as one of PyTorch's own. :func:`combine` without ``out`` has
+derivatives; asking for another's raises ``NotImplementedError``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import _backends, checks, tensor_checks
-from ._stream.parallel import deterministic
-from ._stream.tensors import compute_dtype
+from . import checks
+from ._operators import CALLS, PRECISIONS
 
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+__all__ = ["PRECISIONS", "combine", "combine_rows", "match_columns", "orthonormalize", "residual_matmul", "task_gram"]
+
+_task_gram, _residual_matmul, _orthonormalize = CALLS["task_gram"], CALLS["residual_matmul"], CALLS["orthonormalize"]
+_combine, _combine_out = CALLS["combine"], CALLS["combine.out"]
+_combine_rows, _combine_rows_out = CALLS["combine_rows"], CALLS["combine_rows.out"]
+_match_columns, _match_columns_out = CALLS["match_columns"], CALLS["match_columns.out"]
 
 
-@deterministic
 def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backend: str = "auto") -> Tensor:
     """Gram matrices of the task vectors, one per tensor: G_l[i, j] = ⟨τ_il, τ_jl⟩.
 
@@ -35,16 +40,11 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
         (L, N, N) float64 on the CPU, symmetric up to rounding; |error| ≤ 16·2⁻²⁴ · |A||A|ᵀ (2⁻⁵³ for float64 inputs).
         A NaN or Inf in an input makes its entries non-finite.
     """
-    checks.not_empty("base", base)
     for j, expert in enumerate(experts):
         checks.same_length(f"tensors of expert {j}", expert, len(base))
-    for index, tensor in enumerate(base):
-        _check_inputs(tensor, [expert[index] for expert in experts], f" {index}")
-        tensor_checks.same_device(f"base tensor {index}", tensor, base[0].device)
-    return _backends.choose(backend, base[0].device).operators.task_gram(base, experts).tasks.cpu()
+    return _task_gram(list(base), [tensor for expert in experts for tensor in expert], backend)
 
 
-@deterministic
 def residual_matmul(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -67,21 +67,9 @@ def residual_matmul(
     Returns:
         (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
     """
-    _check_inputs(base, experts)
-    tensor_checks.matrix_like("base", base)
-    checks.choice("precision", precision, PRECISIONS)
-    count = len(experts)
-    tensor_checks.same_shape("mixing", mixing, (count, count))
-    inner = base.shape[0] if transpose else math.prod(base.shape[1:])
-    tensor_checks.ndim("rhs", rhs, 3)
-    tensor_checks.same_shape("rhs", rhs, (count, inner, rhs.shape[2]))
-    tensor_checks.floating("rhs", rhs)
-    operators = _backends.choose(backend, base.device).operators
-    group = [[expert] for expert in experts]
-    return operators.residual_matmul([base], group, mixing, rhs.unsqueeze(0), transpose, precision)[0]
+    return _residual_matmul(base, list(experts), mixing, rhs, transpose, precision, backend)
 
 
-@deterministic
 def orthonormalize(y: Tensor, backend: str = "auto") -> Tensor:
     """Orthonormal columns Q with the range of y, so that Q Qᵀ y = y up to rounding.
 
@@ -91,12 +79,9 @@ def orthonormalize(y: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         (…, m, k), float32 (float64 for float64).
     """
-    tensor_checks.floating("y", y)
-    tensor_checks.tall("y", y)
-    return _backends.choose(backend, y.device).operators.orthonormalize(y)
+    return _orthonormalize(y, backend)
 
 
-@deterministic
 def combine(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -124,26 +109,12 @@ def combine(
         ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|); on NVIDIA's
         matrix units 20 for 8.
     """
-    _check_inputs(base, experts)
-    count = len(experts)
-    tensor_checks.same_shape("core", core, (count,))
-    given = [tensor is not None for tensor in (left, right, scale)]
-    checks.all_or_none("left, right and scale", given)
-    if left is not None and right is not None and scale is not None:
-        tensor_checks.matrix_like("base", base)
-        tensor_checks.ndim("left", left, 3)
-        rows, rank = base.shape[0], left.shape[2]
-        tensor_checks.same_shape("left", left, (count, rows, rank))
-        tensor_checks.same_shape("right", right, (count, rank, math.prod(base.shape[1:])))
-        tensor_checks.same_shape("scale", scale, (count,))
-    out = _output(base, out)
-    operators = _backends.choose(backend, base.device).operators
-    left, right = (None if factor is None else factor.unsqueeze(0) for factor in (left, right))
-    operators.combine([base], [[expert] for expert in experts], core, left, right, scale, [out])
+    if out is None:
+        return _combine(base, list(experts), core, left, right, scale, backend)
+    _combine_out(base, list(experts), core, out, left, right, scale, backend)
     return out
 
 
-@deterministic
 def combine_rows(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -177,26 +148,13 @@ def combine_rows(
         + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (n + 2N + 8)·2⁻⁵³ · max_i (‖row of
         Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖)² is how well the length of a row of n elements is known.
     """
-    _check_inputs(base, experts)
-    tensor_checks.matrix_like("base", base)
-    count = len(experts)
-    tensor_checks.same_shape("core", core, (count,))
-    tensor_checks.same_shape("mixing", mixing, (count, count))
-    tensor_checks.same_shape("weights", weights, (count,))
-    tensor_checks.same_shape("scales", scales, (count,))
-    power = checks.number("power", power, minimum=0.0)
-    numbers = (core.double(), mixing.double(), weights.double(), scales.double(), checks.number("eta", eta), power)
-    operators = _backends.choose(backend, base.device).operators
-    bases, group, dtype = [base], [[expert] for expert in experts], compute_dtype([base, *experts])
-
-    def write(target: Tensor) -> None:
-        coefficients = operators.row_coefficients(operators.row_grams(bases, group).rows, *numbers, dtype)
-        operators.combine(bases, group, coefficients, None, None, None, [target])
-
-    return _written(_output(base, out), write)
+    eta, power = checks.number("eta", eta), checks.number("power", power, minimum=0.0)
+    if out is None:
+        return _combine_rows(base, list(experts), core, mixing, weights, scales, eta, power, backend)
+    _combine_rows_out(base, list(experts), core, mixing, weights, scales, eta, power, out, backend)
+    return out
 
 
-@deterministic
 def match_columns(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -220,46 +178,7 @@ def match_columns(
         ``out``. |error| ≤ ½ ulp + 2⁻²⁴ · |θ| + 8·2⁻²⁴ · |f (θ* − θ₀)|, f the factor of the column; θ* is rounded to
         what θ₀ and θ_j are computed in first.
     """
-    _check_inputs(base, experts)
-    tensor_checks.matrix_like("base", base)
-    tensor_checks.floating("merged", merged)
-    tensor_checks.same_shape("merged", merged, base.shape)
-    tensor_checks.same_device("merged", merged, base.device)
-    tensor_checks.same_shape("counts", counts, (len(experts),))
-    change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
-    operators = _backends.choose(backend, base.device).operators
-    group, counts = [[expert] for expert in experts], counts.double()
-
-    def write(target: Tensor) -> None:
-        operators.match_columns([base], group, [change], counts, [target])
-
-    return _written(_output(base, out), write)
-
-
-def _output(base: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
-        return torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    tensor_checks.floating("out", out)
-    tensor_checks.same_shape("out", out, base.shape)
-    tensor_checks.same_device("out", out, base.device)
+        return _match_columns(base, list(experts), merged, counts, backend)
+    _match_columns_out(base, list(experts), merged, counts, out, backend)
     return out
-
-
-def _written(out: Tensor, write: Callable[[Tensor], None]) -> Tensor:
-    """``out`` after ``write``, which wants a contiguous tensor with elements."""
-    if out.numel():
-        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        write(target)
-        if target is not out:
-            out.copy_(target)
-    return out
-
-
-def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str = "") -> None:
-    checks.not_empty("experts", experts)
-    tensor_checks.floating(f"base tensor{index}", base)
-    for j, expert in enumerate(experts):
-        what = f"tensor{index} of expert {j}"
-        tensor_checks.floating(what, expert)
-        tensor_checks.same_shape(what, expert, base.shape)
-        tensor_checks.same_device(what, expert, base.device)

@@ -107,7 +107,8 @@ def policy() -> str:
     return value
 
 
-_in_use: list[Library] = []  # at most one
+# At most one, with what the environment said.
+_in_use: list[tuple[Library, tuple[str | None, str | None]]] = []
 
 
 def load() -> Library:
@@ -117,20 +118,23 @@ def load() -> Library:
         BackendUnavailable: it is switched off, missing, of another ABI or foreign.
         InvalidInput: ``R2M_NATIVE`` has no meaning.
     """
+    environment = os.environ.get("R2M_NATIVE"), os.environ.get("R2M_NATIVE_LIBRARY")
+    if _in_use and _in_use[0][1] == environment:
+        return _in_use[0][0]
     if policy() == "off":
         raise BackendUnavailable("the native kernels are switched off by R2M_NATIVE=off")
-    given = os.environ.get("R2M_NATIVE_LIBRARY")
+    given = environment[1]
     path = Path(given) if given else Path(__file__).with_name("libr2m_native.so")
     if not path.is_file():
         why = "there is no such file" if given else "this installation has no compiled CPU kernels"
         raise BackendUnavailable(f"the native library '{path}' is missing: {why}")
-    _in_use[:] = [_library(path)]
-    return _in_use[0]
+    _in_use[:] = [(_library(path), environment)]
+    return _in_use[0][0]
 
 
 def loaded() -> Library:
     """The library in use: what the environment says is read when a backend is chosen, not in every call."""
-    return _in_use[0] if _in_use else load()
+    return _in_use[0][0] if _in_use else load()
 
 
 def rows_of(tensor: Tensor) -> Tensor:

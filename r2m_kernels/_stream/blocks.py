@@ -24,8 +24,15 @@ RUNS_PER_PANEL = 4
 # Columns of a block that a product of low-rank factors is made in. A matrix may come in panels of whole blocks, so that
 # right factors of a few columns are in memory at once.
 PRODUCT_COLUMNS = 2**10
+# Elements that rows on a GPU start at multiples of: every vector of a kernel is then whole.
+ROW_MULTIPLE = 16
 # Blocks of one panel are summed in order, then panels in order; panels may run on different threads.
 BLOCKS_PER_PANEL = 16
+
+
+def padded(length: int) -> int:
+    """From the start of a row of ``length`` elements on a GPU to that of the next."""
+    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def panel_limit(device: torch.device) -> int | None:

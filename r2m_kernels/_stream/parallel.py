@@ -11,8 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ _state = _State()
 
 
 _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_EXACT = ("ieee", "none")  # what float32 products are by default, too
 
 
 class _TorchThreads:
@@ -45,15 +46,16 @@ class _TorchThreads:
         self._lock = threading.Lock()
         self._inside = 0
         self._count = 1
-        self._precisions: list[str] = []
+        self._allowed: list[tuple[Any, str]] = []
 
     def enter(self) -> int:
         with self._lock:
             if self._inside == 0:
                 self._count = torch.get_num_threads()
                 # A training script may have allowed tf32 or bf16 inside float32 products: not here.
-                self._precisions = [matmul.fp32_precision for matmul in _MATMULS]
-                for matmul in _MATMULS:
+                found = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
+                self._allowed = [(matmul, precision) for matmul, precision in found if precision not in _EXACT]
+                for matmul, _ in self._allowed:
                     matmul.fp32_precision = "ieee"
             self._inside += 1
             torch.set_num_threads(1)
@@ -64,7 +66,7 @@ class _TorchThreads:
             self._inside -= 1
             torch.set_num_threads(self._count)
             if self._inside == 0:
-                for matmul, precision in zip(_MATMULS, self._precisions, strict=True):
+                for matmul, precision in self._allowed:
                     matmul.fp32_precision = precision
 
 
@@ -78,17 +80,27 @@ def one_thread_per_product() -> Iterator[None]:
     The number of workers is ``torch.get_num_threads()`` at entry (``OMP_NUM_THREADS``, ``torch.set_num_threads``); it
     is restored at exit. Nested blocks change nothing.
     """
-    if _state.inside:
-        yield
-        return
-    _state.inside, _state.threads = True, _torch_threads.enter()
+    entered = _enter()
     try:
         yield
     finally:
-        if _state.pool is not None:
-            _state.pool.shutdown(wait=True, cancel_futures=True)
-        _state.inside, _state.threads, _state.pool = False, 1, None
-        _torch_threads.leave()
+        if entered:
+            _leave()
+
+
+def _enter() -> bool:
+    """Whether it was not so before."""
+    if _state.inside:
+        return False
+    _state.inside, _state.threads = True, _torch_threads.enter()
+    return True
+
+
+def _leave() -> None:
+    if _state.pool is not None:
+        _state.pool.shutdown(wait=True, cancel_futures=True)
+    _state.inside, _state.threads, _state.pool = False, 1, None
+    _torch_threads.leave()
 
 
 def deterministic(function: Callable[P, R]) -> Callable[P, R]:
@@ -97,18 +109,44 @@ def deterministic(function: Callable[P, R]) -> Callable[P, R]:
     Nor in inference mode, which is a thread's own: what one made in it, no other thread could write to.
     """
 
+    def modes() -> list[AbstractContextManager[Any]]:
+        found = [*_foreign_modes(), torch.no_grad()]  # leaving inference mode would switch gradients on
+        return found if torch.get_default_device().type == "cpu" else [*found, torch.device("cpu")]
+
+    return _inside(modes, function)
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """The same for what PyTorch's dispatcher calls: it has left gradients and a default device behind. It is cheap."""
+    return _inside(_foreign_modes, function)
+
+
+def _foreign_modes() -> list[AbstractContextManager[Any]]:
+    """What ends the modes that would change a result, or keep workers from writing it; few are ever on."""
+    found: list[AbstractContextManager[Any]] = []
+    if torch.is_inference_mode_enabled():
+        found.append(torch.inference_mode(False))
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            found.append(torch.autocast(device, enabled=False))
+    return found
+
+
+def _inside(modes: Callable[[], list[AbstractContextManager[Any]]], function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            stack.enter_context(one_thread_per_product())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type != "cpu":
-                stack.enter_context(torch.device("cpu"))
-            return function(*args, **kwargs)
+        entered = _enter()
+        try:
+            found = modes()
+            if not found:
+                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                for mode in found:
+                    stack.enter_context(mode)
+                return function(*args, **kwargs)
+        finally:
+            if entered:
+                _leave()
 
     return wrapper
 

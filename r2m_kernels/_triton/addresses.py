@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.blocks import padded
 from .._stream.tensors import compute_dtype
 
 # A vector load moves this many bytes and wants an address that is a multiple of it.
@@ -121,7 +122,7 @@ def vectors_fit(length: int) -> bool:
 def padded_rows(rows: Tensor) -> Tensor:
     """``rows`` laid out as :func:`empty_rows` does: itself where it is so, else a copy."""
     *leading, length = rows.shape
-    stride, strides = _padded(length), [1]
+    stride, strides = padded(length), [1]
     for size in reversed(leading):
         strides.append(stride)
         stride *= max(1, size)
@@ -132,8 +133,4 @@ def padded_rows(rows: Tensor) -> Tensor:
 
 def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (*leading, length) tensor whose rows start at multiples of 16 elements."""
-    return torch.empty((*leading, _padded(length)), dtype=dtype, device=device)[..., :length]
-
-
-def _padded(length: int) -> int:
-    return -(-length // 16) * 16
+    return torch.empty((*leading, padded(length)), dtype=dtype, device=device)[..., :length]
