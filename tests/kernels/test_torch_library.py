@@ -138,6 +138,7 @@ def of_everything(shape):
     return base, experts, core, torch.eye(2, dtype=torch.float64) - 0.4, weights, left, right
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_one_graph_for_all_shapes_with_the_bits_of_eager(backend, inductor):
