@@ -5,7 +5,8 @@
 Base and three experts of 1.2 times the budget: a large matrix, many of 4 MiB, some small tensors. Each merge is a
 process of its own, whose peak beyond its imports the kernel tells. Rows go into the JSON one by one, so that a run may
 be cut off; what is there already is measured again with ``--again`` alone. Format pth is written from the tensors of a
-whole merge to safetensors: its peak is at least that one's. Imports nothing heavy, and nothing that settles memory.
+whole merge to safetensors: its peak is at least that one's. Inputs stay in DIRECTORY, where one is given, for the next
+run. Imports nothing heavy, and nothing that settles memory.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def main() -> int:
     if options.json.exists():
         known = json.loads(options.json.read_text())["runs"]
         rows = {Case(*(row[field] for field in Case._fields)): row for row in known}
-    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for budget in options.budgets:
             size = byte_size("budget", budget)
             cases = [
@@ -148,10 +149,11 @@ def main() -> int:
             left = [case for case in cases if options.again or case not in rows]
             if not left:
                 continue
-            directory = Path(folder, budget)
-            directory.mkdir()
-            script = f"from bench.memory import *; write_inputs(Path({str(directory)!r}), {size})"
-            subprocess.run([sys.executable, "-c", script], check=True)
+            directory = Path(options.directory or folder, budget)
+            if not Path(directory, f"{EXPERTS[-1]}.safetensors").exists():
+                directory.mkdir(exist_ok=True)
+                script = f"from bench.memory import *; write_inputs(Path({str(directory)!r}), {size})"
+                subprocess.run([sys.executable, "-c", script], check=True)
             for case in left:
                 rows[case] = judged(run(directory, case), size)
                 print(json.dumps(rows[case]), flush=True)

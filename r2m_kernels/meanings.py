@@ -53,12 +53,13 @@ _INDEX = re.compile(r"\w*(ids|index|indices|mask|bias)")  # but for what is no w
 # torch.nn.utils.parametrize; original0 and so on where the weight is made from several.
 _PARAMETRIZED = "parametrizations."
 _ABSMAX = ".absmax"  # of bitsandbytes, beside a weight
-_HOOKED = ("_v", "_u", "_mask", "sv0")
+_HOOKED = ("_v", "_u", "_mask", "sv0", ".u")
 # What is beside a weight under a hook, the weight, how that is, and what undoes it.
 _HOOKS = (
     ("_u", "_orig", "spectral_norm", "torch.nn.utils.remove_spectral_norm"),
     ("_u", "_bar", "spectral_norm", "its quotient by the norm"),
     ("sv0", "weight", "spectral_norm", "its quotient by the norm"),
+    (".u", ".weight", "spectral_norm", "its quotient by the norm"),
     ("_mask", "_orig", "pruning", "torch.nn.utils.prune.remove"),
 )
 _PREFIX = re.compile(r"((?:.*\.)?parametrizations\.[^.]+\.)")
@@ -147,7 +148,10 @@ def _normalised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | Non
     if not name.endswith("_v") or length not in tensors:
         return None
     shape, lengths = tensors[name].shape, tensors[length].shape
-    # One length for all of it, or for each index of one dimension.
+    # One length for all of it, or for each index of one dimension, in as many dimensions or in one.
+    if len(lengths) == 1 and lengths[0] in (1, *shape):
+        of = shape.index(lengths[0]) if lengths[0] in shape else 0
+        lengths = (*(1 for _ in shape[:of]), lengths[0], *(1 for _ in shape[of + 1 :]))
     kept = [size for size, one in zip(shape, lengths, strict=False) if size == one != 1]
     plain = all(one in (1, size) for size, one in zip(shape, lengths, strict=False))
     if lengths and not (len(lengths) == len(shape) and plain and len(kept) <= 1):

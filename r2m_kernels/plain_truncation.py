@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._interface import Operators
 from ._stream.blocks import as_matrix
-from ._stream.factors import RATE, GroupFactors, gram_matrices, leading_eigenvectors, stacked
+from ._stream.factors import RATE, GroupFactors, gram_matrices, leading_eigenvectors, row_squares, stacked
 from ._stream.stored import StoredMatrix
 from ._stream.tensors import compute_dtype, fetched, tensor_key
 from .config import MergeConfig
@@ -153,9 +153,8 @@ def _turned(basis: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _energies(product: Tensor) -> Tensor:
-    """‖product_li‖², (L, N) float64."""
-    lengths: Tensor = torch.linalg.vector_norm(product, dim=(2, 3), dtype=torch.float64)
-    return lengths.square()
+    """‖product_li‖², (L, N) float64; widened a few rows at a time: it may be all that fits."""
+    return row_squares(product).sum(dim=-1)
 
 
 def _rates(grams: Tensor, rank: int) -> Tensor:

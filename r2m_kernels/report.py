@@ -163,6 +163,10 @@ def _of_the_update(findings: Findings, residuals: Residuals, config: MergeConfig
     """Warnings of updates that are no R²M: without a core, next to the base or to the mean; of strange lengths."""
     warnings = []
     for name, share in numbers["task_vectors"]["relative_to_base"].items():
+        if share is None and numbers["task_vectors"]["norms"][name]:
+            warnings.append(
+                f"the task vector of '{name}' is the whole of it, as all of the base is zero: another base?"
+            )
         if share and not USUAL_UPDATE[0] <= share <= USUAL_UPDATE[1]:
             warnings.append(
                 f"the task vector of '{name}' has {share:.2%} of the base's length, and fine-tuning moves "

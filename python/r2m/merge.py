@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -217,7 +218,7 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     copied = {
         name: read_small(beside / name, f"base ({printable(recipe.base)}): {name}")
         for name in ownership.COPIED_FILES
-        if arranged.base.specs.keys() == base.specs.keys() and (beside / name).is_file()
+        if arranged.base.specs.keys() == base.specs.keys() and os.path.lexists(beside / name)
     }
     common = preprocessing.common(known, recipe.preprocessing)
     return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)

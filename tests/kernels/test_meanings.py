@@ -93,6 +93,8 @@ NORMALISED = {
         "module.weight_v": torch.ones(8),
     },
     "spectral_norm of BigGAN": lambda: {"weight": torch.ones(6, 8), "u0": torch.ones(1, 6), "sv0": torch.ones(1)},
+    "weight_norm of rows": lambda: {"weight_v": torch.ones(6, 8), "weight_g": torch.ones(6)},
+    "spectral_norm of its own vector": lambda: {"q.weight": torch.ones(6, 8), "q.u": torch.ones(6)},
     "weight_norm parametrized": lambda: _hooked(parametrizations.weight_norm),
     "spectral_norm parametrized": lambda: _hooked(parametrizations.spectral_norm),
     "a parametrization": lambda: _hooked(parametrizations.orthogonal),

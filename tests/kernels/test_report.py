@@ -241,6 +241,13 @@ def test_an_expert_of_another_base_or_with_too_long_an_update_is_named():
     assert fine["warnings"] == []
 
 
+def test_a_base_of_zeros_is_told():
+    base, (expert,) = checkpoints(1)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    warnings = analyze(zeros, {"fs": expert}).report()["warnings"]
+    assert "the task vector of 'fs' is the whole of it, as all of the base is zero: another base?" in warnings
+
+
 def related(count=3, far=0.01, shared=0.4):
     """A base and experts ``far`` of its length away."""
     generator = torch.Generator().manual_seed(0)

@@ -61,6 +61,8 @@ def test_a_merge_says_where_and_how(checkpoints: Checkpoints, command: Command) 
     assert f"{max(report['residual']['cut'].values()):.0%} of an expert's energy" in beyond
     assert following == "Next: r2m evaluate a/merged --data PICTURES --out a/merged.evaluation"
     assert result.err.startswith("comparing experts: 4 tensors, ")
+    again = command("merge", *checkpoints.arguments, "--out", "a/merged/", "--overwrite").out
+    assert again.endswith("Next: r2m evaluate a/merged/ --data PICTURES --out a/merged.evaluation\n")  # not inside
     beyond = command("merge", *checkpoints.arguments, "--row-power", "0", "--out", "a/alike").out.splitlines()[3]
     report = json.loads(Path("a/alike/r2m_report.json").read_text())
     assert beyond.endswith(f", {report['residual']['norm_ratio_to_core']:.0%} as long as the core.")

@@ -72,6 +72,21 @@ def test_a_link_beside_the_base_does_not_bring_its_target_into_the_output(
 
 
 @pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")], ids=["dir", "pipe", "link"]
+)
+def test_what_is_no_file_beside_the_base_is_not_passed_over(
+    make: Callable[[Path], None], checkpoints: Checkpoints, command: Command
+) -> None:
+    Path("base").mkdir()
+    shutil.copy(checkpoints.base_path, "base/model.safetensors")
+    make(Path("base/preprocessor_config.json"))
+    result = command("merge", "--base", "base", "--expert", "fs.safetensors", "--out", "out")
+    assert result.code in (1, 2)
+    assert "preprocessor_config.json: " in result.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
     "change",
     [
         "a=2001-13-45",

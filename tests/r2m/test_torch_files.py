@@ -312,6 +312,10 @@ def test_what_lies_beside_the_weights_is_left_out_and_told(command: Callable[...
     source = open_checkpoint("ema.pth", "base")
     assert source.notes == ("weights under 'model_ema' are left out (--key model_ema takes those)",)
     assert same(source.read("fc.weight"), state["fc.weight"])
+    shadow = {"decay": 0.9, "shadow_params": list(ema.values()), "collected_params": []}
+    torch.save({"model": state, "ema": shadow, "sizes": [1, 2]}, "shadow.pth")  # torch_ema's
+    told = "tensors without names under 'ema.shadow_params' are left out: others' weights?"
+    assert open_checkpoint("shadow.pth", "base").notes == (told,)
     assert same(open_checkpoint("ema.pth", "base", "model_ema").read("fc.weight"), ema["fc.weight"])
     words = ("--base", "stray.pth", "--expert", "e=ema.pth", "--method", "weight_average")
     for key, expected in (((), state), (("--key", "model_ema"), ema)):

@@ -84,6 +84,14 @@ def chosen(loaded: Any, what: str, kind: type[T], key: str | None = None) -> Cho
         for path in others
         if not tensors.keys().isdisjoint(there[path])
     ]
+    # Such as torch_ema's: as many as the weights, or of those that are trained. One look at each, however long it is.
+    unnamed = [
+        f"{path}.{name}" if path else str(name)
+        for path, one in there.items()
+        for name, value in one.items()
+        if isinstance(value, list | tuple) and value and isinstance(value[0], kind) and 2 * len(value) >= len(tensors)
+    ]
+    notes += [f"tensors without names under {quoted(path[:_SHOWN])} are left out: others' weights?" for path in unnamed]
     stray = [str(name)[:_SHOWN] for name in state if name not in tensors]
     if stray:
         notes.append(f"{some(stray)} {'are' if stray[1:] else 'is'} left out, as no tensor")

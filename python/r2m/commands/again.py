@@ -15,7 +15,7 @@ from r2m.commands.merge import tell
 from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import settle_memory
-from r2m.commands.way import following
+from r2m.commands.way import evaluation_of, following
 from r2m.options import OPTIONS
 from r2m.points import GRID
 from r2m_kernels.config import FLAGS
@@ -133,7 +133,7 @@ def sweep(out: str, to: str, methods: str | None, quiet: bool, **given: Any) -> 
     if not quiet:
         done(printable(f"{len(rows)} merges in {to}, in {to}/sweep.csv what they are"))
         points = [word for row in rows for word in ("--model", shlex.quote(_as_model(to, row["point"])))]
-        scored = ["--data", "PICTURES", "--out", shlex.quote(f"{to}.evaluation")]
+        scored = ["--data", "PICTURES", "--out", shlex.quote(evaluation_of(to))]
         done(following("evaluate", *(points if len(rows) <= _LISTED else [*points[:2], "--model", "…"]), *scored))
 
 

@@ -11,7 +11,7 @@ from r2m.commands.given import recipe_of, take_options
 from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, method_name, option
 from r2m.commands.process import exit_code, settle_memory
-from r2m.commands.way import following
+from r2m.commands.way import evaluation_of, following
 from r2m.options import OPTIONS, RUN
 from r2m.recipe import ARRANGEMENT, OUTPUT
 from r2m_kernels.config import FLAGS, METHODS, OFFERED
@@ -141,7 +141,7 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
         *in_words(report),
         *_head(report.get("arrangement", {}).get("head", {})),
         *_adapters(report.get("adapters")),
-        following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(f"{out}.evaluation")),
+        following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(evaluation_of(out))),
     ]
 
 

@@ -42,6 +42,11 @@ def _sentence(command: click.Command) -> str:
     return " ".join((command.help or "").partition("\n\n")[0].split())
 
 
+def evaluation_of(out: str) -> str:
+    """Where an output's evaluation may go: beside it, also where a slash ends its path."""
+    return f"{out.rstrip('/') or out}.evaluation"
+
+
 def following(command: str, *words: str) -> str:
     """``"Next: r2m merge recipe.yaml --out merged"``."""
     return f"Next: r2m {command} {' '.join(map(printable, words))}"
