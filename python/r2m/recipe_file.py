@@ -340,6 +340,8 @@ def _apply(content: dict[str, Any], change: str) -> None:
 def _explained(error: ValidationError) -> str:
     """The first thing that is wrong, in one clause."""
     first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # of the whole: a key that is no text
+        return "a key is not UTF-8"
     *path, last = first["loc"]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -351,6 +353,9 @@ def _explained(error: ValidationError) -> str:
         return f"unknown key {quoted(str(last))}{holder}{checks.did_you_mean(str(last), known)}"
     if first["type"] == "missing":
         return f"{where} is missing"
+    if first["type"] == "model_type":
+        example = "model: PATH" if path == ["models"] else next(iter(_Preprocessing.model_fields)) + ": …"
+        return f"{where}: expected keys and values ({{{example}}}), got {quoted(str(first['input'])[:_SHOWN])}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message[0].lower()}{message[1:]}, got {quoted(str(first['input'])[:_SHOWN])}"
 

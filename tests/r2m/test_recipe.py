@@ -126,7 +126,8 @@ WRONG = {
     "base_model: b": "models is missing",
     "models: [{model: e}]": "base_model is missing",
     "base_model: b\nmodels: []": "models: list should have at least 1 item",
-    "base_model: b\nmodels: [e]": "models.0: input should be a valid dictionary",
+    "base_model: b\nmodels: [e]": "models.0: expected keys and values ({model: PATH}), got 'e'",
+    "base_model: b\nmodels: [{model: e}]\npreprocessing: 3": "preprocessing: expected keys and values ({size: …}), got",
     "base_model: 3\nmodels: [{model: e}]": "base_model: input should be a valid string, got '3'",
     "base_model: b\nmodels: [{model: e, weights: 2}]": "unknown key 'weights' in models.0; did you mean 'weight'?",
     "base_model: b\nmodels: [{model: e}]\nmerge_metod: ties": "unknown key 'merge_metod'; did you mean 'merge_method'?",
@@ -170,6 +171,7 @@ def test_places_without_a_recipe(here: Path) -> None:
         ("a..b=1", "--set a..b=1: expected KEY=VALUE"),
         ("dtype.x=1", "--set dtype.x=1: dtype holds no keys"),
         ("dtype=[", "--set dtype=[: '[' is not a YAML value"),
+        ("\udcff=1", "recipe (recipe.yaml): a key is not UTF-8"),
         ("parameters.rnak=1", "recipe (recipe.yaml): parameters: unknown option 'rnak'"),
     ],
 )
