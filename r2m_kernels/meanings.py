@@ -148,13 +148,11 @@ def _normalised(name: str, tensors: Mapping[str, TensorSpec]) -> Composite | Non
     if not name.endswith("_v") or length not in tensors:
         return None
     shape, lengths = tensors[name].shape, tensors[length].shape
-    # One length for all of it, or for each index of one dimension, in as many dimensions or in one.
-    if len(lengths) == 1 and lengths[0] in (1, *shape):
-        of = shape.index(lengths[0]) if lengths[0] in shape else 0
-        lengths = (*(1 for _ in shape[:of]), lengths[0], *(1 for _ in shape[of + 1 :]))
+    # One length for all of it, or for each index of one dimension; these may be a vector.
     kept = [size for size, one in zip(shape, lengths, strict=False) if size == one != 1]
     plain = all(one in (1, size) for size, one in zip(shape, lengths, strict=False))
-    if lengths and not (len(lengths) == len(shape) and plain and len(kept) <= 1):
+    vector = len(lengths) == 1 and lengths[0] in (1, *shape)
+    if lengths and not vector and not (len(lengths) == len(shape) and plain and len(kept) <= 1):
         return None
     return _function((length, name), "weight_norm", "torch.nn.utils.remove_weight_norm")
 
