@@ -71,6 +71,13 @@ def merge(
     Raises:
         InvalidInput: checkpoints that do not fit, NaN or Inf (named by expert and tensor), bad options.
         BackendUnavailable: the named backend cannot run here.
+
+    Examples:
+        >>> base = {"w": torch.zeros(2, 2)}
+        >>> experts = {"fs": {"w": torch.eye(2)}, "fr": {"w": torch.ones(2, 2)}}
+        >>> merge(base, experts, MergeConfig.weight_average())["w"]
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
     dtype = tensor_checks.output_dtype(dtype)  # before the work, not after it
@@ -97,9 +104,18 @@ def analyze(
 ) -> Analysis:
     """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
 
+    The maths: r2m_kernels/README.md §2–§4.
+
     Arguments and errors are :func:`merge`'s; ``base`` and ``experts`` may also be :class:`TensorSource` objects, and
     :class:`RunOptions` has the rest. With ``eta=0`` nothing is truncated. Several ``processes`` that call this alike
     share the work: then each one's :meth:`Analysis.write` writes tensors of its own.
+
+    Examples:
+        >>> base, experts = {"w": torch.zeros(20, 20)}, [{"w": torch.eye(20)}, {"w": torch.ones(20, 20)}]
+        >>> analysis = analyze(base, experts, rank=0.5)
+        >>> weaker = analysis.merge(eta=0.3, rank=0.25)
+        >>> weaker["w"].shape
+        torch.Size([20, 20])
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
     options = RunOptions(device, backend, memory_budget, spill_directory, processes, journal)

@@ -39,6 +39,14 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
     Returns:
         (L, N, N) float64 on the CPU, symmetric up to rounding; |error| ≤ 16·2⁻²⁴ · |A||A|ᵀ (2⁻⁵³ for float64 inputs).
         A NaN or Inf in an input makes its entries non-finite.
+
+    The maths: r2m_kernels/README.md §12 and §12.
+
+    Examples:
+        >>> base = [torch.zeros(2, 2)]
+        >>> task_gram(base, [[torch.eye(2)], [torch.ones(2, 2)]])[0]
+        tensor([[2., 2.],
+                [2., 4.]], dtype=torch.float64)
     """
     for j, expert in enumerate(experts):
         checks.same_length(f"tensors of expert {j}", expert, len(base))
@@ -66,6 +74,15 @@ def residual_matmul(
 
     Returns:
         (N, m, k), or (N, n, k) with ``transpose``; float32 (float64 if an input is).
+
+    The maths: r2m_kernels/README.md §4 and §12.
+
+    Examples:
+        >>> base, experts = torch.zeros(2, 3), [torch.ones(2, 3), 2 * torch.ones(2, 3)]
+        >>> mixing = torch.eye(2, dtype=torch.float64) - 0.5  # each without the mean of both
+        >>> residual_matmul(base, experts, mixing, torch.ones(2, 3, 1)).flatten(1)
+        tensor([[-1.5000, -1.5000],
+                [ 1.5000,  1.5000]])
     """
     return _residual_matmul(base, list(experts), mixing, rhs, transpose, precision, backend)
 
@@ -78,6 +95,13 @@ def orthonormalize(y: Tensor, backend: str = "auto") -> Tensor:
 
     Returns:
         (…, m, k), float32 (float64 for float64).
+
+    The maths: r2m_kernels/README.md §4 and §12.
+
+    Examples:
+        >>> q = orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]]))
+        >>> torch.allclose(q.mT @ q, torch.eye(2))
+        True
     """
     return _orthonormalize(y, backend)
 
@@ -108,6 +132,18 @@ def combine(
     Returns:
         ``out``. |error| ≤ ½ ulp + (8 + 2√r)·2⁻²⁴ · (|θ₀| + Σ|core_j||τ_j| + Σ|scale_i||left_i||right_i|); on NVIDIA's
         matrix units 20 for 8.
+
+    The maths: r2m_kernels/README.md §6 and §12.
+
+    Examples:
+        >>> base, experts = torch.zeros(2), [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0])]
+        >>> core = torch.tensor([0.5, 0.25], requires_grad=True)
+        >>> merged = combine(base, experts, core)
+        >>> merged
+        tensor([1., 1.], grad_fn=<...>)
+        >>> merged.sum().backward()
+        >>> core.grad
+        tensor([2., 4.])
     """
     if out is None:
         return _combine(base, list(experts), core, left, right, scale, backend)
@@ -147,6 +183,15 @@ def combine_rows(
         ``out``. With a_rj = core_j + eta Σ_i mixing_ji W_ri: |error| ≤ ½ ulp + (N + 4)·2⁻²⁴ · (|θ₀| + Σ|a_j||τ_j|)
         + |eta| Σ_j (|mixing| |δW|)_j |τ_j|, where δW = W ((1 + ε)^2p − 1) and ε ≤ (n + 2N + 8)·2⁻⁵³ · max_i (‖row of
         Σ_j |mixing_ji||τ_j|‖ / ‖row of X_i‖)² is how well the length of a row of n elements is known.
+
+    The maths: r2m_kernels/README.md §6 and §12.
+
+    Examples:
+        >>> base, experts = torch.zeros(2, 2), [torch.eye(2), torch.tensor([[0.0, 3.0], [0.0, 0.0]])]
+        >>> core, ones = torch.zeros(2), torch.ones(2)
+        >>> combine_rows(base, experts, core, torch.eye(2), ones / 2, ones, eta=1.0, power=1.0)
+        tensor([[0.2500, 2.2500],
+                [0.0000, 1.0000]])
     """
     eta, power = checks.number("eta", eta), checks.number("power", power, minimum=0.0)
     if out is None:
@@ -177,6 +222,14 @@ def match_columns(
     Returns:
         ``out``. |error| ≤ ½ ulp + 2⁻²⁴ · |θ| + 8·2⁻²⁴ · |f (θ* − θ₀)|, f the factor of the column; θ* is rounded to
         what θ₀ and θ_j are computed in first.
+
+    The maths: r2m_kernels/README.md §6 and §12.
+
+    Examples:
+        >>> base, merged = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> match_columns(base, [2 * merged], merged, torch.ones(1))
+        tensor([[2., 0.],
+                [0., 4.]])
     """
     if out is None:
         return _match_columns(base, list(experts), merged, counts, backend)

@@ -1,22 +1,29 @@
-"""``python -m r2m.manual``: docs/cli.md, docs/files.md and tables of other pages, from the code itself."""
+"""``python -m r2m.manual``: docs/cli.md, docs/files.md, docs/api.md and tables of other pages, from the code itself."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
+import r2m_kernels
 from r2m.commands.main import r2m
 from r2m.commands.options import defaults_of
 from r2m.commands.process import EXIT_CODES
 from r2m.evaluation.layouts import LAYOUTS
 from r2m.evaluation.metrics import METRICS
 from r2m.records import RECORDS, SEAL, SEALED, VERSION
+from r2m_kernels import ops
 from r2m_kernels.config import OFFERED, MergeConfig
 from r2m_kernels.fields import OPTIONS
 
 _WIDTH = 120
+# Of `r2m_kernels.__all__` what has a docstring; operators have a part of their own.
+DOCUMENTED = [name for name in r2m_kernels.__all__ if name not in ("__version__", "ops", "reference", "Progress")]
 FILES = f"""
     JSON files have a `{VERSION}`. A key more does not change it; a key that goes or means something else does, and a
     file of a newer version than the command knows is refused. In keys a dot leads to what is in an object, and `*`
@@ -35,6 +42,36 @@ def commands() -> str:
         context.max_content_width = _WIDTH
         parts.append(f"## r2m {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
+
+
+def api() -> str:
+    """Public names of ``r2m_kernels`` and its operators: signatures and docstrings."""
+    parts = ["# API\n\nWritten by `python -m r2m.manual`, from the code. Examples run as tests.\n", "## r2m_kernels\n"]
+    parts += [_entry("r2m_kernels", name, getattr(r2m_kernels, name)) for name in DOCUMENTED]
+    parts.append(f"## r2m_kernels.ops\n\n```text\n{inspect.getdoc(ops)}\n```\n")
+    for name in ops.__all__:
+        if callable(getattr(ops, name)):
+            packet = getattr(torch.ops.r2m, name)
+            schemas = "\n".join(str(getattr(packet, one)._schema) for one in packet.overloads())
+            parts.append(f"{_entry('r2m_kernels.ops', name, getattr(ops, name))}\n```text\n{schemas}\n```\n")
+    return "\n".join(parts)
+
+
+def _entry(module: str, name: str, of: Any) -> str:
+    """A name with its signature, where it has one that says something, and its docstring."""
+    lines = [f"### {module}.{name}\n"]
+    if inspect.isfunction(of):
+        signature = inspect.signature(of)
+        shown = [re.sub(r": '(.+?)'", r": \1", str(one)) for one in signature.parameters.values()]
+        by_name = [one.kind is one.KEYWORD_ONLY for one in signature.parameters.values()]
+        if any(by_name):
+            shown.insert(by_name.index(True), "*")
+        listed = ",\n    ".join(shown)
+        lines.append(f"```python\n{name}(\n    {listed},\n) -> {signature.return_annotation}\n```\n")
+    text = inspect.getdoc(of) or ""
+    if of is MergeConfig:
+        text = f"{text.partition('Attributes:')[0]}Fields: r2m_kernels/README.md §11. Methods: docs/methods.md."
+    return "\n".join([*lines, f"```text\n{text}\n```\n"])
 
 
 def methods() -> str:
@@ -110,7 +147,9 @@ def pages(root: Path) -> dict[Path, str]:
         root / "docs" / "evaluation.md": {"layouts": layouts(), "metrics": judged()},
         root / "r2m_kernels" / "README.md": {"configurations": configurations(), "options": options()},
     }
-    written = {root / "docs" / "cli.md": commands(), root / "docs" / "files.md": files()}
+    written = {
+        root / "docs" / f"{name}.md": made() for name, made in (("cli", commands), ("files", files), ("api", api))
+    }
     for path, sections in tables.items():
         text = path.read_text(encoding="utf-8")
         for name, table in sections.items():
