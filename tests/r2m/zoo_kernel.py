@@ -4,13 +4,13 @@
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from kernels import get_local_kernel
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+from kernels.cli.benchmark import run_benchmark
 
 root, directory = Path(sys.argv[1]), Path(sys.argv[2])
 backends = [str(backend) for backend in Build.open(root).general.backends]
@@ -21,10 +21,7 @@ for variant in (root / "build").iterdir():
 kernel = get_local_kernel(root)
 base = {"w": torch.zeros(30, 40)}
 merged = kernel.merge(base, {"a": {"w": base["w"] + 1}})
-command = [Path(sys.executable).with_name("kernels"), "benchmark", root, "--iterations", "1", "--warmup", "1"]
-command += ["--output", directory / "timed.json"]
-done = subprocess.run(command, check=False, capture_output=True, text=True)
-assert done.returncode == 0, done.stderr
+run_benchmark(str(root), branch=None, version=None, iterations=1, warmup=1, output=str(directory / "timed.json"))
 timed = json.loads((directory / "timed.json").read_text())["results"]
 found = {
     "backends": backends,
