@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from release.check import NAME, version
 from release.wheels import ROOT, ReleaseError, run
 
 TRIED = """
@@ -66,10 +67,10 @@ def try_environment(wheels: Path, python: str, torch: str, demo: bool) -> dict[s
         place = Path(text)
         run([interpreter, "-m", "venv", place / "environment"], place)
         inside = place / "environment" / "bin"
-        name = "r2m_kernels[demo]" if demo else "r2m_kernels"
+        name = f"{NAME}{'[demo]' if demo else ''}=={version()}"
         wanted = "torch" if torch == "newest" else f"torch=={torch}"
         start = time.perf_counter()
-        pip = [inside / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--pre"]
+        pip = [inside / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
         run([*pip, "--find-links", wheels.resolve(), wanted, name], place, {"PIP_CACHE_DIR": str(place / "cache")})
         installed = time.perf_counter() - start
         found = tried(inside / "python", place / "tried")
