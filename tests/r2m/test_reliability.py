@@ -540,7 +540,7 @@ def bounded(start: Start, budget: int, method: str, threads: int, share: float =
         pytest.param("r2m", 1, (32768, 512), 1.2, marks=pytest.mark.slow),
         *(
             pytest.param(*case, (32768, 512), 0.55, marks=pytest.mark.slow)
-            for case in (("weight_average", 1), ("rows", 1), ("ties", 1), ("ties", 2))
+            for case in (("weight_average", 1), ("ties", 2))
         ),
     ],
 )
