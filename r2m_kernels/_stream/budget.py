@@ -23,6 +23,8 @@ COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where 
 AHEAD = 2
 # What libraries take once they multiply and decompose: pages of their code, and workspaces of each thread.
 LIBRARY_BYTES = 3 * 2**23
+# And what they took where a matrix was needed whole, all methods measured: more is in huge pages on one machine.
+LIBRARY_USUAL = 2**24
 WORKSPACE_BYTES = 2**22
 # Of the factors of task vectors, as float64, while residuals are truncated: themselves, and a QR decomposition's.
 FACTOR_COPIES = 4
