@@ -48,6 +48,14 @@ def test_files_beside_an_expert_neither_hang_nor_end_in_a_traceback(
     assert json.loads(Path("out/r2m_report.json").read_text())["specialists"] == {"expert": 1}
 
 
+def test_a_file_that_cannot_be_read_is_told_once(checkpoints: Checkpoints, command: Command) -> None:
+    Path("expert").mkdir()
+    shutil.copy("fs.safetensors", "expert/model.safetensors")
+    Path("expert/config.json").write_text("{")
+    done = command("merge", "--base", checkpoints.base_path, "--expert", "expert", "--out", "out")
+    assert (done.code, done.err.count("Warning: expert/config.json: not valid JSON")) == (0, 1)
+
+
 @pytest.mark.parametrize("count", [10**6, -1, 0, "1", 1.5, None, [1]])
 def test_a_report_cannot_give_itself_any_weight(count: object, checkpoints: Checkpoints, command: Command) -> None:
     Path("expert").mkdir()

@@ -56,9 +56,16 @@ def settled() -> Iterator[None]:
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?", where a merge would end
+    told: set[str] = set()  # a file may be asked several times
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            say(f"Warning: {printable(str(message))}", err=True)
+
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("always", FileSystemWarning)
-        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {printable(str(message))}", err=True)
+        warnings.showwarning = tell
         yield
 
 
