@@ -319,7 +319,8 @@ def _labels(config: Any, what: str = FILE) -> list[str]:
 def _not_understood(files: Sequence[Path]) -> str:
     """The key of labels that a configuration beside a checkpoint has, where none could be read; empty: no such key."""
     config = read_beside(files[0].parent / FILE) if files else {}
-    return next((key for key in (*_BY_INDEX, *_BY_LABEL) if config.get(key) and not _labels({key: config[key]})), "")
+    listed = [key for key in (*_BY_INDEX, *_BY_LABEL) if isinstance(config.get(key), list | dict) and config[key]]
+    return next((key for key in listed if not _labels({key: config[key]})), "")
 
 
 def _listed(labels: Any) -> list[str]:
