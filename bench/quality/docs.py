@@ -127,6 +127,7 @@ def _names(content: Content) -> dict[str, Any]:
         > 1,
         "readme": _readme(sections),
         "elsewhere": _elsewhere(sections),
+        "ahead": _ahead(content, sections),
     }
 
 
@@ -276,6 +277,21 @@ OTHERS = {
 }
 
 
+def _ahead(content: Content, sections: Mapping[str, Any]) -> list[str]:
+    """Other methods whose interval to the default lies above 0, by regime and group."""
+    found = []
+    for name, (_, section, unseen) in sections.items():
+        for group in (KNOWN, unseen) if name in UNSEEN else ():
+            gains = {
+                row: section["rows"][row]["minus"][DEFAULT][group]
+                for row in section["rows"]
+                if content["methods"].get(row) == "peer"
+            }
+            rows = [f"{row} ({short(gain['mean'], True)})" for row, gain in gains.items() if gain["low"] > 0]
+            found.append(f"{group} ({name}) {', '.join(rows) or 'none'} of {len(gains)}")
+    return found
+
+
 def _elsewhere(sections: Mapping[str, Any]) -> list[str]:
     """The default against the average in the groups that decide nothing."""
     return [
@@ -349,6 +365,9 @@ def _features(studies: Content, architecture: str) -> dict[str, Any]:
         pairs = pairs if model is None else [(i, models.index(model)) for i in experts]
         return f"{_mean(one[kind][i][j] for one in runs for i, j in pairs):.2f}"
 
+    def alone(run: Content, kind: str) -> float:
+        return _mean(run[kind][i][j] for i in experts for j in experts if i < j)
+
     formats = {"separation": ".2f", "off_axis": ".3f", "size": ".2f"}
     rows = [
         [_bold(model)] + [format(_mean(one["spread"][model][key] for one in runs), how) for key, how in formats.items()]
@@ -357,7 +376,7 @@ def _features(studies: Content, architecture: str) -> dict[str, Any]:
     columns = [(kind, model) for model in (None, AVERAGE, DEFAULT) for kind in ("real", "fake")]
     return {
         "cosines": [cosine(*column) for column in columns],
-        "holds": cosine("real") > cosine("fake"),
+        "holds": sum(alone(one, "real") > alone(one, "fake") for one in runs),
         "rows": rows,
         "common": f"{_mean(one['common'] for one in runs):.2f}",
         "runs": len(runs),
