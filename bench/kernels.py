@@ -261,8 +261,8 @@ def page(content: dict[str, Any]) -> str:
     return f"""# Operators over sizes
 
 Written by `{COMMAND}` from `bench/results/kernels_cpu.json`, which `python -m bench.kernels` measures;
-also as [CSV](../bench/results/kernels_cpu.csv) and [picture](../bench/results/kernels_cpu.svg). On a GPU the same program
-writes tables and pictures of `triton.testing.perf_report`; nothing of that has run on one yet.
+also as [CSV](../bench/results/kernels_cpu.csv) and [picture](../bench/results/kernels_cpu.svg). On a GPU the same
+program writes tables and pictures of `triton.testing.perf_report`; nothing of that has run on one yet.
 
 {where["cpu"]}, {where["threads"]} thread(s), torch {where["torch"]}, {where["backend"]}; N = {EXPERTS} experts,
 float32, matrices of size × size, factors of rank {RANK}. Results are compared with float64 in the same run. A
