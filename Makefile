@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-SOURCES := r2m_kernels python/r2m tests bench release setup.py
+SOURCES := r2m_kernels python/r2m tests bench setup.py
 
 # Of one check. One BLAS thread a process: two test workers with two threads each fight over two cores.
 PROCESSES := 2
@@ -121,20 +121,20 @@ gpu-rehearsal: .venv-gpu/ready  ## the same on tiny cases in Triton's interprete
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-gpu/bin/python -m bench.gpu --rehearsal
 
 wheel: $(READY)  ## dist/: the source archive, wheels for x86_64, aarch64 and any machine, auditwheel's reports (g++-aarch64-linux-gnu)
-	$(BIN)/python -m release.wheels
+	$(BIN)/python -m bench.release.wheels
 
 compiled: kernels  ## dist/: an optional wheel of all Triton kernels compiled for every target, so that a first merge compiles nothing
-	$(BIN)/python -m release.compiled
+	$(BIN)/python -m bench.release.compiled
 
 hub-kernel: $(READY)  ## build/hub-kernel: the repository from which Hugging Face's `kernels` loads the numerics; REPO=OWNER/NAME
-	$(BIN)/python -m release.hub_kernel $(if $(REPO),--repo-id $(REPO))
+	$(BIN)/python -m bench.release.hub_kernel $(if $(REPO),--repo-id $(REPO))
 
-# Downloads torch several times. ARM: a directory that release/arm.sh has made.
+# Downloads torch several times. ARM: a directory that bench/release/arm.sh has made.
 wheel-check: wheel  ## the wheels in empty environments, with torch 2.10 and the newest; ARM=DIR: NEON kernels under qemu-user
-	$(BIN)/python -m release.installed --demo $(if $(ARM),--arm $(ARM))
+	$(BIN)/python -m bench.release.installed --demo $(if $(ARM),--arm $(ARM))
 
 release: $(READY)  ## can this commit be released? version, changelog, citation, tag, and what `make wheel` made
-	$(BIN)/python -m release.check
+	$(BIN)/python -m bench.release.check
 
 clean:  ## remove the environment and everything made
 	rm -rf .venv .venv-gpu .venv-peers .venv-zoo build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

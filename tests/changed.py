@@ -53,9 +53,9 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "bench/results/*": ((), ("tests/bench/*.py",)),
-    "release/*": ((), ("tests/test_package.py",)),
-    "release/compiled.py": ((), ("tests/kernels/test_ahead.py",)),
-    "release/hub*": (("zoo",), ("tests/r2m/test_hub_kernel.py",)),
+    "bench/release/*": ((), ("tests/test_package.py",)),
+    "bench/release/compiled.py": ((), ("tests/kernels/test_ahead.py",)),
+    "bench/release/hub*": (("zoo",), ("tests/r2m/test_hub_kernel.py",)),
     "CITATION.cff": ((), ("tests/test_package.py",)),
 }
 # Imports by name, which nobody sees in the source: who loads what.
@@ -110,7 +110,7 @@ def select(changed: list[str]) -> Selection:
 @functools.cache
 def _imports() -> grimp.ImportGraph:
     """Who imports whom in the packages, those loaded by name included."""
-    graph = grimp.build_graph("r2m_kernels", "r2m", "bench", "release", cache_dir=None)
+    graph = grimp.build_graph("r2m_kernels", "r2m", "bench", cache_dir=None)
     for importer, loaded in BY_NAME.items():
         for module in loaded:
             graph.add_import(importer=importer, imported=module)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from release import check, wheels
-from release import installed as try_wheels
+from bench.release import check, wheels
+from bench.release import installed as try_wheels
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "r2m_kernels/_native/libr2m_native.so"

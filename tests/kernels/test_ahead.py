@@ -21,7 +21,7 @@ SOME = ("sum_tiles_kernel", "row_coefficients_kernel")  # quick to compile
 COLLECTED = """
 import json, sys
 from pathlib import Path
-from release import compiled
+from bench.release import compiled
 names, directory = json.loads(sys.argv[1]), Path(sys.argv[2])
 print(json.dumps(compiled.collect(["sm_90", "gfx942"], directory, lambda one: one.kernel.__name__ in names)))
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from libraries import with_libraries
 
-from release import hub_kernel
+from bench.release import hub_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,6 @@
 """Can this commit be released? Version, changelog, citation, tag and what `make wheel` made, held against each other.
 
-    python -m release.check [--wheels dist]
+    python -m bench.release.check [--wheels dist]
 
 Prints what is wrong, a line each, and exits with 1; or what is left to be done.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from release.wheels import POLICY, ROOT, SUMS, ReleaseError, run
+from bench.release.wheels import POLICY, ROOT, SUMS, ReleaseError, run
 
 NAME = "r2m_kernels"
 GENERATED = {"PKG-INFO", "setup.cfg"}  # what setuptools puts into a source archive

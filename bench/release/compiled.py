@@ -1,6 +1,6 @@
 """The optional package of kernels compiled ahead, for every GPU target; no GPU needed.
 
-    python -m release.compiled [--out dist] [--target sm_90 ...] [--cache build/triton]
+    python -m bench.release.compiled [--out dist] [--target sm_90 ...] [--cache build/triton]
 
 Compiled is what the compile gate compiles (`bench.compile_check`): all that the operators can launch. Triton's cache
 holds what `make kernels` has compiled of the same sources, and then this takes seconds.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from release.check import NAME, version
-from release.wheels import ROOT, ReleaseError, run
+from bench.release.check import NAME, version
+from bench.release.wheels import ROOT, ReleaseError, run
 
 PROJECT = """[build-system]
 requires = ["setuptools>=77"]

@@ -1,6 +1,6 @@
 """The source archive and the wheels that are built from it, as an index takes them.
 
-    python -m release.wheels [--out dist] [--only sdist any x86_64 aarch64]
+    python -m bench.release.wheels [--out dist] [--only sdist any x86_64 aarch64]
 
 A wheel of compiled kernels is for Linux with glibc 2.28 or newer, as torch is; auditwheel reads which symbols the
 library asks for, names the wheel after what it found, and its report is kept beside it. Others get the wheel without
@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = ("sdist", "any", "x86_64", "aarch64")
 POLICY = "manylinux_2_28"
 SUMS = "SHA256SUMS"

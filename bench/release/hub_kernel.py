@@ -1,6 +1,6 @@
 """The repository from which Hugging Face's `kernels` loads the numerics: what kernel-builder builds, and has built.
 
-    python -m release.hub_kernel [--out build/hub-kernel] [--repo-id OWNER/r2m-kernels]
+    python -m bench.release.hub_kernel [--out build/hub-kernel] [--repo-id OWNER/r2m-kernels]
 
 Triton's kernels are compiled where they run, so that a variant is the package as it is, with a name of its own by
 its content: several versions can be loaded side by side, each with its own ``torch.ops``. Without the native library
@@ -16,8 +16,8 @@ import json
 import shutil
 from pathlib import Path
 
-from release.check import NAME
-from release.wheels import ROOT, tracked
+from bench.release.check import NAME
+from bench.release.wheels import ROOT, tracked
 
 BACKENDS = {"cpu": None, "cuda": ["8.0+PTX"], "rocm": ["gfx942"]}
 EDITION, VERSION = 5, 0  # of the format; of the API, 0 while it may change

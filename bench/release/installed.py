@@ -1,10 +1,10 @@
 """Are the wheels what somebody gets who installs them? Each is tried in an empty environment.
 
-    python -m release.installed [--wheels dist] [--python 3.11] [--torch 2.10.0 newest] [--demo] [--arm ROOT]
+    python -m bench.release.installed [--wheels dist] [--python 3.11] [--torch 2.10.0 newest] [--demo] [--arm ROOT]
 
 For every Python and torch: an environment of its own, the wheel that pip chooses, `import`, a merge by function and by
-command, with ``--demo`` `r2m demo --quick`. ``--arm`` names a directory that `release/arm.sh` has made, with Python and
-torch for aarch64: the kernels' own tests run there under qemu-user.
+command, with ``--demo`` `r2m demo --quick`. ``--arm`` names a directory that `bench/release/arm.sh` has made, with
+Python and torch for aarch64: the kernels' own tests run there under qemu-user.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from release.check import NAME, version
-from release.wheels import ROOT, ReleaseError, run
+from bench.release.check import NAME, version
+from bench.release.wheels import ROOT, ReleaseError, run
 
 TRIED = """
 import json, sys, time
