@@ -31,7 +31,8 @@ class _Spilled:
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a CPU tensor whose elements lie side by side, for as long as the tensor lives."""
     assert tensor.is_contiguous(), "its elements lie side by side"
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b"")
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
+    return memoryview(memory).cast("B")  # ctypes calls them "<B", to which Python assigns nothing
 
 
 class FactorStore:
