@@ -147,9 +147,11 @@ def test_a_configuration_that_is_none_is_refused_before_any_work(
         assert result.err.startswith("Error: base (folder): config.json: has 1099511627776 bytes, expected at most ")
     assert not Path("out").exists()
     Path("folder/config.json").unlink()
-    os.mkfifo("folder/config.json")  # no file: there is nothing to copy, and nobody waits
-    assert command("merge", *arguments).code == 0
-    assert not Path("out/config.json").exists()
+    os.mkfifo("folder/config.json")  # nobody waits for who would write to it
+    for words in (("merge", *arguments), ("plan", *arguments)):
+        result = command(*words)
+        assert (result.code, result.err) == (2, "Error: base (folder): config.json: not a regular file\n")
+    assert not Path("out").exists()
 
 
 def test_the_report_is_json_without_nan(checkpoints: Checkpoints) -> None:

@@ -193,5 +193,5 @@ def test_a_file_beside_that_is_no_json_says_nothing_and_is_told(checkpoints: Che
     ):
         assert beside(".") is None
     result = command("merge", *checkpoints.arguments, "--out", "merged")
-    assert (result.code, result.err.count("Warning: preprocessor_config.json: not valid JSON")) == (0, 3)
+    assert (result.code, result.err.count("Warning: preprocessor_config.json: not valid JSON")) == (0, 1)
     assert load_file("merged/model.safetensors")
