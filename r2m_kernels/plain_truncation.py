@@ -153,8 +153,11 @@ def _turned(basis: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _energies(product: Tensor) -> Tensor:
-    """‖product_li‖², (L, N) float64; widened a few rows at a time: it may be all that fits."""
-    return row_squares(product).sum(dim=-1)
+    """‖product_li‖², (L, N) float64; on a CPU widened a few rows at a time: it may be all that fits."""
+    if product.device.type == "cpu":
+        return row_squares(product).sum(dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(product, dim=(2, 3), dtype=torch.float64)
+    return lengths.square()
 
 
 def _rates(grams: Tensor, rank: int) -> Tensor:
