@@ -37,9 +37,9 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """What is heavy is slow, and what takes long comes first, so that no worker ends with it alone.
+    """What is heavy is slow, before ``-m`` chooses; what takes long comes first, so that no worker ends with it alone.
 
     Files stay together, for the sake of what their tests share; inside a file the order is pytest-randomly's, but for
     the long ones.
@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
+    yield
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
     seconds = Counter(dict.fromkeys({item.path for item in items}, 0.0))
     for file, function in {(item.path, _function(item.nodeid)) for item in items}:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from heavy import NUMBERS, Numbers
 from r2m.inspection import FAMILIES, family
 from safetensors.torch import load_file, save_file
 
@@ -49,8 +50,11 @@ def many(path: str, tensors: int) -> None:
     ("command_line", "most"),
     [("inspect a", 40), ("inspect base a b", 330), ("plan --base base --expert a --expert b --out out", 540)],
 )
-def test_what_a_tensor_more_costs(command_line: str, most: int, command: Command) -> None:
+def test_what_a_tensor_more_costs(
+    command_line: str, most: int, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted in calls of functions, which no machine's load touches; nothing looks at all others for each."""
+    monkeypatch.chdir(tmp_path)
     first, *others = command_line.split()
     counts = []
     for tensors in (400, 800):
@@ -65,7 +69,9 @@ def test_what_a_tensor_more_costs(command_line: str, most: int, command: Command
 
 
 @pytest.mark.heavy
-def test_a_million_tensors_are_described_within_ten_seconds(tmp_path: Path) -> None:
+def test_a_million_tensors_are_described_within_ten_seconds(tmp_path: Path, numbers: Numbers) -> None:
+    if numbers != NUMBERS["notes"]:
+        pytest.skip("timed, and so for a machine with nothing else to do: --heavy notes")
     header, position = {}, 0
     for i in range(500_000):
         for ending, shape, size in (("weight", [2, 3], 24), ("bias", [2], 8)):
