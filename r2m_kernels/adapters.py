@@ -15,7 +15,7 @@ from ._stream.state_dicts import StateDictSink, StateDictSource
 from ._stream.tensors import LowRankSource, TensorSink
 from .errors import BadOption
 from .progress import Progress
-from .terms import Linear, LowRank, Terms, kind_of
+from .terms import ByRows, Linear, LowRank, Terms, Unchanged, kind_of
 
 
 class Change(NamedTuple):
@@ -41,11 +41,11 @@ class Adapters:
     """
 
     def __init__(self, run: Run, terms: Terms) -> None:
-        self._run, self._terms = run, terms
+        self._run, self._terms = run, terms.taken_apart()
         findings, config = terms.findings, terms.config
         if config.scale == "column":
             raise BadOption("scale: 'column' lengthens the sum of all experts' changes; expected 'none' or 'layer'")
-        planned = [findings.at(tensor, config) for tensor in findings.plan.tensors]
+        planned = [self._terms.planned(tensor) for tensor in findings.plan.tensors]
         self._tensors = {one.name: one for one in planned if one.truncated and kind_of(one, config) is LowRank}
         self.ranks = {name: tensor.rank for name, tensor in self._tensors.items()}
         if not self.ranks or not all(self._term(name).factors for name in [*self.ranks][:1]):
@@ -96,8 +96,9 @@ class MergedChanges:
 
     def __init__(self, run: Run, terms: Terms) -> None:
         self._run, self._terms = run, terms
-        planned = [terms.findings.at(tensor, terms.config) for tensor in terms.findings.plan.of("matrix")]
-        self._tensors = {one.name: one for one in planned if kind_of(one, terms.config) in (Linear, LowRank)}
+        planned = [terms.planned(tensor) for tensor in terms.findings.plan.of("matrix")]
+        known_kinds = (Unchanged, Linear, LowRank, ByRows)
+        self._tensors = {one.name: one for one in planned if kind_of(one, terms.config) in known_kinds}
         experts = [one for one in run.inputs.experts if isinstance(one, LowRankSource)]
         known = {name: [one.change_rank(name) for one in experts] for name in self._tensors}
         self.ranks = {
@@ -113,15 +114,15 @@ class MergedChanges:
     def change(self, name: str, rank: int | None = None) -> Change:
         """What is added to a matrix, float64 on the CPU: with all its columns, or the best with ``rank`` of them."""
         tensor, experts = self._tensors[name], self._run.inputs.experts
-        m = tensor.matrix_shape[0]
-        changes = [one.read_change(name).double() for one in experts if isinstance(one, LowRankSource)]
-        term = self._terms.of(Group([tensor]))
-        assert isinstance(term, Linear | LowRank)
-        lefts = [change[:m] * weight for change, weight in zip(changes, term.coefficients.tolist(), strict=True)]
-        rights = [change[m:].mT for change in changes]
+        m, most = tensor.matrix_shape[0], self.ranks[name] if rank is None else min(rank, self.ranks[name])
+        changes = [[one.read_change(name).double()] for one in experts if isinstance(one, LowRankSource)]
+        term, operators, products = self._terms.of(Group([tensor])), self._run.backend.operators, None
+        if isinstance(term, ByRows):
+            coefficients = term.by_factors(operators, Group([tensor], experts=changes))[1]
+        else:
+            assert isinstance(term, Linear | LowRank)
+            coefficients = term.coefficients
         if isinstance(term, LowRank) and term.factors:
-            products = term.products(self._run.backend.operators, self._run.device)
-            lefts += [one * weight for one, weight in zip(products.left[0].double().cpu(), products.scale, strict=True)]
-            rights += list(products.right[0].double().cpu())
-        most = self.ranks[name] if rank is None else min(rank, self.ranks[name])
-        return Change(*low_rank.collapsed(torch.cat(lefts, dim=1), torch.cat(rights), most))
+            products = term.products(operators, self._run.device)
+        left, right = low_rank.columns(changes, m, coefficients, products, torch.float64)
+        return Change(*low_rank.collapsed(left[0], right[0], most))

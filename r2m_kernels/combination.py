@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._stream.blocks import BLOCK_ELEMENTS
+from . import low_rank
+from ._stream.blocks import BLOCK_ELEMENTS, runs
 from ._stream.budget import Inputs
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, Role
+from ._stream.processes import Journal
 from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
-from ._stream.tensors import PartialSink, TensorSink, TensorSpec, dtype_name, fetched
+from ._stream.tensors import PartialSink, PartialSource, TensorSink, TensorSpec, dtype_name, fetched
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .progress import Progress
 from .terms import LowRank, Terms, Written, by_factors, kind_of, unmatched
 
 Known = tuple[Sequence[PlannedTensor], Written]  # tensors that were computed
+
+
+class Sizes(NamedTuple):
+    """What is known of a tensor once it was merged.
+
+    Attributes:
+        residual: ‖η Σ_i W_i ∘ X_i‖² of a matrix whose rows are weighted, without what ``scale`` makes of it; else 0.
+        base: ‖θ₀‖² where step 1 has not found it.
+    """
+
+    residual: float
+    base: float | None
+
+
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
 
@@ -33,12 +49,13 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
             return None
         if tensor.role not in ("matrix", "vector"):
             return BLOCK_ELEMENTS
-        if by_factors(tensor, config):
+        if by_factors(tensor, config) and not tensor.unchanged:
             return LowRank.block_elements(tensor)
         return kind_of(tensor, config).block_elements(tensor)
 
     def factors(tensor: PlannedTensor, inputs: Inputs) -> int:
-        return inputs.factor_bytes(tensor, config) // sum(tensor.matrix_shape) if tensor.truncated else 0
+        kept = tensor.truncated and not tensor.whole
+        return inputs.factor_bytes(tensor, config) // sum(tensor.matrix_shape) if kept else 0
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
         merged = tensor.role in ("matrix", "vector")
@@ -64,8 +81,28 @@ def write(
     """
     specs = run.plan.output_specs(run.inputs.base.specs, dtype)
     run.together(lambda: sink.begin(specs))  # nobody writes before all is laid out
-    squares = run.each(CombinationStep(run, terms, sink, specs), progress)
-    return math.sqrt(math.fsum(squares[tensor.name] for tensor in run.plan.of("matrix")))
+    sizes: dict[str, Sizes] = run.each(CombinationStep(run, terms, sink, specs), progress)
+    terms.findings.base_squares.update({name: one.base for name, one in sizes.items() if one.base is not None})
+    return math.sqrt(math.fsum(sizes[tensor.name].residual for tensor in run.plan.of("matrix")))
+
+
+def base_square(run: Run, tensor: PlannedTensor) -> float:
+    """‖θ₀‖² of a tensor that is merged by factors, as writing it finds it.
+
+    Raises:
+        NotFinite: it holds NaN or Inf.
+    """
+    elements = BLOCK_ELEMENTS if tensor.unchanged else LowRank.block_elements(tensor)
+    assert elements is not None
+    parts = runs(tensor.spec.numel, elements) if isinstance(run.inputs.base, PartialSource) else [None]
+    squares: list[float] = []
+    for part in parts:
+        read = run.loader.read(run.inputs.base, tensor, part)
+        block = read if tensor.unchanged or part is None else read.view(-1, tensor.matrix_shape[1])
+        squares += low_rank.base_squares([block], flat=tensor.unchanged).flatten().tolist()
+    if not all(map(math.isfinite, squares)):
+        run.loader.refuse_non_finite(tensor)
+    return math.fsum(squares)
 
 
 class CombinationStep(Step):
@@ -79,7 +116,7 @@ class CombinationStep(Step):
     """
 
     def __init__(self, run: Run, terms: Terms, sink: TensorSink, specs: Mapping[str, TensorSpec]) -> None:
-        tensors = [terms.findings.at(tensor, terms.config) for tensor in run.plan.of(*ROLES)]
+        tensors = [terms.planned(tensor) for tensor in run.plan.of(*ROLES)]
         super().__init__(combination_pass(tensors, terms.config, cut=isinstance(sink, PartialSink)))
         self._terms, self._loader, self._operators = terms, run.loader, run.backend.operators
         self._sink, self._specs, self._factors = sink, specs, run.factors
@@ -111,24 +148,51 @@ class CombinationStep(Step):
         self._factors.let_go(tensor.name)
         return [known for part in parts for known in part]
 
-    def settled(self, found: Found) -> list[Sequence[float]]:
-        """‖η Σ_i W_i ∘ X_i‖² of each matrix whose rows are weighted, without what ``scale`` makes of it; else 0.
+    def plain(self, value: Any) -> Any:
+        """A list."""
+        return list(value)
+
+    def remembered(self, journal: Journal) -> Mapping[str, Any]:
+        """Of tensors that are written."""
+        return {name: Sizes(*value) for name, value in super().remembered(journal).items()}
+
+    def settled(self, found: Found) -> list[Sequence[Sizes]]:
+        """See :class:`Sizes`.
 
         Raises:
-            NotFinite: a tensor was written as NaN or Inf.
+            NotFinite: a base of whose task vectors the factors alone were looked at holds NaN or Inf, or a tensor was
+                written as such.
         """
         known: list[Known] = [one for _, several in found for one in several]
-        numbers = [(one.largest, *(one.residual.numbers if one.residual else ())) for _, one in known]
+        numbers = [
+            (*([] if one.bases is None else [one.bases]), one.largest, *(one.residual.numbers if one.residual else ()))
+            for _, one in known
+        ]
         at_hand = iter(fetched([number for several in numbers for number in several]))
         squares: dict[str, list[float]] = {tensor.name: [] for tensors, _ in found for tensor in tensors}
+        bases: dict[str, list[float]] = {}
         for tensors, one in known:
+            if one.bases is not None:
+                for tensor, own in zip(tensors, next(at_hand), strict=True):
+                    if not bool(torch.isfinite(own).all()):
+                        self._loader.refuse_non_finite(tensor)
+                    bases.setdefault(tensor.name, []).extend(own.tolist())
             self._refuse_non_finite(tensors, next(at_hand))
             if one.residual is not None:
                 of_group = one.residual.squares(*(next(at_hand) for _ in one.residual.numbers))
                 for tensor, own in zip(tensors, of_group, strict=True):
                     squares[tensor.name] += own.flatten().tolist()
         # Exact sums: how a tensor was cut touches no bit.
-        return [[math.fsum(squares[one.name]) / self._terms.lengthened(one) ** 2 for one in some] for some, _ in found]
+        return [
+            [
+                Sizes(
+                    math.fsum(squares[one.name]) / self._terms.lengthened(one) ** 2,
+                    math.fsum(bases[one.name]) if one.name in bases else None,
+                )
+                for one in some
+            ]
+            for some, _ in found
+        ]
 
     def _refuse_non_finite(self, tensors: Sequence[PlannedTensor], largest: Tensor) -> None:
         if not bool(torch.isfinite(largest).all()):
@@ -142,9 +206,8 @@ class CombinationStep(Step):
         first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
         if first.role == "copied":
             return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors], []
-        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
         outs = [
-            torch.empty(theta.shape, dtype=self._specs[name].dtype, device=theta.device)
+            self._target(theta, self._specs[name].dtype, reused=group.factored)
             for theta, name in zip(group.bases or group.experts[0], group.names, strict=True)
         ]
         if first.role in ("statistic", "extra"):
@@ -155,3 +218,10 @@ class CombinationStep(Step):
         else:
             groups = [(group, outs)]
         return outs, [(one.tensors, self._terms.of(one).write(self._operators, one, some)) for one, some in groups]
+
+    def _target(self, theta: Tensor, dtype: torch.dtype, *, reused: bool) -> Tensor:
+        """What is written to; ``reused``: the base's own memory, where nobody else wants what is in it."""
+        if reused and theta.dtype == dtype and theta.is_contiguous() and not self._loader.lends:
+            return theta
+        # Contiguous, whatever the base's strides: `empty_like` would keep a transposed or channels-last layout.
+        return torch.empty(theta.shape, dtype=dtype, device=theta.device)

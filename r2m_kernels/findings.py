@@ -95,7 +95,8 @@ class Findings:
         experts: their names, in order.
         plan: every tensor and its role.
         grams: tensor name → (N, N) float64 Gram matrix of every matrix and vector tensor.
-        base_squares: tensor name → ‖θ₀‖² of each of them, to 1e-5 of itself.
+        base_squares: tensor name → ‖θ₀‖² of each of which it is known, to 1e-5 of itself: those that are merged by
+            factors come when they are written.
         real: coefficients of the core, the mixing, eigenvalues and gap.
         truncated: tensor name → what is known of its truncation.
         thresholds: (N,) float32, the smallest magnitude that TIES keeps of each expert; ``None`` for other methods.
@@ -105,7 +106,7 @@ class Findings:
     experts: list[str]
     plan: Plan
     grams: Mapping[str, Tensor]
-    base_squares: Mapping[str, float]
+    base_squares: dict[str, float]
     real: RealSubspace
     truncated: Mapping[str, Truncated]
     thresholds: Tensor | None

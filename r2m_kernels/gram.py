@@ -50,12 +50,12 @@ class TaskGram:
 
     Attributes:
         tasks: (N, N) float64 ⟨τ_i, τ_j⟩, exactly symmetric.
-        base: ‖θ₀‖².
-        factored: whether it was worked out from factors, whose bits are others than whole task vectors'.
+        base: ‖θ₀‖²; ``None`` where it was worked out from factors, and the base not read.
+        factored: whether it was, with other bits than from whole task vectors.
     """
 
     tasks: Tensor
-    base: float
+    base: float | None
     factored: bool = False
 
     def plain(self) -> dict[str, Any]:
@@ -72,15 +72,22 @@ def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     """Everything but what is copied; statistics and extras are only looked at for NaN and Inf."""
     tensors = plan.of("matrix", "vector", "statistic", "extra")
 
-    def block_elements(tensor: PlannedTensor) -> int:
+    def block_elements(tensor: PlannedTensor) -> int | None:
+        if tensor.factored:
+            return None
         if by_rows(tensor, config):
             return row_block_elements(*tensor.matrix_shape)
-        if tensor.factored:
-            return low_rank.RUN
         return operators.gram_panel_elements(_precise(tensor, config))
 
     base_of: tuple[Role, ...] = ("matrix", "vector", "statistic")
-    return Pass("task Gram", tensors, block_elements, base_of=base_of, by_factors=lambda tensor: tensor.factored)
+    return Pass(
+        "task Gram",
+        tensors,
+        block_elements,
+        base_of=base_of,
+        by_factors=lambda tensor: tensor.factored,
+        base_by_factors=False,
+    )
 
 
 def _precise(tensor: PlannedTensor, config: MergeConfig) -> bool:
@@ -107,11 +114,7 @@ class GramStep(Step):
         """The group's :class:`Grams`; of a part its panels', or its rows'."""
         first, operators = group.tensors[0], self._operators
         if group.factored:
-            m = first.matrix_shape[0]
-            if group.part is None:
-                return low_rank.task_grams(group.bases, group.experts, m)
-            base, experts = group.inputs(0)
-            return low_rank.part_grams(base, experts, m, first=group.part.start == 0)
+            return low_rank.task_grams(group.experts, first.matrix_shape[0])
         if by_rows(first, self._config):
             rows, _ = group.in_rows([])
             grams = operators.row_grams(rows.bases, rows.experts)
@@ -144,8 +147,9 @@ class GramStep(Step):
             if tasks.ndim == 2:
                 tasks = from_pairs(tasks)
             if tensors[0].role in ("matrix", "vector"):
-                factored = [tensors[0].factored] * len(tensors)
-                values.append(list(map(TaskGram, (tasks + tasks.mT) / 2, base.tolist(), factored)))
+                factored = tensors[0].factored
+                bases = [None] * len(tensors) if factored else base.tolist()
+                values.append(list(map(TaskGram, (tasks + tasks.mT) / 2, bases, [factored] * len(tensors))))
             else:
                 values.append([None] * len(tensors))
         return values
@@ -161,11 +165,14 @@ class GramStep(Step):
         # With other experts beside them those of another merge may have come from factors, or not.
         factored = {tensor.name: tensor.factored for tensor in self.over.tensors}
         grams = {name: None if value is None else TaskGram.from_plain(value) for name, value in known.items()}
-        return {
+        fitting = {
             name: one
             for name, one in grams.items()
             if (name in looked_at if one is None else one.factored == factored.get(name))
         }
+        count = len(self._loader.inputs.experts)
+        nothing = TaskGram(torch.zeros(count, count, dtype=torch.float64), None, factored=True)
+        return {**dict.fromkeys((one.name for one in self.over.tensors if one.unchanged), nothing), **fitting}
 
     def _summed(self, tensors: Sequence[PlannedTensor], grams: RowGrams) -> Grams:
         """Keeps the rows of whole tensors; their sums, (L, P) as pairs are."""
@@ -187,9 +194,10 @@ class GramStep(Step):
 
 
 def tasks_and_bases(values: Mapping[str, TaskGram | None]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(N, N) Gram matrix and ‖θ₀‖² of each matrix and vector tensor, from what :class:`GramStep` gives."""
+    """(N, N) Gram matrix of each matrix and vector tensor, and ‖θ₀‖² where it is known, of :class:`GramStep`'s."""
     known = {name: value for name, value in values.items() if value is not None}
-    return {name: one.tasks for name, one in known.items()}, {name: one.base for name, one in known.items()}
+    bases = {name: one.base for name, one in known.items() if one.base is not None}
+    return {name: one.tasks for name, one in known.items()}, bases
 
 
 def from_pairs(pairs: Tensor) -> Tensor:

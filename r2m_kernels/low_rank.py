@@ -14,44 +14,62 @@ import torch
 from torch import Tensor
 
 from ._interface import Grams, Operators
+from ._stream.blocks import as_matrix, element_panels, product_panels
 from ._stream.factors import GroupFactors, inner_products, stacked
-from ._stream.tensors import compute_dtype
-
-# Elements of a base whose squares are summed at once.
-RUN = 2**18
 
 
-def task_grams(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], m: int) -> Grams:
-    """Gram matrices of the task vectors, ⟨τ_i, τ_j⟩ = Σ (L_iᵀL_j) ∘ (R_iᵀR_j), and ‖θ₀‖².
+def task_grams(experts: Sequence[Sequence[Tensor]], m: int) -> Grams:
+    """Gram matrices of the task vectors, ⟨τ_i, τ_j⟩ = Σ (L_iᵀL_j) ∘ (R_iᵀR_j).
 
     Args:
-        bases: L tensors of one shape, or a run of one's elements.
         experts: N sequences of L task vectors.
         m: rows of the tensors.
 
     Returns:
-        (L, N, N) and (L,) float64. NaN or Inf in a base makes its tensor's non-finite.
+        (L, N, N) float64; of the bases, which are not looked at, zeros.
     """
-    squares = torch.stack([run_squares(base).sum() for base in bases])
-    tasks = torch.stack([_gram([expert[place] for expert in experts], m) for place in range(len(bases))])
-    return Grams(tasks + (squares - squares).view(-1, 1, 1), squares)
+    tasks = torch.stack([_gram([expert[place] for expert in experts], m) for place in range(len(experts[0]))])
+    return Grams(tasks, tasks.new_zeros(len(tasks)))
 
 
-def part_grams(base: Tensor, experts: Sequence[Tensor], m: int, *, first: bool) -> Grams:
-    """What :func:`task_grams` adds up, of a run of one tensor: a term of each :data:`RUN`, the Gram in the first."""
-    squares = run_squares(base)
-    tasks = (squares - squares).view(-1, 1, 1).repeat(1, len(experts), len(experts))
-    if first:
-        tasks[0] += _gram(experts, m)
-    return Grams(tasks, squares)
+def base_squares(bases: Sequence[Tensor], *, flat: bool) -> Tensor:
+    """‖θ₀‖² of the blocks of tensors of one shape: (L, blocks) float64, NaN or Inf where a base has them.
+
+    Each is a function of its block alone: which parts a tensor comes in touches no bit.
+
+    Args:
+        bases: matrices, or blocks of some of their columns; or runs of elements.
+        flat: blocks are :data:`BLOCK_ELEMENTS` on end; else those of low-rank products.
+    """
+    of_each = []
+    for base in bases:
+        if flat:
+            blocks = [base.reshape(-1)[some] for panel in element_panels(base.numel()) for some in panel]
+        else:
+            matrix = as_matrix(base)
+            blocks = [matrix[at].contiguous() for panel in product_panels(*matrix.shape) for at in panel]
+        of_each.append(torch.stack([torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]))
+    return torch.stack(of_each).square()
 
 
-def run_squares(base: Tensor) -> Tensor:
-    """Σ θ₀² of each run of a tensor's elements, float64."""
-    flat = base.reshape(-1)
-    runs = (flat[start : start + RUN] for start in range(0, flat.numel(), RUN))
-    lengths = [torch.linalg.vector_norm(run, dtype=torch.float64) for run in runs]
-    return torch.stack(lengths).square()
+def row_grams(experts: Sequence[Sequence[Tensor]], m: int) -> Tensor:
+    """Products of rows of the task vectors, L_i[r] (R_iᵀR_j) L_j[r]ᵀ: (L, P, m) float64, as :class:`RowGrams` has them.
+
+    Args:
+        experts: N sequences of L task vectors.
+        m: rows of the tensors.
+    """
+    of_tensors = []
+    for place in range(len(experts[0])):
+        both = [expert[place].double() for expert in experts]
+        lefts, rights = [one[:m] for one in both], [one[m:] for one in both]
+        pairs = [
+            ((lefts[i] @ (rights[i].mT @ rights[j])) * lefts[j]).sum(dim=1)
+            for i in range(len(both))
+            for j in range(i + 1)
+        ]
+        of_tensors.append(torch.stack(pairs))
+    return torch.stack(of_tensors)
 
 
 def _gram(experts: Sequence[Tensor], m: int) -> Tensor:
@@ -122,44 +140,57 @@ class Products(NamedTuple):
         return inner_products(self.left, self.right, ordered=False) * both
 
 
-def combine(
-    operators: Operators,
-    bases: Sequence[Tensor],
+def columns(
     experts: Sequence[Sequence[Tensor]],
     m: int,
     coefficients: Tensor,
     products: Products | None,
-    outs: Sequence[Tensor],
+    dtype: torch.dtype,
     rows: slice | None = None,
-    columns: slice | None = None,
-) -> Tensor:
-    """θ₀ + Σ_j c_j τ_lj and truncated residuals into each out, as one product of all their columns.
+    some: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_j c_j τ_lj and truncated residuals as one product: (L, m, k) and (L, k, n), a column at least.
 
     Args:
-        operators: who adds it to the base.
-        bases: L tensors of one shape, or some rows and columns of one.
         experts: N sequences of L task vectors.
         m: rows of the tensors.
-        coefficients: (N,) c.
-        products: of those rows and columns; ``None``: there are none.
-        outs: L tensors as the bases.
-        rows, columns: which those are; ``None``: all.
-
-    Returns:
-        (L,) largest magnitudes.
+        coefficients: (N,) c, or (L, m, N), one of each row.
+        products: of the rows and columns that are wanted; ``None``: there are none.
+        dtype: of the factors.
+        rows, some: which rows and columns those are; ``None``: all.
     """
-    changes = [stacked(expert) for expert in experts]
-    dtype, device = compute_dtype([bases[0], changes[0]]), bases[0].device
-    some = slice(0, m) if rows is None else rows
-    lefts = [change[:, some] * weight for change, weight in zip(changes, coefficients.tolist(), strict=True)]
-    rights = [change[:, m:][:, columns or slice(None)].mT for change in changes]
+    changes, wanted, device = [stacked(expert) for expert in experts], rows or slice(0, m), experts[0][0].device
+    if coefficients.ndim == 3:
+        weights = [one.unsqueeze(2) for one in coefficients[:, wanted].to(device).unbind(2)]
+    else:
+        weights = coefficients.tolist()
+    lefts = [change[:, wanted] * weight for change, weight in zip(changes, weights, strict=True)]
+    rights = [change[:, m:][:, some or slice(None)].mT for change in changes]
     if products is not None:
         scaled = products.left.to(device, dtype) * products.scale.to(device, dtype).view(-1, 1, 1)
         lefts += list(scaled.unbind(1))
         rights += list(products.right.to(device, dtype).unbind(1))
-    # Components side by side, and one at least.
-    left = torch.cat([*lefts, lefts[0].new_zeros(*lefts[0].shape[:2], 1)], dim=2).to(dtype).mT.contiguous().mT
-    right = torch.cat([*rights, rights[0].new_zeros(len(bases), 1, rights[0].shape[2])], dim=1).to(dtype)
+    if not sum(left.shape[2] for left in lefts):
+        lefts.append(lefts[0].new_zeros(*lefts[0].shape[:2], 1))
+        rights.append(rights[0].new_zeros(rights[0].shape[0], 1, rights[0].shape[2]))
+    # Components side by side.
+    return torch.cat(lefts, dim=2).to(dtype).mT.contiguous().mT, torch.cat(rights, dim=1).to(dtype)
+
+
+def combine(
+    operators: Operators, bases: Sequence[Tensor], left: Tensor, right: Tensor, outs: Sequence[Tensor]
+) -> Tensor:
+    """θ₀ + left · right into each out.
+
+    Args:
+        operators: who adds it to the base.
+        bases: L tensors of one shape, or some rows and columns of one.
+        left, right: (L, m, k) and (L, k, n).
+        outs: L tensors as the bases.
+
+    Returns:
+        (L,) largest magnitudes.
+    """
     # The base stands for an expert, which with a coefficient of 0 is not read.
     nothing, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     return operators.combine(bases, [list(bases)], nothing, left.unsqueeze(1), right.unsqueeze(1), one, outs)

@@ -144,7 +144,8 @@ class Analysis:
     truncates it, and keeps the factors in memory.
 
     Attributes:
-        config, experts, plan, grams, base_squares, matrix_gram, vector_gram: of :class:`Findings`.
+        config, experts, plan, grams, matrix_gram, vector_gram: of :class:`Findings`.
+        base_squares: tensor name → ‖θ₀‖² of every matrix and vector, to 1e-5 of itself.
         real_subspace, gram: coefficients of the core, mixing, eigenvalues and gap; (N, N) float64 G = Σ γ_l G_l.
         backend, device: who computed it, why and where.
         notes: sentences on what was understood in another way than it was given: names of wrapped modules.
@@ -156,7 +157,6 @@ class Analysis:
         self._run, self._findings, self._factors = run, findings, truncation.ResidualFactors(findings, run)
         self.config, self.experts, self.plan = findings.config, findings.experts, findings.plan
         self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, dict(findings.grams)
-        self.base_squares = dict(findings.base_squares)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
         self.backend, self.device = run.backend, run.device
         self._residual_norms: dict[str, float] = {}  # of what was written, where rows are weighted: by its options
@@ -201,6 +201,16 @@ class Analysis:
         terms = self._terms(config)
         self._residual_norms[repr(config.to_dict())] = combination.write(self._run, terms, sink, dtype, progress)
 
+    @property
+    @deterministic
+    def base_squares(self) -> dict[str, float]:
+        """See the class. Of tensors that are merged by factors it is found as they are written, or read for it here."""
+        known = self._findings.base_squares
+        for tensor in self.plan.tensors:
+            if tensor.factored and tensor.name not in known:
+                known[tensor.name] = combination.base_square(self._run, tensor)
+        return dict(known)
+
     def adapters(self, config: MergeConfig | None = None, **overrides: Unpack[Overrides]) -> Adapters:
         """The merge taken apart: one model, and what each expert adds to its matrices, by few columns.
 
@@ -235,7 +245,7 @@ class Analysis:
         config = checked(config, self.config)
         measured = self._residual_norms.get(repr(config.to_dict()))
         residuals = norm_matching.with_norm(self.residuals(config), measured, self._findings)
-        return report.report(self._findings, residuals, config, self._run)
+        return report.report(self._findings, residuals, self.base_squares, config, self._run)
 
     @property
     def steps(self) -> list[StepRecord]:

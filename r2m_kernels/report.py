@@ -54,7 +54,9 @@ def _installed(package: str) -> str:
         return "none"
 
 
-def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: Run) -> Report:
+def report(
+    findings: Findings, residuals: Residuals, base_squares: Mapping[str, float], config: MergeConfig, run: Run
+) -> Report:
     """See :meth:`r2m_kernels.Analysis.report`."""
     names = findings.experts
     real, gram, strength = findings.real, findings.matrix_gram, residuals.strength
@@ -80,7 +82,7 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
         "task_vectors": {
             "gram": gram.tolist(),
             "norms": _by_name(names, gram.diag().clamp_min(0).sqrt()),
-            "relative_to_base": _relative_to_base(findings),
+            "relative_to_base": _relative_to_base(findings, base_squares),
             "cosines": _cosines(gram),
             "vector_gram": findings.vector_gram.tolist(),
         },
@@ -124,9 +126,9 @@ def report(findings: Findings, residuals: Residuals, config: MergeConfig, run: R
     return Report(numbers)
 
 
-def _relative_to_base(findings: Findings) -> dict[str, float | None]:
+def _relative_to_base(findings: Findings, base_squares: Mapping[str, float]) -> dict[str, float | None]:
     """‖τ_i‖/‖θ₀‖ over matrix tensors."""
-    base = math.sqrt(sum(findings.base_squares[tensor.name] for tensor in findings.plan.of("matrix")))
+    base = math.sqrt(sum(base_squares[tensor.name] for tensor in findings.plan.of("matrix")))
     norms = findings.matrix_gram.diag().clamp_min(0).sqrt().tolist()
     return {name: norm / base if base > 0 else None for name, norm in zip(findings.experts, norms, strict=True)}
 
@@ -253,6 +255,8 @@ def _distance(
 ) -> dict[str, Any]:
     """None where the analyzed rank is another, nothing is known, or what was cut off is within rounding."""
     known = findings.truncation_of(tensor, config)
+    if findings.at(tensor, config).whole:
+        return {"distance_to_optimum": dict.fromkeys(findings.experts, 0.0), "distance_basis": BASIS["exact"]}
     if known is None:
         return {}
     method, gap = known.method, known.gap

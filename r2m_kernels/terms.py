@@ -20,7 +20,7 @@ from ._stream.blocks import BLOCK_ELEMENTS, product_height, row_block_elements
 from ._stream.budget import COMPUTE_BYTES
 from ._stream.factors import Factors, row_lengths, stacked
 from ._stream.loader import Group
-from ._stream.plan import PlannedTensor, by_rows
+from ._stream.plan import PlannedTensor, weighted_by_rows
 from .config import MergeConfig
 from .findings import Findings, Residuals
 from .row_weights import shared_weight
@@ -48,10 +48,12 @@ class Written(NamedTuple):
     Attributes:
         largest: (L,) magnitudes.
         residual: of the residual term where rows are weighted; ``None``: there is none, or it is known from elsewhere.
+        bases: (L, blocks) float64, of which a tensor's add up to ‖θ₀‖²; ``None``: step 1 has found it.
     """
 
     largest: Tensor
     residual: Measured | None = None
+    bases: Tensor | None = None
 
 
 class Term:
@@ -86,8 +88,21 @@ class Linear(Term):
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
         if group.factored:
-            return Written(_by_factors(operators, group, self.coefficients, None, outs))
+            return _by_factors(operators, group, self.coefficients, None, outs)
         return Written(operators.combine(group.bases, group.experts, self.coefficients, None, None, None, outs))
+
+
+@dataclass(frozen=True)
+class Unchanged(Term):
+    """θ₀, which all experts have."""
+
+    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
+        squares = low_rank.base_squares(group.bases, flat=True)
+        if all(out is base for out, base in zip(outs, group.bases, strict=True)):
+            return Written(torch.zeros_like(squares[:, 0]), bases=squares)  # nothing is rounded
+        nothing = torch.zeros(1, dtype=torch.float64)
+        largest = operators.combine(group.bases, [group.bases], nothing, None, None, None, outs)
+        return Written(largest, bases=squares)
 
 
 @dataclass(frozen=True)
@@ -132,13 +147,12 @@ class LowRank(Term):
             return Linear(self.coefficients).write(operators, group, outs)
         products = self.products(operators, group.bases[0].device, group.rows)
         if group.factored:
-            found = _by_factors(operators, group, self.coefficients, products, outs)
-            squares = [products.squares()] if self.rows is not None else []
-        else:
-            squares = []
-            group, outs = group.in_rows(outs)
-            wanted = None if self.rows is None else squares
-            found = operators.combine(group.bases, group.experts, self.coefficients, *products, outs, wanted)
+            residual = None if self.rows is None else Measured([products.squares()], _as_they_are)
+            return _by_factors(operators, group, self.coefficients, products, outs, residual)
+        squares: list[Tensor] = []
+        group, outs = group.in_rows(outs)
+        wanted = None if self.rows is None else squares
+        found = operators.combine(group.bases, group.experts, self.coefficients, *products, outs, wanted)
         return Written(found, Measured(squares, _as_they_are) if squares else None)
 
     def products(self, operators: Operators, device: torch.device, rows: slice | None = None) -> low_rank.Products:
@@ -172,12 +186,16 @@ def _by_factors(
     coefficients: Tensor,
     products: low_rank.Products | None,
     outs: Sequence[Tensor],
-) -> Tensor:
-    """A linear term, with truncated residuals or without, of task vectors that are factors themselves."""
+    residual: Measured | None = None,
+) -> Written:
+    """A linear term, by row or not, with truncated residuals or without, of task vectors that are factors."""
     m, _ = group.tensors[0].matrix_shape
     bases = group.bases if group.part is None else [base.view(-1, group.width) for base in group.bases]
     outs = outs if group.part is None else [out.view(-1, group.width) for out in outs]
-    return low_rank.combine(operators, bases, group.experts, m, coefficients, products, outs, group.rows, group.columns)
+    squares = low_rank.base_squares(bases, flat=False)  # before one of them is written to
+    where = (group.compute_dtype, group.rows, group.columns)
+    left, right = low_rank.columns(group.experts, m, coefficients, products, *where)
+    return Written(low_rank.combine(operators, bases, left, right, outs), residual, squares)
 
 
 def _rows(factor: Tensor, rank: int) -> Tensor:
@@ -208,16 +226,29 @@ class ByRows(Term):
         return row_block_elements(*tensor.matrix_shape)
 
     def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
+        if group.factored:
+            grams, coefficients = self.by_factors(operators, group)
+            at = group.rows or slice(None)
+            residual = Measured([grams[:, :, at], coefficients[:, at]], self._squares)
+            return _by_factors(operators, group, coefficients, None, outs, residual)
         known = [rows.to(outs[0].device, non_blocking=True) for rows in self.grams if rows is not None]
         if group.rows is not None:
             known = [rows[:, group.rows] for rows in known]
         group, outs = group.in_rows(outs)
         whole = len(known) == len(outs)
         grams = stacked(known) if whole else operators.row_grams(group.bases, group.experts).rows
-        rule = (self.rows.weights, self.rows.scales, self.eta, self.rows.power, group.compute_dtype)
-        coefficients = operators.row_coefficients(grams, self.core, self.mixing, *rule)
+        coefficients = self._coefficients(operators, grams, group.compute_dtype)
         largest = operators.combine(group.bases, group.experts, coefficients, None, None, None, outs)
         return Written(largest, Measured([grams, coefficients], self._squares))
+
+    def by_factors(self, operators: Operators, group: Group) -> tuple[Tensor, Tensor]:
+        """Rows' Gram matrices, (L, P, m), and coefficients, (L, m, N), of whole tensors whatever the part is."""
+        grams = low_rank.row_grams(group.experts, group.tensors[0].matrix_shape[0])
+        return grams, self._coefficients(operators, grams, group.compute_dtype)
+
+    def _coefficients(self, operators: Operators, grams: Tensor, dtype: torch.dtype) -> Tensor:
+        rule = (self.rows.weights, self.rows.scales, self.eta, self.rows.power, dtype)
+        return operators.row_coefficients(grams, self.core, self.mixing, *rule)
 
     def _squares(self, grams: Tensor, coefficients: Tensor) -> Tensor:
         """‖row of the residual term‖², (L, m), from (L, P, m) and (L, m, N)."""
@@ -336,6 +367,8 @@ def unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
     """The same before columns are matched."""
     if config.elementwise != "none":
         return ByElements
+    if tensor.unchanged and not tensor.apart:
+        return Unchanged
     if tensor.role == "vector":
         return Linear
     if config.descent_steps:
@@ -344,14 +377,14 @@ def unmatched(tensor: PlannedTensor, config: MergeConfig) -> type[Term]:
         return Flat
     if config.eta == 0:
         return Linear
-    if not tensor.full_rank:
+    if not tensor.whole:
         return LowRank
-    return ByRows if by_rows(tensor, config) else Linear
+    return ByRows if weighted_by_rows(tensor, config) else Linear
 
 
 def by_factors(tensor: PlannedTensor, config: MergeConfig) -> bool:
     """Whether what a tensor becomes can be made of its task vectors' factors."""
-    return tensor.factored and kind_of(tensor, config) in (Linear, LowRank)
+    return tensor.factored and kind_of(tensor, config) in (Unchanged, Linear, LowRank, ByRows)
 
 
 @dataclass(frozen=True)
@@ -365,6 +398,7 @@ class Terms:
         factors: the low-rank factors of a tensor, or those of some rows and columns; ``None`` where it has none.
         lengths: (N, m) of the rows of its truncated residuals, for one that comes in parts.
         rows: Gram matrices of a tensor's rows, by its name; ``None`` where they are not known.
+        apart: whether truncated residuals are wanted as factors, also where these hold them whole.
         truncated: whether truncated residuals are added; whole ones are in any case.
     """
 
@@ -374,11 +408,21 @@ class Terms:
     factors: Callable[[PlannedTensor, slice | None, slice | None], Factors | None]
     lengths: Callable[[PlannedTensor], Tensor | None]
     rows: Callable[[str], Tensor | None]
+    apart: bool = False
     truncated: bool = True
+
+    def taken_apart(self) -> Terms:
+        """Those of the same merge with truncated residuals as factors."""
+        return replace(self, apart=True)
 
     def without_truncated(self) -> Terms:
         """Those of the same merge whose truncated residuals are elsewhere."""
         return replace(self, truncated=False)
+
+    def planned(self, tensor: PlannedTensor) -> PlannedTensor:
+        """A tensor as this merge has it."""
+        apart = self.apart and tensor.role == "matrix" and (self.truncated or not tensor.unchanged)
+        return replace(self.findings.at(tensor, self.config), apart=apart)
 
     @property
     def single(self) -> bool:
@@ -405,6 +449,8 @@ class Terms:
         real, scales, config = self.findings.real, self.residuals.scales, self.config
         tensors, first, weights, core = group.tensors, group.tensors[0], real.weights, core_scale * real.core
         kind = unmatched(first, config)
+        if kind is Unchanged:
+            return Unchanged()
         if kind is ByElements:
             return ByElements(weights, core_scale, elements.Rule.of(config, self.findings.thresholds))
         if kind is Descent:
@@ -417,7 +463,7 @@ class Terms:
         if kind is ByRows and rows is not None:
             return ByRows(core, real.mixing, rows, eta, [self.rows(tensor.name) for tensor in tensors])
         # Where nothing is truncated: λ c + η M (w s).
-        coefficients = core + eta * (real.mixing @ (weights * scales)) if first.full_rank else core
+        coefficients = core + eta * (real.mixing @ (weights * scales)) if first.whole else core
         if kind is Flat:
             return Flat(len(core) * coefficients)
         if kind is not LowRank:

@@ -122,7 +122,7 @@ def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Ope
 
 def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
     """Matrices that are not kept whole. All of a matrix is needed at once, in memory or where it is stored."""
-    tensors = [tensor for tensor in plan.of("matrix") if tensor.truncated and config.eta != 0]
+    tensors = [tensor for tensor in plan.of("matrix") if not tensor.whole and config.eta != 0]
 
     def pace(tensor: PlannedTensor, inputs: Inputs, memory: Memory, threads: int) -> Pace | None:
         return pace_of(tensor, inputs, config, memory, threads)
@@ -341,20 +341,25 @@ class ResidualFactors:
         if tensor.name in self._run.factors:
             return self._run.factors.get(tensor.name).truncated(tensor.rank)
         mixing = self._findings.real.mixing
-        if tensor.full_rank or not any_residual(mixing):
+        if tensor.whole or not any_residual(mixing):
             return None
+        if tensor.apart:  # asked for once
+            return self._truncated(tensor, mixing)
         # Analyzed at full rank, where factors were not needed, and asked for at a smaller one: truncated now.
         key = (tensor.name, tensor.rank)
         if key not in self._late:
-            group, operators = self._run.loader.load([tensor], factored=tensor.factored), self._run.backend.operators
-            if group.factored:
-                m, dtype = tensor.matrix_shape[0], group.compute_dtype
-                self._late[key] = low_rank.truncate(group.experts, m, mixing, tensor.rank, dtype).of(0)
-            else:
-                (self._late[key],) = truncate_residuals(
-                    group.names, group.bases, group.experts, mixing, tensor.rank, self._findings.config, operators
-                )
+            self._late[key] = self._truncated(tensor, mixing)
         return self._late[key]
+
+    def _truncated(self, tensor: PlannedTensor, mixing: Tensor) -> Factors:
+        factored, operators = tensor.factored, self._run.backend.operators
+        group = self._run.loader.load([tensor], with_base=not factored, factored=factored)
+        if factored:
+            m, dtype = tensor.matrix_shape[0], group.compute_dtype
+            return low_rank.truncate(group.experts, m, mixing, tensor.rank, dtype).of(0)
+        config = self._findings.config
+        (found,) = truncate_residuals(group.names, group.bases, group.experts, mixing, tensor.rank, config, operators)
+        return found
 
     def products(self, config: MergeConfig) -> dict[str, Tensor]:
         """⟨F_il, F_jl⟩ of every matrix tensor at the config's rank: (N, N) float64 by name.
@@ -371,7 +376,7 @@ class ResidualFactors:
                 if self._run.owns(tensor) and (factors := self.of(tensor)) is not None
             }
             self._products[asked] = self._run.processes.gather(shared)
-        grams = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.full_rank}
+        grams = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.whole}
         whole = {name: gram.diag() if alone else gram for name, gram in grams.items()}
         return {**self._products[asked], **whole}
 

@@ -210,15 +210,17 @@ def _share(
     threads: int,
 ) -> Share:
     """What falls to a process that works on some tensors, with so many threads."""
-    uses: Counter[str] = Counter()
+    passing: Counter[str] = Counter()
     for one in passes:
         for work in works[one.name]:
-            uses[work.tensors[0].name] += 1 if work.pace is None else one.reads(work.tensors[0], inputs, work.pace)
+            (tensor,) = work.tensors
+            times = 1 if work.pace is None else one.reads(tensor, inputs, work.pace)
+            passing[tensor.name] += times * one.read_bytes(tensor, inputs)
 
     def used(tensor: PlannedTensor) -> int:
         """Over all passes; the base's part of a mean of the experts passes once, in the search for NaN."""
         once = inputs.base.specs[tensor.name].nbytes if tensor.role == "statistic" else 0
-        return inputs.nbytes(tensor) * uses[tensor.name] - once
+        return passing[tensor.name] - once
 
     flight, factors = memory.flight or 0, (memory.factors or 0) if config.eta != 0 else 0
     room = memory.stored or flight
@@ -229,7 +231,7 @@ def _share(
     for one in passes:
         for tensor in one.tensors:
             if tensor.name in by_name and one.block_elements(tensor) is None and (one.name, tensor.name) not in paces:
-                taken = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
+                taken = one.working_bytes(tensor, inputs)
                 taken -= inputs.nbytes(tensor) if tensor.name in memory.kept else 0  # counted there
                 needed[tensor.name] = max(needed.get(tensor.name, 0), taken)
     uncut = set(needed)

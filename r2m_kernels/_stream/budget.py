@@ -69,8 +69,12 @@ class Inputs:
     def working_bytes(self, tensor: PlannedTensor) -> int:
         """What a tensor takes while it is merged whole: its inputs, a wide result and its output."""
         wide = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
-        algebra = tensor.change_elements * torch.float64.itemsize * FACTOR_COPIES
-        return self.nbytes(tensor) + tensor.spec.numel * (wide + tensor.spec.dtype.itemsize) + algebra
+        whole = self.nbytes(tensor) + tensor.spec.numel * (wide + tensor.spec.dtype.itemsize)
+        return whole + self.algebra_bytes(tensor)
+
+    def algebra_bytes(self, tensor: PlannedTensor) -> int:
+        """What the factors of its task vectors take, where these are all that is needed of it."""
+        return tensor.change_elements * torch.float64.itemsize * FACTOR_COPIES
 
     def in_parts(self, tensor: PlannedTensor) -> bool:
         """Whether a tensor can be read in parts."""
@@ -86,7 +90,7 @@ class Inputs:
         if by_rows(tensor, config):
             count = len(self.experts)
             return count * (count + 1) // 2 * tensor.matrix_shape[0] * torch.float64.itemsize
-        if not tensor.truncated:
+        if not tensor.truncated or tensor.whole:
             return 0
         width = max(COMPUTE_BYTES, tensor.spec.dtype.itemsize)
         return len(self.experts) * tensor.rank * sum(tensor.matrix_shape) * width
@@ -252,7 +256,7 @@ def effort_of(config: MergeConfig) -> Effort:
 
 def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:
     """Of a tensor's truncation; 0 where there is none."""
-    if not tensor.truncated or config.eta == 0 or tensor.factored:
+    if tensor.whole or not tensor.truncated or config.eta == 0 or tensor.factored:
         return 0.0
     factors = 2 * tensor.spec.numel * tensor.rank
     return (effort_of(config).work_on_cpu(tensor.rank, tensor.matrix_shape) + factors) * experts

@@ -15,7 +15,7 @@ from ..config import MergeConfig
 from ..errors import BadOption, DoesNotFit, printable, quoted
 from ..heads import classifier
 from ..meanings import refusal
-from .plan import Plan, PlannedTensor, by_rows, fits, goes_by_factors, residual_rank
+from .plan import Plan, PlannedTensor, fits, goes_by_factors, residual_rank
 from .tensors import FLOATING, LowRankSource, TensorSource, TensorSpec, dtype_name
 
 # Mismatches of one checkpoint that are all shown; of more there are counts, by how names begin, and examples.
@@ -58,11 +58,10 @@ def plan(base: TensorSource, experts: Mapping[str, TensorSource], config: MergeC
         if name not in aliases and name not in own.replaced
     ]
     if goes_by_factors(config):
-        whole = [tensor.role != "matrix" or by_rows(tensor, config) for tensor in tensors]
         # Once for all tensors: what asks for methods is slow.
         low = [source for source in experts.values() if isinstance(source, LowRankSource)]
         if len(low) == len(experts):
-            tensors = [one if kept else _with_changes(one, low) for one, kept in zip(tensors, whole, strict=True)]
+            tensors = [_with_changes(one, low) if one.role in ("matrix", "vector") else one for one in tensors]
     if not any(tensor.role != "copied" for tensor in tensors):
         raise DoesNotFit(
             f"{base.label}: nothing to merge, none of its {len(tensors)} tensors holds floating-point numbers"
@@ -132,7 +131,8 @@ def _planned(name: str, spec: TensorSpec, config: MergeConfig, names: list[str],
 def _with_changes(tensor: PlannedTensor, experts: Sequence[LowRankSource]) -> PlannedTensor:
     """With the ranks of its task vectors, where all are known and far below its own."""
     ranks = [rank for source in experts if (rank := source.change_rank(tensor.name)) is not None]
-    few = len(ranks) == len(experts) and FACTORED_SHARE * sum(ranks) <= min(tensor.matrix_shape)
+    most = min(tensor.matrix_shape) // FACTORED_SHARE if tensor.role == "matrix" else 0
+    few = len(ranks) == len(experts) and sum(ranks) <= most
     return replace(tensor, change_ranks=tuple(ranks)) if few else tensor
 
 

@@ -34,7 +34,8 @@ class Group:
         experts: N lists of L tensors.
         part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
         columns: of a part of whole rows some columns, its inputs then being blocks of those; ``None``: all.
-        factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them.
+        factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them; none of
+            tensors that are the base's.
     """
 
     tensors: Sequence[PlannedTensor]
@@ -126,7 +127,9 @@ class Loader:
         if factored:
             own = [self.inputs.base] if with_base else []
             read = [self.whole(one, own) if part is None else self._part(one, own, part, columns) for one in tensors]
-            changes = [[self._change(source, one) for one in tensors] for source in self.inputs.experts]
+            still = tensors[0].unchanged and not tensors[0].apart
+            experts = [] if still else self.inputs.experts
+            changes = [[self._change(source, one) for one in tensors] for source in experts]
             bases = [base for bases in read for base in bases]
             return Group(tensors, bases, changes, part, columns, factored=True)
         sources = self.inputs.sources if with_base else self.inputs.experts
@@ -221,6 +224,11 @@ class Loader:
         block = source.read_block(tensor.name, rows.start * n + columns.start, length, n, count)
         self._count(block)
         return block.to(self.device)
+
+    @property
+    def lends(self) -> bool:
+        """Whether what is read of the base is its owner's, who does not want it written to."""
+        return isinstance(self.inputs.base, StateDictSource)
 
     def on_device(self, tensor: PlannedTensor) -> bool:
         """Whether nothing has to be brought for this tensor."""

@@ -27,7 +27,9 @@ class PlannedTensor:
             ``statistic``: plain mean; ``copied``: from the base; ``extra``: mean of the experts, absent from the base.
         rank: truncation rank of a matrix; 0 for other roles.
         mapped: its residuals' singular values are changed, not only cut off: never linear in the task vectors.
-        change_ranks: of a matrix that may be merged by its task vectors' factors, how many columns each expert's have.
+        change_ranks: of a tensor that may be merged by its task vectors' factors, how many columns each expert's have;
+            all 0 where it is the base's in every expert.
+        apart: its residuals are wanted as factors of their own, also where all of their columns fit the rank.
     """
 
     name: str
@@ -36,6 +38,7 @@ class PlannedTensor:
     rank: int = 0
     mapped: bool = False
     change_ranks: tuple[int, ...] | None = None
+    apart: bool = False
 
     @property
     def factored(self) -> bool:
@@ -45,7 +48,13 @@ class PlannedTensor:
     @property
     def change_elements(self) -> int:
         """Numbers of all those factors."""
-        return sum(self.matrix_shape) * sum(self.change_ranks) if self.change_ranks else 0
+        columns = sum(self.change_ranks or ())
+        return columns * sum(self.matrix_shape) if columns else 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether every expert has the base's."""
+        return self.factored and not any(self.change_ranks or ())
 
     @property
     def full_rank(self) -> bool:
@@ -53,8 +62,14 @@ class PlannedTensor:
         return self.role == "matrix" and self.rank == min(self.matrix_shape) and not self.mapped
 
     @property
+    def whole(self) -> bool:
+        """A matrix whose residuals are linear in the task vectors: by its rank, or since these have few columns."""
+        by_columns = self.factored and not self.apart and sum(self.change_ranks or ()) <= self.rank
+        return self.full_rank or (self.role == "matrix" and by_columns)
+
+    @property
     def truncated(self) -> bool:
-        """A matrix whose residuals are kept as low-rank factors."""
+        """A matrix of which residuals have less than full rank."""
         return self.role == "matrix" and not self.full_rank
 
     @property
@@ -107,10 +122,15 @@ def fits(names: Iterable[str], globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
+def weighted_by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
     """Whether a tensor's whole residuals are weighted row by row, by their lengths in the rows' Gram matrices."""
-    whole = tensor.full_rank and config.elementwise == "none" and config.core_spectrum != "flat"
+    whole = tensor.whole and config.elementwise == "none" and config.core_spectrum != "flat"
     return whole and config.eta != 0 and config.row_power > 0
+
+
+def by_rows(tensor: PlannedTensor, config: MergeConfig) -> bool:
+    """Whether those matrices are found in step 1 and kept; from factors they are made where they are needed."""
+    return weighted_by_rows(tensor, config) and not tensor.factored
 
 
 def goes_by_factors(config: MergeConfig) -> bool:

@@ -60,6 +60,21 @@ class Pass:
     by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
     base_by_factors: bool = True
 
+    def takes_base(self, tensor: PlannedTensor) -> bool:
+        """Whether the base's tensor is read."""
+        return tensor.role in self.base_of and (self.base_by_factors or not self.by_factors(tensor))
+
+    def read_bytes(self, tensor: PlannedTensor, inputs: Inputs) -> int:
+        """What is read of a tensor each time."""
+        idle = tensor.factored and not self.takes_base(tensor)
+        return inputs.nbytes(tensor) - (inputs.base.specs[tensor.name].nbytes if idle else 0)
+
+    def working_bytes(self, tensor: PlannedTensor, inputs: Inputs) -> int:
+        """What a tensor takes at once, where all of it is needed."""
+        factors_alone = self.by_factors(tensor) and not self.base_by_factors
+        taken = inputs.algebra_bytes(tensor) if factors_alone else inputs.working_bytes(tensor)
+        return taken + self.workspace(tensor, inputs)
+
     def load(
         self,
         loader: Loader,
@@ -68,8 +83,8 @@ class Pass:
         columns: slice | None = None,
     ) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
-        factored = self.by_factors(tensors[0])
-        with_base = tensors[0].role in self.base_of and (self.base_by_factors or not factored)
+        first = tensors[0]
+        with_base, factored = self.takes_base(first), self.by_factors(first)
         return loader.load(tensors, part, columns, with_base=with_base, factored=factored)
 
 
@@ -85,8 +100,7 @@ def whole_bytes(passes: Sequence[Pass], inputs: Inputs) -> dict[str, int]:
     for one in passes:
         for tensor in one.tensors:
             if one.block_elements(tensor) is None:
-                taken = inputs.working_bytes(tensor) + one.workspace(tensor, inputs)
-                most[tensor.name] = max(most.get(tensor.name, 0), taken)
+                most[tensor.name] = max(most.get(tensor.name, 0), one.working_bytes(tensor, inputs))
     return most
 
 
@@ -262,8 +276,7 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
             yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
     whole = [work.tensors[0] for work in shared]
-    inputs, workspace = loader.inputs, step.over.workspace
-    largest = max((inputs.working_bytes(tensor) + workspace(tensor, inputs) for tensor in whole), default=1)
+    largest = max((step.over.working_bytes(tensor, loader.inputs) for tensor in whole), default=1)
     limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max(1, largest)))
     each = for_each(lambda work: step.work(step.over.load(loader, work.tensors)), shared, limit)
     yield from zip((work.tensors for work in shared), each, strict=True)
