@@ -21,7 +21,7 @@ from ._stream.tensors import PartialSink, PartialSource, TensorSink, TensorSpec,
 from .config import MergeConfig
 from .errors import NotFinite, quoted
 from .progress import Progress
-from .terms import LowRank, Terms, Written, by_factors, kind_of, unmatched
+from .terms import LowRank, Terms, Unchanged, Written, by_factors, kind_of, unmatched
 
 Known = tuple[Sequence[PlannedTensor], Written]  # tensors that were computed
 
@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     base: float | None
 
 
+WINDOW = 2**20  # elements that are passed on at once
 ROLES: tuple[Role, ...] = ("matrix", "vector", "statistic", "copied", "extra")
 
 
@@ -68,6 +69,7 @@ def combination_pass(tensors: Sequence[PlannedTensor], config: MergeConfig, *, c
         factors=factors,
         workspace=workspace,
         by_factors=lambda tensor: by_factors(tensor, config),
+        passed_on=lambda tensor: tensor.role == "copied" or kind_of(tensor, config) is Unchanged,
     )
 
 
@@ -123,15 +125,41 @@ class CombinationStep(Step):
 
     def work(self, group: Group) -> list[Known]:
         """What is known of the tensors that were computed."""
+        if kind_of(group.tensors[0], self._terms.config) is Unchanged:
+            return [self._passed_on(tensor, group.part) for tensor in group.tensors]
         outs, written = self._merged(group)
-        tied = self._terms.findings.plan.tied
         for tensor, merged in zip(group.tensors, outs, strict=True):
-            for name in (tensor.name, *tied.get(tensor.name, ())):
+            for name in self._names(tensor):
                 if group.part is None:
                     self._sink.write(name, merged)
                 else:
                     self._write_part(name, group, merged)
         return written
+
+    def _names(self, tensor: PlannedTensor) -> tuple[str, ...]:
+        return (tensor.name, *self._terms.findings.plan.tied.get(tensor.name, ()))
+
+    def _passed_on(self, tensor: PlannedTensor, part: slice | None) -> Known:
+        """The base's tensor, or a part, a window at a time: what was just read is still in a core's cache."""
+        base, sink, dtype = self._loader.inputs.base, self._sink, self._specs[tensor.name].dtype
+        pieces: list[slice | None] = [None]
+        if isinstance(base, PartialSource) and isinstance(sink, PartialSink):
+            start, stop = (0, tensor.spec.numel) if part is None else (part.start, part.stop)
+            pieces = [slice(at, min(at + WINDOW, stop)) for at in range(start, stop, WINDOW)]
+        squares, largest = [], []
+        for piece in pieces:
+            theta = self._loader.read(base, tensor, piece)
+            squares.append(low_rank.base_squares([theta], flat=True))
+            merged = theta.to(dtype, copy=piece is None and self._loader.lends).contiguous()
+            # NaN and Inf of the base show in its squares; a narrower type has some of its own.
+            largest.append(squares[-1].new_zeros(()) if dtype == theta.dtype else merged.abs().amax().double())
+            for name in self._names(tensor):
+                if piece is None:
+                    sink.write(name, merged)
+                else:
+                    assert isinstance(sink, PartialSink)
+                    sink.write_elements(name, piece.start, merged)
+        return [tensor], Written(torch.stack(largest).amax(dim=0, keepdim=True), bases=torch.cat(squares, dim=1))
 
     def _write_part(self, name: str, group: Group, merged: Tensor) -> None:
         assert isinstance(self._sink, PartialSink)

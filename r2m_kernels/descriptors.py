@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
 import os
+import sys
 import threading
+from collections.abc import Callable
 
 OPENS_DIRECTORIES = hasattr(os, "O_DIRECTORY")  # and so brings what is new in them to the disk; Windows does not
 REMOVES_OPEN_FILES = os.name != "nt"
 # Windows reads and writes where a descriptor stands, which all threads share.
 _moving = threading.Lock()
+_SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
+_LARGE = 2**20  # bytes of a write that the disk is told of at once
 
 
 def flags(*names: str) -> int:
@@ -40,6 +45,24 @@ def write_at(descriptor: int, view: memoryview | bytes, offset: int) -> int:
     with _moving:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.write(descriptor, view)
+
+
+def begin_writing(descriptor: int, offset: int, count: int) -> None:
+    """Let the disk begin with bytes that were written, while others are worked out; a small write waits.
+
+    It promises nothing, and its failure means nothing: whoever wants them on the disk calls :func:`os.fsync`.
+    """
+    if count >= _LARGE and (begin := _sync_file_range()) is not None:
+        begin(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's call; ``None`` elsewhere."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
 
 
 def reserve(descriptor: int, size: int) -> None:

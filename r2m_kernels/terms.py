@@ -94,15 +94,7 @@ class Linear(Term):
 
 @dataclass(frozen=True)
 class Unchanged(Term):
-    """θ₀, which all experts have."""
-
-    def write(self, operators: Operators, group: Group, outs: Sequence[Tensor]) -> Written:
-        squares = low_rank.base_squares(group.bases, flat=True)
-        if all(out is base for out, base in zip(outs, group.bases, strict=True)):
-            return Written(torch.zeros_like(squares[:, 0]), bases=squares)  # nothing is rounded
-        nothing = torch.zeros(1, dtype=torch.float64)
-        largest = operators.combine(group.bases, [group.bases], nothing, None, None, None, outs)
-        return Written(largest, bases=squares)
+    """θ₀, which all experts have: it goes from the source to the sink."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ class Group:
         experts: N lists of L tensors.
         part: the elements of a single tensor that this is about, its inputs then being runs of those; ``None``: all.
         columns: of a part of whole rows some columns, its inputs then being blocks of those; ``None``: all.
-        factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them; none of
-            tensors that are the base's.
+        factored: the experts' are factors of whole task vectors, as :meth:`LowRankSource.read_change` has them.
     """
 
     tensors: Sequence[PlannedTensor]
@@ -115,21 +114,17 @@ class Loader:
         with_base: bool = True,
         factored: bool = False,
     ) -> Group:
-        """A group's inputs on the device, or a part of a single tensor's; copied ones come without.
+        """A group's inputs on the device, or a part of a single tensor's.
 
         Args:
             part, columns: of :class:`Group`.
             with_base: whether the base's are among them.
             factored: whether the experts' come as factors, whole ones of a part too.
         """
-        if tensors[0].role == "copied":
-            return Group(tensors, part=part)
         if factored:
             own = [self.inputs.base] if with_base else []
             read = [self.whole(one, own) if part is None else self._part(one, own, part, columns) for one in tensors]
-            still = tensors[0].unchanged and not tensors[0].apart
-            experts = [] if still else self.inputs.experts
-            changes = [[self._change(source, one) for one in tensors] for source in experts]
+            changes = [[self._change(source, one) for one in tensors] for source in self.inputs.experts]
             bases = [base for bases in read for base in bases]
             return Group(tensors, bases, changes, part, columns, factored=True)
         sources = self.inputs.sources if with_base else self.inputs.experts

@@ -47,6 +47,7 @@ class Pass:
         workspace: bytes that a tensor takes beside its inputs and result where all of it is needed at once.
         by_factors: whether of a tensor the factors of its task vectors are enough.
         base_by_factors: whether the base's is needed beside them.
+        passed_on: whether the step itself reads what it needs of a tensor, which is the base's alone.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Pass:
     workspace: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
     base_by_factors: bool = True
+    passed_on: Callable[[PlannedTensor], bool] = lambda tensor: False
 
     def takes_base(self, tensor: PlannedTensor) -> bool:
         """Whether the base's tensor is read."""
@@ -84,6 +86,8 @@ class Pass:
     ) -> Group:
         """What is needed of a group, or of a part of a single tensor."""
         first = tensors[0]
+        if self.passed_on(first):
+            return Group(tensors, part=part)
         with_base, factored = self.takes_base(first), self.by_factors(first)
         return loader.load(tensors, part, columns, with_base=with_base, factored=factored)
 

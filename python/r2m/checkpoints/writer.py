@@ -20,7 +20,7 @@ from r2m.checkpoints.formats import SAFETENSORS
 from r2m.checkpoints.layout import encode_index
 from r2m.checkpoints.safetensors_file import PlannedFile, plan_files
 from r2m.places import naming, write_file
-from r2m_kernels.descriptors import OPENS_DIRECTORIES, flags, reserve, write_at
+from r2m_kernels.descriptors import OPENS_DIRECTORIES, begin_writing, flags, reserve, write_at
 from r2m_kernels.errors import BadCheckpoint, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -184,6 +184,7 @@ class SafetensorsSink:
                 done = 0
                 while done < len(view):  # a call may take less than offered; Linux takes 2 147 479 552 bytes at most
                     done += write_at(descriptor, view[done:], offset + done)
+                begin_writing(descriptor, offset, done)
         finally:
             os.close(descriptor)
 
