@@ -198,9 +198,30 @@ def test_nan_in_a_base_is_named(name: str, count: int) -> None:
             look()
 
 
+def test_what_is_the_bases_everywhere_is_passed_on() -> None:
+    base, experts = adapters(RANKS, {**SHAPES, "calm.weight": (1030, 1100)})
+    base["calm.weight"][0, 0] = -0.0
+    analysis = analyze(base, experts, MergeConfig.r2m())
+    # Known before anything is written, and the same to the bit.
+    squares = dict(analysis.base_squares)
+    analysis._findings.base_squares.clear()
+    for name, dtype in (
+        ("calm.weight", None),
+        ("bias", None),
+        ("calm.weight", torch.bfloat16),
+        ("bias", torch.float64),
+    ):
+        merged = analysis.merge(dtype=dtype)[name]
+        assert same_bits({name: merged}, {name: base[name].to(dtype or base[name].dtype)})
+    assert {name: squares[name] for name in analysis.base_squares} == analysis.base_squares
+    base["calm.weight"][1029, 1099] = 1e6
+    with pytest.raises(NotFinite, match=r"'calm.weight': merged values exceed the range of float16"):
+        analysis.merge(dtype="float16")
+
+
 @pytest.mark.parametrize("kind", ["r2m", "whole", "rows alike"])
 def test_threads_order_and_budget_touch_no_bit(kind: str) -> None:
-    shapes = {**SHAPES, "large.weight": (500, 1100)}
+    shapes = {**SHAPES, "large.weight": (500, 1100), "calm.weight": (1030, 1100)}
     base, experts = adapters([{**ranks, "large.weight": 3} for ranks in RANKS], shapes)
     config = CONFIGS[kind]
     expected = analyze(base, experts, config)
