@@ -1,10 +1,11 @@
 """Adapters merged by their factors against the copy of a file, and against merges of the models PEFT would unload.
 
-    python -m bench.adapters [DIRECTORY] [--blocks 24] [--repeats 5] [--json bench/results/adapters.json]
+    python -m bench.adapters [DIRECTORY] [--blocks 24] [--repeats 7] [--json bench/results/adapters.json]
 
 A tower of ViT-L/14's size in float32 and three LoRAs of rank 16 on q, k, v and the output projection. Every merge is a
 process of its own; seconds are those of the merge alone, and memory is its peak beyond the imports. A copy reads the
-base in pieces and writes them to a new file, which is brought to the disk as a merge's is. Runs are interleaved.
+base in pieces and writes them to a new file, which is brought to the disk as a merge's is. Copies and merges by
+factors are interleaved; what is compared with them in time or memory runs once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MERGES: dict[str, tuple[bool, str, str | None]] = {
     f"{ADAPTERS}, {SMALL}": (True, "r2m", SMALL),
     f"{AVERAGE}, {SMALL}": (False, "weight_average", SMALL),
 }
-ONCE = (MODELS,)  # takes a minute
+ONCE = tuple(name for name in MERGES if name != ADAPTERS)  # copy and adapters in pairs, what else takes long once
 
 
 def write_inputs(directory: Path, blocks: int) -> None:
@@ -131,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--inputs", type=Path, metavar="DIR", help="where they stay for another run; 0 repeats: no run")
     parser.add_argument("--json", type=Path)
