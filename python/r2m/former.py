@@ -24,7 +24,7 @@ from r2m_kernels.errors import BadFile
 # Keys of a state on which no Gram matrix of two experts depends.
 _FREE = (
     *("merge_method", "dtype", "format", "adapters", "adapter_rank"),
-    *("max_shard_size", "order of experts", "specialists"),
+    *("max_shard_size", "order of experts", "specialists", "temperature", "head_bias"),
 )
 
 # In one merge of merges, as a file may claim: it decides weights.

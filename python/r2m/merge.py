@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import r2m_kernels
 from r2m import adapted, distributed, former, labels, machine, ownership, plain_yaml, preprocessing, preprocessing_files
 from r2m.arrangement import Arranged, arrange
+from r2m.calibrated_head import CalibratedHead
 from r2m.card import card
 from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import CONFIG
@@ -50,6 +51,8 @@ from r2m_kernels.streaming import (
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
+# What is known of how a calibration was found where a recipe alone says it.
+_UNTOLD = dict.fromkeys(("rule", "pictures", "fakes", "before", "after"))
 OUTPUT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
@@ -165,11 +168,13 @@ class Job:
         )
 
     def write(self, analysis: Analysis, sink: SafetensorsSink, progress: Progress | None) -> None:
-        """Steps 4 and 5, of which adapters have a part of their own."""
+        """Steps 4 and 5, of which adapters have a part of their own, and a calibration the classifier."""
         if self.format is ADAPTERS and self.recipe.adapters != ONE:
             analysis.adapters(self.arranged.config).write(sink, dtype=self.dtype, progress=progress)
         else:
-            analysis.write(sink, self.arranged.config, dtype=self.dtype, progress=progress)
+            calibration, names = self.recipe.calibration, self.recipe.arrangement.head_tensors
+            to = sink if calibration is None else CalibratedHead(sink, calibration, names)
+            analysis.write(to, self.arranged.config, dtype=self.dtype, progress=progress)
 
     def forecast(self, directory: Path, resources: Resources) -> Forecast:
         """What it takes with these resources; ``directory`` is on the file system of the output."""
@@ -212,6 +217,8 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     fakes = {name: one.fake for name, one in recipe.experts.items() if one.fake is not None}
     arranged = arrange(base, experts, config, recipe.arrangement, renames, fakes)
     if OUTPUT_FORMATS[recipe.format] is ADAPTERS:
+        if recipe.calibration is not None:
+            raise BadOption(f"temperature, head_bias: are for one model, got --format {ADAPTERS.name}")
         arranged = adapted.arrange(arranged, recipe.adapters)
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
     beside = hub.local(recipe.base)
@@ -232,6 +239,7 @@ def merge_files(
     processes: ProcessGroup | None = None,
     progress: Progress | None = None,
     workplace: Workplace | None = None,
+    calibrated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge checkpoints into a new directory.
 
@@ -252,6 +260,7 @@ def merge_files(
         processes: those that share the work; all of them call this alike.
         progress: called as the work goes on, such as :class:`r2m_kernels.ProgressLines`.
         workplace: of ``out``, where it is held already.
+        calibrated: what the report says of how the recipe's temperature and bias were found.
 
     Returns:
         The report, as in ``r2m_report.json``.
@@ -289,7 +298,7 @@ def merge_files(
             return analysis.report()
         assert workplace is not None
         workplace.check()
-        report = complete(job, partial, sink, analysis, state, started)
+        report = complete(job, partial, sink, analysis, state, started, calibrated)
         del analysis  # Windows removes no file that is open, and its factors may lie beside the output
     return report
 
@@ -356,6 +365,7 @@ def complete(
     analysis: Analysis,
     state: Mapping[str, Any],
     started: float,
+    calibrated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is written when all tensors are.
 
@@ -365,12 +375,13 @@ def complete(
         analysis: what they were made from.
         state: what decides their bytes.
         started: when, by ``time.perf_counter``.
+        calibrated: as :func:`merge_files` has it.
 
     Returns:
         The report.
     """
     sink.finish()
-    recipe, directory = job.recipe, partial.output
+    recipe, directory, calibration = job.recipe, partial.output, job.recipe.calibration
     if not job.format.direct:
         job.format.save(open_checkpoint(partial.tensors, "merged tensors"), directory / job.format.output, sink.names)
     adapters = None
@@ -414,6 +425,7 @@ def complete(
             "folded": job.arranged.folded,
         },
         "adapters": adapters,
+        "calibration": {**_UNTOLD, **asdict(calibration), **(calibrated or {})} if calibration else None,
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     write_file(directory / CARD_FILE, card(directory, report, at=partial.target).encode(errors="backslashreplace"))

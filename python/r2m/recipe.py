@@ -15,9 +15,11 @@ from typing import Any
 from r2m.checkpoints.formats import ADAPTERS, OUTPUT_FORMATS, SAFETENSORS
 from r2m.detector_kinds import WHAT
 from r2m.detector_kinds import check as check_detector
+from r2m.log_odds import Calibration
 from r2m.naming import name_experts
 from r2m.preprocessing import Preprocessing
 from r2m.presets import PRESETS, Preset, Rules
+from r2m_kernels import checks
 from r2m_kernels.checks import did_you_mean
 from r2m_kernels.config import FLAGS, METHODS, MergeConfig, make_config
 from r2m_kernels.errors import BadOption, quoted
@@ -32,6 +34,13 @@ _ADAPTED: Mapping[str, Mapping[str, Any]] = {
     "merge": {"rank": 0.05},
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
+
+
+def _temperature(name: str, value: Any) -> float:
+    return checks.number(name, value, _COLDEST)
+
+
+_COLDEST = 1e-3  # a detector that is a thousand times too unsure
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format, adapters, adapter_rank, detector: of the output, as their sentences say.
+        dtype, format, adapters, adapter_rank, detector, temperature, head_bias: of the output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
@@ -189,6 +198,24 @@ class Recipe:
         check=check_detector,
     )
 
+    temperature: float | None = option(
+        None,
+        FILES,
+        "Log-odds of the output are divided by it, in the classifier's tensors.",
+        "Found by r2m calibrate.",
+        check=_temperature,
+        metavar="T",
+        unset="1",
+    )
+    head_bias: float | None = option(
+        None,
+        FILES,
+        "Then added to the second output against the first, or to the only one.",
+        "Found by r2m calibrate.",
+        metavar="B",
+        unset="0",
+    )
+
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():
             declared.checked(getattr(self, name))
@@ -201,6 +228,20 @@ class Recipe:
                 f"adapters: an ensemble is the mean and what each expert has beyond it, the method {_ENSEMBLE_METHOD}; "
                 f"for {self.method} give --adapters merge"
             )
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What is folded into the classifier; None: nothing."""
+        if self.temperature is None and self.head_bias is None:
+            return None
+        return Calibration(self.temperature or 1.0, self.head_bias or 0.0)
+
+    def uncalibrated(self) -> Recipe:
+        """The same without a calibration, which was of this merge and of no other; a note says so."""
+        if self.calibration is None:
+            return self
+        note = "the calibration of the merge before (temperature, head_bias) is gone; r2m calibrate makes a new one"
+        return replace(self, temperature=None, head_bias=None, notes=(*self.notes, note))
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> Recipe:
@@ -241,7 +282,7 @@ class Recipe:
         if config.weights is not None or weight is not None:
             before = config.weights or (1.0,) * len(self.experts)
             config = config.replace(weights=(*before, 1.0 if weight is None else weight))
-        return replace(self, experts={**self.experts, name: expert}, config=config)
+        return replace(self.uncalibrated(), experts={**self.experts, name: expert}, config=config)
 
     def without_expert(self, name: str) -> Recipe:
         """The same with one expert less.
@@ -258,7 +299,8 @@ class Recipe:
         config = self.config
         if config.weights is not None:
             config = config.replace(weights=tuple(itertools.compress(config.weights, kept)))
-        return replace(self, experts=dict(itertools.compress(self.experts.items(), kept)), config=config)
+        kept_experts = dict(itertools.compress(self.experts.items(), kept))
+        return replace(self.uncalibrated(), experts=kept_experts, config=config)
 
 
 def default_method(output: Mapping[str, Any]) -> str:

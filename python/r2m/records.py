@@ -143,6 +143,8 @@ REPORT = Record(
         "arrangement.labels": "of its outputs, in order, where they are known",
         "arrangement.folded": "tensors that came as factors and were multiplied",
         "adapters": "kind, ranks by matrix, modules saved whole, tensors that are the mean in all; null: none",
+        "calibration": "temperature and bias in the classifier, by which rule, on how many pictures, share of fakes, "
+        "and with labels, before and after: ece, F1 at .5 and the best, reliability; null: none",
         "output.files": "their bytes",
         "output.bytes": "of all",
         "output.seconds": "of the whole merge",
@@ -168,6 +170,7 @@ EVALUATION = Record(
         "models.*.source": "the checkpoint or the scores",
         "models.*.detector": "how it was loaded",
         "models.*.fake": "the output that was taken for the fake's: index, label, and who says so; null for scores",
+        "models.*.calibration": "temperature and bias that r2m calibrate has folded into its classifier; null: none",
         "models.*.preprocessing": "of its pictures",
         "models.*.bytes": "of its files, with those of its adapters; null for scores",
         "models.*.looks_like": "by dataset, of what an ensemble calls fake, whose logit is how often the largest; null",

@@ -59,7 +59,7 @@ def sweep(
             sweep left when it was cut off, or another process is at work on it.
         OSError: it cannot be read or written.
     """
-    recipe = former.recipe_of(out)
+    recipe = former.recipe_of(out).uncalibrated()
     refuse_lost(recipe, out)
     points = points_of(recipe, values, methods)
     shared: dict[str, list[Point]] = {}

@@ -79,6 +79,8 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "adapters": "one",
         "adapter_rank": 8,
         "detector": "clip:vit",
+        "temperature": 2.0,
+        "head_bias": -0.5,
         "rename": {"old.": "new."},
         "preset": "df40",
         "head": "refit:logistic",

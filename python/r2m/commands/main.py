@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import click
 
-from r2m.commands import again, evaluate, files, look, merge, methods
+from r2m.commands import again, calibrate, evaluate, files, look, merge, methods
 from r2m.commands.messages import say, settled
 from r2m.commands.process import ENDED, exit_code, no_memory
 from r2m.commands.way import WayGroup
@@ -45,7 +45,7 @@ def r2m() -> None:
     """Merge detectors that were fine-tuned from one base into one detector, without data (R²M)."""
 
 
-for _module in (merge, again, look, evaluate, files, methods):
+for _module in (merge, again, look, evaluate, calibrate, files, methods):
     for _command in _module.COMMANDS:
         r2m.add_command(_command)
 

@@ -17,7 +17,7 @@ WAY = {
     "report": "merged --evaluation evaluated",
     "add": "merged --expert NEW=NEW.pth",
 }
-_LATER = ("remove", "sweep", "methods", "card", "convert", "relink", "schema", "demo")
+_LATER = ("remove", "sweep", "calibrate", "methods", "card", "convert", "relink", "schema", "demo")
 ORDER = (*WAY, *_LATER)
 
 

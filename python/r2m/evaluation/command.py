@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from r2m.evaluation.ensemble import Ensemble, attribution, combined
 from r2m.evaluation.entrants import Entrant, chosen, load_all
 from r2m.evaluation.judging import check_names, judge_all
 from r2m.evaluation.metrics import METRICS, average, metrics
+from r2m.evaluation.models import calibration_of
 from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
 from r2m.preprocessing import Preprocessing
@@ -99,6 +101,7 @@ def _evaluated(request: Request, out: str | None, overwrite: bool, quiet: bool) 
             "source": os.path.abspath(one.path) if out is None else places.from_output(out, one.path),
             "detector": one.detector,
             "fake": one.fake.plain() if one.fake else None,
+            "calibration": _calibration(one) if ran else None,
             "preprocessing": one.preprocessing.plain() if one.preprocessing else None,
             "bytes": _bytes(one) if ran else None,
             "looks_like": _looks_like(name, one.model, evaluated, numbers),
@@ -178,6 +181,12 @@ def _of_ensembles(result: Mapping[str, Any]) -> list[str]:
     sizes = {name: one["bytes"] for name, one in result["models"].items() if one["bytes"] is not None}
     listed = ", ".join(f"{printable(name)} {readable_bytes(size)}" for name, size in sizes.items())
     return [*lines, f"on the disk: {listed}"] if any(one["looks_like"] for one in result["models"].values()) else []
+
+
+def _calibration(one: Entrant) -> dict[str, float] | None:
+    """Of the log-odds of fake, that is in the checkpoint's classifier."""
+    found = calibration_of(one.path, one.fake) if isinstance(one.model, nn.Module) and one.fake else None
+    return None if found is None else asdict(found)
 
 
 def _outputs(entered: Mapping[str, Entrant]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.ensemble import Ensemble, load_ensemble
 from r2m.evaluation.request import Request
 from r2m.labels import FILE, Classes
+from r2m.log_odds import Calibration
 from r2m.ownership import RECIPE_FILE
 from r2m.places import FileSystemWarning
 from r2m.preprocessing import Preprocessing
@@ -126,6 +127,13 @@ def fake_of(name: str, path: str, request: Request, of: str | None = None) -> Fa
     if index not in (0, 1):
         raise BadOption(f"fake: expected 0 or 1, got {index} for {what}")
     return Fake(index, labels[index] if labels and index < len(labels) else None, who)
+
+
+def calibration_of(path: str, fake: Fake) -> Calibration | None:
+    """What r2m calibrate has folded into a checkpoint that a merge wrote, of the log-odds of fake; None: nothing."""
+    recipe = _recipe(path)
+    found = None if recipe is None else recipe.calibration
+    return found if found is None or fake.index == 1 else replace(found, bias=-found.bias)
 
 
 def _turned(_module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from r2m.evaluation.metrics import Scores
+from r2m.evaluation.ensemble import log_odds, together
+from r2m.evaluation.metrics import Scores, metrics, reliability
+from r2m.log_odds import Calibration
 from r2m.reporting.figures import OTHERS, WIDTH, Picture, Rows, colour, finish, legend, matrix_picture, picture
 from r2m.reporting.matrix import Matrix, number
 from r2m.reporting.standing import FRAMES, Standing
@@ -25,6 +28,7 @@ _STEPS = 250  # places on each side of a ROC curve that can be told apart in a p
 _THRESHOLD = 0.5  # of evaluations that do not say which
 _SQUARE = (WIDTH, WIDTH)
 _FRAMED = "framed: the forgeries that the specialist's name says it was trained on"
+_BEFORE, _AFTER = "before", "now"
 ByModel = Mapping[str, Scores]
 
 
@@ -51,6 +55,9 @@ def of_evaluation(of: Standing, scores: Mapping[str, ByModel]) -> Iterator[Pictu
     }
     if any(bins.values()):
         yield _reliabilities(of, {dataset: models for dataset, models in bins.items() if models})
+    calibrated = {} if of.merged is None else _calibrated(of, scores.get(of.merged, {}))
+    if calibrated:
+        yield _calibration(of, calibrated)
     if len(of.specialists) > 1:
         yield _training_against_forgeries(of)
 
@@ -225,6 +232,53 @@ def _reliabilities(of: Standing, bins: Mapping[str, Mapping[str, Rows]]) -> Pict
         "say; below it the model is too sure of fakes, above it too sure of reals. It depends on how many fakes a test "
         "set has." + _grey(of),
         rows,
+        [panel(dataset) for dataset in bins],
+        _SQUARE,
+    )
+
+
+def _calibrated(of: Standing, scores: ByModel) -> dict[str, dict[str, Scores]]:
+    """By dataset what the merge says, and what it said before r2m calibrate; empty where that was never."""
+    found = of.models[of.first].get("calibration")
+    if found is None:
+        return {}
+    one = Calibration(found["temperature"], found["bias"])
+
+    def before(now: Scores) -> Scores:
+        return replace(now, probabilities=together(one.undone(log_odds([now.probabilities.tolist()]))[:1]))
+
+    return {dataset: {_BEFORE: before(now), _AFTER: now} for dataset, now in scores.items()}
+
+
+def _calibration(of: Standing, calibrated: Mapping[str, ByModel]) -> Picture:
+    bins = {dataset: {when: reliability(one) for when, one in both.items()} for dataset, both in calibrated.items()}
+    errors = {
+        dataset: {when: metrics(one)["ece"] for when, one in both.items()} for dataset, both in calibrated.items()
+    }
+
+    def panel(dataset: str) -> Callable[[Axes], None]:
+        shown = {
+            when: np.array([[one["probability"] for one in found], [one["fakes"] for one in found]])
+            for when, found in reversed(bins[dataset].items())
+        }
+        texts = {when: f"{when} {number(errors[dataset][when])}" for when in shown}
+        return lambda axes: _square(
+            axes, shown, texts, "probability of fake", "share of fakes", of.sets[dataset], loc="upper left"
+        )
+
+    found = of.models[of.first]["calibration"]
+    return picture(
+        "calibration",
+        "Before and after calibration",
+        "How often a frame is fake, against the probability that the merge gives now, and gave before its log-odds "
+        f"were divided by {found['temperature']:.4g} and {found['bias']:+.4g} was added (r2m calibrate); beside each "
+        "the expected calibration error.",
+        [
+            {"dataset": dataset, "when": when, **one}
+            for dataset, both in bins.items()
+            for when, of_bins in both.items()
+            for one in of_bins
+        ],
         [panel(dataset) for dataset in bins],
         _SQUARE,
     )
