@@ -6,6 +6,7 @@ people.
 """
 
 # Annotations are read by `infer_schema`, so they are not texts.
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import _backends, _derivatives, checks, tensor_checks
 from ._stream import parallel
-from ._stream.blocks import padded
+from ._stream.blocks import empty_rows
 from ._stream.tensors import FLOATING, compute_dtype
 
 
@@ -151,18 +152,19 @@ def _check_orthonormalize(y: Tensor, backend: str) -> None:
     tensor_checks.tall("y", y)
 
 
-def combine(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    core: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    scale: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    out = _like(base)
-    combine_out(base, experts, core, out, left, right, scale, backend)
-    return out
+def _allocating(write: Callable[..., None]) -> Callable[..., Tensor]:
+    """What writes to ``out``, with a new tensor like the base in its place: its arguments are all others."""
+    signature = inspect.signature(write)
+    place = [*signature.parameters].index("out")
+
+    def made(base: Tensor, *others: Any) -> Tensor:
+        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)  # contiguous, whatever the base's strides
+        write(base, *others[: place - 1], out, *others[place - 1 :])
+        return out
+
+    taken = [one for name, one in signature.parameters.items() if name != "out"]
+    made.__signature__ = signature.replace(parameters=taken, return_annotation=Tensor)  # type: ignore[attr-defined]
+    return made
 
 
 def combine_out(
@@ -179,20 +181,6 @@ def combine_out(
     operators = _backends.choose(backend, base.device).operators
     left, right = (None if factor is None else factor.unsqueeze(0) for factor in (left, right))
     operators.combine([base], [[expert] for expert in experts], core, left, right, scale, [out])
-
-
-def _combine_fake(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    core: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    scale: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    out = _like(base)
-    _check_combine(base, experts, core, out, left, right, scale, backend)
-    return out
 
 
 def _check_combine(
@@ -220,22 +208,6 @@ def _check_combine(
     _check_output(base, out)
 
 
-def combine_rows(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    core: Tensor,
-    mixing: Tensor,
-    weights: Tensor,
-    scales: Tensor,
-    eta: float,
-    power: float,
-    backend: str = "auto",
-) -> Tensor:
-    out = _like(base)
-    combine_rows_out(base, experts, core, mixing, weights, scales, eta, power, out, backend)
-    return out
-
-
 def combine_rows_out(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -258,22 +230,6 @@ def combine_rows_out(
         operators.combine(bases, group, coefficients, None, None, None, [target])
 
     _write(out, write)
-
-
-def _combine_rows_fake(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    core: Tensor,
-    mixing: Tensor,
-    weights: Tensor,
-    scales: Tensor,
-    eta: float,
-    power: float,
-    backend: str = "auto",
-) -> Tensor:
-    out = _like(base)
-    _check_combine_rows(base, experts, core, mixing, weights, scales, eta, power, out, backend)
-    return out
 
 
 def _check_combine_rows(
@@ -300,14 +256,6 @@ def _check_combine_rows(
     _check_output(base, out)
 
 
-def match_columns(
-    base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, backend: str = "auto"
-) -> Tensor:
-    out = _like(base)
-    match_columns_out(base, experts, merged, counts, out, backend)
-    return out
-
-
 def match_columns_out(
     base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, out: Tensor, backend: str = "auto"
 ) -> None:
@@ -320,14 +268,6 @@ def match_columns_out(
         operators.match_columns([base], group, [change], counts, [target])
 
     _write(out, write)
-
-
-def _match_columns_fake(
-    base: Tensor, experts: Sequence[Tensor], merged: Tensor, counts: Tensor, backend: str = "auto"
-) -> Tensor:
-    out = _like(base)
-    _check_match_columns(base, experts, merged, counts, out, backend)
-    return out
 
 
 def _check_match_columns(
@@ -346,11 +286,16 @@ OPERATORS = (
     Operator("task_gram", task_gram, _task_gram_fake),
     Operator("residual_matmul", residual_matmul, _residual_matmul_fake),
     Operator("orthonormalize", orthonormalize, _orthonormalize_fake),
-    Operator("combine", combine, _combine_fake, (_derivatives.of_combine, _derivatives.keep_combine)),
+    Operator(
+        "combine",
+        _allocating(combine_out),
+        _allocating(_check_combine),
+        (_derivatives.of_combine, _derivatives.keep_combine),
+    ),
     Operator("combine.out", combine_out, _check_combine),
-    Operator("combine_rows", combine_rows, _combine_rows_fake),
+    Operator("combine_rows", _allocating(combine_rows_out), _allocating(_check_combine_rows)),
     Operator("combine_rows.out", combine_rows_out, _check_combine_rows),
-    Operator("match_columns", match_columns, _match_columns_fake),
+    Operator("match_columns", _allocating(match_columns_out), _allocating(_check_match_columns)),
     Operator("match_columns.out", match_columns_out, _check_match_columns),
 )
 
@@ -383,21 +328,12 @@ def _check_output(base: Tensor, out: Tensor) -> None:
     tensor_checks.same_device("out", out, base.device)
 
 
-def _like(base: Tensor) -> Tensor:
-    """Contiguous, whatever the base's strides."""
-    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
-
-
 def _columns(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty (…, m, k): contiguous on a CPU; on a GPU as its kernels write vectors, side by side and padded."""
     if device.type in ("cpu", "meta"):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     *leading, length, count = shape
-    strides, stride = [padded(length), 1], padded(length) * count
-    for size in leading[::-1]:
-        strides.append(stride)
-        stride *= size
-    return torch.empty_strided(tuple(shape), strides[::-1], dtype=dtype, device=device)
+    return empty_rows((*leading, count), length, dtype, device).mT
 
 
 def _laid_out(result: Tensor) -> Tensor:

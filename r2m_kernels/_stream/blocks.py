@@ -35,6 +35,11 @@ def padded(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (*leading, length) tensor whose rows lie so."""
+    return torch.empty((*leading, padded(length)), dtype=dtype, device=device).narrow(-1, 0, length)
+
+
 def panel_limit(device: torch.device) -> int | None:
     """Panels in work at once: a GPU has one queue of work, and streams that belong to threads."""
     return None if device.type == "cpu" else 1

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._stream.blocks import padded
+from .._stream.blocks import empty_rows, padded
 from .._stream.tensors import compute_dtype
 
 # A vector load moves this many bytes and wants an address that is a multiple of it.
@@ -129,8 +129,3 @@ def padded_rows(rows: Tensor) -> Tensor:
     if list(rows.stride()) == strides[::-1] and well_placed(rows):
         return rows
     return empty_rows(leading, length, rows.dtype, rows.device).copy_(rows)
-
-
-def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised (*leading, length) tensor whose rows start at multiples of 16 elements."""
-    return torch.empty((*leading, padded(length)), dtype=dtype, device=device)[..., :length]

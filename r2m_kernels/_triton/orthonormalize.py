@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.blocks import empty_rows
 from . import launch
-from .addresses import ELEMENT_TYPES, empty_rows, known_multiple, padded_rows, vectors_fit
+from .addresses import ELEMENT_TYPES, known_multiple, padded_rows, vectors_fit
 from .sums import sum_tiles
 
 # Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least

@@ -19,16 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.blocks import empty_rows
 from . import launch
-from .addresses import (
-    ELEMENT_TYPES,
-    Group,
-    empty_rows,
-    known_multiple,
-    padded_rows,
-    tensor_at,
-    vectors_fit,
-)
+from .addresses import ELEMENT_TYPES, Group, known_multiple, padded_rows, tensor_at, vectors_fit
 from .sums import summed
 
 
