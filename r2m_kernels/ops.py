@@ -40,7 +40,7 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], backe
         (L, N, N) float64 on the CPU, symmetric up to rounding; |error| ≤ 16·2⁻²⁴ · |A||A|ᵀ (2⁻⁵³ for float64 inputs).
         A NaN or Inf in an input makes its entries non-finite.
 
-    The maths: r2m_kernels/README.md §12 and §12.
+    The maths: r2m_kernels/README.md §2 and §12.
 
     Examples:
         >>> base = [torch.zeros(2, 2)]
