@@ -135,7 +135,9 @@ def test_without_labels_half_is_fake_and_the_order_stays(command: Command, outpu
     assert "## Calibration" in Path("out/README.md").read_text()
     assert command("merge", "out/r2m_config.yaml", "--out", "again", "--quiet").code == 0
     assert Path("again", MODEL).read_bytes() == Path("out", MODEL).read_bytes()
-    assert command("calibrate", "out", "--undo").code == 0
+    undone = command("calibrate", "out/", "--undo")
+    assert undone.code == 0
+    assert undone.out.endswith("Next: r2m evaluate out/ --data PICTURES --out out.evaluation\n")  # not inside
     assert unchanging("out") == unchanging("kept")
     assert command("calibrate", "out", "--undo").err == "Error: calibrate: --undo: out is not calibrated\n"
 

@@ -11,7 +11,7 @@ from r2m.commands.given import only_given, take_options
 from r2m.commands.messages import done, say
 from r2m.commands.options import OFFLINE, QUIET, SectionedCommand, flags, option
 from r2m.commands.process import settle_memory
-from r2m.commands.way import following
+from r2m.commands.way import evaluation_of, following
 from r2m.evaluation.request import DATA, DETECT, REQUEST, Request
 from r2m.options import OPTIONS
 from r2m_kernels.errors import BadOption
@@ -68,7 +68,7 @@ def calibrate(out: str, files: tuple[str, ...], fakes: float | None, undo: bool,
         say(line, err=True)
     if not quiet:
         done("\n".join(_said(out, report)))
-        say(following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(f"{out}.evaluation")))
+        say(following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(evaluation_of(out))))
 
 
 def _said(out: str, report: dict[str, Any]) -> list[str]:
