@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_curve
 
 from r2m import former
 from r2m.evaluation import detection
-from r2m.evaluation.calibrating import Labelled, Numbers, with_labels, without_labels
+from r2m.evaluation.calibrating import Labelled, Numbers, probability, with_labels, without_labels
 from r2m.evaluation.ensemble import log_odds
 from r2m.evaluation.metrics import Scores, metrics, reliability
 from r2m.evaluation.models import calibration_of, fake_of, load, preprocessing_of
@@ -145,7 +145,7 @@ def _labelled(
 
 def _judged(logits: Numbers, labels: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, Any]:
     """Calibration error, F1 at .5 and at the best threshold, and the reliability in bins."""
-    probabilities = 0.5 * (1 + np.tanh(logits / 2))
+    probabilities = probability(logits)
     names = np.array([str(index) for index in range(len(labels))])
     scores = Scores(labels, probabilities, names, names)
     precision, recall, _ = precision_recall_curve(labels, probabilities)

@@ -79,8 +79,8 @@ def with_labels(one: Labelled, fakes: float) -> Calibration:
 
     for _ in range(_STEPS):
         scaled = math.exp(at[0]) * (one.logits - middle)
-        probability = _sigmoid(scaled + at[1])
-        error, curved = weights * (probability - one.labels), weights * probability * (1 - probability)
+        fake = probability(scaled + at[1])
+        error, curved = weights * (fake - one.labels), weights * fake * (1 - fake)
         gradient = np.array([error @ scaled + (at[0] - usual) / _SURE**2, error.sum()])
         # Without the part that may be negative: a direction down, always.
         across = curved @ scaled
@@ -108,10 +108,11 @@ def _bias(scaled: Numbers, fakes: float) -> float:
     low, high = -float(scaled.max()) - 50.0, -float(scaled.min()) + 50.0
     for _ in range(2 * _HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(scaled + middle).mean() < fakes else (low, middle)
+        low, high = (middle, high) if probability(scaled + middle).mean() < fakes else (low, middle)
     return (low + high) / 2
 
 
-def _sigmoid(values: Numbers) -> Numbers:
-    half: Numbers = 0.5 * (1 + np.tanh(values / 2))
+def probability(logits: Numbers) -> Numbers:
+    """Of fake, from its log-odds of any size."""
+    half: Numbers = 0.5 * (1 + np.tanh(logits / 2))
     return half

@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from r2m.evaluation.ensemble import log_odds, together
+from r2m.evaluation.calibrating import probability
+from r2m.evaluation.ensemble import log_odds
 from r2m.evaluation.metrics import Scores, metrics, reliability
 from r2m.log_odds import Calibration
 from r2m.reporting.figures import OTHERS, WIDTH, Picture, Rows, colour, finish, legend, matrix_picture, picture
@@ -245,7 +246,7 @@ def _calibrated(of: Standing, scores: ByModel) -> dict[str, dict[str, Scores]]:
     one = Calibration(found["temperature"], found["bias"])
 
     def before(now: Scores) -> Scores:
-        return replace(now, probabilities=together(one.undone(log_odds([now.probabilities.tolist()]))[:1]))
+        return replace(now, probabilities=probability(one.undone(log_odds([now.probabilities.tolist()])[0])))
 
     return {dataset: {_BEFORE: before(now), _AFTER: now} for dataset, now in scores.items()}
 
