@@ -44,7 +44,7 @@ from triton.runtime.driver import driver
 from bench.gpu.cases import cases
 from r2m_kernels import _backends, _triton
 from r2m_kernels._interface import Effort
-from r2m_kernels._triton import launch
+from r2m_kernels._triton import ahead, launch
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ _CONFIGURED = {"PRECISION", "DOT", "ROWS", "INNER", "COLUMNS", "EXPERTS", "INPUT
 _CONFIGURED |= {"DIAGONAL", "SIDE"}
 
 
-class _CompileOnly:
+class CompileOnly:
     """Stands in for the GPU's driver: it names a target and has no device."""
 
     def __init__(self, target: str) -> None:
@@ -160,7 +160,7 @@ def launches(target: str) -> list[Launch]:
         _, specialization, _ = binder(*arguments, **constants, **launch.options(config))
         caught.setdefault(f"{kernel.__name__} {specialization} {config}", one)
 
-    driver.set_active(_CompileOnly(target))
+    driver.set_active(CompileOnly(target))
     with (
         mock.patch.object(launch, "start", catch),
         mock.patch.object(launch, "target_of", return_value=target),
@@ -183,7 +183,7 @@ class Compiled:
 
 def inspected(target: str, caught: list[Launch]) -> list[dict[str, Any]]:
     """Compile launches and read their machine code."""
-    driver.set_active(_CompileOnly(target))
+    driver.set_active(CompileOnly(target))
     all_compiled = [_compiled(one) for one in caught]
     right = [one for one in all_compiled if not one.error]
     if CHIPS[target].target.backend == "cuda":
@@ -302,9 +302,8 @@ def check(targets: list[str], processes: int) -> list[dict[str, Any]]:
 
 def sources() -> str:
     """A hash of what rows depend on: kernels and their launches, these operator calls and checks, Triton's version."""
-    here, kernels = Path(__file__), Path(launch.__file__).parent
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in (here, here.with_name("gpu") / "cases.py", *sorted(kernels.glob("*.py")), kernels / "launch.json"):
+    here, digest = Path(__file__), hashlib.sha256(f"{triton.__version__} {ahead.sources()}".encode())
+    for path in (here, here.with_name("gpu") / "cases.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -138,7 +138,7 @@ def _why_not_triton(device: torch.device) -> str:
 @functools.cache
 def _tried(device: torch.device) -> str:
     """Whether the smallest kernel is compiled and launched on a GPU: once in a process, and why not if so."""
-    ahead, sums = (importlib.import_module(f"._triton.{name}", __package__) for name in ("ahead", "sums"))
+    ahead, sums = _module("_triton.ahead"), _module("_triton.sums")
     try:
         ahead.fill(device)
         sums.sum_rows(torch.ones(1, 1, dtype=torch.float64, device=device))

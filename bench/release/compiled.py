@@ -87,7 +87,7 @@ def collect(targets: list[str], directory: Path, wanted: Callable[[Any], bool] =
         with mock.patch.object(compiler, "get_cache_key", noted):
             caught = [one for one in compile_check.launches(name) if wanted(one)]
             for one in [*caught, *map(aligned, caught)]:
-                driver.set_active(compile_check._CompileOnly(name))
+                driver.set_active(compile_check.CompileOnly(name))
                 keys.clear()
                 kernel = one.compiled()
                 if not keys:
@@ -111,7 +111,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("dist"))
-    parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--target", nargs="+", help="default: all of them")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "triton")
     options = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
@@ -119,10 +119,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         import triton
 
+        from r2m_kernels._triton import launch
         from r2m_kernels._triton.ahead import PACKAGE
 
         project = Path(place)
-        counts = collect(options.target, project / PACKAGE)
+        counts = collect(options.target or list(launch.TARGETS), project / PACKAGE)
         texts = {"package": PACKAGE, "version": version(), "name": NAME, "triton": triton.__version__}
         (project / "pyproject.toml").write_text(PROJECT.format(**texts))
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]

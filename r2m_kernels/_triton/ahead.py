@@ -21,6 +21,8 @@ from triton.compiler import compiler
 from triton.runtime import cache
 from triton.runtime.driver import driver
 
+from . import launch
+
 PACKAGE, MANIFEST = "r2m_kernels_compiled", "manifest.json"
 
 
@@ -37,7 +39,7 @@ class Hashed:
 
 def sources() -> str:
     """A hash of the kernels and of how they are launched."""
-    here, digest = Path(__file__).parent, hashlib.sha256()
+    here, digest = Path(launch.__file__).parent, hashlib.sha256()
     for path in (*sorted(here.glob("*.py")), here / "launch.json"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ for target in ("sm_90", "gfx942"):
     told.append(ahead.fill_for(compile_check.CHIPS[target].target, directory))
     for one in compile_check.launches(target):
         if one.kernel.__name__ in names:
-            driver.set_active(compile_check._CompileOnly(target))
+            driver.set_active(compile_check.CompileOnly(target))
             assert one.compiled().asm[{"sm_90": "cubin", "gfx942": "hsaco"}[target]]
 print(json.dumps([hits, told]))
 """
