@@ -32,7 +32,7 @@ def free_memory() -> int:
 def return_buffers() -> None:
     """From here on freed buffers of 64 KiB or more go back to the system at once.
 
-    Where a merge does not fit its budget, what an allocator keeps in holes between buffers of several sizes counts: up
+    Where a merge hardly fits its budget, what an allocator keeps in holes between buffers of several sizes counts: up
     to 100 MiB, and so does what smaller ones leave at the end of its heap. Panels of 400 KiB that were freed in another
     order left 10 to 20 MiB of holes on some runs. Elsewhere that saves the time of taking them anew.
     """

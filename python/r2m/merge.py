@@ -337,7 +337,7 @@ def _merge(
     job: Job, partial: PartialOutput, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
 ) -> tuple[Analysis, SafetensorsSink]:
     """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
-    if job.budget < 2 * job.input_bytes:
+    if job.budget < 2 * job.input_bytes:  # with results and factors beside them inputs hardly fit
         machine.return_buffers()
     sink = job.sink(partial, create=processes.index == 0)
     with closing(FileJournal(partial.directory, processes.index, before=sink.sync)) as journal:
