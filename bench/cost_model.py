@@ -3,13 +3,20 @@
     python -m bench.cost_model [--model vit_l_14] [--experts 3] [--rank 0.4] [--dtype float32] [--chip H100]
 
 Without options: the reference job on every chip, and the totals of the other models. Counts follow from shapes and the
-launch plan (r2m_kernels/README.md §§2–6); a floor is the time of the slowest resource, memory, arithmetic or host link,
-busy at its datasheet's rate throughout. All of it is predicted, nothing measured.
+launch plan (r2m_kernels/README.md §§2–6); a floor is the time of the slowest resource, memory, L2 cache, arithmetic or
+host link, busy at its rate throughout. All of it is predicted, nothing measured.
 
 ``bytes_read`` is compulsory: every distinct byte once, as if caches were perfect. ``fetched_bytes`` is what programs
 fetch of the inputs: each reads a byte once, but several may want the same one, which the L2 cache then usually has; the
-table's "no L2" is the floor if every tile that a second program reads came from memory again. Matrices are taken to be
-sketched; arithmetic beside the loads (mixing, differences) is not counted.
+table's "uncached" is the floor if every tile that a second program reads came from memory again. ``loaded_bytes`` is
+what load instructions ask for, inputs and factors, all of which passes from the L2 cache to the multiprocessors.
+Matrices are taken to be sketched; arithmetic beside the loads (mixing, differences) is not counted.
+
+On an H200 (bench/results/gpu_operators.json) Gram matrices, products and inner products take what these roofs and
+:data:`START` say, within 15 per cent, and tests/kernels/test_cost_model.py holds the model to that. Longer take what
+waits for something else: the sketch (its tiles are written to shared memory one after the other), the combination (it
+loads nothing ahead), products of more than three experts (each address is read from memory before what lies there),
+Gram matrices and tf32x3 products of 16-bit inputs (conversions).
 """
 
 from __future__ import annotations
@@ -24,13 +31,15 @@ from typing import Literal
 
 import torch
 
+from bench.chips import CHIPS as CHIPS
+from bench.chips import Chip as Chip
+from bench.chips import Kind as Kind
 from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
 
-Kind = Literal["fp64", "fp32", "tf32", "tf32x3", "bf16"]
 # A product with a residual: as it is, with random signs made in registers, less the shift, or in full precision.
 Variant = Literal["fast", "signs", "shifted", "full"]
 
@@ -40,41 +49,8 @@ RANK = float(MergeConfig().rank)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Sketches, bases and factors are float32 whatever the inputs are; Gram matrices and partial sums are float64.
 FACTOR_BYTES, SUM_BYTES = 4, 8
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU by its datasheet: B/s, and flop/s at dense rates, without sparsity."""
-
-    name: str
-    bandwidth: float  # of device memory
-    fp64: float  # vector units; matrix units may do float64 products up to twice as fast
-    fp32: float  # products as Triton compiles "ieee": vector units on NVIDIA, matrix units on AMD
-    tf32: float | None  # None where tl.dot has none
-    bf16: float
-    host_link: float  # in one direction
-    target: str  # its entry in _triton/launch.json
-
-    def rate(self, kind: Kind) -> float:
-        """Flop/s for products of a kind, tf32x3 being three of tf32; ValueError where the chip has none."""
-        if kind in ("tf32", "tf32x3"):
-            if self.tf32 is None:
-                raise ValueError(f"{self.name} has no {kind} products: plan with kinds that it has")
-            return self.tf32 / (3 if kind == "tf32x3" else 1)
-        return {"fp64": self.fp64, "fp32": self.fp32, "bf16": self.bf16}[kind]
-
-
-# NVIDIA prints matrix rates with sparsity and PCIe in both directions; both are halved here.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("A100", 2.039e12, 9.7e12, 19.5e12, 156e12, 312e12, 32e9, "sm_80"),  # datasheet, A100 80GB SXM
-        Chip("H100", 3.35e12, 34e12, 67e12, 494.5e12, 989.5e12, 64e9, "sm_90"),  # datasheet, H100 SXM
-        Chip("H200", 4.8e12, 34e12, 67e12, 494.5e12, 989.5e12, 64e9, "sm_90"),  # datasheet, H200 SXM
-        Chip("B200", 7.7e12, 37e12, 75e12, 1100e12, 2250e12, 64e9, "sm_100"),  # datasheet, column HGX B200
-        Chip("MI300X", 5.3e12, 81.7e12, 163.4e12, None, 1307.4e12, 64e9, "gfx942"),  # datasheet, fp32 is matrix
-    )
-}
+# A kernel's start and end, when few of its programs run: what small groups take longer than the roofs say on an H200.
+START = 6e-6
 
 
 @dataclass(frozen=True)
@@ -155,6 +131,7 @@ class StepCost:
     bytes_written: int = 0
     input_bytes: int = 0  # the part of bytes_read that is checkpoints
     fetched_bytes: int = 0  # the same, as often as programs fetch it
+    loaded_bytes: int = 0  # of everything, as often as load instructions ask for it
     launches: int = 0  # a batched library call counts as one
     link_bytes: int = 0  # over the host link
 
@@ -164,10 +141,16 @@ class StepCost:
         return self.fetched_bytes / self.input_bytes if self.input_bytes else 1.0
 
     def floor_seconds(self, chip: Chip, *, cached: bool = True) -> float:
-        """The slowest of memory, arithmetic and host link; not ``cached``: what is fetched again comes from memory."""
+        """The slowest resource; not ``cached``: what is fetched again comes from memory."""
         read = self.bytes_read + (0 if cached else self.fetched_bytes - self.input_bytes)
         arithmetic = self.flops / chip.rate(self.kind) if self.flops else 0.0
-        return max((read + self.bytes_written) / chip.bandwidth, arithmetic, self.link_bytes / chip.host_link)
+        memory = (read + self.bytes_written) / chip.bandwidth
+        cache = self.loaded_bytes / chip.l2 if chip.l2 else 0.0
+        return max(memory, cache, arithmetic, self.link_bytes / chip.host_link)
+
+    def predicted_seconds(self, chip: Chip) -> float:
+        """The floor, and the start of each kernel."""
+        return self.floor_seconds(chip) + START * self.launches
 
     def plus(self, other: StepCost) -> StepCost:
         """The same step over more tensors; launches add up."""
@@ -192,7 +175,10 @@ def _tiles(length: int, tile: int) -> int:
 
 
 def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
-    """``tensors`` of one size. Beyond four experts a program serves a pair of blocks of four and fetches both."""
+    """``tensors`` of one size. Beyond four experts a program serves a pair of blocks of four and fetches both.
+
+    One that serves a block and itself loads it twice then.
+    """
     config = launch.task_gram(job.target, job.dtype, job.experts, job.aligned)
     blocks = [min(BLOCK_OF_EXPERTS, job.experts - first) for first in range(0, job.experts, BLOCK_OF_EXPERTS)]
     pairs = [(row, column) for row in range(len(blocks)) for column in range(row + 1)]
@@ -202,7 +188,8 @@ def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
     inputs, partial_sums = (job.experts + 1) * plane, sums * _tiles(elements, config.steps * config.block)
     flops = tensors * elements * job.experts * (job.experts + 1)
     read, written = inputs + partial_sums, partial_sums + sums
-    return StepCost("task Gram", "fp64", flops, read, written, inputs, fetched, launches=2)
+    loaded = fetched + (0 if config.diagonal else job.experts * plane) + partial_sums
+    return StepCost("task Gram", "fp64", flops, read, written, inputs, fetched, loaded, launches=2)
 
 
 def residual_matmul_cost(
@@ -216,29 +203,50 @@ def residual_matmul_cost(
     inputs = (job.experts + 1) * job.plane(m * n * tensors)
     bases = job.experts * k * FACTOR_BYTES * tensors  # bytes of all vectors of length 1
     squares = job.experts * row_tiles * column_tiles * SUM_BYTES * tensors
-    read = inputs + (0 if variant == "signs" else bases * inner) + (bases * outer) * (variant == "shifted")
+    right, subtracted = (0 if variant == "signs" else bases * inner), bases * outer * (variant == "shifted")
+    read, loaded = inputs + right + subtracted, inputs * times + right * row_tiles + subtracted
     flops = 2 * m * n * k * job.experts * tensors
-    return StepCost(step, _kind(config), flops, read, bases * outer + squares, inputs, inputs * times, launches=1)
+    written = bases * outer + squares
+    return StepCost(step, _kind(config), flops, read, written, inputs, inputs * times, loaded, launches=1)
 
 
-def vectors_gram_cost(step: str, k: int, length: int, blocks: int) -> StepCost:
+def vectors_gram_cost(step: str, k: int, length: int, blocks: int, job: Job) -> StepCost:
     """Gram matrices of blocks of k rows, float64, half of each computed."""
     read, written = blocks * k * length * FACTOR_BYTES, blocks * k * k * SUM_BYTES
-    return StepCost(step, "fp64", blocks * length * k * k, read, written, launches=1)
+    # Every row meets every tile of the lower triangle in its own row and column of tiles.
+    loaded = read * (_tiles(k, launch.vectors_gram(job.target, job.aligned).rows) + 1)
+    return StepCost(step, "fp64 dot", blocks * length * k * k, read, written, loaded_bytes=loaded, launches=1)
+
+
+@functools.cache
+def _eliminated(k: int) -> int:
+    """Numbers that the elimination of a k × k matrix by blocks loads, of the matrix and of what becomes its factor."""
+    block = launch.inverse_factor().block
+    sides = [min(block, k - first) for first in range(0, k, block)]
+    loads = k + sum(sides[i] * sides[j] for i in range(len(sides)) for j in range(i + 1))
+    for j, pivots in enumerate(sides):
+        loads += pivots * pivots + sum(pivots * side for side in sides[: j + 1])
+        for i in range(j + 1, len(sides)):
+            loads += 2 * sides[i] * pivots + sum((sides[i] + pivots) * side for side in sides[: i + 1])
+    return loads
 
 
 def orthonormalize_costs(k: int, length: int, blocks: int, job: Job, passes: int = 2) -> list[StepCost]:
     """CholeskyQR of ``blocks`` of k rows: Gram matrices, their inverse factors, triangular products."""
-    gram = vectors_gram_cost("orthonormalize: Gram", k, length, blocks)
+    gram = vectors_gram_cost("orthonormalize: Gram", k, length, blocks, job)
     square, cubes = blocks * k * k * SUM_BYTES, 2 * blocks * k**3 // 3  # factor and inverse, a third each
-    factor = StepCost("orthonormalize: factor", "fp64", cubes, square, square, launches=1)
+    loaded = blocks * _eliminated(k) * SUM_BYTES
+    factor = StepCost("orthonormalize: factor", "fp64", cubes, square, square, loaded_bytes=loaded, launches=1)
     config = launch.triangular_product(job.target, torch.float32, job.aligned)
     # A tile of rows meets the rows of the triangle up to its last one, in whole steps.
     starts = range(0, k, config.rows)
     depths = [min(k, _tiles(min(k, i + config.rows), config.inner) * config.inner) for i in starts]
     triangle = sum(min(config.rows, k - i) * depth for i, depth in zip(starts, depths, strict=True))
     read = gram.bytes_read + triangle * blocks * SUM_BYTES
-    product = StepCost("orthonormalize: product", _kind(config), gram.flops, read, gram.bytes_read, launches=1)
+    loaded = triangle * blocks * SUM_BYTES * _tiles(length, config.columns)
+    loaded += sum(depths) * length * blocks * FACTOR_BYTES
+    kind, written = _kind(config), gram.bytes_read
+    product = StepCost("orthonormalize: product", kind, gram.flops, read, written, loaded_bytes=loaded, launches=1)
     return [cost.times(passes) for cost in (gram, factor, product)]
 
 
@@ -246,26 +254,29 @@ def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> St
     """⟨F_i, F_j⟩ of half of the pairs, from the products of their components on both sides; no Gram is stored."""
     pairs, vectors = job.experts * (job.experts + 1) // 2, job.experts * tensors * rank * (m + n) * FACTOR_BYTES
     total = tensors * job.experts**2 * SUM_BYTES
-    sums = total * _tiles(rank, launch.vectors_gram(job.target, job.aligned).rows) ** 2
-    flops = 2 * pairs * tensors * rank**2 * (m + n)
-    return StepCost("inner products", "fp64", flops, vectors + sums, sums + total, launches=2)
+    across = _tiles(rank, launch.factor_products(job.target, job.aligned).rows)
+    sums, flops = total * across**2, 2 * pairs * tensors * rank**2 * (m + n)
+    # An expert meets every one, itself twice, in as many tiles of components as there are.
+    loaded = (job.experts + 1) * across * vectors + sums
+    return StepCost("inner products", "fp64 dot", flops, vectors + sums, sums + total, loaded_bytes=loaded, launches=2)
 
 
 def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
     """Merged matrices; every factor is read once a tile of the other side."""
     inputs = (job.experts + 1 - job.unread) * job.plane(m * n * tensors)
-    factors = job.experts * tensors * rank * (m + n) * FACTOR_BYTES
-    kind = _kind(launch.combine_matrix(job.target, torch.float32, job.aligned))
+    column = job.experts * tensors * rank * FACTOR_BYTES  # bytes of all factors of one column
+    config = launch.combine_matrix(job.target, torch.float32, job.aligned)
     flops = 2 * m * n * rank * job.experts * tensors
-    written = job.plane(m * n * tensors)
-    return StepCost("combine: matrices", kind, flops, inputs + factors, written, inputs, inputs, launches=1)
+    read, written = inputs + column * (m + n), job.plane(m * n * tensors)
+    loaded = inputs + column * (m * _tiles(n, config.columns) + n * _tiles(m, config.rows))
+    return StepCost("combine: matrices", _kind(config), flops, read, written, inputs, inputs, loaded, launches=1)
 
 
 def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
     """Merged vectors: a difference and a multiply-add an element and expert."""
     plane, read = job.plane(elements * tensors), job.experts - job.unread
     inputs, flops = (read + 1) * plane, 3 * elements * tensors * read
-    return StepCost("combine: vectors", "fp32", flops, inputs, plane, inputs, inputs, launches=1)
+    return StepCost("combine: vectors", "fp32", flops, inputs, plane, inputs, inputs, inputs, launches=1)
 
 
 def merge_costs(
@@ -325,22 +336,28 @@ def table_of(chip: Chip, model: Shapes, experts: int, rank: float, dtype: str) -
     """One job on one chip, a line a step."""
     costs = costs_on(chip, model, experts, rank, dtype)
     yield f"{model.name}, N = {experts}, rank {rank}, {dtype}, on {chip.name} ({NOTE})"
-    head = f"{'GB read':>9} {'GB written':>10} {'GFLOP':>8} {'kind':>6} {'launches':>8} {'re-read':>7}"
-    yield f"{'step':<33} {head} {'floor ms':>9} {'no L2':>7}"
+    head = f"{'GB read':>9} {'GB written':>10} {'GB loaded':>9} {'GFLOP':>8} {'kind':>8} {'launches':>8} {'re-read':>7}"
+    yield f"{'step':<33} {head} {'floor ms':>9} {'uncached':>8} {'predicted ms':>12}"
 
-    def line(step: str, cost: StepCost, kind: str, reread: str, floors: Sequence[float]) -> str:
+    def line(step: str, cost: StepCost, kind: str, reread: str, seconds: Sequence[float]) -> str:
+        floor, uncached, predicted = (1e3 * one for one in seconds)
         return (
             f"{step:<33} {(cost.bytes_read or cost.link_bytes) / 1e9:>9.2f} {cost.bytes_written / 1e9:>10.2f} "
-            f"{cost.flops / 1e9:>8.1f} {kind:>6} {cost.launches:>8} {reread:>7} "
-            f"{1e3 * floors[0]:>9.2f} {1e3 * floors[1]:>7.2f}"
+            f"{cost.loaded_bytes / 1e9:>9.2f} {cost.flops / 1e9:>8.1f} {kind:>8} {cost.launches:>8} {reread:>7} "
+            f"{floor:>9.2f} {uncached:>8.2f} {predicted:>12.2f}"
         )
 
-    for cost in costs:
+    def seconds_of(cost: StepCost) -> list[float]:
         floors = [cost.floor_seconds(chip, cached=cached) for cached in (True, False)]
-        yield line(cost.step, cost, cost.kind if cost.flops else "-", f"{cost.reread_factor:.2f}", floors)
-    kernels = [replace(cost, step="kernels", kind="fp32") for cost in costs if not cost.link_bytes]
-    floors = [floor_seconds(costs, chip, cached=cached) for cached in (True, False)]
-    yield line(f"kernels, {NOTE}", functools.reduce(StepCost.plus, kernels), "", "", floors)
+        return [*floors, cost.predicted_seconds(chip)]
+
+    for cost in costs:
+        reread = f"{cost.reread_factor:.2f}"
+        yield line(cost.step, cost, cost.kind if cost.flops else "-", reread, seconds_of(cost))
+    kernels = [cost for cost in costs if not cost.link_bytes]
+    total = functools.reduce(StepCost.plus, [replace(cost, step="kernels", kind="fp32") for cost in kernels])
+    sums = [sum(of_all) for of_all in zip(*map(seconds_of, kernels), strict=True)]
+    yield line(f"kernels, {NOTE}", total, "", "", sums)
 
 
 def totals_of(chips: list[Chip], models: list[Shapes], experts: int, rank: float) -> Iterator[str]:
