@@ -88,6 +88,15 @@ def write(
     return math.sqrt(math.fsum(sizes[tensor.name].residual for tensor in run.plan.of("matrix")))
 
 
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each with memory of its own; on a GPU one launch fills many."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.clone() for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
 def base_square(run: Run, tensor: PlannedTensor) -> float:
     """‖θ₀‖² of a tensor that is merged by factors, as writing it finds it.
 
@@ -233,7 +242,7 @@ class CombinationStep(Step):
     def _merged(self, group: Group) -> tuple[list[Tensor], list[Known]]:
         first, loader, base = group.tensors[0], self._loader, self._loader.inputs.base
         if first.role == "copied":
-            return [loader.read(base, tensor, group.part).clone() for tensor in group.tensors], []
+            return _copies([loader.read(base, tensor, group.part) for tensor in group.tensors]), []
         outs = [
             self._target(theta, self._specs[name].dtype, reused=group.factored)
             for theta, name in zip(group.bases or group.experts[0], group.names, strict=True)

@@ -21,6 +21,7 @@ BARS = {
     "ViT-L rows": (3, 30, 40),
     "ViT-L average": (3, 30, 40),
     "ViT-B default": (6, 160, 400),
+    "CNN rows": (3, 20, 40),
 }
 
 
@@ -71,10 +72,19 @@ def test_a_group_costs_as_much_with_any_number_of_matrices(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BARS if name != "ViT-L default"])
+@pytest.mark.parametrize("name", [name for name in BARS if name != "ViT-L default" and "CNN" not in name])
 def test_whole_models(name):
     """ViT-L by default has ViT-B's groups, each of twice as many matrices: that is left to the program."""
     held_to(BARS[name], JOBS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BARS if "CNN" in name])
+def test_convolutions_cost_as_much_with_any_number_of_layers(name):
+    """Tensors that are only copied, counters of batches, among them."""
+    job = JOBS[name]
+    few, more = (dict(list(job.shapes.items())[: 6 * layers]) for layers in (2, 4))
+    assert held_to(BARS[name], replace(job, shapes=few)) == held_to(BARS[name], replace(job, shapes=more))
 
 
 @pytest.mark.slow
