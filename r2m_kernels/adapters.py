@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,12 +74,40 @@ class Adapters:
         combination.write(self._run, self._terms.without_truncated(), sink, dtype, progress)
 
     @deterministic
-    def changes(self, name: str) -> dict[str, Change]:
-        """Each expert's change of a matrix, as it enters the merge: matched, weighted, times η."""
-        left, right, scale = self._term(name).products(self._run.backend.operators, self._run.device)
-        lefts = left[0] * scale.to(left).view(-1, 1, 1)
-        changes = (Change(*(one.contiguous() for one in pair)) for pair in zip(lefts, right[0], strict=True))
+    def changes(self, name: str, rank: int | None = None) -> dict[str, Change]:
+        """Each expert's change of a matrix, as it enters the merge: matched, weighted, times η.
+
+        Args:
+            name: of the matrix.
+            rank: of the changes, the best of fewer columns; ``None``: as they are.
+        """
+        pairs = self._products(name)
+        if rank is not None and rank < self.ranks[name]:
+            best = [low_rank.collapsed(left.cpu().double(), right.cpu().double(), rank) for left, right in pairs]
+            pairs = [(found[0].to(one[0]), found[1].to(one[1])) for found, one in zip(best, pairs, strict=True)]
+        changes = (Change(left.contiguous(), right.contiguous()) for left, right in pairs)
         return dict(zip(self._terms.findings.experts, changes, strict=True))
+
+    @deterministic
+    def within(self, numbers: int, together: Iterable[Sequence[str]], most: Mapping[str, int]) -> dict[str, int]:
+        """Matrix → the rank that :func:`ranks_within` finds.
+
+        Args:
+            numbers: of each expert's changes.
+            together: sequences of matrices that have one rank; each matrix that counts is in one.
+            most: matrix → what its rank is at most.
+        """
+        return ranks_within(numbers, [[self._columns(name, most[name]) for name in names] for names in together])
+
+    def _columns(self, name: str, most: int) -> Columns:
+        products = self._products(name)
+        values = [low_rank.singular_values(left.cpu().double(), right.cpu().double()) for left, right in products]
+        energies = torch.stack(values).square().sum(dim=0)[:most]
+        return Columns(name, sum(self._tensors[name].matrix_shape), energies)
+
+    def _products(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        left, right, scale = self._term(name).products(self._run.backend.operators, self._run.device)
+        return list(zip(left[0] * scale.to(left).view(-1, 1, 1), right[0], strict=True))
 
     def _term(self, name: str) -> LowRank:
         term = self._terms.of(Group([self._tensors[name]]))
@@ -113,8 +142,21 @@ class MergedChanges:
     @deterministic
     def change(self, name: str, rank: int | None = None) -> Change:
         """What is added to a matrix, float64 on the CPU: with all its columns, or the best with ``rank`` of them."""
+        most = self.ranks[name] if rank is None else min(rank, self.ranks[name])
+        return Change(*low_rank.collapsed(*self._product(name), most))
+
+    @deterministic
+    def within(self, numbers: int, together: Iterable[Sequence[str]], most: Mapping[str, int]) -> dict[str, int]:
+        """As :meth:`Adapters.within` has it, of what is added."""
+        return ranks_within(numbers, [[self._columns(name, most[name]) for name in names] for names in together])
+
+    def _columns(self, name: str, most: int) -> Columns:
+        energies = low_rank.singular_values(*self._product(name)).square()[:most]
+        return Columns(name, sum(self._tensors[name].matrix_shape), energies)
+
+    def _product(self, name: str) -> tuple[Tensor, Tensor]:
         tensor, experts = self._tensors[name], self._run.inputs.experts
-        m, most = tensor.matrix_shape[0], self.ranks[name] if rank is None else min(rank, self.ranks[name])
+        m = tensor.matrix_shape[0]
         changes = [[one.read_change(name).double()] for one in experts if isinstance(one, LowRankSource)]
         term, operators, products = self._terms.of(Group([tensor])), self._run.backend.operators, None
         if isinstance(term, ByRows):
@@ -125,4 +167,46 @@ class MergedChanges:
         if isinstance(term, LowRank) and term.factors:
             products = term.products(operators, self._run.device)
         left, right = low_rank.columns(changes, m, coefficients, products, torch.float64)
-        return Change(*low_rank.collapsed(left[0], right[0], most))
+        return left[0], right[0]
+
+
+class Columns(NamedTuple):
+    """What columns of a matrix's changes hold.
+
+    Attributes:
+        name: of the matrix.
+        numbers: in a column of one expert's factors, m + n.
+        energies: (r,) float64, of all experts' k-th columns together; they fall.
+    """
+
+    name: str
+    numbers: int
+    energies: Tensor
+
+
+def ranks_within(numbers: int, together: Sequence[Sequence[Columns]]) -> dict[str, int]:
+    """Ranks that leave out the least energy of all changes, in at most so many numbers: a column of each at least.
+
+    Columns are taken by their energy for each number that they take, over all matrices at once: the optimum, but for
+    what is too little for one column more.
+
+    Args:
+        numbers: of one expert's factors.
+        together: matrices that have one rank, in sequences.
+
+    Returns:
+        Matrix → rank, at most its columns.
+    """
+    padded = [
+        torch.nn.utils.rnn.pad_sequence([one.energies for one in group]).sum(dim=1).tolist() for group in together
+    ]
+    costs = [sum(one.numbers for one in group) for group in together]
+    left, found = numbers - sum(costs), [1] * len(costs)
+    worth = [(-energy / cost, place) for place, cost in enumerate(costs) for energy in padded[place][1:]]
+    for _, place in sorted(worth):
+        # After one that does not fit no other of its matrix does: they all cost the same.
+        if costs[place] <= left:
+            left, found[place] = left - costs[place], found[place] + 1
+    return {
+        one.name: min(rank, len(one.energies)) for group, rank in zip(together, found, strict=True) for one in group
+    }

@@ -127,6 +127,13 @@ def collapsed(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return outer_left @ (u[:, :rank] * sizes[:rank]), vh[:rank] @ outer_right.mT
 
 
+def singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Of a product of k columns, (m, k) by (k, n): min(m, n, k) that fall, float64 on the CPU."""
+    inner_left, inner_right = (torch.linalg.qr(side, mode="r").R for side in (left, right.mT))
+    values: Tensor = torch.linalg.svdvals(inner_left @ inner_right.mT)
+    return values
+
+
 class Products(NamedTuple):
     """Σ_i scale_i · left_i right_i: (L, N, m, r), (L, N, r, n) and (N,)."""
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from r2m import plain_yaml
 from r2m.arrangement import Arranged, literal
 from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import README
-from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, changed_layers, layers, layout
+from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, changed_layers, layers, layout, together
 from r2m.checkpoints.adapter_writer import AdapterWriter
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import ADAPTERS
@@ -31,10 +31,23 @@ from r2m.places import sync
 from r2m.recipe import ENSEMBLE, ONE
 from r2m.templating import render
 from r2m_kernels import Adapters, Analysis
+from r2m_kernels.adapters import MergedChanges
 from r2m_kernels.errors import BadOption, printable, quoted
-from r2m_kernels.streaming import plan_tensors
+from r2m_kernels.streaming import TensorSpec, plan_tensors
 
 MERGED = "merged"  # what one is called
+
+
+class Limits(NamedTuple):
+    """What adapters are held to.
+
+    Attributes:
+        rank: columns of each layer at most; ``None``: as many as there are.
+        size: numbers of an adapter at most, as a share of the model's; ``None``: as many as the ranks make.
+    """
+
+    rank: int | None = None
+    size: float | None = None
 
 
 def arrange(arranged: Arranged, kind: str) -> Arranged:
@@ -80,7 +93,7 @@ def _both_projections(targets: Mapping[str, str], truncated: Iterable[str]) -> N
 
 
 def write(
-    directory: Path, arranged: Arranged, kind: str, analysis: Analysis, model: Checkpoint, base: str
+    directory: Path, arranged: Arranged, kind: str, limits: Limits, analysis: Analysis, model: Checkpoint, base: str
 ) -> dict[str, Any]:
     """Adapters into directories of their own, each on the disk when this returns.
 
@@ -88,6 +101,7 @@ def write(
         directory: the output, in which :data:`ADAPTERS.beside` is made.
         arranged, analysis: of the merge.
         kind: ``ensemble`` or ``merge``.
+        limits: beside the ranks of the truncation.
         model: what is written in the output already.
         base: what that will be called.
 
@@ -95,17 +109,18 @@ def write(
         What the report says of them.
     """
     parts, place = analysis.adapters(arranged.config), directory / ADAPTERS.beside
-    laid = _layout(kind, analysis, model, parts)
+    laid = _layout(kind, arranged, analysis, model, parts)
+    ranks = _within(limits.size, parts, laid, model.specs, {name: parts.ranks[name] for name in laid.targets.values()})
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in laid.targets.values()}
     place.mkdir(exist_ok=True)
     writers = {}
     for name in arranged.experts:
         (place / name).mkdir(exist_ok=True)
-        writers[name] = AdapterWriter(place / name, laid, model.specs, parts.ranks, wide)
+        writers[name] = AdapterWriter(place / name, laid, model.specs, ranks, wide)
     # A heavier expert's part of the residual term is larger; alone it is what it is.
     weights = analysis.real_subspace.weights * len(writers) if kind == ENSEMBLE else torch.ones(len(writers))
     for module, name in laid.targets.items():
-        changes = parts.changes(name)
+        changes = parts.changes(name, ranks[name])
         for (expert, writer), weight in zip(writers.items(), weights.tolist(), strict=True):
             left, right = changes[expert]
             bias = _beyond(arranged.experts[expert], model, f"{module}{BIAS}") if laid.biased else None
@@ -113,13 +128,13 @@ def write(
     for name in (name for names in laid.saved.values() for name in names):
         for expert, writer in writers.items():
             writer.write_whole(name, _own(arranged.experts[expert], model, name))
-    return _finished(place, writers, base, kind, laid, parts.ranks)
+    return _finished(place, writers, base, kind, laid, model.specs, ranks)
 
 
 def write_one(
-    directory: Path, arranged: Arranged, rank: int | None, analysis: Analysis, model: Checkpoint, base: str
+    directory: Path, arranged: Arranged, limits: Limits, analysis: Analysis, model: Checkpoint, base: str
 ) -> dict[str, Any]:
-    """The merge as one adapter on the base; ``rank``: at most, of its products. Others are :func:`write`'s.
+    """The merge as one adapter on the base. Arguments are :func:`write`'s.
 
     Raises:
         BadOption: the merge changes what no adapter carries.
@@ -135,24 +150,60 @@ def write_one(
             f"no adapter carries the change of {quoted(laid.averaged[0])}" if laid.averaged else "no layer has changed"
         )
         raise BadOption(f"adapters: {lost}, and the merge cannot be {ONE}")
-    ranks = {name: min(parts.ranks[name], rank or parts.ranks[name]) for name in targets.values()}
+    ranks = {name: min(parts.ranks[name], limits.rank or parts.ranks[name]) for name in targets.values()}
+    ranks = _within(limits.size, parts, laid, model.specs, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
     (place / MERGED).mkdir(parents=True, exist_ok=True)
     writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide)
     for module, name in targets.items():
         bias = _beyond(model, arranged.base, f"{module}{BIAS}") if laid.biased else None
-        writer.write_change(module, *parts.change(name, rank), bias)
+        writer.write_change(module, *parts.change(name, ranks[name]), bias)
     for name in (name for names in laid.saved.values() for name in names):
         writer.write_whole(name, model.read(name))
-    return _finished(place, {MERGED: writer}, base, ONE, laid, ranks)
+    return _finished(place, {MERGED: writer}, base, ONE, laid, model.specs, ranks)
+
+
+def _within(
+    size: float | None,
+    parts: Adapters | MergedChanges,
+    laid: Layout,
+    specs: Mapping[str, TensorSpec],
+    ranks: dict[str, int],
+) -> dict[str, int]:
+    """Matrix → rank, none above those given: so that an adapter has its size."""
+    if size is None:
+        return ranks
+    numbers = int(size * sum(spec.numel for spec in specs.values())) - _numbers(laid, specs, {})
+    return parts.within(numbers, together(laid.targets), ranks)
+
+
+def _numbers(laid: Layout, specs: Mapping[str, TensorSpec], ranks: Mapping[str, int]) -> int:
+    """In one adapter; without ranks: beside its factors."""
+    whole = [*(name for names in laid.saved.values() for name in names)]
+    count = sum(specs[name].numel for name in whole)
+    count += sum(specs[name].shape[0] for name in laid.targets.values()) if laid.biased else 0
+    columns = ((max(ranks.get(name, 0) for name in names), names) for names in together(laid.targets))
+    return count + sum(rank * _column(specs[name]) for rank, names in columns for name in names)
+
+
+def _column(spec: TensorSpec) -> int:
+    """Numbers in a column of both factors of a weight."""
+    return spec.shape[0] + spec.numel // spec.shape[0]
 
 
 def _finished(
-    place: Path, writers: Mapping[str, AdapterWriter], base: str, kind: str, laid: Layout, ranks: Mapping[str, int]
+    place: Path,
+    writers: Mapping[str, AdapterWriter],
+    base: str,
+    kind: str,
+    laid: Layout,
+    specs: Mapping[str, TensorSpec],
+    ranks: Mapping[str, int],
 ) -> dict[str, Any]:
     about = {
         "kind": kind,
-        "ranks": {name: ranks[name] for name in laid.targets.values()},
+        "ranks": dict(ranks),
+        "numbers": _numbers(laid, specs, ranks),
         "saved": list(laid.saved),
         "averaged": list(laid.averaged),
     }
@@ -196,33 +247,40 @@ def _card(expert: str, base: str, about: Mapping[str, Any]) -> str:
     return render("adapter.md", header=plain_yaml.dump(header).rstrip(), expert=expert, about=about, **quoted_words)
 
 
-def nbytes(arranged: Arranged, kind: str) -> int:
-    """Bytes of all adapters' tensors, as headers tell them: where every layer has changed."""
+def nbytes(arranged: Arranged, kind: str, size: float | None = None) -> int:
+    """Bytes of all adapters' tensors, as headers tell them: at most, as of layers and statistics that all changed."""
     plan = plan_tensors(arranged.base, arranged.experts, arranged.config)
-    if kind == ONE:
-        ranks = {
-            one: [view.change_rank(one.name) or 0 for view in arranged.experts.values()] for one in plan.of("matrix")
-        }
-        return sum(sum(rank) * sum(one.matrix_shape) for one, rank in ranks.items()) * torch.float32.itemsize
     specs = {tensor.name: tensor.spec for tensor in plan.tensors}
-    truncated = {tensor.name: tensor for tensor in plan.tensors if tensor.truncated}
-    laid = Layout(layers(specs, truncated))
+    if kind == ONE:
+        experts = arranged.experts.values()
+        ranks = {one.name: sum(view.change_rank(one.name) or 0 for view in experts) for one in plan.of("matrix")}
+    else:
+        ranks = {tensor.name: tensor.rank for tensor in plan.tensors if tensor.truncated}
+    laid = Layout(layers(specs, [name for name, rank in ranks.items() if rank]))
     if kind == ENSEMBLE:
-        moved = [tensor.name for tensor in plan.tensors if tensor.role != "copied" and tensor.name not in truncated]
+        moved = [tensor.name for tensor in plan.tensors if tensor.role != "copied" and tensor.name not in ranks]
         laid = layout(specs, laid.targets, moved)
-    numbers = sum(one.rank * sum(one.matrix_shape) for one in truncated.values())
-    numbers += sum(specs[name].shape[0] for name in laid.targets.values()) if laid.biased else 0
-    whole = sum(specs[name].nbytes for names in laid.saved.values() for name in names)
-    return len(arranged.experts) * (numbers * torch.float32.itemsize + whole)
+    numbers, beside = _numbers(laid, specs, ranks), _numbers(laid, specs, {})
+    if size is not None:
+        least = beside + sum(_column(specs[name]) for name in laid.targets.values())
+        numbers = min(numbers, max(least, int(size * sum(spec.numel for spec in specs.values()))))
+    whole = [specs[name] for names in laid.saved.values() for name in names]
+    rounded = sum(spec.nbytes - spec.numel * torch.float32.itemsize for spec in whole)
+    return (1 if kind == ONE else len(arranged.experts)) * (numbers * torch.float32.itemsize + rounded)
 
 
-def _layout(kind: str, analysis: Analysis, model: Checkpoint, parts: Adapters) -> Layout:
+def _layout(kind: str, arranged: Arranged, analysis: Analysis, model: Checkpoint, parts: Adapters) -> Layout:
     targets = layers(model.specs, parts.ranks)
     _both_projections(targets, parts.ranks)
     changed = {name for name, gram in analysis.grams.items() if bool(gram.any())}
     targets = changed_layers(model.specs, targets, changed)
     if kind != ENSEMBLE:
         return Layout(targets)
-    looked_at = {one.name for one in analysis.plan.of("statistic", "extra")}  # and not compared
-    moved = (looked_at | changed) - {*targets.values()}
+    apart = {
+        one.name
+        for one in analysis.plan.of("statistic", "extra")
+        if one.spec.dtype.is_floating_point  # counters are the model's
+        and any(_moved(expert, model, one.name) for expert in arranged.experts.values())
+    }
+    moved = (apart | changed) - {*targets.values()}
     return layout(model.specs, targets, [name for name in model.specs if name in moved])

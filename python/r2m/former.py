@@ -23,7 +23,7 @@ from r2m_kernels.errors import BadFile
 
 # Keys of a state on which no Gram matrix of two experts depends.
 _FREE = (
-    *("merge_method", "dtype", "format", "adapters", "adapter_rank"),
+    *("merge_method", "dtype", "format", "adapters", "adapter_rank", "adapter_size"),
     *("max_shard_size", "order of experts", "specialists", "temperature", "head_bias"),
 )
 

@@ -178,7 +178,11 @@ class Job:
 
     def forecast(self, directory: Path, resources: Resources) -> Forecast:
         """What it takes with these resources; ``directory`` is on the file system of the output."""
-        beside = adapted.nbytes(self.arranged, self.recipe.adapters) if self.format is ADAPTERS else 0
+        beside = (
+            adapted.nbytes(self.arranged, self.recipe.adapters, self.recipe.adapter_size)
+            if self.format is ADAPTERS
+            else 0
+        )
         written = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies, beside)
         inputs = Inputs(self.arranged.base, self.arranged.experts)
         return forecast(inputs, self.arranged.config, self.backend, written, resources)
@@ -387,11 +391,13 @@ def complete(
     adapters = None
     if job.format is ADAPTERS:
         model = open_checkpoint(directory, "the model")
+        limits = adapted.Limits(recipe.adapter_rank, recipe.adapter_size)
         if recipe.adapters == ONE:
             base = adapted.base_name(recipe.base, job.arranged)
-            adapters = adapted.write_one(directory, job.arranged, recipe.adapter_rank, analysis, model, base)
+            adapters = adapted.write_one(directory, job.arranged, limits, analysis, model, base)
         else:
-            adapters = adapted.write(directory, job.arranged, recipe.adapters, analysis, model, partial.target.name)
+            kind, base = recipe.adapters, partial.target.name
+            adapters = adapted.write(directory, job.arranged, kind, limits, analysis, model, base)
     merged = {tensor.name: tensor.spec for tensor in analysis.plan.tensors}
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed
     outputs = next((merged[name].shape[0] for name in heads or classifier(merged)), 0)

@@ -33,6 +33,7 @@ _ADAPTED: Mapping[str, Mapping[str, Any]] = {
     ENSEMBLE: {"rank": 0.05, "head": "mean", "whole_up_to": 16},
     "merge": {"rank": 0.05},
 }
+_CHOSEN_FROM = 0.25  # rank of an ensemble whose size is given
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
 
 
@@ -141,7 +142,8 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format, adapters, adapter_rank, detector, temperature, head_bias: of the output, as their sentences say.
+        dtype, format, adapters, adapter_rank, adapter_size, detector, temperature, head_bias: of the output, as their
+            sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
@@ -188,6 +190,17 @@ class Recipe:
         metavar="R",
         unset="all that the experts' adapters have together",
     )
+    adapter_size: float | None = option(
+        None,
+        FILES,
+        "Numbers in an adapter at most, as a share of the model's (0.1): columns go to the layers where they count "
+        "most, one to each at least. Not with --adapters merge.",
+        "By the energy of all experts' k-th singular values for each number that they take. What is saved whole "
+        "counts. An ensemble takes them from those of rank 0.25 unless another is given.",
+        check=checks.share,
+        metavar="SHARE",
+        unset="columns as the ranks say",
+    )
 
     detector: str | None = option(
         None,
@@ -223,6 +236,11 @@ class Recipe:
             raise BadOption(f"adapters: {self.adapters} is for --format {ADAPTERS.name}, got {self.format}")
         if self.adapter_rank is not None and self.adapters != ONE:
             raise BadOption(f"adapter_rank: is for --adapters {ONE}, got {self.adapters}")
+        if self.adapter_size is not None and (self.format != ADAPTERS.name or self.adapters not in (ENSEMBLE, ONE)):
+            got = self.adapters if self.format == ADAPTERS.name else f"--format {self.format}"
+            raise BadOption(
+                f"adapter_size: is for --format {ADAPTERS.name} with --adapters {ENSEMBLE} or {ONE}, got {got}"
+            )
         if self.format == ADAPTERS.name and self.adapters == ENSEMBLE and self.method != _ENSEMBLE_METHOD:
             raise BadOption(
                 f"adapters: an ensemble is the mean and what each expert has beyond it, the method {_ENSEMBLE_METHOD}; "
@@ -313,7 +331,10 @@ def adapted(config: MergeConfig, output: Mapping[str, Any], given: Collection[st
     """A configuration for adapters, if the output is to have some; what was ``given`` stays."""
     if output.get("format") != ADAPTERS.name or config.spectrum != "truncate":
         return config
-    fields = _ADAPTED.get(output.get("adapters", ENSEMBLE), {})
+    kind = output.get("adapters", ENSEMBLE)
+    fields = _ADAPTED.get(kind, {})
+    if kind == ENSEMBLE and output.get("adapter_size") is not None:
+        fields = {**fields, "rank": _CHOSEN_FROM}
     return config.replace(**{name: value for name, value in fields.items() if name not in given})
 
 

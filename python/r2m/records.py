@@ -142,7 +142,8 @@ REPORT = Record(
         "arrangement.head": "how the classifier was merged, and which tensors it is",
         "arrangement.labels": "of its outputs, in order, where they are known",
         "arrangement.folded": "tensors that came as factors and were multiplied",
-        "adapters": "kind, ranks by matrix, modules saved whole, tensors that are the mean in all; null: none",
+        "adapters": "kind, ranks by matrix, numbers in each, modules saved whole, tensors that are the mean in all; "
+        "null: none",
         "calibration": "temperature and bias in the classifier, by which rule, on how many pictures, share of fakes, "
         "and with labels, before and after: ece, F1 at .5 and the best, reliability; null: none",
         "output.files": "their bytes",

@@ -207,6 +207,44 @@ def test_a_merge_of_adapters_is_one_on_their_base(
         assert left > 1e-3
 
 
+def test_columns_go_where_they_count_in_an_adapter_of_a_size(
+    states: dict[str, dict[str, Tensor]], command: Command
+) -> None:
+    def held(out: str, name: str) -> int:
+        return sum(tensor.numel() for tensor in load_file(Path(out, "adapters", name, WEIGHTS)).values())
+
+    # One matrix has moved by more: its columns come first.
+    for name, state in states.items():
+        state["attn.qkv.weight"] = state["attn.qkv.weight"] + 0.3 * torch.randn(120, 40)
+        save_file({**state, "norm.num_batches_tracked": torch.tensor(9)}, f"{name}.safetensors")
+    assert command(*MERGE, "--rank", "16", "--svd", "exact", "--out", "whole").code == 0
+    numbers = sum(tensor.numel() for tensor in load_file(Path("whole", MODEL)).values())
+    size = (held("whole", "fs") - 10 * 228) / numbers  # as if the convolution had 6 columns of 48 + 180
+    assert command(*MERGE, "--rank", "16", "--svd", "exact", "--adapter-size", str(size), "--out", "m").code == 0
+    about = json.loads(Path("m", REPORT).read_text())["adapters"]
+    assert about["ranks"] == {"attn.qkv.weight": 16, "conv.weight": 6}
+    assert {held("m", name) for name in NAMES} == {about["numbers"]} == {held("whole", "fs") - 10 * 228}
+    assert Path("m", MODEL).read_bytes() == Path("whole", MODEL).read_bytes()
+    config = json.loads(Path("m", "adapters", "fs", CONFIG).read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == {6, 16}
+    # Three changes of two columns: what each has beyond their mean has six.
+    for name, state in states.items():
+        found, own = with_adapter("m", name).read("conv.weight"), state["conv.weight"]
+        assert float((found - own).norm()) <= 1e-5 * float(own.norm())
+    # A column of each stays in any case. Plan knows it all but for the frozen layer, see below.
+    assert command(*MERGE, "--adapter-size", "0.001", "--out", "small").code == 0
+    assert set(json.loads(Path("small", REPORT).read_text())["adapters"]["ranks"].values()) == {1}
+    for out, words, frozen in (("m", {"rank": 16}, 0), ("small", {}, 3 * 4 * (80 - 40 * 40))):
+        words |= {"adapter_size": size if out == "m" else 0.001}
+        job = open_job(
+            Recipe.from_options({"base": "base.safetensors", "expert": EXPERTS[1::2], "format": "adapters", **words})
+        )
+        stored = [tensor for name in NAMES for tensor in load_file(Path(out, "adapters", name, WEIGHTS)).values()]
+        told = nbytes(job.arranged, job.recipe.adapters, job.recipe.adapter_size)
+        assert abs(told - frozen - sum(tensor.nbytes for tensor in stored)) <= 3 * 8  # a counter has eight bytes
+    assert read_recipe("m/r2m_config.yaml").adapter_size == size
+
+
 @pytest.mark.slow
 def test_a_kill_anywhere_leaves_nothing_half_written(
     states: dict[str, dict[str, Tensor]], command: Command, start: Callable[..., Child]
@@ -271,6 +309,11 @@ REFUSED = {
     "nothing truncated": (["--rank", "1.0"], "adapters: with this method and these options no residual of a layer is"),
     "no residuals": (["--adapters", "merge", "--method", "ties"], "adapters: with this method and these options no"),
     "mapped": (["--adapters", "merge", "--method", "tsv_m"], "adapters: with this method and these options no"),
+    "a size": (
+        ["--adapters", "merge", "--adapter-size", "0.1", "--method", "r2m"],
+        "adapter_size: is for --format adapters with --adapters ensemble or one, got merge",
+    ),
+    "no share": (["--adapter-size", "30"], "adapter_size: expected a number in (0, 1], got 30"),
     "a rank": (["--adapter-rank", "3"], "adapter_rank: is for --adapters one, got ensemble"),
     "whole checkpoints": (
         ["--adapters", "one"],

@@ -78,6 +78,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "format": "adapters",
         "adapters": "one",
         "adapter_rank": 8,
+        "adapter_size": 0.1,
         "detector": "clip:vit",
         "temperature": 2.0,
         "head_bias": -0.5,

@@ -31,7 +31,7 @@ class Layout:
     Attributes:
         targets: module → its weight's name, of those whose change is a product.
         biased: whether their biases are changed, too.
-        saved: module → its tensors, which are saved whole.
+        saved: module → its tensors, which are saved whole: PEFT asks for all of them.
         averaged: tensors in which adapters differ from their experts: they are the model's.
     """
 
@@ -102,6 +102,16 @@ def layout(specs: Mapping[str, TensorSpec], targets: Mapping[str, str], moved: C
     of_saved = {module: tuple(name for name in specs if name.startswith(f"{module}.")) for module in sorted(saved)}
     whole = {name for names in of_saved.values() for name in names}
     return Layout(targets, biased, of_saved, tuple(name for name in rest if name not in whole))
+
+
+def together(targets: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The targets' weights, those of which PEFT has one rank side by side: both projections of PyTorch's attention."""
+    second = {one + OUT_PROJECTION: one for one, name in targets.items() if name.endswith(IN_PROJECTION)}
+    groups: dict[str, tuple[str, ...]] = {}
+    for module, name in targets.items():
+        first = second.get(module, module)
+        groups[first] = (*groups.get(first, ()), name)
+    return list(groups.values())
 
 
 def _module(name: str) -> str:
