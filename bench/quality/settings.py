@@ -15,8 +15,10 @@ from bench.quality.forgeries import FURTHER_FORGERIES
 # that was committed before one of them was scored.
 DEVELOPMENT = (0, 1, 2, 3, 4)
 FRESH = tuple(range(100, 110))
+# Of detectors on the pretrained base, for one question, which docs/calibration.md put before one of them was scored.
+CALIBRATION = tuple(range(110, 120))
 # For a later question: nothing is trained on them.
-LATER = tuple(range(110, 130))
+LATER = tuple(range(120, 130))
 # The second pretrained base has two fresh seeds, and takes what was chosen on the first base's.
 SECOND_BASE = FRESH[:2]
 # Where up to six specialists are merged, and where something is wrong with one of them.

@@ -165,7 +165,7 @@ def test_super_resolution_keeps_the_face_and_not_its_detail(kind, monkeypatch, t
 
 
 def test_seeds_of_one_purpose_have_no_other():
-    used = [settings.DEVELOPMENT, settings.FRESH, settings.LATER]
+    used = [settings.DEVELOPMENT, settings.FRESH, settings.CALIBRATION, settings.LATER]
     assert sum(map(len, used)) == len(set().union(*used))
     assert set(settings.REGIMES) == set(networks.ARCHITECTURES)
     for architecture, of_it in networks.ARCHITECTURES.items():
