@@ -24,20 +24,23 @@ if TYPE_CHECKING:
     from .merging import Analysis as Analysis
     from .merging import analyze as analyze
     from .merging import merge as merge
+    from .merging import screen as screen
     from .progress import Progress as Progress
     from .progress import ProgressEvent as ProgressEvent
     from .progress import ProgressLines as ProgressLines
+    from .screening import Screening as Screening
     from .summary import Report as Report
 
 logging.getLogger("r2m_kernels").addHandler(logging.NullHandler())  # silent unless somebody listens
 
 # Loaded when they are asked for, so that who only wants to know the options does without torch.
 _NAMES = {
-    ".merging": ("Analysis", "analyze", "merge"),
+    ".merging": ("Analysis", "analyze", "merge", "screen"),
     ".adapters": ("Adapters",),
     ".config": ("MergeConfig",),
     ".errors": ("BackendUnavailable", "InvalidInput", "R2MError"),
     ".progress": ("Progress", "ProgressEvent", "ProgressLines"),
+    ".screening": ("Screening",),
     ".summary": ("Report",),
     "._stream.tensors": ("TensorSink", "TensorSource", "TensorSpec"),
 }

@@ -23,6 +23,8 @@ FILES, METHOD, REAL, TRUNCATION, STRENGTH = (
     "Strength of the residuals",
 )
 _NO_FLAG = ""  # methods set it
+# What becomes of experts that are suspected (r2m_kernels.screening).
+Screened = Literal["refuse", "leave-out"]
 # Maps of singular values that need them all.
 WHOLE_SPECTRUM = ("rescale", "reweigh")
 # Those that give all experts one pair of bases, a share of it each.

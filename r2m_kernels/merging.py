@@ -12,13 +12,14 @@ factors, step 5 reads them again and writes. What carries a step over checkpoint
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from . import combination, elements, gram, norm_matching, report, tensor_checks, truncation
+from . import combination, elements, gram, norm_matching, report, screening, tensor_checks, truncation
 from ._interface import Operators
 from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
@@ -27,14 +28,16 @@ from ._stream.processes import Journal, ProcessGroup
 from ._stream.run import Run, RunOptions, StepRecord
 from ._stream.schedule import Pass
 from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
-from ._stream.tensors import TensorSink
+from ._stream.tensors import TensorSink, TensorSource
 from .adapters import Adapters, MergedChanges
 from .config import MergeConfig, checked
 from .errors import printable
+from .fields import Screened
 from .findings import Findings, Residuals, Truncated
 from .overrides import Overrides
 from .progress import Progress
 from .real_subspace import real_subspace
+from .screening import Screening
 from .summary import Report
 from .terms import Terms
 
@@ -49,6 +52,7 @@ def merge(
     memory_budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
+    screen: Screened | None = None,
     **overrides: Unpack[Overrides],
 ) -> dict[str, Tensor]:
     """Merge specialists fine-tuned from one base into one state dict (R²M, arXiv 2509.24367).
@@ -62,6 +66,8 @@ def merge(
         memory_budget: bytes, or text such as "4GiB", for what is held (r2m_kernels/README.md §10).
         dtype: dtype of the floating-point outputs, or its name; default: each tensor's dtype in the base.
         progress: called with a :class:`ProgressEvent` as tensors are done, such as :class:`ProgressLines`.
+        screen: what becomes of experts that :func:`screen` suspects: ``"refuse"``: DoesNotFit; ``"leave-out"``: they
+            are, with a warning; ``None``: nobody looks.
         overrides: fields of :class:`MergeConfig`.
 
     Returns:
@@ -81,10 +87,66 @@ def merge(
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
     dtype = tensor_checks.output_dtype(dtype)  # before the work, not after it
+    how: dict[str, Any] = {
+        "device": device,
+        "backend": backend,
+        "memory_budget": memory_budget,
+        "progress": progress,
+    }
+    if screen is not None:
+        experts, config = _screened(base, experts, config, screen, how)
+    return analyze(base, experts, config, **how).merge(dtype=dtype, progress=progress)
+
+
+def screen(
+    base: Checkpoint,
+    experts: Experts,
+    config: MergeConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    memory_budget: int | str | None = None,
+    progress: Progress | None = None,
+    processes: ProcessGroup | None = None,
+) -> Screening:
+    """Which experts do not look like specialists of this base, as the others do: step 1 alone, one pass over them.
+
+    Arguments and errors are :func:`analyze`'s; of ``config`` counts what it says of names.
+
+    Examples:
+        >>> base, eye = {"w": torch.eye(2) * 9}, torch.eye(2)
+        >>> experts = {"fs": {"w": eye * 10}, "fr": {"w": eye * 10}, "efs": {"w": torch.tensor([[9.9, 0.3], [0, 10]])}}
+        >>> screen(base, experts).suspects
+        {'fr': "its task vector has cosine 1.000 with another's: the same specialist twice"}
+    """
+    asked = checked(config, MergeConfig.r2m())
+    names = {name: getattr(asked, name) for name in ("exclude", "keep", "average", "extra", "head")}
     analysis = analyze(
-        base, experts, config, device=device, backend=backend, memory_budget=memory_budget, progress=progress
+        base,
+        experts,
+        MergeConfig.weight_average().replace(**names),
+        device=device,
+        backend=backend,
+        memory_budget=memory_budget,
+        progress=progress,
+        processes=processes,
     )
-    return analysis.merge(dtype=dtype, progress=progress)
+    return analysis.screening()
+
+
+def _screened(
+    base: Checkpoint, experts: Experts, config: MergeConfig, mode: str, how: dict[str, Any]
+) -> tuple[dict[str, TensorSource], MergeConfig]:
+    """Experts and configuration without those that are suspected, which are refused if ``mode`` says so."""
+    _, named = open_checkpoints(base, experts)
+    found = screen(base, named, config, **how)
+    kept = found.kept(mode)
+    for line in found.told:
+        warnings.warn(f"left out: {line}", stacklevel=3)
+    if config.weights is not None:
+        weights = dict(zip(named, config.weights, strict=True))
+        config = config.replace(weights=tuple(weights[name] for name in kept))
+    return {name: named[name] for name in kept}, config
 
 
 @deterministic
@@ -246,6 +308,11 @@ class Analysis:
         measured = self._residual_norms.get(repr(config.to_dict()))
         residuals = norm_matching.with_norm(self.residuals(config), measured, self._findings)
         return report.report(self._findings, residuals, self.base_squares, config, self._run)
+
+    @deterministic
+    def screening(self) -> Screening:
+        """What tells an expert from the others, and whom it makes a suspect (README §7)."""
+        return screening.screen(self._findings, self.base_squares, self._run.inputs)
 
     @property
     def steps(self) -> list[StepRecord]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, ONE, Recipe
 from r2m.recipe_file import dump
 from r2m.records import REPORT, STATE, WRITTEN
-from r2m_kernels import Analysis, Progress, analyze
+from r2m_kernels import Analysis, Progress, analyze, screen
 from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, printable, quoted
 from r2m_kernels.heads import classifier
+from r2m_kernels.screening import Screening
 from r2m_kernels.streaming import (
     Backend,
     Inputs,
@@ -167,6 +169,19 @@ class Job:
             **more,
         )
 
+    def screen(self, processes: ProcessGroup, progress: Progress | None) -> Screening:
+        """Who of the experts is suspected; one pass over all inputs. Errors are :func:`r2m_kernels.screen`'s."""
+        return screen(
+            self.arranged.base,
+            self.arranged.experts,
+            self.arranged.config,
+            device=self.options.device,
+            backend=self.options.backend,
+            memory_budget=self.budget,
+            progress=progress,
+            processes=processes,
+        )
+
     def write(self, analysis: Analysis, sink: SafetensorsSink, progress: Progress | None) -> None:
         """Steps 4 and 5, of which adapters have a part of their own, and a calibration the classifier."""
         if self.format is ADAPTERS and self.recipe.adapters != ONE:
@@ -279,8 +294,14 @@ def merge_files(
     with contextlib.ExitStack() as stack:
         job, partial, trouble = None, None, None
         run = {"overwrite": options.overwrite, "resume": options.resume}
+        screening: dict[str, Any] | None = None
         try:
             job = open_job(recipe, options)
+            if options.screen is not None:
+                check_output(out, inputs=_inputs(job), **run)  # before it is read
+                found = job.screen(processes, progress)
+                job = _without(job, found, options.screen)
+                screening = {"asked": options.screen, **found.plain()}
             state = job.state(out)
             if processes.index == 0:
                 workplace = workplace or stack.enter_context(held(out))
@@ -302,9 +323,23 @@ def merge_files(
             return analysis.report()
         assert workplace is not None
         workplace.check()
-        report = complete(job, partial, sink, analysis, state, started, calibrated)
+        report = complete(job, partial, sink, analysis, state, started, calibrated, screening)
         del analysis  # Windows removes no file that is open, and its factors may lie beside the output
     return report
+
+
+def _without(job: Job, found: Screening, mode: str) -> Job:
+    """The same merge without whom a screening suspects.
+
+    Raises:
+        DoesNotFit: they are refused.
+    """
+    found.kept(mode)
+    if not found.suspects:
+        return job
+    recipe = reduce(Recipe.without_expert, found.suspects, job.recipe)
+    told = tuple(f"left out by --screen: {line}" for line in found.told)
+    return open_job(replace(recipe, notes=(*recipe.notes, *told)), job.options)
 
 
 def plan_merge(
@@ -370,6 +405,7 @@ def complete(
     state: Mapping[str, Any],
     started: float,
     calibrated: Mapping[str, Any] | None = None,
+    screening: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is written when all tensors are.
 
@@ -380,6 +416,7 @@ def complete(
         state: what decides their bytes.
         started: when, by ``time.perf_counter``.
         calibrated: as :func:`merge_files` has it.
+        screening: what it found of each expert, those that were left out among them.
 
     Returns:
         The report.
@@ -432,6 +469,7 @@ def complete(
         },
         "adapters": adapters,
         "calibration": {**_UNTOLD, **asdict(calibration), **(calibrated or {})} if calibration else None,
+        **({} if screening is None else {"screening": screening}),
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     write_file(directory / CARD_FILE, card(directory, report, at=partial.target).encode(errors="backslashreplace"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from r2m_kernels import checks
-from r2m_kernels.fields import FILES
+from r2m_kernels.fields import FILES, Screened
 from r2m_kernels.options import Option, documented, option, read_options
 
 RUN = "Running"
@@ -43,6 +44,14 @@ class Options:
         unset="60 % of what is free",
     )
     resume: bool = option(False, RUN, "Go on from where the same merge was cut off.")
+    screen: str | None = option(
+        None,
+        RUN,
+        "Look for experts that are no specialists as the others are, and refuse the merge, or leave-out those.",
+        "Told by lengths and directions of task vectors; all inputs are read once more for it (docs/screening.md).",
+        choices=get_args(Screened),
+        unset="nobody looks",
+    )
     reuse: bool = option(
         False, _NO_FLAG, "Take what a former merge into DIR found, where this one would find the same to the bit."
     )

@@ -44,7 +44,7 @@ def _swept(command: Any) -> Any:
 )
 @option(FILES, "--weight", type=float, help="Of each, where the others have 1 or their own.  [default: as merge]")
 @option(FILES, "--rename", multiple=True, metavar="OLD=NEW", help="In their names alone; repeat for each.")
-@flags([*_RUNNING, OPTIONS["resume"]])
+@flags([*_RUNNING, OPTIONS["screen"], OPTIONS["resume"]])
 @OFFLINE
 @QUIET
 def add(out: str, expert: tuple[str, ...], weight: float | None, rename: tuple[str, ...], **given: Any) -> None:

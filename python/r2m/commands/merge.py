@@ -91,7 +91,7 @@ def merge(out: str, quiet: bool, dry_run: bool, **given: Any) -> int | None:
 
 @click.command(
     cls=SectionedCommand,
-    params=[parameter for parameter in merge.params if parameter.name not in ("dry_run", "resume")],
+    params=[parameter for parameter in merge.params if parameter.name not in ("dry_run", "resume", "screen")],
     epilog="Example: r2m plan --base base.safetensors --expert fs.safetensors --expert fr.safetensors --out merged",
 )
 @option(RUN, "--processes", type=click.IntRange(1), default=1, help="Of torchrun.  [default: 1]")

@@ -1,0 +1,95 @@
+"""Suspects among experts: each kind is found by its number, nobody else is, and what is asked for becomes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2m_kernels import InvalidInput, MergeConfig, merge, screen
+from r2m_kernels.errors import BadOption, DoesNotFit
+from r2m_kernels.screening import CHECKS
+
+State = dict[str, Tensor]
+SHAPES = {"body.weight": (40, 60), "body.bias": (40,), "head.weight": (2, 40), "head.bias": (2,)}
+
+
+def noise(seed: int, scale: float = 1.0) -> State:
+    dice = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=dice) for name, shape in SHAPES.items()}
+
+
+def moved(base: State, *steps: tuple[float, State]) -> State:
+    return {name: base[name] + sum(factor * step[name] for factor, step in steps) for name in base}
+
+
+BASE, SHARED = noise(0), noise(1)
+# What all do to a classifier that starts off balance, whatever their labels are.
+OFFSET = {name: torch.ones(shape) if name == "head.weight" else torch.zeros(shape) for name, shape in SHAPES.items()}
+
+
+def healthy(seed: int) -> State:
+    return moved(BASE, (0.1, SHARED), (0.1, noise(seed)), (1.0, OFFSET))
+
+
+def bad(kind: str) -> State:
+    return {
+        "flipped": moved(BASE, (-0.1, SHARED), (0.1, noise(9)), (1.0, OFFSET)),
+        "overtrained": moved(BASE, (0.3, SHARED), (0.3, noise(9))),
+        "foreign": noise(9),
+        "unmoved": BASE,
+        "copy": healthy(10),
+    }[kind]
+
+
+EXPERTS = {"fs": healthy(10), "fr": healthy(11), "efs": healthy(12)}
+SAID = {
+    "flipped": "exchanged in its labels",
+    "overtrained": "times as long as the others'",
+    "foreign": "another base",
+    "unmoved": "equals the base",
+    "copy": "the same specialist twice",
+}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", SAID)
+def test_a_bad_one_is_found_by_its_number_and_nobody_else_is(kind: str, count: int) -> None:
+    found = screen(BASE, {**dict([*EXPERTS.items()][:count]), "bad": bad(kind)})
+    assert list(found.suspects) == ["bad"]
+    assert SAID[kind] in found.suspects["bad"]
+    assert set(found.numbers["fs"]) == {check.number for check in CHECKS}
+
+
+def test_healthy_ones_are_not_suspected_and_of_two_nobody_is_the_wrong_one() -> None:
+    assert not screen(BASE, EXPERTS).suspects
+    assert not screen(BASE, [EXPERTS["fs"], bad("flipped")]).suspects
+    assert not screen(BASE, [EXPERTS["fs"]]).suspects
+    # Without a classifier that all have, matrices alone say it.
+    names = [name for name in BASE if not name.startswith("head")]
+    bodies = [{name: state[name] for name in names} for state in (BASE, *EXPERTS.values(), bad("flipped"))]
+    assert list(screen(bodies[0], bodies[1:]).suspects) == ["expert3"]
+
+
+def test_several_bad_ones_are_found_each_without_the_others() -> None:
+    experts = {**EXPERTS, "long": bad("overtrained"), "strange": bad("foreign"), "turned": bad("flipped")}
+    assert set(screen(BASE, experts).suspects) == {"long", "strange", "turned"}
+
+
+def test_a_merge_refuses_or_leaves_them_out() -> None:
+    experts, config = {"bad": bad("foreign"), **EXPERTS}, MergeConfig.weight_average().replace(weights=(9, 1, 2, 3))
+    with pytest.raises(DoesNotFit, match=r"^screen: expert 'bad': its task vector has 1\d\d% of the base's length"):
+        merge(BASE, experts, config, screen="refuse")
+    with pytest.warns(UserWarning, match="left out: expert 'bad'"):
+        made = merge(BASE, experts, config, screen="leave-out")
+    wanted = merge(BASE, EXPERTS, config.replace(weights=(1, 2, 3)))
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    same = merge(BASE, EXPERTS, screen="refuse")
+    assert all(torch.equal(same[name], one) for name, one in merge(BASE, EXPERTS).items())
+    with pytest.raises(BadOption, match="screen: expected one of 'refuse', 'leave-out', got 'drop'"):
+        merge(BASE, EXPERTS, screen="drop")  # type: ignore[arg-type]
+
+
+def test_where_all_are_suspected_nothing_is_merged() -> None:
+    with pytest.raises(InvalidInput, match="screen: expert 'a': it equals the base"):
+        merge(BASE, {"a": BASE, "b": BASE}, screen="leave-out")
