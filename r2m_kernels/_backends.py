@@ -98,15 +98,19 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
         if name == "native" or library.policy() == "require":
             raise BackendUnavailable(f"backend 'native': {error}") from None
         return _backend("torch", str(error))
-    why = "asked for by name" if name == "native" else "the fastest one for cpu"
-    variant = library.VARIANTS[loaded.variant]
-    return _backend("native", f"{why} ({variant} kernels)", variant)
+    return _native(name, library.VARIANTS[loaded.variant])
 
 
 def _on_gpu(reason: str, device: torch.device) -> Backend:
     """The Triton backend, and what became of kernels that were compiled before."""
     told = _module("_triton.ahead").fill(device)
     return _backend("triton", f"{reason}; {told}" if told else reason)
+
+
+@functools.cache
+def _native(name: str, variant: str) -> Backend:
+    why = "asked for by name" if name == "native" else "the fastest one for cpu"
+    return _backend("native", f"{why} ({variant} kernels)", variant)
 
 
 @functools.cache

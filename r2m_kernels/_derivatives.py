@@ -10,28 +10,67 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ._stream.blocks import as_matrix
 from ._stream.tensors import compute_dtype
 
+# Of an operator's arguments, one each, and lists for lists.
 Gradients = tuple[Tensor | list[Tensor | None] | None, ...]
+# Those, from the result's gradient, whether each argument's is wanted, and the arguments.
+Derivative = Callable[..., Gradients]
 
 
-def keep_combine(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    """What :func:`of_combine` needs: all inputs, none copied."""
-    base, experts, core, left, right, scale, _ = inputs
-    ctx.save_for_backward(base, core, left, right, scale, *experts)
+def tracked(call: Callable[..., Tensor], derivative: Derivative, arguments: Sequence[Any]) -> Tensor:
+    """What a call gives, with its derivative."""
+    flat, spec = tree_flatten(list(arguments))
+    result: Tensor = _Tracked.apply(call, derivative, spec, *flat)  # type: ignore[no-untyped-call]
+    return result
 
 
-def of_combine(ctx: Any, grad: Tensor) -> Gradients:
+class _Tracked(torch.autograd.Function):
+    """A call whose arguments come flat, so that autograd sees those in lists."""
+
+    @staticmethod
+    def forward(call: Callable[..., Tensor], derivative: Derivative, spec: TreeSpec, *flat: Any) -> Tensor:
+        """The result."""
+        return call(*tree_unflatten(flat, spec))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """All arguments are kept, none copied."""
+        _, ctx.derivative, ctx.spec, *flat = inputs
+        ctx.others = [None if isinstance(one, Tensor) else (one,) for one in flat]
+        ctx.save_for_backward(*(one for one in flat if isinstance(one, Tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of the arguments, flat."""
+        saved = iter(ctx.saved_tensors)
+        flat = [next(saved) if other is None else other[0] for other in ctx.others]
+        wanted = tree_unflatten(ctx.needs_input_grad[3:], ctx.spec)
+        found = ctx.derivative(*grads, wanted, *tree_unflatten(flat, ctx.spec))
+        return (None, None, None, *tree_leaves(list(found)))
+
+
+def of_combine(
+    grad: Tensor,
+    wanted: Sequence[Any],
+    base: Tensor,
+    experts: Sequence[Tensor],
+    core: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Gradients:
     """With G the gradient of out = θ₀ + Σ_j c_j (θ_j − θ₀) + Σ_i s_i L_i R_i, seen as (m, n).
 
     (1 − Σ_j c_j) G for θ₀; c_j G for θ_j; ⟨G, θ_j − θ₀⟩ for c_j; s_i G R_iᵀ for L_i; s_i L_iᵀ G for R_i; and
     ⟨L_iᵀ G, R_i⟩ for s_i. Differences before products: θ_j and θ₀ are alike. Each has its input's dtype and device.
     """
-    base, core, left, right, scale, *experts = ctx.saved_tensors
-    given = len(ctx.needs_input_grad)  # the dispatcher may leave out arguments that have their defaults
-    wanted = (*ctx.needs_input_grad, *[False] * 4)
+    given = len(wanted)  # the dispatcher may leave out arguments that have their defaults
+    wanted = (*wanted, *[False] * 4)
     dtype = compute_dtype([base, *experts])
     with torch.autocast(base.device.type, enabled=False):
         g, theta, weights = grad.to(dtype), base.to(dtype), core.double().to(base.device)
@@ -45,7 +84,7 @@ def of_combine(ctx: Any, grad: Tensor) -> Gradients:
             products = [(g * (expert.to(dtype) - theta)).sum(dtype=torch.float64) for expert in experts]
             of_core = torch.stack(products).to(core)
         of_left = of_right = of_scale = None
-        if left is not None and any(wanted[3:6]):
+        if left is not None and right is not None and scale is not None and any(wanted[3:6]):
             g, factor = as_matrix(g), scale.to(base.device, dtype).view(-1, 1, 1)
             inner = left.to(dtype).mT @ g
             of_left = (factor * (g @ right.to(dtype).mT)).to(left) if wanted[3] else None
@@ -54,10 +93,10 @@ def of_combine(ctx: Any, grad: Tensor) -> Gradients:
     return (of_base, of_experts, of_core, of_left, of_right, of_scale, None)[:given]
 
 
-def none_of(name: str) -> Callable[..., Gradients]:
+def none_of(name: str) -> Derivative:
     """The derivative of an operator that has none: asking for it says so."""
 
-    def refuse(ctx: Any, *grads: Tensor) -> Gradients:
+    def refuse(*_: Any) -> Gradients:
         raise NotImplementedError(without(name))
 
     return refuse

@@ -6,6 +6,7 @@ people.
 """
 
 # Annotations are read by `infer_schema`, so they are not texts.
+import functools
 import inspect
 import math
 import re
@@ -43,13 +44,13 @@ class Operator(NamedTuple):
         name: in ``torch.ops.r2m``; ``NAME.out`` writes to a tensor that is given.
         kernel: checks its arguments and computes.
         fake: the same checks, and a result of the right shape, dtype, device and strides.
-        derivative: the backward function and what is to be kept for it; ``None``: asking for it is an error.
+        derivative: of the arguments' gradients from the result's; ``None``: asking for it is an error.
     """
 
     name: str
     kernel: Callable[..., Any]
     fake: Callable[..., Any]
-    derivative: tuple[Callable[..., Any], Callable[..., None]] | None = None
+    derivative: _derivatives.Derivative | None = None
 
     @property
     def writes(self) -> bool:
@@ -197,7 +198,8 @@ def _check_combine(
     _check_inputs(base, experts)
     count = len(experts)
     tensor_checks.same_shape("core", core, (count,))
-    checks.all_or_none("left, right and scale", [tensor is not None for tensor in (left, right, scale)])
+    if not (left is right is scale is None):
+        checks.all_or_none("left, right and scale", [tensor is not None for tensor in (left, right, scale)])
     if left is not None and right is not None and scale is not None:
         tensor_checks.matrix_like("base", base)
         tensor_checks.ndim("left", left, 3)
@@ -286,12 +288,7 @@ OPERATORS = (
     Operator("task_gram", task_gram, _task_gram_fake),
     Operator("residual_matmul", residual_matmul, _residual_matmul_fake),
     Operator("orthonormalize", orthonormalize, _orthonormalize_fake),
-    Operator(
-        "combine",
-        _allocating(combine_out),
-        _allocating(_check_combine),
-        (_derivatives.of_combine, _derivatives.keep_combine),
-    ),
+    Operator("combine", _allocating(combine_out), _allocating(_check_combine), _derivatives.of_combine),
     Operator("combine.out", combine_out, _check_combine),
     Operator("combine_rows", _allocating(combine_rows_out), _allocating(_check_combine_rows)),
     Operator("combine_rows.out", combine_rows_out, _check_combine_rows),
@@ -323,6 +320,8 @@ def _check_inputs(base: Tensor, experts: Sequence[Tensor], index: str = "") -> N
 
 
 def _check_output(base: Tensor, out: Tensor) -> None:
+    if out.dtype in FLOATING and out.shape == base.shape and out.device == base.device:
+        return
     tensor_checks.floating("out", out)
     tensor_checks.same_shape("out", out, base.shape)
     tensor_checks.same_device("out", out, base.device)
@@ -353,33 +352,50 @@ def _write(out: Tensor, write: Callable[[Tensor], None]) -> None:
             out.copy_(target)
 
 
-def _without_gradients(name: str, operator: Callable[..., None]) -> Callable[..., None]:
-    """What an operator that writes does where gradients may be asked for: it refuses them."""
+def _autograd_of(entry: Operator, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called above autograd: the kernel at once, where neither a gradient nor anybody else is to be asked.
 
-    def refuse_gradients(*args: Any) -> None:
-        if torch.is_grad_enabled():
-            given = [one for argument in args for one in (argument if isinstance(argument, list) else [argument])]
-            if any(isinstance(one, Tensor) and one.requires_grad for one in given):
-                raise NotImplementedError(_derivatives.without(f"{name} with out="))
-        with torch._C._AutoDispatchBelowAutograd():
-            operator(*args)
+    ``torch.library.register_autograd`` goes back to the dispatcher for the kernel, which takes as long again.
+    """
+    derivative = entry.derivative or _derivatives.none_of(entry.name)
+    call, after, below = _overload(entry.name), torch._C._after_autograd_keyset, torch._C._AutoDispatchBelowAutograd
 
-    return refuse_gradients
+    def beneath(keys: Any, *args: Any) -> Any:
+        with below():
+            return call.redispatch(keys & after, *args)
+
+    def above(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if entry.writes:
+                raise NotImplementedError(_derivatives.without(f"{entry.name.removesuffix('.out')} with out="))
+            return _derivatives.tracked(functools.partial(beneath, keys), derivative, args)
+        if keys.raw_repr() in PLAIN:
+            with below():
+                return kernel(*args)
+        return beneath(keys, *args)
+
+    return above
+
+
+def _plain_keys() -> frozenset[int]:
+    """Of calls with tensors on a CPU or GPU and nothing else: no mode, subclass, transform or lazy sign."""
+    keys = torch._C.DispatchKey
+    pairs = ((keys.CPU, keys.AutogradCPU), (keys.CUDA, keys.AutogradCUDA))
+    return frozenset((torch._C.DispatchKeySet(one) | torch._C.DispatchKeySet(other)).raw_repr() for one, other in pairs)
+
+
+PLAIN = _plain_keys()
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    add: Callable[..., None] = library.impl
     for entry in OPERATORS:
         library.define(entry.name + entry.schema, tags=TAGS)  # type: ignore[no-untyped-call]
-        add: Callable[[str, Callable[..., Any], str], None] = library.impl
-        add(entry.name, parallel.kernel(entry.kernel), "CompositeExplicitAutograd")
+        kernel = parallel.kernel(entry.kernel)
+        add(entry.name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{entry.name}", entry.fake, lib=library)
-        if entry.writes:
-            call = _overload(entry.name)
-            add(entry.name, _without_gradients(entry.name.removesuffix(".out"), call), "Autograd")
-        else:
-            backward, keep = entry.derivative or (_derivatives.none_of(entry.name), None)
-            torch.library.register_autograd(f"{NAMESPACE}::{entry.name}", backward, setup_context=keep, lib=library)
+        add(entry.name, _autograd_of(entry, kernel), "Autograd", with_keyset=True)
     return library
 
 

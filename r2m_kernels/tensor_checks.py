@@ -20,7 +20,7 @@ def floating(what: str, tensor: Tensor) -> None:
 
 def same_shape(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """A tensor of this shape."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != tuple(shape):
         raise BadOption(f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 

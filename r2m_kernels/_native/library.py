@@ -108,7 +108,10 @@ def policy() -> str:
 
 
 # At most one, with what the environment said.
-_in_use: list[tuple[Library, tuple[str | None, str | None]]] = []
+_in_use: list[tuple[Library, tuple[Any, Any]]] = []
+# Asked in every call of an operator. `os.environ.get` takes a microsecond to say that a name is not there.
+_environment: dict[Any, Any] = vars(os.environ)["_data"]
+_NAMES = tuple(map(os.environ.encodekey, ("R2M_NATIVE", "R2M_NATIVE_LIBRARY")))
 
 
 def load() -> Library:
@@ -118,12 +121,12 @@ def load() -> Library:
         BackendUnavailable: it is switched off, missing, of another ABI or foreign.
         InvalidInput: ``R2M_NATIVE`` has no meaning.
     """
-    environment = os.environ.get("R2M_NATIVE"), os.environ.get("R2M_NATIVE_LIBRARY")
+    environment = _environment.get(_NAMES[0]), _environment.get(_NAMES[1])
     if _in_use and _in_use[0][1] == environment:
         return _in_use[0][0]
     if policy() == "off":
         raise BackendUnavailable("the native kernels are switched off by R2M_NATIVE=off")
-    given = environment[1]
+    given = os.environ.get("R2M_NATIVE_LIBRARY")
     path = Path(given) if given else Path(__file__).with_name("libr2m_native.so")
     if not path.is_file():
         why = "there is no such file" if given else "this installation has no compiled CPU kernels"

@@ -7,6 +7,7 @@ on one thread, and the parallelism is across whole tensors or across blocks whos
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,10 @@ class _State(threading.local):
 _state = _State()
 
 
-_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+# Whose `fp32_precision` is the matmuls' of torch.backends.cuda and mkldnn: asked for in every call of an operator, and
+# torch.backends takes five times as long to say it.
+_MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+_precision, _set_precision = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 _EXACT = ("ieee", "none")  # what float32 products are by default, too
 
 
@@ -46,28 +50,32 @@ class _TorchThreads:
         self._lock = threading.Lock()
         self._inside = 0
         self._count = 1
-        self._allowed: list[tuple[Any, str]] = []
+        self._allowed: list[tuple[tuple[str, str], str]] = []
 
     def enter(self) -> int:
         with self._lock:
+            count = torch.get_num_threads()
             if self._inside == 0:
-                self._count = torch.get_num_threads()
+                self._count = count
                 # A training script may have allowed tf32 or bf16 inside float32 products: not here.
-                found = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
-                self._allowed = [(matmul, precision) for matmul, precision in found if precision not in _EXACT]
-                for matmul, _ in self._allowed:
-                    matmul.fp32_precision = "ieee"
+                for matmul in _MATMULS:
+                    if (precision := _precision(*matmul)) not in _EXACT:
+                        self._allowed.append((matmul, precision))
+                        _set_precision(*matmul, "ieee")
             self._inside += 1
-            torch.set_num_threads(1)
+            if count != 1:
+                torch.set_num_threads(1)
             return self._count
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
-            torch.set_num_threads(self._count)
+            if self._count != 1:
+                torch.set_num_threads(self._count)
             if self._inside == 0:
-                for matmul, precision in self._allowed:
-                    matmul.fp32_precision = precision
+                while self._allowed:
+                    matmul, precision = self._allowed.pop()
+                    _set_precision(*matmul, precision)
 
 
 _torch_threads = _TorchThreads()
@@ -108,17 +116,24 @@ def deterministic(function: Callable[P, R]) -> Callable[P, R]:
 
     Nor in inference mode, which is a thread's own: what one made in it, no other thread could write to.
     """
+    # Leaving inference mode would switch gradients on.
+    return _inside(lambda: [*_surroundings(), torch.no_grad()], function)
 
-    def modes() -> list[AbstractContextManager[Any]]:
-        found = [*_foreign_modes(), torch.no_grad()]  # leaving inference mode would switch gradients on
-        return found if torch.get_default_device().type == "cpu" else [*found, torch.device("cpu")]
 
-    return _inside(modes, function)
+def differentiable(function: Callable[P, R]) -> Callable[P, R]:
+    """The same with gradients, where they are on."""
+    return _inside(_surroundings, function)
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """The same for what PyTorch's dispatcher calls: it has left gradients and a default device behind. It is cheap."""
     return _inside(_foreign_modes, function)
+
+
+def _surroundings() -> list[AbstractContextManager[Any]]:
+    """What ends them, and a default device."""
+    found = _foreign_modes()
+    return found if torch.get_default_device().type == "cpu" else [*found, torch.device("cpu")]
 
 
 def _foreign_modes() -> list[AbstractContextManager[Any]]:
@@ -167,11 +182,16 @@ def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None =
         return
     # A short queue bounds how many finished results, and so how much memory, wait for a slow one.
     queue = 2 * workers() if limit is None else limit
+    items = iter(items)
+    begun = list(itertools.islice(items, 2))
+    if len(begun) < 2:  # nothing to run side by side: no threads are started for it
+        yield from map(function, begun)
+        return
     if _state.pool is None:
         _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
     waiting: deque[Future[R]] = deque()
     try:
-        for item in items:
+        for item in itertools.chain(begun, items):
             if len(waiting) >= queue:
                 yield waiting.popleft().result()
             waiting.append(_state.pool.submit(_without_gradients, function, item))
