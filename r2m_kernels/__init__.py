@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._stream.tensors import TensorSpec as TensorSpec
     from .adapters import Adapters as Adapters
     from .config import MergeConfig as MergeConfig
+    from .differentiation import Numbers as Numbers
     from .errors import BackendUnavailable as BackendUnavailable
     from .errors import InvalidInput as InvalidInput
     from .errors import R2MError as R2MError
@@ -38,6 +39,7 @@ _NAMES = {
     ".merging": ("Analysis", "analyze", "merge", "screen"),
     ".adapters": ("Adapters",),
     ".config": ("MergeConfig",),
+    ".differentiation": ("Numbers",),
     ".errors": ("BackendUnavailable", "InvalidInput", "R2MError"),
     ".progress": ("Progress", "ProgressEvent", "ProgressLines"),
     ".screening": ("Screening",),

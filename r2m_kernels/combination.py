@@ -214,7 +214,7 @@ class CombinationStep(Step):
                     if not bool(torch.isfinite(own).all()):
                         self._loader.refuse_non_finite(tensor)
                     bases.setdefault(tensor.name, []).extend(own.tolist())
-            self._refuse_non_finite(tensors, next(at_hand))
+            self.refuse_non_finite(tensors, next(at_hand))
             if one.residual is not None:
                 of_group = one.residual.squares(*(next(at_hand) for _ in one.residual.numbers))
                 for tensor, own in zip(tensors, of_group, strict=True):
@@ -231,7 +231,12 @@ class CombinationStep(Step):
             for some, _ in found
         ]
 
-    def _refuse_non_finite(self, tensors: Sequence[PlannedTensor], largest: Tensor) -> None:
+    def refuse_non_finite(self, tensors: Sequence[PlannedTensor], largest: Tensor) -> None:
+        """Name the first of merged tensors whose largest magnitude is none.
+
+        Raises:
+            NotFinite: there is one.
+        """
         if not bool(torch.isfinite(largest).all()):
             first = tensors[int((~torch.isfinite(largest)).nonzero()[0])]
             raise NotFinite(

@@ -12,6 +12,7 @@ factors, step 5 reads them again and writes. What carries a step over checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,7 +20,17 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from . import combination, elements, gram, norm_matching, report, screening, tensor_checks, truncation
+from . import (
+    combination,
+    differentiation,
+    elements,
+    gram,
+    norm_matching,
+    report,
+    screening,
+    tensor_checks,
+    truncation,
+)
 from ._interface import Operators
 from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
@@ -31,6 +42,7 @@ from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSo
 from ._stream.tensors import TensorSink, TensorSource
 from .adapters import Adapters, MergedChanges
 from .config import MergeConfig, checked
+from .differentiation import Numbers
 from .errors import printable
 from .fields import Screened
 from .findings import Findings, Residuals, Truncated
@@ -53,6 +65,8 @@ def merge(
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
     screen: Screened | None = None,
+    differentiable: bool = False,
+    numbers: Numbers | None = None,
     **overrides: Unpack[Overrides],
 ) -> dict[str, Tensor]:
     """Merge specialists fine-tuned from one base into one state dict (R²M, arXiv 2509.24367).
@@ -68,6 +82,9 @@ def merge(
         progress: called with a :class:`ProgressEvent` as tensors are done, such as :class:`ProgressLines`.
         screen: what becomes of experts that :func:`screen` suspects: ``"refuse"``: DoesNotFit; ``"leave-out"``: they
             are, with a warning; ``None``: nobody looks.
+        differentiable: whether the result keeps the graph to ``numbers``; all inputs stay in memory with it.
+        numbers: instead of what the options say and the merge finds, so that they can be learned (docs/python.md). Of
+            sums of core and residuals alone, in the base's dtypes; a derivative through a row's weights is a first one.
         overrides: fields of :class:`MergeConfig`.
 
     Returns:
@@ -87,6 +104,7 @@ def merge(
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
     dtype = tensor_checks.output_dtype(dtype)  # before the work, not after it
+    differentiation.numbers_of(numbers, differentiable, dtype)
     how: dict[str, Any] = {
         "device": device,
         "backend": backend,
@@ -95,7 +113,8 @@ def merge(
     }
     if screen is not None:
         experts, config = _screened(base, experts, config, screen, how)
-    return analyze(base, experts, config, **how).merge(dtype=dtype, progress=progress)
+    analysis = analyze(base, experts, config, **how)
+    return analysis.merge(dtype=dtype, progress=progress, differentiable=differentiable, numbers=numbers)
 
 
 def screen(
@@ -236,6 +255,8 @@ class Analysis:
         *,
         dtype: torch.dtype | str | None = None,
         progress: Progress | None = None,
+        differentiable: bool = False,
+        numbers: Numbers | None = None,
         **overrides: Unpack[Overrides],
     ) -> dict[str, Tensor]:
         """The merged state dict for these options or the analysis's own; :func:`merge` has the rest.
@@ -243,9 +264,14 @@ class Analysis:
         Raises:
             InvalidInput: an option differs that the analysis depends on, or the rank is larger than analyzed.
         """
+        config = checked(config, self.config).replace(**overrides)
+        numbers = differentiation.numbers_of(numbers, differentiable, dtype)
+        if numbers is not None:
+            with contextlib.nullcontext() if differentiable else torch.no_grad():
+                return differentiation.merged(self._run, self._findings, self._factors, config, numbers, progress)
         base = self._run.inputs.base
         sink = StateDictSink(base.devices if isinstance(base, StateDictSource) else {}, self.plan.aliases)
-        self.write(sink, checked(config, self.config).replace(**overrides), dtype=dtype, progress=progress)
+        self.write(sink, config, dtype=dtype, progress=progress)
         return sink.state_dict
 
     @deterministic

@@ -28,13 +28,23 @@ def any_residual(mixing: Tensor) -> bool:
     return float(mixing.abs().max()) > NEGLIGIBLE
 
 
-def match(findings: Findings, products: Mapping[str, Tensor], config: MergeConfig) -> Residuals:
+def match(
+    findings: Findings,
+    products: Mapping[str, Tensor],
+    config: MergeConfig,
+    *,
+    scales: Tensor | None = None,
+    core_scale: float | None = None,
+    eta: float | None = None,
+) -> Residuals:
     """Norms n, scales s, λ and η for these options.
 
     Args:
         findings: of steps 1–3.
         products: tensor name → (N, N) float64, ⟨F_il, F_jl⟩ of matrix tensors; where rows are weighted (N,), ‖F_il‖².
         config: of the merge.
+        scales: (N,) instead of those that match the norms.
+        core_scale, eta: instead of the config's.
     """
     weights, count = findings.real.weights, len(findings.experts)
     energies = {name: each if each.ndim == 1 else each.diag() for name, each in products.items()}
@@ -44,10 +54,12 @@ def match(findings: Findings, products: Mapping[str, Tensor], config: MergeConfi
     vector = center @ findings.vector_gram @ center.T
     longest = _longest(findings.matrix_gram + findings.vector_gram)
     norms = residual_norms(matrix + vector.diag(), longest)
-    scales = matching_scales(norms, weights, config.norm_match)
+    scales = matching_scales(norms, weights, config.norm_match) if scales is None else scales
+    core_scale, eta = config.core_scale if core_scale is None else core_scale, config.eta if eta is None else eta
     known = config.row_power == 0 or config.eta == 0
     summed = gram.ordered_sum([products[name] for name in names], count) if known else None
-    return Residuals(norms, scales, energies, strength(findings, matrix, summed, scales, config))
+    found = strength(findings, matrix, summed, scales.detach(), config, core_scale, eta)
+    return Residuals(norms, scales, energies, found)
 
 
 def residual_norms(squares: Tensor, longest: float) -> Tensor:
@@ -70,9 +82,15 @@ def matching_scales(norms: Tensor, weights: Tensor, match: bool) -> Tensor:
 
 
 def strength(
-    findings: Findings, energies: Tensor, products: Tensor | None, scales: Tensor, config: MergeConfig
+    findings: Findings,
+    energies: Tensor,
+    products: Tensor | None,
+    scales: Tensor,
+    config: MergeConfig,
+    core_scale: float,
+    eta: float,
 ) -> Strength:
-    """λ and η of ``config``.
+    """λ and η as ``config`` makes them of ``core_scale`` and ``eta``, its own or others.
 
     Args:
         findings: of steps 1–3.
@@ -83,18 +101,17 @@ def strength(
     """
     count, weights, core = len(scales), findings.real.weights, findings.real.core
     factor = {"mean": 1.0, "sum": count, "restored": gain(findings.matrix_gram, weights)}[config.core_mode]
-    core_scale = config.core_scale * factor
+    core_scale = core_scale * factor  # not in place: it may be a tensor that somebody learns
     core_norm = abs(core_scale) * float((core @ findings.matrix_gram @ core).clamp_min(0).sqrt())
     weighted = weights * scales
     residual = None if products is None else float((weighted @ products @ weighted).clamp_min(0).sqrt())
     if residual is not None and residual <= NEGLIGIBLE * _longest(findings.matrix_gram) * float(weighted.sum()):
         residual = 0.0
     floor, cancelled = float(weighted @ energies.clamp_min(0).sqrt()) / LEAST_SHARE, False
-    eta = config.eta
     if config.eta_mode == "sum":
-        eta *= count
+        eta = eta * count
     elif config.eta_mode == "core_norm":
-        eta *= core_norm
+        eta = eta * core_norm
     elif config.eta_mode == "relative":
         assert residual is not None, "a relative η weighs no rows"
         eta, cancelled = eta * core_norm / max(residual, floor) if residual > 0 else 0.0, 0 < residual < floor

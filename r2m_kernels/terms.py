@@ -451,7 +451,7 @@ class Terms:
             return Linear(core_scale * weights + eta * weights * (scales - weights @ scales))
         # Where η came out as 0 nothing is weighted: the residual term is rounding.
         rows = RowWeights(weights, scales, config.row_power) if config.row_power > 0 and eta != 0 else None
-        eta *= 1.0 if rows is None else shared_weight(weights, scales)
+        eta = eta if rows is None else eta * shared_weight(weights, scales)
         if kind is ByRows and rows is not None:
             return ByRows(core, real.mixing, rows, eta, [self.rows(tensor.name) for tensor in tensors])
         # Where nothing is truncated: λ c + η M (w s).

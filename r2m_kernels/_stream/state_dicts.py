@@ -71,6 +71,7 @@ def _named_as(base: TensorSource, expert: TensorSource) -> TensorSource:
     first = next(name for name, new in names.items() if new != name)
     note = f"{expert.label}: named as a compiled or parallel module has it, {quoted(first)} taken as "
     renamed = StateDictSource(expert.label, {new: expert.read(name) for name, new in names.items()})
+    renamed.differentiated = expert.differentiated
     renamed.notes = (f"{note}{quoted(names[first])}",)
     logger.info("%s", renamed.notes[0])
     return renamed
@@ -94,10 +95,15 @@ def device_of(source: TensorSource, plan: Plan) -> torch.device:
 
 
 class StateDictSource:
-    """A state dict as a :class:`TensorSource`; tensors are handed out as they are, without a copy."""
+    """A state dict as a :class:`TensorSource`; tensors are handed out as they are, without a copy.
+
+    Attributes:
+        differentiated: the first tensor that requires gradients, which end here; ``None``: none does.
+    """
 
     def __init__(self, label: str, state_dict: Mapping[str, Tensor]) -> None:
         self.label = label
+        self.differentiated = next((name for name, tensor in state_dict.items() if tensor.requires_grad), None)
         self.notes: tuple[str, ...] = ()  # on what was understood in another way than it was given
         self._tensors = {
             name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in state_dict.items()
