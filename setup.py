@@ -9,6 +9,7 @@ goes on without it where that fails: the portable torch backend does the work. T
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sysconfig
 from pathlib import Path
@@ -90,10 +91,21 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+def described(readme: str) -> str:
+    """README as an index shows it, where links into the repository would lead nowhere: pictures go, texts stay.
+
+    The repository has no address yet; with one, these links would be its.
+    """
+    inside = r"\((?!\w+://|#)[^)\s]+\)"
+    return re.sub(rf"\[([^\]]*)\]{inside}", r"\1", re.sub(rf"!\[[^\]]*\]{inside}\n*", "", readme))
+
+
 sources = [f"csrc/{name}" for name in [*PLAIN, *VARIANTS]]
 library = Extension(LIBRARY, sources, depends=[f"csrc/{name}" for name in HEADERS], optional=wish == "auto")
 
 setup(
+    long_description=described((Path(__file__).parent / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["r2m_kernels", "r2m_kernels.*"])
     + find_packages("python", include=["r2m", "r2m.*"]),
     package_dir={"r2m_kernels": "r2m_kernels", "r2m": "python/r2m"},

@@ -3,8 +3,8 @@
     python -m bench.release.installed [--wheels dist] [--python 3.11] [--torch 2.10.0 newest] [--demo] [--arm ROOT]
 
 For every Python and torch: an environment of its own, the wheel that pip chooses, `import`, a merge by function and by
-command, with ``--demo`` `r2m demo --quick`. ``--arm`` names a directory that `bench/release/arm.sh` has made, with
-Python and torch for aarch64: the kernels' own tests run there under qemu-user.
+command, an operator's derivative, with ``--demo`` `r2m demo --quick`. ``--arm`` names a directory that
+`bench/release/arm.sh` has made, with Python and torch for aarch64: the kernels' own tests run there under qemu-user.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ base = {"w": torch.zeros(30, 40), "b": torch.zeros(30)}
 expert = {name: tensor + 1 for name, tensor in base.items()}
 merged = merge(base, {"fs": expert})
 assert torch.allclose(merged["w"], torch.ones(30, 40)), merged
+core = torch.ones(1, requires_grad=True)
+r2m_kernels.ops.combine(base["w"], [expert["w"]], core).sum().backward()
+assert core.grad.item() == 1200, core.grad
 save_file(base, "base.safetensors")
 save_file(expert, "fs.safetensors")
 assert main(["merge", "--base", "base.safetensors", "--expert", "fs=fs.safetensors", "--out", "merged"]) == 0
