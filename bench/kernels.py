@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import benchmark
 
+from bench.calls import section
 from bench.machine import RESULTS, ROOT, machine, write_json, write_text
 from bench.markdown import table
 from r2m_kernels import ops
@@ -242,8 +243,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def page(content: dict[str, Any]) -> str:
-    """docs/kernels.md."""
+def page(content: dict[str, Any], of_calls: dict[str, Any]) -> str:
+    """docs/kernels.md, from what this program and :mod:`bench.calls` measured."""
     where, found = content["machine"], {}
     for row in content["rows"]:
         found.setdefault((row["operator"], row["size"]), {})[row["provider"]] = row
@@ -271,7 +272,14 @@ product in the same run: {roof}. `torch` is the formula as one would write it, `
 neither promises the same bits on any number of threads, and both hold all task vectors at once.
 
 {table(header, rows)}
-"""
+
+{section(of_calls)}"""
+
+
+def last() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured last, here and by :mod:`bench.calls`."""
+    content, of_calls = (json.loads((RESULTS / f"kernels_{one}.json").read_text()) for one in ("cpu", "calls"))
+    return content, of_calls
 
 
 def on_gpu(sizes: tuple[int, ...], directory: Path) -> Iterator[str]:
@@ -314,8 +322,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of what is written")
     given = parser.parse_args()
     if given.page:
-        content = json.loads((RESULTS / "kernels_cpu.json").read_text())
-        write_text(ROOT / "docs" / "kernels.md", page(content))
+        write_text(ROOT / "docs" / "kernels.md", page(*last()))
         return 0
     sizes = QUICK if given.quick else SIZES
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from .errors import BackendUnavailable, BadOption
 NAMES = ("auto", "torch", "native", "triton")
 # Of NVIDIA GPUs: Ampere, the first with tf32 and bf16 matrix units.
 OLDEST_CAPABILITY = 8
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def choose(name: str, device: torch.device) -> Backend:
         InvalidInput: no such backend.
         BackendUnavailable: it was asked for by name and cannot run here; a named backend never falls back.
     """
-    checks.choice("backend", name, NAMES)
+    if name not in NAMES:
+        checks.choice("backend", name, NAMES)
     if name == "torch":
         return _backend("torch", "asked for by name")
-    if name == "native" or (name == "auto" and device.type == "cpu"):
+    # Every call of an operator asks: a device is compared, since the text of its type takes microseconds to make.
+    if name == "native" or (name == "auto" and (device == CPU or device.type == "cpu")):
         return _on_cpu(name, device)
     missing = _why_not_triton(device)
     if name == "triton":
@@ -89,7 +92,7 @@ def choose(name: str, device: torch.device) -> Backend:
 
 def _on_cpu(name: str, device: torch.device) -> Backend:
     """The native backend; for ``"auto"`` the torch backend where that cannot run and need not."""
-    if device.type != "cpu":
+    if device != CPU and device.type != "cpu":
         raise BackendUnavailable(f"backend 'native' runs on CPUs and not on '{device.type}'; use backend='auto'")
     library = _module("_native.library")
     try:

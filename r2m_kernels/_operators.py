@@ -68,7 +68,8 @@ def task_gram(base: Sequence[Tensor], experts: Sequence[Tensor], backend: str = 
     _check_task_gram(base, experts, backend)
     size = len(base)
     groups = [experts[start : start + size] for start in range(0, len(experts), size)]
-    return _backends.choose(backend, base[0].device).operators.task_gram(base, groups).tasks.cpu()
+    tasks = _backends.choose(backend, base[0].device).operators.task_gram(base, groups).tasks
+    return tasks if tasks.is_cpu else tasks.cpu()
 
 
 def _task_gram_fake(base: Sequence[Tensor], experts: Sequence[Tensor], backend: str = "auto") -> Tensor:
@@ -159,7 +160,7 @@ def _allocating(write: Callable[..., None]) -> Callable[..., Tensor]:
     place = [*signature.parameters].index("out")
 
     def made(base: Tensor, *others: Any) -> Tensor:
-        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)  # contiguous, whatever the base's strides
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)  # whatever the base's strides
         write(base, *others[: place - 1], out, *others[place - 1 :])
         return out
 
@@ -223,12 +224,14 @@ def combine_rows_out(
     backend: str = "auto",
 ) -> None:
     _check_combine_rows(base, experts, core, mixing, weights, scales, eta, power, out, backend)
-    numbers = (core.double(), mixing.double(), weights.double(), scales.double(), eta, power)
+    core, mixing, weights, scales = map(_double, (core, mixing, weights, scales))
     operators = _backends.choose(backend, base.device).operators
     bases, group, dtype = [base], [[expert] for expert in experts], compute_dtype([base, *experts])
 
     def write(target: Tensor) -> None:
-        coefficients = operators.row_coefficients(operators.row_grams(bases, group).rows, *numbers, dtype)
+        coefficients = operators.row_coefficients(
+            operators.row_grams(bases, group).rows, core, mixing, weights, scales, eta, power, dtype
+        )
         operators.combine(bases, group, coefficients, None, None, None, [target])
 
     _write(out, write)
@@ -264,7 +267,7 @@ def match_columns_out(
     _check_match_columns(base, experts, merged, counts, out, backend)
     change = merged.to(compute_dtype([base, *experts]), copy=True, memory_format=torch.contiguous_format)
     operators = _backends.choose(backend, base.device).operators
-    group, counts = [[expert] for expert in experts], counts.double()
+    group, counts = [[expert] for expert in experts], _double(counts)
 
     def write(target: Tensor) -> None:
         operators.match_columns([base], group, [change], counts, [target])
@@ -295,6 +298,10 @@ OPERATORS = (
     Operator("match_columns", _allocating(match_columns_out), _allocating(_check_match_columns)),
     Operator("match_columns.out", match_columns_out, _check_match_columns),
 )
+
+
+def _double(numbers: Tensor) -> Tensor:
+    return numbers if numbers.dtype == torch.float64 else numbers.double()
 
 
 def _check_matrix(base: Tensor, experts: Sequence[Tensor]) -> None:
@@ -337,8 +344,8 @@ def _columns(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _laid_out(result: Tensor) -> Tensor:
     """A result in the layout of :func:`_columns`, whoever computed it."""
-    if result.device.type == "cpu":
-        return result.contiguous()
+    if result.is_cpu:
+        return result if result.is_contiguous() else result.contiguous()
     wanted = _columns(result.shape, result.dtype, result.device)
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
@@ -370,7 +377,7 @@ def _autograd_of(entry: Operator, kernel: Callable[..., Any]) -> Callable[..., A
                 raise NotImplementedError(_derivatives.without(f"{entry.name.removesuffix('.out')} with out="))
             return _derivatives.tracked(functools.partial(beneath, keys), derivative, args)
         if keys.raw_repr() in PLAIN:
-            with below():
+            with below():  # what the kernel calls is called without autograd: more is gained than this takes
                 return kernel(*args)
         return beneath(keys, *args)
 

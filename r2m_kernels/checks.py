@@ -32,6 +32,8 @@ def integer(name: str, value: Any, minimum: int | None = None) -> int:
 
 def number(name: str, value: Any, minimum: float | None = None) -> float:
     """A finite number as float, at most :data:`LARGEST`."""
+    if type(value) is float and -LARGEST <= value <= LARGEST and (minimum is None or value >= minimum):
+        return value  # in every call of an operator
     expected = "a finite number" if minimum is None else f"a finite number of at least {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadOption(f"{name}: expected {expected}, got {value!r}")

@@ -25,6 +25,7 @@ R = TypeVar("R")
 
 class _State(threading.local):
     inside = False
+    alone = False  # whether there was nothing to set, and so is nothing to restore
     threads = 1
     pool: ThreadPoolExecutor | None = None
 
@@ -51,6 +52,12 @@ class _TorchThreads:
         self._inside = 0
         self._count = 1
         self._allowed: list[tuple[tuple[str, str], str]] = []
+
+    def fit(self) -> bool:
+        """Whether all is as it is to be, for this thread alone: every call of an operator asks."""
+        if self._inside or torch.get_num_threads() != 1:
+            return False
+        return _precision("cuda", "matmul") in _EXACT and _precision("mkldnn", "matmul") in _EXACT
 
     def enter(self) -> int:
         with self._lock:
@@ -100,7 +107,9 @@ def _enter() -> bool:
     """Whether it was not so before."""
     if _state.inside:
         return False
-    _state.inside, _state.threads = True, _torch_threads.enter()
+    _state.inside, _state.alone = True, _torch_threads.fit()
+    if not _state.alone:
+        _state.threads = _torch_threads.enter()
     return True
 
 
@@ -108,7 +117,8 @@ def _leave() -> None:
     if _state.pool is not None:
         _state.pool.shutdown(wait=True, cancel_futures=True)
     _state.inside, _state.threads, _state.pool = False, 1, None
-    _torch_threads.leave()
+    if not _state.alone:
+        _torch_threads.leave()
 
 
 def deterministic(function: Callable[P, R]) -> Callable[P, R]:
@@ -141,9 +151,9 @@ def _foreign_modes() -> list[AbstractContextManager[Any]]:
     found: list[AbstractContextManager[Any]] = []
     if torch.is_inference_mode_enabled():
         found.append(torch.inference_mode(False))
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            found.append(torch.autocast(device, enabled=False))
+    if torch._C._is_any_autocast_enabled():
+        on = filter(torch.is_autocast_enabled, ("cpu", "cuda"))
+        found.extend(torch.autocast(device, enabled=False) for device in on)
     return found
 
 
