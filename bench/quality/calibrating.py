@@ -23,7 +23,7 @@ from r2m.log_odds import Calibration
 from bench.machine import ROOT, write_json
 from bench.quality import settings, store
 from bench.quality.groups import GROUPS, groups_of
-from bench.quality.judging import Pictures, calibration, digest_of_states, made_of, paired
+from bench.quality.judging import Pictures, calibration, calibration_error, digest_of_states, made_of, paired
 from bench.quality.models import Models, Run
 from bench.quality.store import GroupScores
 from r2m_kernels import merge
@@ -114,10 +114,14 @@ def best(group: Mapping[str, Scores]) -> Numbers:
     """
     real, fake = group["real"], np.concatenate([scores for kind, scores in group.items() if kind != "real"])
     middle, spread = (real.mean() + fake.mean()) / 2, np.sqrt((real.var() + fake.var()) / 2)
+    labels, logits = np.repeat([0.0, 1.0], [len(real), len(fake)]), np.concatenate([real, fake]) - middle
+    weights = np.where(labels == 1, 0.5 / len(fake), 0.5 / len(real))
+    top = calibration({"real": real, "fake": fake})["best_f1"]
     found = []
     for slope, shift in itertools.product(SLOPES / spread, SHIFTS):
-        one = calibration({"real": slope * (real - middle) + shift, "fake": slope * (fake - middle) + shift})
-        found.append((one["ece"], one["best_f1"] - one["f1"]))
+        moved = slope * logits + shift
+        hits, false = weights[(moved > 0) & (labels == 1)].sum(), weights[(moved > 0) & (labels == 0)].sum()
+        found.append((calibration_error(labels, moved, weights), top - 2 * hits / (hits + false + 0.5)))
     least = min(error for error, _ in found)
     return {
         "gap": min(gap for error, gap in found if error <= max(ECE, least)),

@@ -111,13 +111,13 @@ def calibration(group: Mapping[str, Scores]) -> Numbers:
     precision, recall, _ = precision_recall_curve(labels, logits, sample_weight=weights)
     sums = np.maximum(precision + recall, np.finfo(np.float64).tiny)
     return {
-        "ece": _calibration_error(labels, logits, weights),
+        "ece": calibration_error(labels, logits, weights),
         "f1": float(f1_score(labels, logits > 0, sample_weight=weights, zero_division=0.0)),
         "best_f1": float((2 * precision * recall / sums).max()),
     }
 
 
-def _calibration_error(labels: Scores, logits: Scores, weights: Scores) -> float:
+def calibration_error(labels: Scores, logits: Scores, weights: Scores) -> float:
     """Expected calibration error of the forgery's probability, ten bins of equal width."""
     probability = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
     place = np.minimum((probability * BINS).astype(int), BINS - 1)

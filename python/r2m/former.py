@@ -11,7 +11,7 @@ from typing import Any
 
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.options import OPTIONS
-from r2m.output import INPUTS, difference
+from r2m.output import INPUTS, STATISTICS, difference
 from r2m.ownership import RECIPE_FILE
 from r2m.places import MOST_RECORD, read_beside
 from r2m.recipe import Recipe
@@ -25,6 +25,7 @@ from r2m_kernels.errors import BadFile
 _FREE = (
     *("merge_method", "dtype", "format", "adapters", "adapter_rank", "adapter_size"),
     *("max_shard_size", "order of experts", "specialists", "temperature", "head_bias"),
+    *("statistics", STATISTICS),
 )
 
 # In one merge of merges, as a file may claim: it decides weights.

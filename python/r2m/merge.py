@@ -16,7 +16,18 @@ from typing import Any
 import torch
 
 import r2m_kernels
-from r2m import adapted, distributed, former, labels, machine, ownership, plain_yaml, preprocessing, preprocessing_files
+from r2m import (
+    adapted,
+    distributed,
+    former,
+    labels,
+    machine,
+    ownership,
+    plain_yaml,
+    preprocessing,
+    preprocessing_files,
+    statistics,
+)
 from r2m.arrangement import Arranged, arrange
 from r2m.calibrated_head import CalibratedHead
 from r2m.card import card
@@ -30,13 +41,24 @@ from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Output, Resources, forecast, lines, measured_rates
 from r2m.journal import FileJournal
 from r2m.options import Options
-from r2m.output import INPUTS, SOURCES, PartialOutput, Workplace, check_output, difference, held, partial_output
+from r2m.output import (
+    INPUTS,
+    SOURCES,
+    STATISTICS,
+    PartialOutput,
+    Workplace,
+    check_output,
+    difference,
+    held,
+    partial_output,
+)
 from r2m.ownership import CARD_FILE, RECIPE_FILE
 from r2m.places import from_output, read_small, write_file
 from r2m.preprocessing import Preprocessing
 from r2m.recipe import DTYPES, ONE, Recipe
 from r2m.recipe_file import dump
 from r2m.records import REPORT, STATE, WRITTEN
+from r2m.statistics import NewStatistics
 from r2m_kernels import Analysis, Progress, analyze, screen
 from r2m_kernels.errors import BadOption, DoesNotFit, R2MError, printable, quoted
 from r2m_kernels.heads import classifier
@@ -44,6 +66,7 @@ from r2m_kernels.screening import Screening
 from r2m_kernels.streaming import (
     Backend,
     Inputs,
+    PartialSink,
     ProcessGroup,
     SingleProcess,
     choose_backend,
@@ -103,7 +126,12 @@ class Job:
             for source, named in adapters
             if made_for(named, self.recipe.base, source.files[0].parent) is False
         ]
-        return left_out + counted + others
+        estimated = (
+            [f"running means and variances are those of {printable(self.recipe.statistics)}, not the experts' mean"]
+            if self.recipe.statistics
+            else []
+        )
+        return left_out + counted + others + estimated
 
     @property
     def files(self) -> list[Path]:
@@ -147,6 +175,7 @@ class Job:
             SOURCES: sources_digest(backend.name, Path(__file__).parent),
             "device": usable_device(self.options.device or "cpu").type,
             **recipe,
+            **({STATISTICS: statistics.digest(self.recipe.statistics)} if self.recipe.statistics else {}),
             "order of experts": list(experts),
             "experts": experts,
             "max_shard_size": self.options.shard_bytes,
@@ -188,7 +217,9 @@ class Job:
             analysis.adapters(self.arranged.config).write(sink, dtype=self.dtype, progress=progress)
         else:
             calibration, names = self.recipe.calibration, self.recipe.arrangement.head_tensors
-            to = sink if calibration is None else CalibratedHead(sink, calibration, names)
+            to: PartialSink = sink if calibration is None else CalibratedHead(sink, calibration, names)
+            if self.recipe.statistics is not None:
+                to = NewStatistics(to, statistics.read_statistics(self.recipe.statistics))
             analysis.write(to, self.arranged.config, dtype=self.dtype, progress=progress)
 
     def forecast(self, directory: Path, resources: Resources) -> Forecast:
@@ -236,8 +267,8 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
     fakes = {name: one.fake for name, one in recipe.experts.items() if one.fake is not None}
     arranged = arrange(base, experts, config, recipe.arrangement, renames, fakes)
     if OUTPUT_FORMATS[recipe.format] is ADAPTERS:
-        if recipe.calibration is not None:
-            raise BadOption(f"temperature, head_bias: are for one model, got --format {ADAPTERS.name}")
+        if recipe.calibration is not None or recipe.statistics is not None:
+            raise BadOption(f"temperature, head_bias, statistics: are for one model, got --format {ADAPTERS.name}")
         arranged = adapted.arrange(arranged, recipe.adapters)
     # They speak of the base's own tensors: under other names nothing of it would load what is made.
     beside = hub.local(recipe.base)
@@ -470,6 +501,7 @@ def complete(
         "adapters": adapters,
         "calibration": {**_UNTOLD, **asdict(calibration), **(calibrated or {})} if calibration else None,
         **({} if screening is None else {"screening": screening}),
+        **({"statistics": from_output(partial.target, recipe.statistics)} if recipe.statistics else {}),
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }
     write_file(directory / CARD_FILE, card(directory, report, at=partial.target).encode(errors="backslashreplace"))
@@ -481,5 +513,5 @@ def complete(
 def _inputs(job: Job) -> list[str | Path]:
     """What is read: the files too, and not the directories alone, as they may be links that lead anywhere."""
     recipe = job.recipe
-    beside = [path for path in (recipe.file, recipe.arrangement.head_features) if path]
+    beside = [path for path in (recipe.file, recipe.arrangement.head_features, recipe.statistics) if path]
     return [recipe.base, *(one.path for one in recipe.experts.values()), *job.files, *beside]

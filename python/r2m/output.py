@@ -25,6 +25,7 @@ from r2m_kernels.streaming import FACTORS_PREFIX
 
 SOURCES = "sources"  # of a state: a digest of the code that makes the bits
 INPUTS = "inputs"  # of a state: path → what tells whether it is the same file
+STATISTICS = "statistics digest"  # of a state: of running statistics that are not the merge's
 _STATE, _TENSORS = "state.json", "tensors"
 _REPLACED = "replaced"  # a former content whose successor is in place
 _DIRECTORIES = OUTPUT, FORMER, _TENSORS, _REPLACED

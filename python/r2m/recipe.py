@@ -142,8 +142,8 @@ class Recipe:
         experts: by name, in their order.
         config: how they are merged.
         method: a key of :data:`r2m_kernels.config.METHODS` that made ``config``; recipe and report name it.
-        dtype, format, adapters, adapter_rank, adapter_size, detector, temperature, head_bias: of the output, as their
-            sentences say.
+        dtype, format, adapters, adapter_rank, adapter_size, detector, temperature, head_bias, statistics: of the
+            output, as their sentences say.
         arrangement: how checkpoints are brought into one layout.
         preprocessing: of the merged model, whatever the experts have; None: theirs, which must not differ.
         notes: what who asked for it has to know, once; no part of what is written.
@@ -228,6 +228,13 @@ class Recipe:
         metavar="B",
         unset="0",
     )
+    statistics: str | None = option(
+        None,
+        FILES,
+        "A file with running means and variances of the output, by its names, in place of the experts' mean.",
+        "Made by r2m calibrate --statistics.",
+        metavar="PATH",
+    )
 
     def __post_init__(self) -> None:
         for name, declared in OUTPUT.items():
@@ -256,10 +263,12 @@ class Recipe:
 
     def uncalibrated(self) -> Recipe:
         """The same without a calibration, which was of this merge and of no other; a note says so."""
-        if self.calibration is None:
+        known = {"temperature": self.temperature, "head_bias": self.head_bias, "statistics": self.statistics}
+        gone = [name for name, value in known.items() if value is not None]
+        if not gone:
             return self
-        note = "the calibration of the merge before (temperature, head_bias) is gone; r2m calibrate makes a new one"
-        return replace(self, temperature=None, head_bias=None, notes=(*self.notes, note))
+        note = f"the calibration of the merge before ({', '.join(gone)}) is gone; r2m calibrate makes a new one"
+        return replace(self, temperature=None, head_bias=None, statistics=None, notes=(*self.notes, note))
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> Recipe:

@@ -142,6 +142,95 @@ def test_without_labels_half_is_fake_and_the_order_stays(command: Command, outpu
     assert command("calibrate", "out", "--undo").err == "Error: calibrate: --undo: out is not calibrated\n"
 
 
+NORMED = """
+import torch
+from torch import nn
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 2)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.norm(self.conv(images))).mean((2, 3)))
+"""
+
+
+def normed(moved: float) -> None:
+    """A base and two experts with batch normalisation, whose running statistics they moved."""
+    Path("mine.py").write_text(NORMED)
+    dice = torch.Generator().manual_seed(1)
+    base = {
+        "conv.weight": torch.randn(8, 3, 3, 3, generator=dice),
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+        "norm.running_mean": torch.zeros(8),
+        "norm.running_var": torch.ones(8),
+        "norm.num_batches_tracked": torch.tensor(5),
+        "head.weight": torch.randn(2, 8, generator=dice),
+        "head.bias": torch.zeros(2),
+    }
+    save_file(base, "base.safetensors")
+    for name in ("fs", "fr", "efs"):
+        state = {
+            key: one + 0.01 * torch.randn(one.shape, generator=dice) for key, one in base.items() if "num" not in key
+        }
+        state |= {key: base[key] + moved for key in ("norm.running_mean", "norm.running_var")}
+        save_file({**state, "norm.num_batches_tracked": torch.tensor(9)}, f"{name}.safetensors")
+
+
+def test_statistics_are_those_of_the_pictures_and_undone(command: Command) -> None:
+    normed(0.5)
+    assert command("merge", *MERGE, "--out", "out", "--quiet").code == 0
+    shutil.copytree("out", "kept")
+    result = command("calibrate", "out", "set", *DETECTOR, "--statistics")
+    assert result.code == 0, result.err
+    assert "running means and variances from the same pictures" in result.out
+    merged, made = load_file("kept/" + MODEL), load_file("out/" + MODEL)
+    images = [np.asarray(Image.open(path).convert("RGB").resize((16, 16), 3)) for path in Path("set").rglob("*.png")]
+    pictures = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    maps = torch.nn.functional.conv2d(pictures, merged["conv.weight"])
+    assert torch.allclose(made["norm.running_mean"], maps.mean((0, 2, 3)), atol=0.02)
+    assert torch.allclose(made["norm.running_var"], maps.var((0, 2, 3)), rtol=0.1)
+    changed = {name for name, one in made.items() if not torch.equal(one, merged[name])}
+    assert changed == {"norm.running_mean", "norm.running_var", "head.weight", "head.bias"}
+    # The head was fitted to what the model gives with them.
+    assert np.mean([1 / (1 + math.exp(-value)) for value in logits(command, "out").values()]) == pytest.approx(
+        0.5, abs=1e-3
+    )
+    assert report("out")["statistics"] == "../out.statistics.safetensors"
+    assert "## Batch normalisation" in Path("out/README.md").read_text()
+    assert command("merge", "out/r2m_config.yaml", "--out", "again", "--quiet").code == 0
+    assert Path("again", MODEL).read_bytes() == Path("out", MODEL).read_bytes()
+    assert command("calibrate", "out", "--undo").code == 0
+    assert unchanging("out") == unchanging("kept")
+    assert not Path("out.statistics.safetensors").exists()
+    # And what makes another merge leaves them out.
+    assert command("calibrate", "out", "set", *DETECTOR, "--statistics", "--quiet").code == 0
+    result = command("add", "out", "--expert", "efs=efs.safetensors")
+    assert "the calibration of the merge before (temperature, head_bias, statistics) is gone" in result.err
+    assert torch.equal(load_file("out/" + MODEL)["norm.running_mean"], torch.full((8,), 0.5))
+
+
+def test_statistics_that_were_frozen_or_are_not_there_are_left_alone(command: Command) -> None:
+    normed(0.0)
+    assert command("merge", *MERGE, "--out", "out", "--quiet").code == 0
+    files = unchanging("out")
+    result = command("calibrate", "out", "set", *DETECTOR, "--statistics")
+    assert (result.code, "they were frozen in training" in result.err) == (2, True)
+    Path("few").mkdir()
+    shutil.copy("set/real/0.png", "few")
+    assert "expected 8 pictures at least" in command("calibrate", "out", "few", *DETECTOR, "--statistics").err
+    assert unchanging("out") == files
+    assert not Path("out.statistics.safetensors").exists()
+    save_file({"norm.running_mean": torch.zeros(3)}, "other.safetensors")
+    result = command("merge", *MERGE, "--statistics", "other.safetensors", "--out", "o")
+    assert (result.code, "statistics: 'norm.running_mean': expected [3] in the output, got [8]" in result.err) == (
+        2,
+        True,
+    )
+
+
 def test_labels_are_judged_before_and_after(command: Command) -> None:
     detectors(2)
     assert command("merge", *MERGE, "--out", "out", "--quiet").code == 0
@@ -203,7 +292,7 @@ def test_what_cannot_be_done_is_one_sentence(command: Command) -> None:
         (): "expected pictures without labels (FILE…), or --data with labels",
         ("set", "--data", "set"): "expected pictures without labels (FILE…), or --data with labels",
         ("set", "--fakes", "1"): "fakes: expected a share between 0 and 1, got 1",
-        ("set", "--undo"): "--undo: expected no pictures with it",
+        ("set", "--undo"): "--undo: expected nothing with it",
     }
     for words, sentence in wrong.items():
         result = command("calibrate", "out", *words, *DETECTOR)

@@ -82,6 +82,7 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
         "detector": "clip:vit",
         "temperature": 2.0,
         "head_bias": -0.5,
+        "statistics": "statistics",
         "rename": {"old.": "new."},
         "preset": "df40",
         "head": "refit:logistic",
@@ -97,7 +98,8 @@ def test_every_key_that_is_read_is_written(here: Path) -> None:
     found = dump(read_recipe(written(json.dumps(content), "project/recipe.yaml")))
     assert list(found) == list(content)
     content["detector"] = f"clip:{here / 'project' / 'vit'}"
-    content["base_model"], content["head_features"] = (str(here / "project" / name) for name in ("base", "features"))
+    for key, name in (("base_model", "base"), ("head_features", "features"), ("statistics", "statistics")):
+        content[key] = str(here / "project" / name)
     for one in content["models"]:
         one["model"] = str(here / "project" / one["model"])
     assert found == content

@@ -34,11 +34,20 @@ _ASKED = (*(name for name in DETECT if name != "threshold"), *_LABELLED)
     metavar="SHARE",
     help="How many of the pictures that it will see are fakes.  [default: 0.5; with --data as many as there]",
 )
+@option(
+    DATA,
+    "--statistics",
+    is_flag=True,
+    help="First estimate running means and variances of batch normalisation from the pictures, where experts changed "
+    "theirs in training.",
+)
 @option(DATA, "--undo", is_flag=True, help="Take a calibration back: OUT is as it was, byte for byte.")
 @flags([OPTIONS[name] for name in ("backend", "memory_budget", "resume")])
 @OFFLINE
 @QUIET
-def calibrate(out: str, files: tuple[str, ...], fakes: float | None, undo: bool, quiet: bool, **given: Any) -> None:
+def calibrate(
+    out: str, files: tuple[str, ...], fakes: float | None, statistics: bool, undo: bool, quiet: bool, **given: Any
+) -> None:
     """Make probabilities of OUT, the output of a merge, mean what they say, from 32 pictures, or 16 with labels.
 
     Log-odds are divided by a temperature and a bias is added, both in the classifier's tensors and the same for all
@@ -54,15 +63,15 @@ def calibrate(out: str, files: tuple[str, ...], fakes: float | None, undo: bool,
 
     asked = only_given({name: given.pop(REQUEST[name].key) for name in _ASKED})
     options = take_options(given)
-    if undo and (files or "data" in asked or fakes is not None):
-        raise BadOption("calibrate: --undo: expected no pictures with it")
+    if undo and (files or "data" in asked or fakes is not None or statistics):
+        raise BadOption("calibrate: --undo: expected nothing with it")
     with reporting(quiet=quiet) as progress:
         if undo:
             report, untold = calibration.undo(out, options=options, progress=progress)
         else:
             request = Request(**asked)
             report, untold = calibration.calibrate(
-                out, files, request, fakes=fakes, options=options, progress=progress, quiet=True
+                out, files, request, fakes=fakes, statistics=statistics, options=options, progress=progress, quiet=True
             )
     for line in untold:
         say(line, err=True)
@@ -75,6 +84,17 @@ def _said(out: str, report: dict[str, Any]) -> list[str]:
     from r2m_kernels.errors import printable
 
     one = report["calibration"]
+    if one is not None and report.get("statistics"):
+        return [
+            *_of_head(out, one),
+            f"running means and variances from the same pictures: {printable(report['statistics'])}",
+        ]
+    return _of_head(out, one)
+
+
+def _of_head(out: str, one: dict[str, Any] | None) -> list[str]:
+    from r2m_kernels.errors import printable
+
     if one is None:
         return [f"{printable(out)}: its calibration is taken back"]
     lines = [f"{printable(out)}: log-odds divided by {one['temperature']:.4g}, then {one['bias']:+.4g}"]

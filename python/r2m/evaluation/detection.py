@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2m.evaluation.ensemble import Ensemble, log_odds, together
 from r2m.evaluation.folders import IMAGES, natural
@@ -62,7 +62,14 @@ class Detected:
 
 
 def detect(
-    model: str, files: Sequence[str], request: Request, *, adapters: bool, videos: bool, quiet: bool
+    model: str,
+    files: Sequence[str],
+    request: Request,
+    *,
+    adapters: bool,
+    videos: bool,
+    quiet: bool,
+    loaded: nn.Module | None = None,
 ) -> Detected:
     """Scores of files.
 
@@ -73,6 +80,7 @@ def detect(
         adapters: the checkpoint is one with adapters.
         videos: pictures of one directory are frames of one video.
         quiet: no progress.
+        loaded: the model, where it is not as the checkpoint has it.
 
     Raises:
         InvalidInput: the model cannot be loaded, or there is nothing to look at.
@@ -82,7 +90,7 @@ def detect(
         kinds = ", ".join((*IMAGES, *SUFFIXES))
         raise BadFile(f"{printable(files[0])}: expected pictures or videos in it, by their names' ends: {kinds}")
     preprocessing = preprocessing_of("model", model, request)
-    detector = load("model", model, request, adapters)
+    detector = load("model", model, request, adapters) if loaded is None else loaded
     names = list(detector.members) if isinstance(detector, Ensemble) else [""]
     found: dict[str, list[tuple[Picture, float | str]]] = {}
     with nullcontext() if quiet else bars() as shown:
@@ -98,6 +106,14 @@ def detect(
                 if shown is not None:
                     shown.show(name or "model", len(begun), len(listed), f"{len(begun)}/{len(listed)}")
     return _told(found, THRESHOLD if request.threshold is None else request.threshold)
+
+
+def images(files: Sequence[str], preprocessing: Preprocessing, frames: int) -> Iterator[Tensor]:
+    """(3, s, s) float32 of each picture, and of frames of videos, as the detector sees it; without what is none."""
+    for picture in _pictures([*_listed(files)], preprocessing, frames, videos=False):
+        seen = _seen(picture, preprocessing)
+        if isinstance(seen, Tensor):
+            yield seen
 
 
 def _listed(files: Sequence[str]) -> Iterator[str]:
