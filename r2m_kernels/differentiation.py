@@ -76,8 +76,10 @@ def numbers_of(numbers: Numbers | None, differentiable: bool, dtype: torch.dtype
     """The numbers, where any are given.
 
     Raises:
-        BadOption: there are none to differentiate by, or a dtype is asked for beside them.
+        BadOption: they are none, there are none to differentiate by, or a dtype is asked for beside them.
     """
+    if numbers is not None and not isinstance(numbers, Numbers):
+        raise BadOption(f"numbers: expected r2m_kernels.Numbers, got {type(numbers).__name__}")
     if numbers is None and differentiable:
         raise BadOption(
             "differentiable: expected numbers to differentiate by, such as "
@@ -128,7 +130,8 @@ def merged(
         group = step.over.load(run.loader, [tensor])
         if tensor.role in ("matrix", "vector") and kind_of(tensor, terms.config) is not Unchanged:
             result = _made(terms.of(group), run, group)
-            step.refuse_non_finite([tensor], result.detach().abs().amax().reshape(1))
+            if result.numel():
+                step.refuse_non_finite([tensor], result.detach().abs().amax().reshape(1))
             for name in (tensor.name, *run.plan.tied.get(tensor.name, ())):
                 sink.write(name, result)
         else:

@@ -194,8 +194,13 @@ def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None =
     queue = 2 * workers() if limit is None else limit
     items = iter(items)
     begun = list(itertools.islice(items, 2))
-    if len(begun) < 2:  # nothing to run side by side: no threads are started for it
-        yield from map(function, begun)
+    if len(begun) < 2:  # nothing to run side by side: no threads are started for it, and as in one none within
+        threads, _state.threads = _state.threads, 1
+        try:
+            results = [function(item) for item in begun]
+        finally:
+            _state.threads = threads
+        yield from results
         return
     if _state.pool is None:
         _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)

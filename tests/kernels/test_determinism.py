@@ -165,3 +165,14 @@ def test_in_inference_mode_bits_are_the_same_on_several_threads(backend, method)
         torch.set_num_threads(threads)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     assert not any(tensor.is_inference() for tensor in merged.values())
+
+
+def test_one_piece_of_work_starts_no_thread():
+    torch.set_num_threads(3)
+    with parallel.one_thread_per_product():
+        before = threading.active_count()
+        assert [*parallel.for_each(lambda item: (item, parallel.workers()), iter([7]))] == [(7, 1)]
+        assert [*parallel.for_each(print, [])] == []
+        assert (threading.active_count(), parallel.workers()) == (before, 3)
+        assert [*parallel.for_each(lambda item: item, iter([7, 8, 9]))] == [7, 8, 9]
+        assert threading.active_count() > before

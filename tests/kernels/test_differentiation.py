@@ -86,13 +86,20 @@ def test_what_was_learned_is_an_option():
     assert same_bits(learned, merge(base, experts, TRUNCATED, eta=0.25))
 
 
-def test_tied_tensors_stay_one():
+def test_tied_tensors_stay_one_and_empty_ones_pass():
     base, experts = checkpoints()
     for one in (base, *experts):
-        one["tied"] = one["matrix"]
+        one["tied"], one["nothing"] = one["matrix"], torch.empty(0, 3)
     merged = merge(base, experts, differentiable=True, numbers=Numbers(core_scale=torch.ones((), requires_grad=True)))
     assert merged["tied"] is merged["matrix"]
     assert list(merged) == list(base)
+    assert merged["nothing"].shape == (0, 3)
+
+
+def test_values_beyond_the_dtype_are_told():
+    base, experts = checkpoints(torch.float16)
+    with pytest.raises(InvalidInput, match=r"^tensor '.*': merged values exceed the range of float16"):
+        merge(base, experts, TRUNCATED, differentiable=True, numbers=Numbers(1e7 * ONE))
 
 
 def step(numbers, loss, rate=3.0):
@@ -133,6 +140,7 @@ ONE = torch.ones((), requires_grad=True)
         (MergeConfig.weight_average(), Numbers(eta=ONE), "^eta: 0 leaves no residuals to learn anything of"),
         (TRUNCATED, Numbers(eta=0 * ONE), "^eta: at 0 residuals are left out, and it has no derivative"),
         (TRUNCATED, Numbers(eta=0.5), "^eta: expected a tensor, got float$"),
+        (TRUNCATED, {"eta": ONE}, "^numbers: expected r2m_kernels.Numbers, got dict$"),
         (TRUNCATED, Numbers(eta=ONE / 0), "^eta: expected finite numbers, got NaN or Inf$"),
         (TRUNCATED, Numbers(scales=ONE), r"^scales: expected shape \(3,\), got \(\)$"),
         (
