@@ -25,6 +25,8 @@ GRAM_SIDE = 1448
 GRAM_SHARE = 0.625
 # Of the work with A and Aᵀ, what that with a Gram may be: the former may have operands that a CPU multiplies faster.
 GRAM_WORK = 0.6
+# Steps from a sketch of A, from which on one fewer will do from a sketch of AᵀA.
+FROM_GRAM_STEPS = 3
 # The share beyond which an exact one is no slower.
 MOST = 0.7
 # Ranks below this have a sketch that is much wider, and as small: the luck of the draw evens out over many rows only.
@@ -130,19 +132,33 @@ class Effort(NamedTuple):
         direct, formed = self._work(rank, shape)
         return rank >= FEW and min(shape) <= GRAM_SIDE and formed < GRAM_WORK * direct
 
+    def from_gram(self, rank: int, shape: Sequence[int]) -> bool:
+        """Whether steps with AᵀA, from a sketch of it, are less work; where spectra fall slowly they are taken.
+
+        A tolerance asks for steps that all residuals take together.
+        """
+        steps = self.steps_on_cpu(rank, min(shape))
+        enough = rank >= FEW and steps >= FROM_GRAM_STEPS and self.tolerance is None
+        direct, formed = self._work(rank, shape, steps - 1)
+        return enough and min(shape) <= GRAM_SIDE and formed < direct
+
     def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
-        """Over A, from its sketch to the last step."""
-        return 2 if self.by_gram(rank, shape) else 1 + self.steps_on_cpu(rank, min(shape))
+        """Over A, from its sketch to the last step, where its spectrum falls slowly."""
+        formed = self.from_gram(rank, shape) or self.by_gram(rank, shape)
+        return 2 if formed else 1 + self.steps_on_cpu(rank, min(shape))
 
     def work_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
-        """Multiplications and additions, two each, of a fast truncation's steps."""
+        """Multiplications and additions, two each, of a fast truncation's steps, likewise."""
+        if self.from_gram(rank, shape):
+            return self._work(rank, shape, self.steps_on_cpu(rank, min(shape)) - 1)[1]
         return self._work(rank, shape)[self.by_gram(rank, shape)]
 
-    def _work(self, rank: int, shape: Sequence[int]) -> tuple[int, int]:
-        """With A and Aᵀ, and with AᵀA."""
+    def _work(self, rank: int, shape: Sequence[int], with_gram: int | None = None) -> tuple[int, int]:
+        """With A and Aᵀ, and with AᵀA, in as many steps or another number."""
         short, long = sorted(shape)
         steps = self.steps_on_cpu(rank, short)
-        return 4 * steps * rank * short * long, int(2 * short**2 * (GRAM_SHARE * long + steps * rank))
+        fewer = steps if with_gram is None else with_gram
+        return 4 * steps * rank * short * long, int(2 * short**2 * (GRAM_SHARE * long + fewer * rank))
 
 
 class Pace(NamedTuple):

@@ -233,14 +233,19 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
     read = min(run, BLOCK_ELEMENTS) * inputs.nbytes(tensor) // tensor.spec.numel
     block = pace.experts * run * size
     sketched = (1 + pace.panels) * subspaces + pace.panels * (RUNS_PER_PANEL * block + read)
-    if effort_of(config).by_gram(tensor.rank, tensor.matrix_shape):
-        # Grams of each panel and their sum beside the bases; then the sum beside these and their products.
-        grams = pace.experts * short**2 * size
-        stepped = max(subspaces + (1 + pace.panels) * grams + pace.panels * (read + block), grams + 2 * subspaces)
+    effort, grams = effort_of(config), pace.experts * short**2 * size
+    # Grams of each panel and their sum, beside the bases or a sketch.
+    formed = subspaces + (1 + pace.panels) * grams + pace.panels * (read + block)
+    if effort.by_gram(tensor.rank, tensor.matrix_shape):
+        stepped = max(formed, grams + 2 * subspaces)
     else:
         # The bases, once more in the type of fast products, their sums, and those of each panel.
         stepped = int((2.5 + pace.panels) * subspaces) + pace.panels * (read + block)
-    turned = 2 * subspaces + 2 * width * short * size  # a QR of one copies it
+    if effort.from_gram(tensor.rank, tensor.matrix_shape):
+        # Of each that is turned its Gram in the type of fast products, its basis, a product and their copies.
+        one = short**2 * size // 2 + 4 * width * short * size
+        stepped = max(stepped, formed, grams + 2 * subspaces + pace.panels * one)
+    turned = 2 * subspaces + 2 * pace.panels * width * short * size  # a QR of one copies it
     rotated = subspaces + (width + tensor.rank) * long * size + pace.panels * (read + 2 * run * size)
     # Some rows of all factors as they are read, wanted and widened, and products of components on both sides.
     count = len(inputs.experts)

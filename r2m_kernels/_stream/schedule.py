@@ -198,11 +198,17 @@ def work_list(
     paces = {tensor.name: over.pace(tensor, inputs, memory, threads) for tensor in rest}
     works += [Work((tensor,), pace=paces[tensor.name]) for tensor in rest if paces[tensor.name] is not None]
     rest = [tensor for tensor in rest if paces[tensor.name] is None]
-    # One that has more than a thread's share of the elements goes alone: its own blocks are spread over the threads.
-    elements = sum(tensor.spec.numel for tensor in rest)
-    alone = [tensor for tensor in rest if tensor.spec.numel * threads > elements]
-    shared = [tensor for tensor in rest if tensor.spec.numel * threads <= elements]
-    return works + [Work((tensor,)) for tensor in alone] + [Work((tensor,), shared=True) for tensor in shared]
+    # One that has more than a thread's share of the elements goes alone: its own blocks are spread over the threads. So
+    # does one that leaves no room for another, which would wait for it; smaller ones then run beside each other.
+    elements, flight = sum(tensor.spec.numel for tensor in rest), memory.flight
+
+    def goes_alone(tensor: PlannedTensor) -> bool:
+        crowded = flight is not None and 2 * (inputs.working_bytes(tensor) + over.workspace(tensor, inputs)) > flight
+        return tensor.spec.numel * threads > elements or (threads > 1 and crowded)
+
+    ways = [(tensor, goes_alone(tensor)) for tensor in rest]
+    works += [Work((tensor,)) for tensor, alone in ways if alone]
+    return works + [Work((tensor,), shared=True) for tensor, alone in ways if not alone]
 
 
 def _cut(over: Pass, tensor: PlannedTensor, inputs: Inputs, memory: Memory, *, panels: bool) -> Work:

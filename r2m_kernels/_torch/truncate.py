@@ -7,15 +7,18 @@ On A = X or Xᵀ, tall, with V holding r orthonormal rows on the short side, so 
    less work; the shift a is below the mean energy of what V leaves out;
 3. F = (A Vᵀ) V.
 
+Where much is kept of a spectrum that falls slowly, :mod:`.gram_start` takes the place of 1 and 2.
+
 There is no singular value problem, and an eigenvalue problem only where a sketch's rows depend on each other: rows are
 made orthonormal by the Cholesky factor of their Gram, which is products. All products but the last only turn the
-subspace, and may have operands in bfloat16 where the CPU multiplies those faster. At small ranks, where more rows cost
-next to nothing, V has more, one step will do, and the leading r directions within its span are taken at the end.
+subspace, and may have operands in bfloat16 where the CPU multiplies those faster; the last may where far more is cut
+off than that rounds. At small ranks, where more rows cost next to nothing, V has more, one step will do, and the
+leading r directions within its span are taken at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,8 @@ from .._stream import parallel
 from .._stream.blocks import long_panels
 from .._stream.factors import RATE, left_to_gain, row_squares, stacked
 from .._stream.stored import Matrix
+from . import gram_start, orthonormal_rows
+from .orthonormal_rows import CLEAR, PRODUCT_COLUMNS, ROUGH
 from .residuals import Residuals, SignMatrix
 
 # Of the mean energy of the complement; directions there are damped as long as the shift is below their largest energy.
@@ -33,17 +38,9 @@ SHIFT = 0.8
 # Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
 # what the library sums in, float32 of the same size, fits the cache.
 PRODUCT_ROWS = 256
-# Columns of a block of AᵀA: blocks above its diagonal are copies of those below.
-GRAM_COLUMNS = 256
-# Columns of a block that are widened to float64 or turned at once.
-PRODUCT_COLUMNS = 1024
-# Smallest diagonal entry of the Cholesky factor of a Gram of rows of length 1 that will do: CLEAR for rows that are
-# orthonormal to float32's rounding, and for a sketch whose products may be rounded to bfloat16 as they are; ROUGH where
-# only the span matters and how much energy is in it (orthonormal to 1e-4).
-CLEAR, ROUGH = 2.0**-2, 2.0**-4
-# Ratio of the smallest to the largest eigenvalue of the sketch's Gram: below it the spectrum is too steep for a step,
-# which squares it, in float32 (k^-1 at rank 100: 2e-5) or float64.
-STEEP = {torch.float32: 2.0**-18, torch.float64: 2.0**-40}
+# Where a greater share of the energy than this is cut off, what bfloat16 rounds in the last product, 2e-3 of a
+# residual's length, makes the error 1.0002 times as large at most.
+CUT_OFF = 2.0**-6
 # A step knows the energy that is kept to this times the machine epsilon of its operands (measured: 1/30 on k^-1).
 KEPT_ERROR = 1 / 32
 # Where the block holds all of A, its smaller Ritz values are rounding: what is cut off has less than this share.
@@ -102,51 +99,89 @@ class Subspace(NamedTuple):
         bases: of each (b, short side), orthonormal rows: b = r, or more if the best r of them are still to be found.
         energy: (E,) float64, ‖X_i‖².
         steep: whose spectrum is too steep for a step: their basis is the sketch's.
-        kept: of each step (E,) float64, the energy of the unit residuals in their subspaces before it.
+        kept: of each the energies of the unit residual in its subspace before every step, float64 numbers.
     """
 
     unit: Residuals
     bases: Sequence[Tensor]
     energy: Tensor
     steep: Sequence[int]
-    kept: Sequence[Tensor]
+    kept: Sequence[Sequence[Tensor]]
 
 
 def _subspace(residuals: Residuals, key: int, rank: int, effort: Effort) -> Subspace:
-    (m, n), few = residuals.shape, rank < FEW
-    width, short = sketch_rows(rank, effort.oversampling), min(m, n)
-    sketch, energy = residuals.sketch(SignMatrix.random(key, max(m, n), width, residuals.dtype))
+    m, n = residuals.shape
+    signs = SignMatrix.random(key, max(m, n), sketch_rows(rank, effort.oversampling), residuals.dtype)
+    sketch, energy = residuals.sketch(signs)
     norms = energy.sqrt()
     usable = torch.isfinite(norms) & (norms > 0)
     # Scaled to norm 1: a step squares the residual, and squares of large and small ones do not fit.
     inverse = torch.where(usable, norms, torch.inf).reciprocal()
     unit = residuals.scaled(inverse)
     sketch *= inverse.to(sketch).view(-1, 1, 1)
-    basis = sketch.new_empty(len(sketch), width if few else rank, short)
+    found: dict[int, gram_start.Found] = {}
+    if effort.from_gram(rank, unit.shape):
+        found = gram_start.subspaces(unit, sketch, key, rank, effort.steps_on_cpu(rank, min(m, n)) - 1)
+    count, left = len(sketch), [place for place in range(len(sketch)) if place not in found]
+    steep: list[int] = []
+    if left:
+        some = unit if not found else unit.only([unit.chosen[place] for place in left])
+        basis, of_steep = _started(some, sketch if not found else sketch[left], rank)
+        del sketch
+        stepped = _stepped(some, basis, of_steep, usable[left], rank, effort)
+        steep = [left[place] for place in of_steep]
+        found |= zip(left, stepped, strict=True)
+    bases, kept = zip(*(found[place] for place in range(count)), strict=True)
+    return Subspace(unit, bases, energy, sorted(steep), kept)
+
+
+def _started(unit: Residuals, sketch: Tensor, rank: int) -> tuple[Tensor, dict[int, Tensor]]:
+    """Bases from sketches of A, and by place those of all of a sketch whose spectrum is too steep for a step."""
+    basis = sketch.new_empty(len(sketch), sketch.shape[1] if rank < FEW else rank, sketch.shape[2])
     of_steep: dict[int, Tensor] = {}
-    for i, rows in enumerate(sketch):
-        basis[i], steep = _start(rows, basis.shape[1])
+
+    def start(place: int) -> None:
+        basis[place], steep = orthonormal_rows.start(sketch[place], basis.shape[1])
         if steep:
-            of_steep[i] = _orthonormal(rows)
-    del sketch, rows
+            of_steep[place] = orthonormal_rows.orthonormal(sketch[place])
+
+    _for_all(start, range(len(sketch)), unit)
+    return basis, of_steep
+
+
+def _stepped(
+    unit: Residuals, basis: Tensor, of_steep: Mapping[int, Tensor], usable: Tensor, rank: int, effort: Effort
+) -> list[gram_start.Found]:
+    """Subspaces by steps with A, but of those that are too steep."""
+    (m, n), short = unit.shape, min(unit.shape)
     kept: list[Tensor] = []
     steps = 0 if len(of_steep) == len(basis) else effort.steps_on_cpu(rank, short)
-    grams = _grams(unit, m >= n) if steps and effort.by_gram(rank, unit.shape) else None
+    # Of precise operands: rounded small rows would have no size of their own.
+    grams = gram_start.grams(unit, unit.dtype) if steps and effort.by_gram(rank, unit.shape) else None
     for step in range(steps):
-        product, energies = _there_and_back(unit, basis, m >= n) if grams is None else _turned(basis, grams)
+        product, energies = _there_and_back(unit, basis, m >= n) if grams is None else _turned(unit, basis, grams)
         kept.append(energies.sum(dim=1))
         # Not above any energy that the block holds, either: that would damp what is wanted.
         outside = (usable.double() - kept[-1]).clamp_min(0) / max(1, short - basis.shape[1])
         shift = torch.minimum(SHIFT * outside, energies.amin(dim=1)).to(basis)
         settled = effort.tolerance is not None and len(kept) > 1
         last = step == steps - 1 or (settled and _grown_less(kept, effort.tolerance))
-        for w, a, v in zip(product, shift, basis, strict=True):
-            w -= v.mul_(a)
-            v.copy_(_orthonormal(w, CLEAR if last else ROUGH))
-        del product
+
+        def turn(place: int, product: Tensor = product, shift: Tensor = shift, last: bool = last) -> None:
+            product[place] -= basis[place].mul_(shift[place])
+            basis[place] = orthonormal_rows.orthonormal(product[place], CLEAR if last else ROUGH)
+
+        _for_all(turn, range(len(basis)), unit)
+        del product, turn
         if last:
             break
-    return Subspace(unit, [of_steep.get(i, rows) for i, rows in enumerate(basis)], energy, list(of_steep), kept)
+    return [gram_start.Found(of_steep.get(i, rows), [one[i] for one in kept]) for i, rows in enumerate(basis)]
+
+
+def _for_all(function: Callable[[int], None], places: Iterable[int], residuals: Residuals) -> None:
+    """For every residual, as many at once as panels may be."""
+    for _ in parallel.for_each(function, places, residuals.panels):
+        pass
 
 
 def _grown_less(kept: Sequence[Tensor], tolerance: float | None) -> bool:
@@ -166,22 +201,24 @@ def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor,
         Left and right factors, (E, m, r) and (E, r, n), whether to trust them, and their gap, both (E,).
     """
     (m, n), bases, energy = found.unit.shape, [found.bases[place] for place in places], found.energy[list(places)]
-    some = found.unit.only([found.unit.chosen[place] for place in places])
     # Where there are more rows than the rank, the leading ones take their place: another factor may not fit.
     long = bases[0].new_empty(len(bases), max(map(len, bases)), max(m, n))
     wide = [one[: len(v)] for one, v in zip(long, bases, strict=True)]
-    _multiply(some, bases, m >= n, wide)
+    for dtype, some in _by_precision(found, places, rank):
+        if some:
+            chosen = found.unit.only([found.unit.chosen[places[i]] for i in some])
+            _multiply(chosen, [bases[i] for i in some], m >= n, [wide[i] for i in some], dtype)
     short = torch.stack([v[:rank] for v in bases])
     trusted, gap = torch.isfinite(energy.sqrt()), torch.full((len(bases),), torch.nan, dtype=torch.float64)
     for i, (place, y, v) in enumerate(zip(places, wide, bases, strict=True)):
-        kept, steep = [one[place] for one in found.kept], place in found.steep
+        kept, steep = found.kept[place], place in found.steep
         if len(v) == rank:
             final = row_squares(y).sum().cpu()
             rounding = KEPT_ERROR * torch.finfo(found.unit.fast_dtype).eps * final
             if len(kept) > 1 and min(kept[-1] - kept[-2], final - kept[-1]) > rounding:
                 gap[i] = left_to_gain(kept[-2], kept[-1], final)
         else:
-            values, vectors = _by_size(y, torch.float64 if steep else y.dtype)
+            values, vectors = orthonormal_rows.by_size(y, torch.float64 if steep else y.dtype)
             rotation = vectors[:, :rank].T.to(y)
             for start in range(0, y.shape[1], PRODUCT_COLUMNS):
                 some_columns = y[:, start : start + PRODUCT_COLUMNS]
@@ -201,13 +238,34 @@ def _factors(found: Subspace, places: Sequence[int], rank: int) -> tuple[Tensor,
     return left, right, trusted, gap * energy
 
 
-def _multiply(residuals: Residuals, bases: Sequence[Tensor], tall: bool, outs: Sequence[Tensor]) -> None:
-    """V_i A_iᵀ into each (b, long side)."""
+def _by_precision(found: Subspace, places: Sequence[int], rank: int) -> list[tuple[torch.dtype, list[int]]]:
+    """Which of some residuals may have their last product rounded, and which may not."""
+
+    def quick(place: int) -> bool:
+        kept, last = found.kept[place], len(found.bases[place]) == rank
+        return last and bool(kept) and bool(1 - kept[-1] >= CUT_OFF)
+
+    of_all = [quick(place) for place in places]
+    unit = found.unit
+    return [
+        (dtype, [i for i, one in enumerate(of_all) if one == fast])
+        for dtype, fast in ((unit.fast_dtype, True), (unit.dtype, False))
+    ]
+
+
+def _multiply(
+    residuals: Residuals, bases: Sequence[Tensor], tall: bool, outs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """V_i A_iᵀ into each (b, long side), of operands in ``dtype``."""
+    turned = [basis.to(dtype) for basis in bases]
 
     def multiply(panel: list[slice]) -> None:
         for run in panel:
-            for v, a, out in zip(bases, residuals.along(run, tall), outs, strict=True):
-                torch.mm(v, a.T, out=out[:, run])
+            for v, a, out in zip(turned, residuals.along(run, tall, dtype), outs, strict=True):
+                if out.dtype == dtype:
+                    torch.mm(v, a.T, out=out[:, run])
+                else:
+                    out[:, run] = v @ a.T
 
     for _ in parallel.for_each(multiply, long_panels(*residuals.shape), residuals.panels):
         pass
@@ -237,88 +295,12 @@ def _there_and_back(residuals: Residuals, basis: Tensor, tall: bool) -> tuple[Te
     return total, (energies / lengths.square().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
 
 
-def _grams(residuals: Residuals, tall: bool) -> Tensor:
-    """A_iᵀA_i, (E, short side, short side), of precise operands: rounded small rows would have no size of their own."""
-    short = min(residuals.shape)
-    columns = [slice(start, start + GRAM_COLUMNS) for start in range(0, short, GRAM_COLUMNS)]
-
-    def of_panel(panel: list[slice]) -> tuple[Tensor]:
-        total = torch.zeros(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
-        for run in panel:
-            for gram, a in zip(total, residuals.along(run, tall), strict=True):
-                for some in columns:
-                    gram[some.start :, some].addmm_(a[:, some.start :].T, a[:, some])
-        return (total,)
-
-    (grams,) = parallel.ordered_sum(of_panel, long_panels(*residuals.shape), residuals.panels)
-    for some in columns:
-        grams[:, some, some.stop :] = grams[:, some.stop :, some].mT
-    return grams
-
-
-def _turned(basis: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(residuals: Residuals, basis: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
     """V_i G_i, (E, b, short side), and v G_i vᵀ of every row v, (E, b) float64 on the CPU."""
     product = torch.empty_like(basis)
-    for w, v, gram in zip(product, basis, grams, strict=True):  # one by one: the same bits whoever else is there
-        torch.mm(v, gram, out=w)
+
+    def multiply(place: int) -> None:
+        torch.mm(basis[place], grams[place], out=product[place])
+
+    _for_all(multiply, range(len(basis)), residuals)  # one by one: the same bits whoever else is there
     return product, torch.linalg.vecdot(product, basis).double().cpu()
-
-
-def _start(sketch: Tensor, rows: int) -> tuple[Tensor, bool]:
-    """Orthonormal rows that span a sketch or its leading directions, and whether it falls too steeply for a step."""
-    basis = _by_cholesky(sketch[:rows], CLEAR)
-    if basis is not None:
-        return basis, False
-    # Rows of one size each make W = V AᵀA a matrix whose rows differ in size and not within: rounding its operands, or
-    # itself, to fewer bits then costs a row digits of its own, and not the small rows all of theirs.
-    values, vectors = _by_size(sketch, sketch.dtype)
-    steep = not bool(values[-1] > STEEP[sketch.dtype] * values[0])  # NaN and zero are, too
-    turned = vectors * values.clamp_min(0).rsqrt().nan_to_num(0.0, 0.0, 0.0)
-    return turned[:, :rows].T.to(sketch) @ sketch, steep
-
-
-def _by_size(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of rows · rowsᵀ on the CPU, descending, in a dtype."""
-    if dtype == rows.dtype:
-        gram = (rows @ rows.T).cpu()
-    else:
-        gram = torch.zeros(len(rows), len(rows), dtype=dtype)
-        for some in torch.split(rows, PRODUCT_COLUMNS, dim=1):
-            wide = some.to(dtype)
-            gram += (wide @ wide.T).cpu()
-    if not bool(torch.isfinite(gram).all()):
-        gram = torch.eye(len(gram), dtype=gram.dtype) * torch.nan  # LAPACK refuses it; NaN is seen by the caller
-        return gram.diagonal(), gram
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0), vectors.flip(1)
-
-
-def _orthonormal(rows: Tensor, least: float | None = None) -> Tensor:
-    """(k, n) rows, k ≤ n, made orthonormal; by Householder's QR, where a Cholesky factor is below ``least`` or unasked.
-
-    QR works on the rows in place, scaled to 1 first.
-    """
-    basis = None if least is None else _by_cholesky(rows, least)
-    if basis is not None:
-        return basis
-    lowest, highest = rows.aminmax()
-    largest = torch.maximum(highest, -lowest)
-    reflected: Tensor = torch.linalg.qr((rows.div_(largest) if largest > 0 else rows).T).Q
-    return reflected.T
-
-
-def _by_cholesky(rows: Tensor, least: float) -> Tensor | None:
-    """L⁻¹ rows, LLᵀ their Gram; ``None`` where an entry of L's diagonal is below ``least`` times its row's length."""
-    half = len(rows) // 2
-    gram = rows.new_zeros(len(rows), len(rows))  # its lower triangle, but for the blocks on the diagonal
-    torch.mm(rows[:half], rows[:half].T, out=gram[:half, :half])
-    torch.mm(rows[half:], rows.T, out=gram[half:])
-    lengths = gram.diagonal().sqrt()
-    inverse = lengths.reciprocal()
-    factor, failed = torch.linalg.cholesky_ex(gram.mul_(inverse).mul_(inverse.unsqueeze(1)))
-    if bool(failed) or not bool(factor.diagonal().min() >= least):  # NaN is not
-        return None
-    # From the right, of columns that lie side by side: half the time of the same problem with rows.
-    factor *= lengths.unsqueeze(1)
-    basis: Tensor = torch.linalg.solve_triangular(factor.T, rows.T, upper=True, left=False)
-    return basis.T

@@ -11,8 +11,9 @@ from cases import matrix_with, spectrum
 
 from r2m_kernels import MergeConfig, _native, _torch, truncation
 from r2m_kernels._interface import Effort
+from r2m_kernels._stream.budget import effort_of
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._torch import truncate
+from r2m_kernels._torch import gram_start, truncate
 from r2m_kernels.truncation import truncate_residuals
 
 BACKENDS = pytest.mark.parametrize("operators", [_torch, _native], ids=["torch", "native"])
@@ -85,12 +86,37 @@ def test_small_ranks_are_within_2_per_cent_too(rank, kind, operators):
 @BACKENDS
 def test_steps_by_a_gram_find_what_steps_by_the_matrix_find(kind, shape, operators, monkeypatch):
     matrix, counted, turned = matrix_with(spectrum(kind, 300), *shape), [], truncate._turned
+    monkeypatch.setattr(Effort, "from_gram", lambda *_: False)
     monkeypatch.setattr(truncate, "_turned", lambda *given: counted.append(1) or turned(*given))
     by_gram = truncation_error(matrix, 120, operators=operators)
     assert len(counted) == 3
     monkeypatch.setattr(Effort, "by_gram", lambda *_: False)
     assert by_gram == pytest.approx(truncation_error(matrix, 120, operators=operators), rel=3e-3)
     assert len(counted) == 3
+
+
+@pytest.mark.parametrize(("kind", "mild"), [("linear", 1), ("k^-1/2", 1), ("k^-1", 0), ("19 spikes", 0)])
+@pytest.mark.parametrize("shape", [(300, 600), (600, 300), (400, 400)], ids=str)
+@BACKENDS
+def test_a_spectrum_that_falls_slowly_is_truncated_from_its_gram_alone(kind, mild, shape, operators, monkeypatch):
+    matrix, found, subspaces = matrix_with(spectrum(kind, min(shape)), *shape), [], gram_start.subspaces
+    monkeypatch.setattr(gram_start, "subspaces", lambda *given: found.append(subspaces(*given)) or dict(found[-1]))
+    error = truncation_error(matrix, truncation_rank(0.4, shape), operators=operators)
+    assert list(map(len, found)) == [mild]
+    assert 0.9999 <= error <= (1.02 if mild else 1.04)
+
+
+@pytest.mark.parametrize(("kind", "quick"), [("linear", True), ("k^-1", False)])
+def test_the_last_product_is_rounded_only_where_far_more_is_cut_off(kind, quick, monkeypatch):
+    used, multiply = [], truncate._multiply
+    monkeypatch.setattr(truncate, "_multiply", lambda *given: used.append(given[-1]) or multiply(*given))
+    matrix = matrix_with(spectrum(kind, 300), 300, 400).float()
+    residuals = truncate.Residuals.of(torch.zeros(300, 400), [matrix], torch.ones(1, 1))
+    residuals.fast_dtype = torch.bfloat16
+    found = truncate._subspace(residuals, 1, 120, effort_of(MergeConfig()))
+    found.unit.fast_dtype = torch.bfloat16
+    truncate._factors(found, [0], 120)
+    assert used == [torch.bfloat16 if quick else torch.float32]
 
 
 @pytest.mark.parametrize("kind", ["linear", "k^-1", "16 spikes"])

@@ -1,0 +1,106 @@
+"""Subspaces from AᵀA alone, formed once: where much is kept of a spectrum that falls slowly (README §4).
+
+1. K = AᵀA, blocks on its diagonal and below;
+2. V = orth(SᵀK), S sparse signs: a whole step of subspace iteration without a product;
+3. V ← orth(V K − a V), one step fewer than from a sketch of A.
+
+Products have operands, and come out, in a dtype that the CPU may multiply faster. What that rounds is noise in K, as
+large for small eigenvalues as for large ones: fine where the rows of SᵀK depend little enough on each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._stream import parallel
+from .._stream.blocks import long_panels
+from .orthonormal_rows import CLEAR, ROUGH, by_cholesky, orthonormal
+from .residuals import Residuals, SignMatrix
+
+# Columns of a block of AᵀA: blocks above its diagonal are copies of those below.
+GRAM_COLUMNS = 256
+# Of a sketch of A these rows tell whether it is worth a try.
+TRIED_ROWS = 128
+# What of each row of SᵀK no other row has, as a share of its length: well above bfloat16's rounding, 1e-3.
+MILD = 2.0**-6
+# Shifts, of the mean energy of the complement: as from a sketch of A, and the last one that, for there is a step less.
+SHIFT, LAST_SHIFT = 0.8, 1.0
+
+
+class Found(NamedTuple):
+    """The subspace of one residual A of norm 1.
+
+    Attributes:
+        basis: (r, short side), orthonormal rows.
+        kept: of each step a float64 number, the energy of A in the subspace before it.
+    """
+
+    basis: Tensor
+    kept: list[Tensor]
+
+
+def subspaces(unit: Residuals, sketch: Tensor, key: int, rank: int, steps: int) -> dict[int, Found]:
+    """Those of residuals whose spectra fall slowly, by their place.
+
+    Args:
+        unit: residuals of norm 1.
+        sketch: (E, width, short side) of them.
+        key: that random numbers are made from.
+        rank: r.
+        steps: beside the first one.
+    """
+    mild = [place for place, rows in enumerate(sketch) if by_cholesky(rows[:TRIED_ROWS], CLEAR) is not None]
+    if not mild:
+        return {}
+    formed = grams(unit.only([unit.chosen[place] for place in mild]), unit.fast_dtype)
+    signs = SignMatrix.random(key, formed.shape[1], rank, unit.dtype)
+
+    def of_one(gram: Tensor) -> Found | None:
+        return _of_gram(gram, signs, steps, unit)
+
+    found = zip(mild, parallel.for_each(of_one, formed, unit.panels), strict=True)
+    return {place: one for place, one in found if one is not None}
+
+
+def _of_gram(gram: Tensor, signs: SignMatrix, steps: int, unit: Residuals) -> Found | None:
+    """From K, or ``None`` where it does not tell its small eigenvalues from rounding."""
+    nothing = gram.new_zeros(1, len(gram)).expand_as(gram)
+    (start,), _ = type(unit)(nothing, [gram], gram.new_ones(1, 1)).sketch(signs)
+    basis = by_cholesky(start, MILD)
+    if basis is None:
+        return None
+    kept: list[Tensor] = []
+    quick = gram.to(unit.fast_dtype)
+    for left in reversed(range(steps)):
+        product = (basis.to(quick.dtype) @ quick).to(basis.dtype)
+        energies = torch.linalg.vecdot(product, basis).double().cpu()
+        kept.append(energies.sum())
+        outside = (1 - kept[-1]).clamp_min(0) / (len(gram) - len(basis))
+        shift = torch.minimum((SHIFT if left else LAST_SHIFT) * outside, energies.amin()).to(basis)
+        basis = orthonormal(product.sub_(basis.mul_(shift)), ROUGH if left else CLEAR)
+    return Found(basis, kept)
+
+
+def grams(residuals: Residuals, dtype: torch.dtype) -> Tensor:
+    """A_iᵀA_i of A = X or Xᵀ, tall: (E, short side, short side), of operands and products of one run in ``dtype``."""
+    (m, n), short = residuals.shape, min(residuals.shape)
+    columns = [slice(start, start + GRAM_COLUMNS) for start in range(0, short, GRAM_COLUMNS)]
+
+    def of_panel(panel: list[slice]) -> tuple[Tensor]:
+        total = torch.zeros(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
+        for run in panel:
+            for gram, a in zip(total, residuals.along(run, m >= n, dtype), strict=True):
+                for some in columns:
+                    if a.dtype == gram.dtype:
+                        gram[some.start :, some].addmm_(a[:, some.start :].T, a[:, some])
+                    else:
+                        gram[some.start :, some] += a[:, some.start :].T @ a[:, some]
+        return (total,)
+
+    (found,) = parallel.ordered_sum(of_panel, long_panels(m, n), residuals.panels)
+    for some in columns:
+        found[:, some, some.stop :] = found[:, some.stop :, some].mT
+    return found
