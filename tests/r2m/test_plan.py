@@ -191,3 +191,31 @@ def test_the_default_budget_is_shared_by_the_processes_of_a_machine(start: Calla
     for processes in (1, 4):
         out, _ = start(script=code, environment={"LOCAL_WORLD_SIZE": str(processes)}).communicate(timeout=60)
         assert int(out) == 600 * 2**20 // processes
+
+
+def test_a_matrix_that_leaves_no_room_for_another_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from r2m_kernels import merge
+    from r2m_kernels._stream import run
+
+    sizes = {"large": 512, "small": 128}
+    state = {f"{name}.{i}": torch.zeros(size, size) for name, size in sizes.items() for i in range(3)}
+    generator = torch.Generator().manual_seed(0)
+    experts = [{name: torch.randn(one.shape, generator=generator) for name, one in state.items()} for _ in range(2)]
+    shared: dict[str, dict[str, bool]] = {}
+    made = run.work_list
+
+    def noted(over: Any, *rest: Any) -> Any:
+        works = made(over, *rest)
+        shared[over.name] = {work.tensors[0].name: work.shared for work in works}
+        return works
+
+    monkeypatch.setattr(run, "work_list", noted)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge(state, experts, MergeConfig.r2m(svd="exact"), memory_budget=2**26)
+        assert shared["truncation"] == {name: name.startswith("small") for name in state}
+        merge(state, experts, MergeConfig.r2m(svd="exact"), memory_budget=2**28)
+        assert shared["truncation"] == dict.fromkeys(state, True)
+    finally:
+        torch.set_num_threads(threads)
