@@ -167,10 +167,8 @@ def lengths_of_rows(left: Iterable[Tensor], right: Iterable[Tensor], orthogonal:
     """:func:`row_lengths` of factors in blocks, (…, some rows, r) and (…, r, some columns): (…, m)."""
     squares: Tensor | None = None  # of components, or all their inner products
     for block in right:
-        # Lengths weigh rows beside each other: of a CPU's products the sums alone are float64.
-        dtype = torch.float64 if orthogonal or block.device.type != "cpu" else block.dtype
-        wide = block.to(dtype, memory_format=torch.contiguous_format)
-        found = wide.square().sum(dim=-1) if orthogonal else (wide @ wide.mT).double()
+        wide = block.to(torch.float64, memory_format=torch.contiguous_format)
+        found = wide.square().sum(dim=-1) if orthogonal else wide @ wide.mT
         squares = found if squares is None else squares.add_(found)
         del block, wide, found  # before the next one is read
     assert squares is not None, "a matrix has columns"
