@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,8 @@ RATE = 4
 # Of the last growth of the kept energy to the one before: a larger ratio says nothing about the limit.
 SLOWEST = 0.95
 SLOWER = 0.75
+# Blocks of components whose inner products are taken at once, with those before them.
+GRAM_BLOCKS = 4
 WIDENED = 2**17  # elements of each factor that are widened for a sum
 Side = Literal["left", "right"]
 
@@ -167,20 +170,39 @@ def lengths_of_rows(left: Iterable[Tensor], right: Iterable[Tensor], orthogonal:
     """:func:`row_lengths` of factors in blocks, (…, some rows, r) and (…, r, some columns): (…, m)."""
     squares: Tensor | None = None  # of components, or all their inner products
     for block in right:
-        wide = block.to(torch.float64, memory_format=torch.contiguous_format)
-        found = wide.square().sum(dim=-1) if orthogonal else wide @ wide.mT
+        wide = _widened(block)
+        found = wide.square_().sum(dim=-1) if orthogonal else _gram_of_rows(wide)
         squares = found if squares is None else squares.add_(found)
         del block, wide, found  # before the next one is read
     assert squares is not None, "a matrix has columns"
     lengths = []
     for block in left:
-        wide = block.to(torch.float64, memory_format=torch.contiguous_format)
+        wide = _widened(block.mT)  # as truncations leave them: turning them takes longer than the sums
         if orthogonal:
-            of_rows = (wide.square() @ squares.unsqueeze(-1)).squeeze(-1)
+            of_rows = (squares.unsqueeze(-2) @ wide.square_()).squeeze(-2)
         else:
-            of_rows = (wide @ squares).mul_(wide).sum(dim=-1)
+            of_rows = (squares @ wide).mul_(wide).sum(dim=-2)
         lengths.append(of_rows.clamp_min_(0).sqrt_())
     return torch.cat(lengths, dim=-1)
+
+
+def _widened(block: Tensor) -> Tensor:
+    """A float64 copy, elements of a row side by side whatever they were: the same sums then."""
+    return block.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+
+
+def _gram_of_rows(rows: Tensor) -> Tensor:
+    """(…, k, k) of (…, k, n): on a CPU blocks on the diagonal and below are products, the others their copies."""
+    count = rows.shape[-2]
+    if rows.device.type != "cpu":
+        return rows @ rows.mT
+    gram = rows.new_empty(*rows.shape[:-2], count, count)
+    edges = [count * place // GRAM_BLOCKS for place in range(GRAM_BLOCKS + 1)]
+    for first, last in itertools.pairwise(edges):
+        below = rows[..., first:last, :] @ rows[..., :last, :].mT
+        gram[..., first:last, :last] = below
+        gram[..., :first, first:last] = below[..., :first].mT
+    return gram
 
 
 def row_blocks(factor: Tensor) -> Iterator[Tensor]:

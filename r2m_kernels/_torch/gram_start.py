@@ -21,7 +21,7 @@ from .orthonormal_rows import CLEAR, ROUGH, by_cholesky, orthonormal
 from .residuals import Residuals, SignMatrix
 
 # Columns of a block of AᵀA: blocks above its diagonal are copies of those below.
-GRAM_COLUMNS = 256
+GRAM_COLUMNS = 128
 # Of a sketch of A these rows tell whether it is worth a try.
 TRIED_ROWS = 128
 # What of each row of SᵀK no other row has, as a share of its length: well above bfloat16's rounding, 1e-3.
@@ -88,10 +88,12 @@ def grams(residuals: Residuals, dtype: torch.dtype) -> Tensor:
     """A_iᵀA_i of A = X or Xᵀ, tall: (E, short side, short side), of operands and products of one run in ``dtype``."""
     (m, n), short = residuals.shape, min(residuals.shape)
     columns = [slice(start, start + GRAM_COLUMNS) for start in range(0, short, GRAM_COLUMNS)]
+    together = residuals.dtype.itemsize // dtype.itemsize  # runs of narrower operands, in as many bytes as one
 
     def of_panel(panel: list[slice]) -> tuple[Tensor]:
         total = torch.zeros(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
-        for run in panel:
+        for first in range(0, len(panel), together):
+            run = slice(panel[first].start, panel[first : first + together][-1].stop)
             for gram, a in zip(total, residuals.along(run, m >= n, dtype), strict=True):
                 for some in columns:
                     if a.dtype == gram.dtype:
