@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_SMALLEST, _BEARS_HOLES = 1 << 16, 1 << 28  # bytes of a buffer, and of a budget of which holes are a small part
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -29,16 +30,18 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def return_buffers() -> None:
-    """From here on freed buffers of 64 KiB or more go back to the system at once.
+def return_buffers(budget: int) -> None:
+    """From here on freed buffers go back to the system at once: of 64 KiB or more, or of a 64th of a larger budget.
 
     Where a merge hardly fits its budget, what an allocator keeps in holes between buffers of several sizes counts: up
     to 100 MiB, and so does what smaller ones leave at the end of its heap. Panels of 400 KiB that were freed in another
-    order left 10 to 20 MiB of holes on some runs. Elsewhere that saves the time of taking them anew.
+    order left 10 to 20 MiB of holes on some runs: much of 64 MiB. But a buffer that is taken anew costs a page fault
+    each 4 KiB, and threads wait for each other there: a third of the CPU time of a merge of 800 MB under 512 MiB.
     """
+    least = max(_SMALLEST, budget // 64) if budget >= _BEARS_HOLES else _SMALLEST
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none that can be asked
         library = ctypes.CDLL(None)
-        for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 20)):
+        for parameter, value in ((_M_MMAP_THRESHOLD, least), (_M_TRIM_THRESHOLD, max(least, 1 << 20))):
             library.mallopt(parameter, value)
         library.malloc_trim(0)
 

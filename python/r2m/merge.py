@@ -408,7 +408,7 @@ def _merge(
 ) -> tuple[Analysis, SafetensorsSink]:
     """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
     if job.budget < 2 * job.input_bytes:  # with results and factors beside them inputs hardly fit
-        machine.return_buffers()
+        machine.return_buffers(job.budget)
     sink = job.sink(partial, create=processes.index == 0)
     with closing(FileJournal(partial.directory, processes.index, before=sink.sync)) as journal:
         processes.gather({})  # nobody appends before all have read what former runs wrote

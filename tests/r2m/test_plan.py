@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from r2m import machine
 from r2m.forecast import Forecast
 from r2m.merge import merge_files, plan_merge
 from r2m.options import Options
@@ -219,3 +221,14 @@ def test_a_matrix_that_leaves_no_room_for_another_has_all_threads(monkeypatch: p
         assert shared["truncation"] == dict.fromkeys(state, True)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("budget", "least"), [(2**26, 2**16), (2**29, 2**23)])
+def test_small_budgets_alone_have_small_buffers_given_back(
+    budget: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    library = SimpleNamespace(mallopt=lambda _, value: told.append(value), malloc_trim=lambda _: None)
+    monkeypatch.setattr("ctypes.CDLL", lambda _: library)
+    machine.return_buffers(budget)
+    assert told == [least, max(least, 2**20)]
