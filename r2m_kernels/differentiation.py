@@ -130,8 +130,7 @@ def merged(
         group = step.over.load(run.loader, [tensor])
         if tensor.role in ("matrix", "vector") and kind_of(tensor, terms.config) is not Unchanged:
             result = _made(terms.of(group), run, group)
-            if result.numel():
-                step.refuse_non_finite([tensor], result.detach().abs().amax().reshape(1))
+            step.refuse_non_finite([tensor], result.detach().abs().amax().reshape(1))
             for name in (tensor.name, *run.plan.tied.get(tensor.name, ())):
                 sink.write(name, result)
         else:
