@@ -39,7 +39,7 @@ def numbers_of(analysis):
     """Those with which an analysis merges, and that have derivatives in it, asking for gradients."""
     config, whole = analysis.config, not any(tensor.truncated for tensor in analysis.plan.tensors)
     scales = None if config.eta_mode == "relative" else analysis.residuals().scales
-    found = (torch.tensor(config.core_scale), torch.tensor(config.eta), scales)
+    found = (*torch.tensor([config.core_scale, config.eta], dtype=torch.float64), scales)
     numbers = Numbers(*found, analysis.real_subspace.mixing if whole else None)
     return numbers._make(None if one is None else one.double().clone().requires_grad_() for one in numbers)
 
@@ -65,8 +65,13 @@ def test_against_differences(config, backend):
     assert torch.autograd.gradcheck(function, given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "native", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *itertools.product(["torch", "native"], [torch.float32, torch.bfloat16]),
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("config", [*CONFIGS.values(), MergeConfig.weight_average()])
 def test_the_bits_of_the_merge(backend, dtype, config):
     analysis = analyze(*checkpoints(dtype), config, backend=backend)
