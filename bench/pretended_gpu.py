@@ -115,9 +115,6 @@ class _Functions(TorchFunctionMode):
         if function is Tensor.pin_memory:
             self._counts.add("pinned", "pin_memory")
             return args[0]
-        if function is Tensor.record_stream:
-            self._counts.add("record_streams", "record_stream")
-            return None
         if function is Tensor.tolist and isinstance(args[0], DeviceTensor):
             return args[0].cpu().tolist()
         if function is torch.device:
@@ -228,6 +225,10 @@ def pretended_gpu() -> Iterator[Counts]:
             )
 
     stream = mock.MagicMock(name="stream")
+
+    def recorded(*_: object) -> None:  # its stream is none that PyTorch's own would take
+        counts.add("record_streams", "record_stream")
+
     cuda = {
         "Stream": stream,
         "stream": lambda *_: contextlib.nullcontext(),
@@ -239,6 +240,7 @@ def pretended_gpu() -> Iterator[Counts]:
     }
     with (
         mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(DeviceTensor, "record_stream", recorded),
         mock.patch.object(launch, "start", start),
         mock.patch.object(_backends, "_tried", return_value=""),  # of which a real GPU counts one launch more
         mock.patch.object(schedule, "ThreadPoolExecutor", _Inline),

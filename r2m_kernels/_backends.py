@@ -14,8 +14,6 @@ from ._interface import Operators
 from .errors import BackendUnavailable, BadOption
 
 NAMES = ("auto", "torch", "native", "triton")
-# Of NVIDIA GPUs: Ampere, the first with tf32 and bf16 matrix units.
-OLDEST_CAPABILITY = 8
 CPU = torch.device("cpu")
 
 
@@ -106,8 +104,10 @@ def _on_cpu(name: str, device: torch.device) -> Backend:
 
 def _on_gpu(reason: str, device: torch.device) -> Backend:
     """The Triton backend, and what became of kernels that were compiled before."""
-    told = _module("_triton.ahead").fill(device)
-    return _backend("triton", f"{reason}; {told}" if told else reason)
+    told = [reason, _module("_triton.ahead").fill(device)]
+    if device.type == "cuda" and _module("_triton.launch").slow_in_float64(device):
+        told.append("this GPU is slow in float64, in which Gram matrices are summed and bases orthonormalized")
+    return _backend("triton", "; ".join(filter(None, told)))
 
 
 @functools.cache
@@ -134,9 +134,7 @@ def _why_not_triton(device: torch.device) -> str:
     except ImportError as error:
         return f"needs the package triton, which cannot be imported ({error})"
     if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < OLDEST_CAPABILITY:
-            return f"needs a GPU of compute capability {OLDEST_CAPABILITY}.0 or newer"
-        return _tried(device)
+        return launch.why_not(device) or _tried(device)
     if device.type == "cpu" and launch.INTERPRETED:
         return ""
     return f"runs on CUDA and ROCm GPUs and not on '{device.type}' (device='cuda' chooses one)"

@@ -323,12 +323,23 @@ class Operators(Protocol):
         """
         ...
 
+    def row_lengths(self, left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+        """‖row of left_li right_li‖: (L, N, m) float64 where they are.
+
+        A matrix's numbers depend on it alone.
+
+        Args:
+            left, right: (L, N, m, r) and (L, N, r, n).
+            orthogonal: the rows of each right factor are, to the compute dtype's rounding.
+        """
+        ...
+
     def weigh_rows(self, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
         """Left factors with row r times the share W_ri of :meth:`row_coefficients`, X_i being left_i right_i.
 
         Args:
             left: (L, N, m, r), or some of their rows.
-            lengths: (L, N, m) float64, ‖row r of X_i‖ of those: :func:`.factors.row_lengths`.
+            lengths: (L, N, m) float64, ‖row r of X_i‖ of those, of :meth:`row_lengths`.
             weights, scales, power: see there.
 
         Returns:

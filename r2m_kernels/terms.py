@@ -18,7 +18,7 @@ from . import descent, elements, low_rank, spectra
 from ._interface import Operators
 from ._stream.blocks import BLOCK_ELEMENTS, product_height, row_block_elements
 from ._stream.budget import COMPUTE_BYTES
-from ._stream.factors import Factors, row_lengths, stacked
+from ._stream.factors import Factors, stacked
 from ._stream.loader import Group
 from ._stream.plan import PlannedTensor, weighted_by_rows
 from .config import MergeConfig
@@ -161,7 +161,10 @@ class LowRank(Term):
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
         if self.rows is not None:
             if self.lengths is None:
-                lengths = row_lengths(left, right, all(factors.orthogonal_rows for factors in self.factors))
+                known = [factors.orthogonal_rows for factors in self.factors]
+                # A tensor's numbers do not depend on what is known of others in its group.
+                of_kind = {kind: operators.row_lengths(left, right, kind) for kind in set(known)}
+                lengths = stacked([of_kind[kind][place] for place, kind in enumerate(known)])
             else:
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
             left = operators.weigh_rows(left, lengths, self.rows.weights, self.rows.scales, self.rows.power)

@@ -17,7 +17,7 @@ from . import low_rank
 from ._interface import Operators, Pace, ShiftedFactors, spans
 from ._stream.blocks import as_matrix
 from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
-from ._stream.factors import Factors, GroupFactors, Side, row_lengths
+from ._stream.factors import Factors, GroupFactors, Side
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
 from ._stream.processes import Journal
@@ -322,14 +322,15 @@ class ResidualFactors:
 
     def lengths(self, tensor: PlannedTensor) -> Tensor | None:
         """‖row of F_i‖ of a tensor that comes in parts: (N, m) float64, worked out once."""
-        key = (tensor.name, tensor.rank)
+        key, operators = (tensor.name, tensor.rank), self._run.backend.operators
         with self._lock:
             if key not in self._lengths:
-                if self._stored(tensor):
+                # Where a device computes, lengths of what is kept elsewhere are its own, too.
+                if self._stored(tensor) and not operators.traits.groups_tensors:
                     self._lengths[key] = self._run.factors.row_lengths(*key)
                 elif (whole := self._whole(tensor)) is not None:
-                    sides = (whole.left.unsqueeze(0), whole.right.unsqueeze(0))
-                    self._lengths[key] = row_lengths(*sides, whole.orthogonal_rows)[0]
+                    left, right = (side.to(self._run.device).unsqueeze(0) for side in (whole.left, whole.right))
+                    self._lengths[key] = operators.row_lengths(left, right, whole.orthogonal_rows)[0]
             return self._lengths.get(key)
 
     def _stored(self, tensor: PlannedTensor) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from bench.gpu import checks
 from r2m_kernels import _torch, _triton, ops
 from r2m_kernels._interface import Operators
-from r2m_kernels._stream.factors import row_lengths
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.addresses import VECTOR_BYTES, vectors_fit
 
@@ -148,7 +147,16 @@ class _Group:
         m, lefts, rights = self.shape[0], left.unsqueeze(0), right.unsqueeze(0)
         rows = torch.linspace(-0.5, 1.0, m * self.count, device=self.device, dtype=self.wide).view(1, m, self.count)
         product = torch.einsum("i,imr,irn->mn", scale.to(self.tau), left.double().abs(), right.double().abs())
-        lengths = row_lengths(lefts, rights, orthogonal=False)
+        # As if of the products themselves, whose sums of n and r terms are rounded in float64 alone.
+        size = (self.shape[1] + 2 * left.shape[2]) * (lefts.double().abs() @ rights.double().abs()).norm(dim=3)
+        for orthogonal in (False, True):
+            how = "orthogonal rows" if orthogonal else "any rows"
+
+            def measured(our: Operators, orthogonal: bool = orthogonal) -> Tensor:
+                return our.row_lengths(lefts, rights, orthogonal)
+
+            yield self.case("row_lengths", how, measured, size, torch.float64)
+        lengths = _torch.row_lengths(lefts, rights, False)
         yield self.case(
             "weigh_rows", "", lambda our: our.weigh_rows(lefts, lengths, self.weights, scale, 3.0), lefts.double().abs()
         )

@@ -27,7 +27,7 @@ Check = tuple[str, Callable[[], float]]
 
 
 def checked(session: Session) -> Iterator[Check]:
-    """float32 and three experts first; then what selects other kernels: 16 bits, odd rows, many experts."""
+    """float32 and three experts first; then what selects other kernels: 16 bits, odd rows, many experts, few."""
     even, odd = ((32, 24), (17, 21)) if session.rehearsal else ((384, 256), (257, 131))
     types = TYPES[:2] if session.rehearsal else TYPES
     for dtype in types:
@@ -35,8 +35,9 @@ def checked(session: Session) -> Iterator[Check]:
         yield from _truncations(session, dtype)
     for dtype in types:
         yield from _operators(session, odd, dtype, 3, offset=1)
-    for dtype in types[:2]:
-        yield from _operators(session, even, dtype, 8)
+    for count in (8, 1, 2):
+        for dtype in types[:2]:
+            yield from _operators(session, even, dtype, count)
 
 
 def _operators(

@@ -4,6 +4,7 @@ The library is loaded by :func:`r2m_kernels._native.library.load`, not by import
 """
 
 from .._torch import orthonormalize as orthonormalize
+from .._torch import row_lengths as row_lengths
 from .._torch import sum_rows as sum_rows
 from .._torch import traits as portable
 from .._torch import weigh_rows as weigh_rows

@@ -35,9 +35,12 @@ def padded(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def empty_rows(leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised (*leading, length) tensor whose rows lie so."""
-    return torch.empty((*leading, padded(length)), dtype=dtype, device=device).narrow(-1, 0, length)
+def empty_rows(
+    leading: Sequence[int], length: int, dtype: torch.dtype, device: torch.device, *, zero: bool = False
+) -> Tensor:
+    """An uninitialised (*leading, length) tensor whose rows lie so; or all ``zero``, also between its rows."""
+    make = torch.zeros if zero else torch.empty
+    return make((*leading, padded(length)), dtype=dtype, device=device).narrow(-1, 0, length)
 
 
 def panel_limit(device: torch.device) -> int | None:

@@ -148,12 +148,7 @@ def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
 
 
 def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
-    """‖row of left_li right_li‖: (L, N, m) float64 where they are.
-
-    Args:
-        left, right: (L, N, m, r) and (L, N, r, n).
-        orthogonal: the rows of each right factor are, to the compute dtype's rounding.
-    """
+    """See :class:`r2m_kernels._interface.Operators`."""
     if left.device.type != "cpu":
         return lengths_of_rows([left], [right], orthogonal)
     each = [

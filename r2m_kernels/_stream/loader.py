@@ -104,6 +104,20 @@ class Loader:
         self._lock = threading.Lock()
         self._pinned = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
+        # Other GPUs that lend inputs.
+        named = [source.devices for source in inputs.sources if isinstance(source, StateDictSource)]
+        lent = {place for devices in named for place in devices.values() if place.type == "cuda"}
+        self._lenders = sorted(lent - {device}, key=str)
+
+    def await_lenders(self) -> None:
+        """Wait for the caller's streams on other GPUs, of which the threads that copy from there know nothing."""
+        for lender in self._lenders:
+            torch.cuda.current_stream(lender).synchronize()
+
+    def await_kernels(self) -> None:
+        """Wait for the caller's stream: whoever goes on with what it left may do so on another."""
+        if self._pinned:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def load(
         self,

@@ -41,7 +41,7 @@ _EXACT = ("ieee", "none")  # what float32 products are by default, too
 
 
 class _TorchThreads:
-    """The thread count and matmul precisions to restore, where several merges run side by side.
+    """The thread count and modes of products to restore, where several merges run side by side.
 
     The count in force is each thread's own, but a thread that never set one starts with what any thread set last: a
     second merge must not take the first one's 1 for the user's wish.
@@ -52,10 +52,11 @@ class _TorchThreads:
         self._inside = 0
         self._count = 1
         self._allowed: list[tuple[tuple[str, str], str]] = []
+        self._strict = self._warns = False  # whether deterministic algorithms were asked for, and how
 
     def fit(self) -> bool:
         """Whether all is as it is to be, for this thread alone: every call of an operator asks."""
-        if self._inside or torch.get_num_threads() != 1:
+        if self._inside or torch.get_num_threads() != 1 or torch.are_deterministic_algorithms_enabled():
             return False
         return _precision("cuda", "matmul") in _EXACT and _precision("mkldnn", "matmul") in _EXACT
 
@@ -69,6 +70,12 @@ class _TorchThreads:
                     if (precision := _precision(*matmul)) not in _EXACT:
                         self._allowed.append((matmul, precision))
                         _set_precision(*matmul, "ieee")
+                # Where a script asked for deterministic algorithms PyTorch refuses every cuBLAS product unless an
+                # environment variable was set before, and takes other CPU kernels. Here nothing depends on it.
+                self._strict = torch.are_deterministic_algorithms_enabled()
+                if self._strict:
+                    self._warns = torch.is_deterministic_algorithms_warn_only_enabled()
+                    torch.use_deterministic_algorithms(False)
             self._inside += 1
             if count != 1:
                 torch.set_num_threads(1)
@@ -83,6 +90,8 @@ class _TorchThreads:
                 while self._allowed:
                     matmul, precision = self._allowed.pop()
                     _set_precision(*matmul, precision)
+                if self._strict:
+                    torch.use_deterministic_algorithms(True, warn_only=self._warns)
 
 
 _torch_threads = _TorchThreads()

@@ -158,6 +158,7 @@ class Run:
                         self.journal.record(over.name, tensor.name, step.plain(value))
 
         try:
+            self.loader.await_lenders()
             for group, found in (run_in_groups if grouped else run_on_threads)(works, step, self.loader, self.memory):
                 if later:
                     waiting.append((group, found))
@@ -167,6 +168,7 @@ class Run:
                 if progress is not None:
                     progress(ProgressEvent(over.name, tensors_done, len(left), bytes_done, total))
             settle(waiting)
+            self.loader.await_kernels()  # no more than a look, since values have come from there
         except (R2MError, OSError) as error:
             trouble = error
         read = self.loader.read_bytes - read_before

@@ -1,6 +1,7 @@
 """The portable backend: plain PyTorch on any device, a block of rows at a time. See :mod:`r2m_kernels.ops`."""
 
 from .._interface import Traits
+from .._stream.factors import row_lengths as row_lengths
 from .combine import combine as combine
 from .elements import combine_dare as combine_dare
 from .elements import combine_ties as combine_ties

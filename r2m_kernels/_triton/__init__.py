@@ -3,7 +3,7 @@
 from .._interface import Traits
 from .._torch import residual_matrices as residual_matrices  # these two for what stays where it is stored: CPUs alone
 from .._torch import truncate_by_expert as truncate_by_expert
-from .._torch import weigh_rows as weigh_rows  # some 20 calls a group, two of them batched products
+from .._torch import weigh_rows as weigh_rows  # some 15 calls a group, element by element
 from .columns import match_columns as match_columns
 from .combine import combine as combine
 from .elements import add as add
@@ -12,6 +12,7 @@ from .elements import combine_ties as combine_ties
 from .elements import count_magnitudes as count_magnitudes
 from .elements import mean as mean
 from .elements import weighted_sum as weighted_sum
+from .lengths import row_lengths as row_lengths
 from .orthonormalize import orthonormalize as orthonormalize
 from .residual_matmul import residual_matmul as residual_matmul
 from .rows import row_coefficients as row_coefficients

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.blocks import empty_rows
 from . import launch
 from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
 from .orthonormalize import parts_of_products
@@ -132,21 +133,26 @@ def combine_matrix_kernel(
     tensor = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     if ALIGNED:
-        m, n = known_multiple(m, 4), known_multiple(n, 128 // TYPE.primitive_bitwidth)
+        n = known_multiple(n, 128 // TYPE.primitive_bitwidth)
     left_stride, right_stride = known_multiple(left_stride, 16), known_multiple(right_stride, 16)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.cdiv(rank, INNER)
+    # Whole vectors of left factors are read, the last one with zeros beyond m: which kernel a matrix meets must not
+    # depend on how many of its rows come at once.
+    vectors = known_multiple(m + 3, 4)
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
     for step in range(count * steps):
         i, depth = step // steps, (step % steps) * INNER + tl.arange(0, INNER)
         where = (tensor * count + i) * rank + depth[:, None]
-        lefts = tl.load(left + where * left_stride + rows[None, :], mask=(depth < rank)[:, None] & (rows < m)[None, :])
+        lefts = tl.load(
+            left + where * left_stride + rows[None, :], mask=(depth < rank)[:, None] & (rows < vectors)[None, :]
+        )
         rights = tl.load(
             right + where * right_stride + columns[None, :], mask=(depth < rank)[:, None] & (columns < n)[None, :]
         )
         # Masked entries hold anything: zero them on both sides, since NaN · 0 is NaN.
-        lefts = tl.where((depth < rank)[:, None] & (rows < m)[None, :], lefts, 0.0) * tl.load(scale + i)
+        lefts = tl.where((depth < rank)[:, None] & (rows < vectors)[None, :], lefts, 0.0) * tl.load(scale + i)
         rights = tl.where((depth < rank)[:, None] & (columns < n)[None, :], rights, 0.0)
         total = tl.dot(tl.trans(lefts), rights, total, input_precision=PRECISION, out_dtype=COMPUTE)
     offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
@@ -180,11 +186,13 @@ def combine(
     if left is not None and right is not None and scale is not None:
         # Factors lie in memory as rows, (L, N, r, m) and (L, N, r, n).
         lefts = padded_rows(left.to(group.device, dtype).transpose(-1, -2))
+        if not vectors_fit(m):
+            lefts = empty_rows(lefts.shape[:-1], m, dtype, group.device, zero=True).copy_(lefts)
         rights = padded_rows(right.to(group.device, dtype))
         if squares is not None:
             both = torch.outer(scale, scale).double().to(group.device, non_blocking=True)
             squares.append(parts_of_products(lefts, rights) * both.unsqueeze(-1))
-        matrix = launch.combine_matrix(target, dtype, outputs.aligned and vectors_fit(m))
+        matrix = launch.combine_matrix(target, dtype, outputs.aligned)
         column_tiles = -(-n // matrix.columns)
         return outputs.write(
             *(combine_matrix_kernel, -(-m // matrix.rows) * column_tiles, matrix, core),

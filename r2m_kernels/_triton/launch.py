@@ -26,6 +26,11 @@ Precision = Literal["bf16", "tf32", "tf32x3", "ieee"]
 # Targets with tile sizes of their own; other GPUs use those of the nearest: see `target_of`.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
+# Of NVIDIA GPUs: Ampere, the first with tf32 and bf16 matrix units.
+OLDEST_CAPABILITY = 8
+# A100, H100 and H200, B200. 8.6, 8.9, 10.3 and 12.x do 1/64 of their float32 rate.
+FAST_FLOAT64 = ((8, 0), (9, 0), (10, 0))
+
 # Whether kernels run on CPU tensors, in Triton's interpreter, for tests: decided when they are imported.
 # What Triton raises where a GPU has too little shared memory or its compiler fails; not mistakes in arguments.
 _REFUSALS = (OutOfResources, PTXASError)
@@ -133,12 +138,28 @@ def options(config: Config) -> dict[str, Any]:
     return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
+def why_not(device: torch.device) -> str:
+    """Why no kernels are there for a GPU, as what follows the backend's name; empty where they are."""
+    if torch.version.hip is None:
+        old = torch.cuda.get_device_capability(device)[0] < OLDEST_CAPABILITY
+        return f"needs a GPU of compute capability {OLDEST_CAPABILITY}.0 or newer" if old else ""
+    name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    known = [target for target in TARGETS if target.startswith("gfx")]
+    # Others differ in more than tile sizes: waves of 32, or no matrix instructions for these types.
+    return "" if name in known else f"is compiled for AMD's {', '.join(known)} and not for {name}"
+
+
+def slow_in_float64(device: torch.device) -> bool:
+    """Whether a GPU does one float64 operation for 32 and more of float32, as chips for other markets do."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
+
+
 def target_of(device: torch.device) -> str:
     """The entry of :data:`TARGETS` for a device; CPU tensors are the interpreter's, which takes any."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
-        return "gfx942"
+        return "gfx942"  # the only one that `why_not` lets pass
     major = torch.cuda.get_device_capability(device)[0]
     # 8.6, 8.9 and 12.x have 99 KiB of shared memory and warp-level matrix instructions: sm_80's tiles fit that.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")

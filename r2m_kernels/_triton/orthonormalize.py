@@ -252,7 +252,7 @@ def orthonormal_rows(vectors: Tensor, passes: int = 2) -> Tensor:
     # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
     smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
     for _ in range(passes):
-        vectors = _triangular_product(_inverse_factor(_gram(vectors), smallest, vectors.shape[-1]), vectors)
+        vectors = triangular_product(_inverse_factor(vectors_gram(vectors), smallest, vectors.shape[-1]), vectors)
     return vectors
 
 
@@ -289,7 +289,8 @@ def parts_of_products(left: Tensor, right: Tensor) -> Tensor:
     return partial
 
 
-def _gram(vectors: Tensor) -> Tensor:
+def vectors_gram(vectors: Tensor) -> Tensor:
+    """(B, k, length), rows as :func:`padded_rows` lays them: (B, k, k) float64, a block's numbers its own."""
     count, k, length = vectors.shape
     config = launch.vectors_gram(launch.target_of(vectors.device), vectors_fit(length))
     gram = torch.empty(count, k, k, dtype=torch.float64, device=vectors.device)
@@ -331,7 +332,8 @@ def _inverse_factor(gram: Tensor, smallest: float, length: int) -> Tensor:
     return out
 
 
-def _triangular_product(triangle: Tensor, vectors: Tensor) -> Tensor:
+def triangular_product(triangle: Tensor, vectors: Tensor) -> Tensor:
+    """The lower triangles of (B, k, k) float64 times (B, k, length), laid out and typed as these."""
     count, k, length = vectors.shape
     config = launch.triangular_product(launch.target_of(vectors.device), vectors.dtype, vectors_fit(length))
     out = empty_rows((count, k), length, vectors.dtype, vectors.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -87,9 +88,42 @@ def test_nan_in_an_expert_is_named(job):
         merge(base, [experts[0], broken, *experts[2:]], backend="triton")
 
 
-def test_a_small_budget_gives_the_same_bits(job):
+@pytest.mark.parametrize("options", [PLAIN, {"rank": 0.1}, {"rank": 1.0}], ids=["plain", "default", "rows"])
+def test_a_small_budget_gives_the_same_bits(job, options):
+    base, experts, _ = job
+    whole, parts = (
+        merge(base, experts, backend="triton", memory_budget=budget, **options) for budget in (None, 200_000)
+    )
+    assert all_same_bits(whole, parts)
+
+
+def test_where_deterministic_algorithms_are_asked_for(job):
+    base, experts, _ = job
+    expected = merge(base, experts, backend="triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all_same_bits(expected, merge(base, experts, backend="triton"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_experts(device, shapes, tiny, count):
+    base, experts = checkpoints(shapes[:1] if tiny else shapes, torch.float32, count, device, copies=1)
+    host = [{name: tensor.cpu() for name, tensor in state.items()} for state in (base, *experts)]
+    for options in ({"eta": 0}, {"rank": 1.0}):
+        merged = merge(base, experts, backend="triton", **options)
+        _assert_close([merged, merge(host[0], host[1:], backend="torch", **options)], torch.float32, tiny)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in merge(base, experts, backend="triton").values())
+
+
+def test_an_analysis_is_merged_on_another_stream(job, device):
     base, experts, merged = job
-    assert all_same_bits(merged, merge(base, experts, backend="triton", memory_budget=200_000, **PLAIN))
+    analysis = analyze(base, experts, backend="triton", **PLAIN)
+    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext():
+        found = analysis.merge()
+    assert all_same_bits(merged, found)
 
 
 def test_inputs_in_the_cpus_memory_give_the_same_bits(job, device):

@@ -8,6 +8,7 @@ from gpu_cases import SENTINEL, framed, mixing_of, residuals, same_bits, tensors
 
 from bench.gpu.cases import cases
 from r2m_kernels import MergeConfig, _triton, ops
+from r2m_kernels._triton import launch
 from r2m_kernels._triton.residual_matmul import matrix_group, sketch
 from r2m_kernels.truncation import truncate_residuals
 
@@ -19,11 +20,27 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_operator_is_within_its_bound_twice_with_the_same_bits(device, shapes, tiny, dtype, offset):
     for shape in shapes[: 1 if tiny else None]:
-        for count in (3,) if tiny else (3, 5):
+        for count in (3,) if tiny else (1, 2, 3, 5):
             for case in cases(shape, dtype, count, device, 64 + offset):
                 first, second = case.call(), case.call()
                 assert case.judge(first) <= 1, f"{case.operator} {case.what}"
                 assert same_bits(first, second), f"{case.operator} {case.what}"
+
+
+def test_more_tensors_than_a_grid_takes(device, tiny, monkeypatch):
+    if tiny:
+        monkeypatch.setattr(launch, "MOST_TENSORS", 3)
+    size = launch.MOST_TENSORS + 4
+    flat = torch.randn(3, size, 8, generator=torch.Generator().manual_seed(0))
+    bases, *experts = [list(of_one.to(device)) for of_one in flat]
+    outs = [torch.empty_like(base) for base in bases]
+    _triton.combine(bases, experts, torch.full((2,), 0.5, dtype=torch.float64), None, None, None, outs)
+    theta, tau = flat[0].double(), flat[1:].double() - flat[0].double()
+    size_of = theta.abs() + tau.abs().sum(0)
+    assert ((torch.stack(outs).cpu().double() - theta - tau.mean(0)).abs() <= 6 * 2.0**-24 * size_of).all()
+    grams = _triton.task_gram(bases, experts).tasks.cpu()
+    exact = torch.einsum("ilk,jlk->lij", tau, tau)
+    assert ((grams - exact).abs() <= 16 * 2.0**-24 * torch.einsum("ilk,jlk->lij", tau.abs(), tau.abs())).all()
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

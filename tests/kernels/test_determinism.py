@@ -133,17 +133,34 @@ def test_for_each_keeps_order_nests_and_passes_errors_on():
     assert torch.get_num_threads() == 3
 
 
+def test_deterministic_algorithms_are_not_asked_for_within_and_again_afterwards():
+    within = parallel.deterministic(torch.are_deterministic_algorithms_enabled)
+    assert not within()
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not within()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_what_a_training_script_has_switched_on_does_not_reach_a_merge(inputs, expected):
     base, experts = inputs
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # bf16 inside float32 products, on CPUs that can
         torch.set_default_device("meta")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then refuses cuBLAS's products
         with torch.autocast("cpu", dtype=torch.bfloat16):
             merged = merge(base, experts, TRUNCATED)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_default_device().type == "meta"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_default_device(None)
         torch.set_float32_matmul_precision(before)
     assert same_bits(expected, merged)

@@ -14,7 +14,6 @@ from cases import padded
 from test_operators import BACKENDS, DTYPES, UNIT, UNIT_DTYPE, rounding, task_matrix
 
 from r2m_kernels._backends import choose
-from r2m_kernels._stream.factors import row_lengths
 from r2m_kernels.reference.others import splitmix64
 
 SHAPES = [(1,), (5, 7), (129, 65), (1, 1000), (1000, 1), (33, 7, 3)]
@@ -137,9 +136,14 @@ def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, 
     scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     if ordered:  # each component by itself
         right = torch.linalg.qr(right.mT).Q.mT * torch.linspace(3, 1, 5, dtype=dtype).view(5, 1)
-    weighed = operators(backend).weigh_rows(left, row_lengths(left, right, ordered), WEIGHTS, scales, power)
+    operators_of, exact = operators(backend), (left.double() @ right.double()).norm(dim=3)
+    found = operators_of.row_lengths(left, right, ordered)
+    assert found.dtype == torch.float64
+    # Sums of 53 and of 25 or 5 products; where rows are said to be orthogonal, float32 ones are so to 4 u only.
+    assert ((found - exact).abs() <= (4 * UNIT[dtype] if ordered else 40 * 2.0**-53) * exact).all()
+    weighed = operators_of.weigh_rows(left, found, WEIGHTS, scales, power)
     assert weighed.dtype == dtype
-    lengths = (left.double() @ right.double()).norm(dim=3) * scales.view(1, 3, 1)
+    lengths = exact * scales.view(1, 3, 1)
     shares = WEIGHTS.view(1, 3, 1) * lengths**power
     shares = (shares / shares.sum(1, keepdim=True)).nan_to_num(0.0).unsqueeze(3)
     # Squares of lengths are known to 30 roundings in what the Gram is summed in, which is no less than the dtype.

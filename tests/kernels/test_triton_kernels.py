@@ -19,7 +19,6 @@ from triton.runtime import interpreter
 
 from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
-from r2m_kernels._stream.factors import row_lengths
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
 
@@ -266,7 +265,9 @@ class OfAGroup:
         thresholds = torch.tensor([0.02, 0.1, 0.0])
         found = {"row_grams": _triton.row_grams(bases, experts).rows, "task_gram": _triton.task_gram(bases, experts)[0]}
         found["sum_rows"] = _triton.sum_rows(found["row_grams"])
-        found["weigh_rows"] = _triton.weigh_rows(left, row_lengths(left, right, False), third, third, 3.0)
+        for orthogonal in (True, False):
+            found[f"row_lengths {orthogonal}"] = lengths = _triton.row_lengths(left, right, orthogonal)
+        found["weigh_rows"] = _triton.weigh_rows(left, lengths, third, third, 3.0)
         found["weighted_sum"] = _triton.weighted_sum(bases, experts, third, torch.float64)
         found["row_coefficients"] = _triton.row_coefficients(
             found["row_grams"], third, mixing_of(3), third, third, 0.7, 3.0, torch.float32
@@ -303,6 +304,31 @@ def test_what_is_written_has_the_same_bits_alone_and_in_a_group():
     group.bases[1] = embedded(group.bases[1], offset=1)  # an odd address of another tensor
     for name, odd in group.results().items():
         assert torch.equal(together[name], odd), name
+
+
+@pytest.mark.parametrize("height", [36, 35])
+def test_some_rows_meet_the_kernels_of_the_whole_and_have_its_bits(monkeypatch, height):
+    configurations, start = set(), launch.start
+
+    def recorded(kernel, grid, config, *arguments, **constants):
+        configurations.add((kernel.__name__, config))
+        start(kernel, grid, config, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "start", recorded)
+    bases, experts, _ = inputs((height, 72), torch.float32, 3, tensors=1)
+    generator = torch.Generator().manual_seed(4)
+    left, right = torch.randn(1, 3, height, 5, generator=generator), torch.randn(1, 3, 5, 72, generator=generator)
+    third, outs = torch.full((3,), 1 / 3, dtype=torch.float64), [torch.empty_like(bases[0])]
+    _triton.combine(bases, experts, third, left, right, third, outs)
+    whole = _triton.row_grams(bases, experts).rows
+    known = len(configurations)
+    for rows in (slice(0, 17), slice(17, 33), slice(33, height)):
+        some, thetas = [bases[0][rows]], [[expert[0][rows]] for expert in experts]
+        part = [torch.empty_like(some[0])]
+        _triton.combine(some, thetas, third, left[:, :, rows], right, third, part)
+        assert torch.equal(part[0], outs[0][rows])
+        assert torch.equal(_triton.row_grams(some, thetas).rows, whole[:, :, rows])
+    assert len(configurations) == known
 
 
 def test_a_group_of_more_tensors_than_a_grid_takes_is_launched_in_parts(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -239,6 +240,31 @@ def test_auto_takes_triton_on_gpus_and_gives_a_reason_elsewhere(monkeypatch):
         _backends.choose("triton", gpu)
     with pytest.raises(BackendUnavailable, match="backend 'triton' runs on CUDA and ROCm GPUs and not on 'mps'"):
         _backends.choose("triton", torch.device("mps"))
+
+
+def test_amd_gpus_for_which_nothing_was_compiled_are_not_tried(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(_backends, "_tried", lambda device: "")
+    properties = mock.Mock(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chosen = _backends.choose("auto", gpu)
+    assert (chosen.name, chosen.reason) == ("triton", "the fastest one this version has for cuda")
+    properties.gcnArchName = "gfx1100"
+    chosen = _backends.choose("auto", gpu)
+    assert (chosen.name, chosen.reason) == (
+        "torch",
+        "the Triton backend is compiled for AMD's gfx942 and not for gfx1100",
+    )
+    with pytest.raises(BackendUnavailable, match=r"^backend 'triton' is compiled for AMD's gfx942 and no"):
+        _backends.choose("triton", gpu)
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((8, 0), False), ((8, 9), True), ((9, 0), False), ((12, 0), True)])
+def test_a_gpu_that_is_slow_in_float64_is_told(monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_backends, "_tried", lambda device: "")
+    assert _backends.choose("triton", torch.device("cuda")).reason.endswith("orthonormalized") == slow
 
 
 @pytest.mark.parametrize(
