@@ -1,7 +1,7 @@
 """Several processes on one merge, as ``torchrun`` starts them.
 
-What they exchange is small: N × N numbers and names, as Python objects over gloo, whatever device computes. Tensors go
-from and to files that all of them see.
+What they exchange is small: N × N numbers and names, as Python objects; over nccl where each process has a GPU of its
+own, else over gloo. The bytes of an object are the same either way. Tensors go from and to files that all of them see.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ class TorchrunProcesses:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[ProcessGroup]:
+def processes(device: str | None = None) -> Iterator[ProcessGroup]:
     """The processes that ``torchrun`` started together with this one, or this one alone.
 
     Variables of another job that are left in the environment are told and not followed: nobody would come.
+
+    Args:
+        device: where they compute, as the user said it.
     """
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
@@ -89,12 +92,25 @@ def processes() -> Iterator[ProcessGroup]:
     at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     waits = f"process {os.environ['RANK']} of {size} waits for the others at {at}"
     with _told_after(_SILENCE, f"{waits}; alone? unset WORLD_SIZE, or start all of them with torchrun"):
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group(_exchange(device), timeout=PATIENCE)
     try:
         yield TorchrunProcesses(torch.distributed.get_rank(), size)
     finally:
         with contextlib.suppress(RuntimeError):  # of a group that has lost one
             torch.distributed.destroy_process_group()
+
+
+def _exchange(device: str | None) -> str:
+    """What carries objects between processes. nccl's lie on this process's GPU, which it takes for its own."""
+    import torch
+
+    mine = local_device(device)
+    if device != "cuda" or mine == device or not torch.distributed.is_nccl_available():
+        return "gloo"
+    if local_processes() > torch.cuda.device_count():  # nccl refuses two on one GPU; a merge says so itself
+        return "gloo"
+    torch.cuda.set_device(mine)
+    return "nccl"
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def merge(out: str, quiet: bool, dry_run: bool, **given: Any) -> int | None:
     from r2m.merge import merge_files
     from r2m.progress import reporting
 
-    with distributed.processes() as processes:
+    with distributed.processes(given.get("device")) as processes:
         first = processes.index == 0
         try:
             options = take_options(given)
