@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import r2m_kernels
 from r2m_kernels import _backends
-from r2m_kernels._stream import schedule
+from r2m_kernels._stream import ring, schedule
 from r2m_kernels._triton import launch, truncate
 
 CUDA, META = torch.device("cuda:0"), torch.device("meta")
@@ -133,6 +133,11 @@ def _as_meta(value: Any) -> Any:
 
 class _Operations(TorchDispatchMode):
     """Calls as ATen carries them out: done in real memory, and counted."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to tell the compiler so imports it, in seconds."""
+        return False
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
@@ -244,6 +249,7 @@ def pretended_gpu() -> Iterator[Counts]:
         mock.patch.object(launch, "start", start),
         mock.patch.object(_backends, "_tried", return_value=""),  # of which a real GPU counts one launch more
         mock.patch.object(schedule, "ThreadPoolExecutor", _Inline),
+        mock.patch.object(ring, "ThreadPoolExecutor", _Inline),
         mock.patch.object(truncate, "EXTRA_STEPS", ()),  # ranks of real models are 64 and more
         _Functions(counts),
         _Operations(counts),

@@ -137,12 +137,15 @@ class CombinationStep(Step):
         if kind_of(group.tensors[0], self._terms.config) is Unchanged:
             return [self._passed_on(tensor, group.part) for tensor in group.tensors]
         outs, written = self._merged(group)
-        for tensor, merged in zip(group.tensors, outs, strict=True):
-            for name in self._names(tensor):
-                if group.part is None:
-                    self._sink.write(name, merged)
-                else:
-                    self._write_part(name, group, merged)
+        named = [
+            (name, merged) for tensor, merged in zip(group.tensors, outs, strict=True) for name in self._names(tensor)
+        ]
+        if group.columns is None:
+            flat = named if group.part is None else [(name, merged.reshape(-1)) for name, merged in named]
+            self._loader.give(self._sink, flat, None if group.part is None else group.part.start)
+        else:
+            for name, merged in named:
+                self._write_columns(name, group, merged)
         return written
 
     def _names(self, tensor: PlannedTensor) -> tuple[str, ...]:
@@ -170,12 +173,10 @@ class CombinationStep(Step):
                     sink.write_elements(name, piece.start, merged)
         return [tensor], Written(torch.stack(largest).amax(dim=0, keepdim=True), bases=torch.cat(squares, dim=1))
 
-    def _write_part(self, name: str, group: Group, merged: Tensor) -> None:
+    def _write_columns(self, name: str, group: Group, merged: Tensor) -> None:
         assert isinstance(self._sink, PartialSink)
         assert group.part is not None
-        if group.columns is None:
-            self._sink.write_elements(name, group.part.start, merged.reshape(-1))
-            return
+        assert group.columns is not None
         first, n = group.part.start + group.columns.start, group.tensors[0].matrix_shape[1]
         for index, row in enumerate(merged):
             self._sink.write_elements(name, first + index * n, row)

@@ -14,6 +14,7 @@ from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
     FLOATING,
     BlockSource,
+    DirectSource,
     LowRankSource,
     PartialSink,
     PartialSource,
@@ -30,6 +31,7 @@ __all__ = [
     "FLOATING",
     "Backend",
     "BlockSource",
+    "DirectSource",
     "Inputs",
     "Journal",
     "LowRankSource",

@@ -16,6 +16,7 @@ from ..config import MergeConfig
 from .blocks import BLOCK_ELEMENTS, RUN_ELEMENTS, RUNS_PER_PANEL
 from .factors import PRODUCT_ROWS
 from .plan import PlannedTensor, by_rows
+from .ring import RING_BYTES
 from .tensors import BlockSource, PartialSource, TensorSource
 
 COMPUTE_BYTES = 4  # of an element of intermediate results and factors; 8 where the base is float64
@@ -30,9 +31,10 @@ WORKSPACE_BYTES = 2**22
 FACTOR_COPIES = 4
 # What a core does while it reads a byte of inputs from memory and subtracts it: 30 GFLOP/s against 4 GB/s.
 FLOPS_PER_BYTE = 15
-# Bytes of inputs in one group, where no budget says less. What comes from elsewhere waits in pinned memory, which is
-# slow to get and to be had twice; what is on the device already can be taken in few launches, each of which costs the
-# host more time than a small group costs the GPU.
+RING_SHARE = 8  # of a budget, what pinned memory may take
+# Bytes of inputs in one group, where no budget says less. Of what comes from elsewhere the next group is there, too,
+# and kernels wait for the first one; what is on the device already can be taken in few launches, each of which costs
+# the host more time than a small group costs the GPU.
 GROUP_BYTES = 2**28
 DEVICE_GROUP_BYTES = 2**31
 
@@ -109,6 +111,7 @@ class Memory:
         spill: those that do not fit there.
         kept: tensors whose inputs stay in memory from the first pass to the last.
         group: inputs of tensors that are taken together.
+        ring: pinned memory, through which a GPU's inputs and results go.
     """
 
     flight: int | None
@@ -118,6 +121,7 @@ class Memory:
     spill: int
     kept: frozenset[str]
     group: int
+    ring: int = 0
 
 
 def split(
@@ -135,8 +139,8 @@ def split(
 
     Half at most is for what is in flight, and more only for single tensors that need it. Low-rank factors
     come next, since those beyond their share are written and read again; what is left keeps inputs, which would only be
-    read again. On a GPU what stays there is bounded by its own memory: half is for factors, a quarter for inputs, the
-    rest for two groups, results and workspace.
+    read again. On a GPU what stays there is bounded by its own memory: half at most is for factors, inputs may take the
+    rest but a quarter, which is for two groups, results and workspace. Pinned memory is the CPU's.
 
     Args:
         budget: bytes; ``None``: no bound.
@@ -150,9 +154,14 @@ def split(
     """
     bounds = ((device, 16), (budget, 8))
     group = min([DEVICE_GROUP_BYTES, *(size // share for size, share in bounds if size is not None)])
-    stay = 0 if device is None else device // 4
+    needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
+    stay = 0 if device is None else device * 3 // 4 - min(device // 2, needed if config.eta != 0 else 0)
+    ring = 0
+    if device is not None and any(map(brought, tensors)):
+        ring = RING_BYTES if budget is None else min(RING_BYTES, budget // RING_SHARE)
     if budget is None:
-        return Memory(None, None, None, None, 0, _kept(stay, tensors, inputs, brought), group)
+        return Memory(None, None, None, None, 0, _kept(stay, tensors, inputs, brought), group, ring)
+    budget -= ring
     # At most half of a small budget: what is left is to be worth having.
     budget -= min(budget // 2, library_bytes(threads))
     working = max(map(inputs.working_bytes, tensors), default=0)
@@ -165,12 +174,11 @@ def split(
     flight = min(budget // 2, AHEAD * threads * max(working, most))
     wanted += [most] if most > flight else []
     stored = None if device is not None or not wanted else min(budget, max(flight, *wanted))
-    needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
     factors = min(budget - (stored or flight), needed)
     stay = budget - (stored or flight) - factors if device is None else stay
     spill = needed - factors if config.eta != 0 else 0
     piece = max(1, flight // (AHEAD * threads))
-    return Memory(flight, piece, stored, factors, spill, _kept(stay, tensors, inputs, brought), group)
+    return Memory(flight, piece, stored, factors, spill, _kept(stay, tensors, inputs, brought), group, ring)
 
 
 def library_bytes(threads: int) -> int:

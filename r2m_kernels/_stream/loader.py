@@ -1,7 +1,7 @@
 """Brings the inputs of tensors to where they are computed with: whole, in parts, or groups of one shape.
 
-On a GPU the next group is read and copied, through pinned memory and on a stream of its own, while kernels work on this
-one. Inputs that fit stay in memory for the steps that follow.
+On a GPU the next group is read and copied, through a ring of pinned memory and on a stream of its own, while kernels
+work on this one, and results go back the same way. Inputs that fit stay in memory for the steps that follow.
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ from torch import Tensor
 from ..errors import NotFinite, quoted
 from .budget import Inputs
 from .plan import PlannedTensor
-from .state_dicts import StateDictSource
+from .ring import RING_BYTES, Piece, Ring
+from .state_dicts import StateDictSink, StateDictSource
 from .stored import StoredMatrix
-from .tensors import BlockSource, LowRankSource, PartialSource, TensorSource, compute_dtype
+from .tensors import (
+    BlockSource,
+    DirectSource,
+    LowRankSource,
+    PartialSink,
+    PartialSource,
+    TensorSink,
+    TensorSource,
+    compute_dtype,
+)
 
 # Bytes of a tensor looked at together in search of NaN.
 WINDOW = 2**24
@@ -94,6 +104,7 @@ class Loader:
         device: where tensors go.
         read_bytes: how many were read so far.
         kept: tensors whose inputs stay in memory once they are loaded; set when the memory is split.
+        ring_bytes: of pinned memory at most; set then, too.
     """
 
     def __init__(self, inputs: Inputs, device: torch.device) -> None:
@@ -102,8 +113,10 @@ class Loader:
         self.kept: frozenset[str] = frozenset()
         self._at_hand: dict[str, list[Tensor]] = {}
         self._lock = threading.Lock()
-        self._pinned = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._pinned else None  # type: ignore[no-untyped-call]
+        self.ring_bytes = RING_BYTES
+        self._made_ring: Ring | None = None
+        self._on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         # Other GPUs that lend inputs.
         named = [source.devices for source in inputs.sources if isinstance(source, StateDictSource)]
         lent = {place for devices in named for place in devices.values() if place.type == "cuda"}
@@ -116,8 +129,20 @@ class Loader:
 
     def await_kernels(self) -> None:
         """Wait for the caller's stream: whoever goes on with what it left may do so on another."""
-        if self._pinned:
+        if self._on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
+
+    @property
+    def _ring(self) -> Ring:
+        with self._lock:  # one thread brings inputs, another gives results back
+            if self._made_ring is None:
+                self._made_ring = Ring(self.device, self.ring_bytes)
+            return self._made_ring
+
+    def await_given(self) -> None:
+        """Wait until sinks have what they were given; raises what went wrong there."""
+        if self._made_ring is not None:
+            self._made_ring.finish()
 
     def load(
         self,
@@ -137,15 +162,12 @@ class Loader:
         """
         if factored:
             own = [self.inputs.base] if with_base else []
-            read = [self.whole(one, own) if part is None else self._part(one, own, part, columns) for one in tensors]
+            read = self._loaded(tensors, own, part, columns)
             changes = [[self._change(source, one) for one in tensors] for source in self.inputs.experts]
             bases = [base for bases in read for base in bases]
             return Group(tensors, bases, changes, part, columns, factored=True)
         sources = self.inputs.sources if with_base else self.inputs.experts
-        loaded = [
-            self.whole(tensor, sources) if part is None else self._part(tensor, sources, part, columns)
-            for tensor in tensors
-        ]
+        loaded = self._loaded(tensors, sources, part, columns)
         of_sources = [list(of_source) for of_source in zip(*loaded, strict=True)]
         return Group(tensors, of_sources.pop(0) if with_base else [], of_sources, part, columns)
 
@@ -154,7 +176,12 @@ class Loader:
         assert isinstance(source, LowRankSource)
         change = source.read_change(tensor.name)
         self._count(change)
-        return (change.pin_memory() if self._pinned else change).to(self.device, non_blocking=self._pinned)
+        if not self._on_gpu:
+            return change
+        target = torch.empty(change.shape, dtype=change.dtype, device=self.device)
+        flat = change.reshape(-1)
+        self._ring.bring(self._pieces(target, lambda start, out: out.copy_(flat[start : start + out.numel()])))
+        return target
 
     def ahead(self, load: Callable[[], Group]) -> tuple[Group, torch.cuda.Event | None]:
         """A group, and the event after which kernels may use it."""
@@ -177,28 +204,108 @@ class Loader:
 
     def whole(self, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> list[Tensor]:
         """Each source's tensor on the device; of one that is kept all sources are asked for."""
-        if tensor.name in self._at_hand:
-            return self._at_hand[tensor.name]
-        tensors = [self.read(source, tensor) for source in sources]
-        if self._pinned:
-            tensors = [one.contiguous().pin_memory() if one.device.type == "cpu" else one for one in tensors]
-        tensors = [one.to(self.device, non_blocking=self._pinned) for one in tensors]
-        if tensor.name in self.kept:
-            self._at_hand[tensor.name] = tensors
-        return tensors
+        return self._loaded([tensor], sources, None, None)[0]
 
-    def _part(
-        self, tensor: PlannedTensor, sources: Sequence[TensorSource], part: slice, columns: slice | None
-    ) -> list[Tensor]:
+    def _loaded(
+        self,
+        tensors: Sequence[PlannedTensor],
+        sources: Sequence[TensorSource],
+        part: slice | None,
+        columns: slice | None,
+    ) -> list[list[Tensor]]:
+        """Each tensor's inputs on the device; what has to be brought is brought together."""
+        pieces: list[Piece] = []
+        loaded = []
+        for tensor in tensors:
+            inputs = self._at_hand_of(tensor, part, columns)
+            if inputs is None:
+                inputs = [self._input(source, tensor, part, columns, pieces) for source in sources]
+            loaded.append(inputs)
+        if pieces:
+            self._ring.bring(pieces)
+        if part is None:
+            named = zip(tensors, loaded, strict=True)
+            self._at_hand.update({tensor.name: inputs for tensor, inputs in named if tensor.name in self.kept})
+        return loaded
+
+    def _at_hand_of(self, tensor: PlannedTensor, part: slice | None, columns: slice | None) -> list[Tensor] | None:
+        """A tensor's inputs where they are kept, or parts of them."""
+        known = self._at_hand.get(tensor.name)
+        if known is None or part is None:
+            return known
         if columns is None:
-            if tensor.name in self.kept:
-                return [one.reshape(-1)[part] for one in self._at_hand[tensor.name]]
-            return [self.read(source, tensor, part).to(self.device) for source in sources]
+            return [one.reshape(-1)[part] for one in known]
         n = tensor.matrix_shape[1]
         rows = slice(part.start // n, part.stop // n)
-        if tensor.name in self.kept:
-            return [one.reshape(-1, n)[rows, columns].contiguous() for one in self._at_hand[tensor.name]]
-        return [self._read_block(source, tensor, rows, columns) for source in sources]
+        return [one.reshape(-1, n)[rows, columns].contiguous() for one in known]
+
+    def _input(
+        self,
+        source: TensorSource,
+        tensor: PlannedTensor,
+        part: slice | None,
+        columns: slice | None,
+        pieces: list[Piece],
+    ) -> Tensor:
+        """One input on the device: there already, or filled when the ``pieces`` that are added have been brought."""
+        if part is not None and columns is not None:
+            n = tensor.matrix_shape[1]
+            return self._read_block(source, tensor, slice(part.start // n, part.stop // n), columns)
+        if not self._on_gpu:
+            return self.read(source, tensor, part).to(self.device)
+        name, spec = tensor.name, source.specs[tensor.name]
+        first = 0 if part is None else part.start
+        elements = spec.numel if part is None else part.stop - part.start
+        if isinstance(source, StateDictSource) and source.devices[name].type != "cpu":
+            return self.read(source, tensor, part).to(self.device, non_blocking=True)
+        target = torch.empty(spec.shape if part is None else elements, dtype=spec.dtype, device=self.device)
+        if isinstance(source, DirectSource) and source.in_blocks(name):
+
+            def fill(start: int, out: Tensor) -> None:
+                source.read_into(name, first + start, out)
+                self._count(out)
+
+        elif isinstance(source, StateDictSource):
+
+            def fill(start: int, out: Tensor) -> None:
+                out.copy_(source.read_elements(name, first + start, first + start + out.numel()))
+                self._count(out)
+
+        else:  # whatever it costs to read some of it
+            whole = self.read(source, tensor, part).reshape(-1)
+
+            def fill(start: int, out: Tensor) -> None:
+                out.copy_(whole[start : start + out.numel()])
+
+        pieces += self._pieces(target, fill)
+        return target
+
+    def _pieces(self, target: Tensor, host: Callable[[int, Tensor], object]) -> list[Piece]:
+        """A contiguous tensor on the device by slots of the ring; ``host`` is told where a run starts."""
+        flat, step = target.view(-1), self._ring.slot_bytes // target.dtype.itemsize
+        return [Piece(flat[start : start + step], partial(host, start)) for start in range(0, flat.numel(), step)]
+
+    def give(self, sink: TensorSink, outputs: Sequence[tuple[str, Tensor]], start: int | None = None) -> None:
+        """Hand merged tensors to a sink, through the ring where they leave a GPU; :meth:`await_given` waits for that.
+
+        Args:
+            sink: who takes them.
+            outputs: names, and tensors or, flat, runs of their elements.
+            start: of runs the first element.
+        """
+        pieces: list[Piece] = []
+        for name, tensor in outputs:
+            leaves = not isinstance(sink, StateDictSink) or sink.device_of(name).type == "cpu"
+            through = self._on_gpu and tensor.device == self.device and tensor.numel() > 0
+            if through and leaves and isinstance(sink, PartialSink):
+                pieces += self._pieces(tensor, partial(_write_run, sink, name, start or 0))
+            elif start is None:
+                sink.write(name, tensor)
+            else:
+                assert isinstance(sink, PartialSink)
+                sink.write_elements(name, start, tensor)
+        if pieces:
+            self._ring.give_back(pieces)
 
     def read(self, source: TensorSource, tensor: PlannedTensor, part: slice | None = None) -> Tensor:
         """One input of a tensor, or a run of its elements; counted."""
@@ -267,6 +374,10 @@ class Loader:
 
     def _non_finite(self, source: TensorSource, tensor: PlannedTensor, parts: Sequence[slice | None]) -> int:
         return sum(int((~torch.isfinite(self.read(source, tensor, part))).sum()) for part in parts)
+
+
+def _write_run(sink: PartialSink, name: str, first: int, start: int, elements: Tensor) -> None:
+    sink.write_elements(name, first + start, elements)
 
 
 def _windows(tensor: PlannedTensor) -> Iterator[slice]:

@@ -106,6 +106,9 @@ class Run:
             brought=lambda tensor: not self.loader.in_place(tensor),
         )
         self.loader.kept = self.memory.kept
+        if self.memory.ring:
+            self.loader.ring_bytes = self.memory.ring
+        self._passes = 0
         self.factors = FactorStore(self.memory.factors, options.spill_directory, None if free is None else free // 2)
         if self.memory.spill > 0:
             self.factors.reserve(self.memory.spill)
@@ -144,6 +147,9 @@ class Run:
         grouped = self.backend.groups_tensors
         on_device = self.loader.on_device if grouped else None
         works = work_list(over, left, self.inputs, self.memory, workers(), on_device)
+        if grouped and self._passes % 2:
+            works.reverse()  # what the last pass read in the end, files' pages may still be in memory of
+        self._passes += 1
         trouble: Exception | None = None
         # Where a device is not to be waited for, what was found is fetched when all is done; but what is written down,
         # and what threads find, is settled at once.
@@ -163,11 +169,13 @@ class Run:
                 if later:
                     waiting.append((group, found))
                 else:
+                    self.loader.await_given()  # nothing is written down before it is there
                     settle([(group, found)])
                 bytes_done, tensors_done = bytes_done + sum(map(self.inputs.nbytes, group)), tensors_done + len(group)
                 if progress is not None:
                     progress(ProgressEvent(over.name, tensors_done, len(left), bytes_done, total))
             settle(waiting)
+            self.loader.await_given()
             self.loader.await_kernels()  # no more than a look, since values have come from there
         except (R2MError, OSError) as error:
             trouble = error

@@ -151,10 +151,13 @@ class StateDictSink:
         # Keys come first, so that their order does not depend on which thread finishes first.
         self._specs, self._tensors = specs, dict.fromkeys(specs)
 
+    def device_of(self, name: str) -> torch.device:
+        """Where a tensor is to be."""
+        return self._devices.get(name, torch.device("cpu"))
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Keep the tensor, on the device its name asks for; a tied name comes after the one it is tied to."""
-        first = self._tensors.get(self._aliases.get(name, name))
-        device = self._devices.get(name, torch.device("cpu"))
+        first, device = self._tensors.get(self._aliases.get(name, name)), self.device_of(name)
         self._tensors[name] = tensor.to(device) if first is None or first.device != device else first
 
     def write_elements(self, name: str, start: int, elements: Tensor) -> None:
@@ -162,8 +165,7 @@ class StateDictSink:
         with self._lock:
             whole = self._tensors[name]
             if whole is None:
-                first = self._tensors.get(self._aliases.get(name, name))
-                device = self._devices.get(name, torch.device("cpu"))
+                first, device = self._tensors.get(self._aliases.get(name, name)), self.device_of(name)
                 if first is not None and first.device == device:
                     whole = first
                 else:

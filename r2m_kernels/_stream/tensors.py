@@ -115,6 +115,15 @@ class BlockSource(PartialSource, Protocol):
 
 
 @runtime_checkable
+class DirectSource(BlockSource, Protocol):
+    """A checkpoint that reads into memory of the reader's, such as a GPU copies from."""
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """As many elements of the flattened tensor as ``out`` holds, which is flat, from ``start`` on."""
+        ...
+
+
+@runtime_checkable
 class LowRankSource(TensorSource, Protocol):
     """A checkpoint that knows of some tensors how they came from the merge's base: by a product of few columns."""
 

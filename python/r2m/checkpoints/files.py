@@ -132,6 +132,13 @@ class Checkpoint:
             return self.read(name).view(-1)[start:stop]
         return self._read(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """A run of its elements into flat memory. Errors are :meth:`read`'s."""
+        if self._locations[name].strides is not None:
+            out.copy_(self.read(name).view(-1)[start : start + out.numel()])
+        else:
+            self._fill(name, out.view(torch.uint8).unsqueeze(0), start * out.dtype.itemsize, 0)
+
     def runs(self, name: str) -> Iterator[Tensor]:
         """Its elements in order, a run at a time; errors are :meth:`read`'s. See :meth:`read_elements`."""
         spec = self.specs[name]
@@ -157,8 +164,12 @@ class Checkpoint:
 
     def _read_block(self, name: str, start: int, length: int, step: int, count: int) -> Tensor:
         """The same of several runs of bytes: (count, length)."""
-        location = self._locations[name]
         data = torch.empty(count, length, dtype=torch.uint8)
+        self._fill(name, data, start, step)
+        return data
+
+    def _fill(self, name: str, data: Tensor, start: int, step: int) -> None:
+        location = self._locations[name]
         descriptor = os.open(location.path, flags("O_RDONLY", "O_NONBLOCK"))
         try:
             with naming(location.path):
@@ -171,7 +182,6 @@ class Checkpoint:
         if not whole:
             file = quoted(location.path.name)
             raise BadCheckpoint(f"{self.label}: tensor {quoted(name)}: file {file} was changed while it was in use")
-        return data
 
 
 def _filled(descriptor: int, view: memoryview, offset: int) -> bool:

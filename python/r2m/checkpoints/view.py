@@ -35,6 +35,7 @@ class LazyTensor:
 
     Attributes:
         read_block: several runs at once, where a run is read without the rest.
+        read_into: a run into memory of the reader's, where it is read so.
         change: of one that is another with a product added.
     """
 
@@ -43,12 +44,14 @@ class LazyTensor:
     read_elements: Callable[[int, int], Tensor]
     read_block: Callable[[int, int, int, int], Tensor] | None = None
     change: Added | None = None
+    read_into: Callable[[int, Tensor], None] | None = None
 
     @classmethod
     def stored(cls, source: Checkpoint, name: str) -> LazyTensor:
         """As a checkpoint has it."""
         runs = partial(source.read_block, name) if source.in_blocks(name) else None
-        return cls(source.specs[name], partial(source.read, name), partial(source.read_elements, name), runs)
+        reads = (partial(source.read, name), partial(source.read_elements, name), runs)
+        return cls(source.specs[name], *reads, read_into=partial(source.read_into, name))
 
     @classmethod
     def computed(cls, spec: TensorSpec, read: Callable[[], Tensor]) -> LazyTensor:
@@ -124,6 +127,14 @@ class View:
         read = self.tensors[name].read_block
         assert read is not None
         return read(start, length, step, count)
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """See :class:`r2m_kernels.streaming.DirectSource`."""
+        tensor = self.tensors[name]
+        if tensor.read_into is None:
+            out.copy_(tensor.read_elements(start, start + out.numel()))
+        else:
+            tensor.read_into(start, out)
 
     def change_rank(self, name: str) -> int | None:
         """See :class:`r2m_kernels.streaming.LowRankSource`; known where :meth:`over` has said what the base is."""
