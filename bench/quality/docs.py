@@ -13,17 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from r2m.demo.evaluation import auc
+from typing import Any
 
 from bench.machine import ROOT
 from bench.markdown import put, render, update
-from bench.quality import settings, tables
+from bench.quality import study_pages, tables
 from bench.quality.groups import UNSEEN
 from bench.quality.store import STORE
-from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, difference, named, short, shown
+from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, bold, difference, named, short, shown
 
 KNOWN = "in-distribution"
 SUMMARY, DOCS, README = STORE / "summary.json", ROOT / "docs", ROOT / "README.md"
@@ -53,30 +50,6 @@ MAIN = (
 )
 GOAL = {"ensemble": 0.8, "joint training": 0.5}
 """Shares of their gain over the average that one merged model was to make on the pretrained base."""
-# A merge is bad where it ranks this much worse than the ensemble of the same specialists (AUC).
-BAD = 0.10
-
-
-class Rule(NamedTuple):
-    """An alarm on one number of the report, ``above`` or ``below`` a threshold."""
-
-    number: str  # as ``studies`` calls it
-    side: str
-    threshold: float
-    warns: bool = False  # the package warns of it: a test holds its thresholds to these
-
-
-RULES = (
-    Rule("smallest cosine", "below", 0.05, warns=True),
-    Rule("mean cosine", "below", 0.06),
-    Rule("longest/median task vector", "above", 3.0, warns=True),
-    Rule("largest/smallest task vector", "above", 3.5),
-    Rule("leading expert's share of the core", "above", 0.9, warns=True),
-    Rule("‖core‖/‖mean‖", "below", 0.9),
-    Rule("mean/mean norm", "below", 0.7),
-    Rule("largest scale", "above", 1.5),
-    Rule("gap", "below", 0.3),
-)
 
 
 def pages(content: Content) -> dict[Path, str]:
@@ -89,8 +62,6 @@ def pages(content: Content) -> dict[Path, str]:
 
 def _names(content: Content) -> dict[str, Any]:
     """What templates can say."""
-    studies = content["studies"]
-    studied = [name for name in settings.REGIMES if any(run.startswith(name) for run in studies)]
     sections = {name: (*shown(content, name), UNSEEN.get(name, "code")) for name in content["sections"]}
     return {
         "sections": sections,
@@ -118,16 +89,12 @@ def _names(content: Content) -> dict[str, Any]:
         "short": short,
         "difference": difference,
         "chosen_on": Counter(run.partition("-")[0] for run in content["validated"]),
-        "studied": studied,
-        "several": partial(_several, studies),
-        "wrong": partial(_wrong, studies),
-        "features": {name: _features(studies, name) for name in studied},
-        "alarms": partial(_alarms, studies),
         "lopsided": len({frozenset(_compared(content, of)) for name, (_, of, _) in sections.items() if name in UNSEEN})
         > 1,
         "readme": _readme(sections),
         "elsewhere": _elsewhere(sections),
         "ahead": _ahead(content, sections),
+        **study_pages.names(content),
     }
 
 
@@ -172,8 +139,8 @@ def _shares(content: Content, sections: Mapping[str, Any]) -> Rows:
         if name not in UNSEEN:
             continue
         best, count = _best(content, section)
-        of = {"joint training": "joint training", ENSEMBLE: ENSEMBLE, DEFAULT: _bold(DEFAULT)}
-        for row, words in {**of, best: f"{_bold(best)}, the best of {count}"}.items():
+        of = {"joint training": "joint training", ENSEMBLE: ENSEMBLE, DEFAULT: bold(DEFAULT)}
+        for row, words in {**of, best: f"{bold(best)}, the best of {count}"}.items():
             cells = [f"{words}, {name}"]
             for group in (KNOWN, unseen):
                 cells.append(short(section["rows"][row]["minus"][AVERAGE][group]["mean"], True))
@@ -215,15 +182,11 @@ def _by_part(section: Content, unseen: str, rows: Iterable[str]) -> tuple[list[s
     """Header and difference to the weight average by architecture."""
     places = [(part, group) for part in section["parts"] for group in (KNOWN, unseen)]
     body = [
-        [_bold(row), *(difference(section["parts"][part][row][group]) for part, group in places)]
+        [bold(row), *(difference(section["parts"][part][row][group]) for part, group in places)]
         for row in rows
         if row in section["rows"] and row != AVERAGE
     ]
     return ["method", *(f"{part}, {group}" for part, group in places)], body
-
-
-def _bold(row: str) -> str:
-    return f"**{named(row)}**" if row == DEFAULT else named(row)
 
 
 def _main(section: Content, unseen: str) -> Rows:
@@ -233,7 +196,7 @@ def _main(section: Content, unseen: str) -> Rows:
         of = section["rows"][row]
         gains = [difference(of["minus"][AVERAGE][group]) if row != AVERAGE else "" for group in groups]
         cells = [cell for group, gain in zip(groups, gains, strict=True) for cell in (short(of["mean"][group]), gain)]
-        rows.append([_bold(row), *cells, *tables.calibrated(section, row, KNOWN)])
+        rows.append([bold(row), *cells, *tables.calibrated(section, row, KNOWN)])
     return rows
 
 
@@ -242,7 +205,7 @@ def _full(section: Content, rows: Iterable[str]) -> Rows:
     groups = section["groups"]
     return [
         [
-            _bold(row),
+            bold(row),
             *tables.cells(section, row, groups),
             section["rows"][row]["worst_group"],
             f"{short(section['rows'][row]['worst'])} {section['rows'][row]['worst_forgery']}",
@@ -256,7 +219,7 @@ def _full(section: Content, rows: Iterable[str]) -> Rows:
 def _minus(section: Content, rows: Iterable[str], other: str) -> Rows:
     """Differences to another row in every group."""
     return [
-        [_bold(row), *tables.differences(section, row, other, section["groups"])]
+        [bold(row), *tables.differences(section, row, other, section["groups"])]
         for row in rows
         if row in section["rows"] and row != other
     ]
@@ -318,106 +281,10 @@ def _forgeries(section: Content) -> tuple[list[str], Rows]:
 def _calibrations(section: Content) -> tuple[list[str], Rows]:
     """Header; ECE, F1 and best F1 in every group."""
     body = [
-        [_bold(row), *(cell for group in section["groups"] for cell in tables.calibrated(section, row, group))]
+        [bold(row), *(cell for group in section["groups"] for cell in tables.calibrated(section, row, group))]
         for row in section["rows"]
     ]
     return ["method", *(f"{name}, {group}" for group in section["groups"] for name in CALIBRATION.values())], body
-
-
-def _of(studies: Content, architecture: str, what: str) -> list[Any]:
-    return [of[what] for run, of in studies.items() if run.partition("-")[0] == architecture and what in of]
-
-
-def _several(studies: Content, architecture: str) -> dict[str, Any]:
-    """Mean AUC over six families by the number of specialists."""
-    merges = [one for of in _of(studies, architecture, "many") for one in of]
-    counts = sorted({len(one["experts"]) for one in merges})
-    rows = [
-        [_bold(row)]
-        + [
-            short(_mean(one["auc"][row]["six families"] for one in merges if len(one["experts"]) == count))
-            for count in counts
-        ]
-        for row in (merges[0]["auc"] if merges else ())
-    ]
-    return {"header": ["specialists", *map(str, counts)], "rows": rows}
-
-
-def _wrong(studies: Content, architecture: str) -> dict[str, Any]:
-    """In-distribution AUC of every case."""
-    runs = _of(studies, architecture, "robustness")
-    methods = list(runs[0]["as trained"]) if runs else []
-    rows = [
-        [case, *(short(_mean(run[case][row]["in-distribution"] for run in runs)) for row in methods)]
-        for case in (runs[0] if runs else ())
-    ]
-    return {"header": ["case", *methods], "rows": rows, "runs": len(runs)}
-
-
-def _features(studies: Content, architecture: str) -> dict[str, Any]:
-    """Cosines between specialists and from them to merges, and how far apart Real and Fake lie in each model."""
-    runs = _of(studies, architecture, "features")
-    models = runs[0]["models"]
-    experts = [models.index(kind) for kind in settings.MAIN]
-
-    def cosine(kind: str, model: str | None = None) -> str:
-        pairs = [(i, j) for i in experts for j in experts if i < j]
-        pairs = pairs if model is None else [(i, models.index(model)) for i in experts]
-        return f"{_mean(one[kind][i][j] for one in runs for i, j in pairs):.2f}"
-
-    def alone(run: Content, kind: str) -> float:
-        return _mean(run[kind][i][j] for i in experts for j in experts if i < j)
-
-    formats = {"separation": ".2f", "off_axis": ".3f", "size": ".2f"}
-    rows = [
-        [_bold(model)] + [format(_mean(one["spread"][model][key] for one in runs), how) for key, how in formats.items()]
-        for model in models
-    ]
-    columns = [(kind, model) for model in (None, AVERAGE, DEFAULT) for kind in ("real", "fake")]
-    return {
-        "cosines": [cosine(*column) for column in columns],
-        "holds": sum(alone(one, "real") > alone(one, "fake") for one in runs),
-        "rows": rows,
-        "common": f"{_mean(one['common'] for one in runs):.2f}",
-        "runs": len(runs),
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def judged(merges: Sequence[Content], rule: Rule) -> list[str]:
-    """AUC of a number, bad above good merges; then bad ones with an alarm of all bad, and good ones of all good.
-
-    Merges whose report lacks the number count as without alarm; where none is bad there is no AUC.
-    """
-    sign = 1.0 if rule.side == "above" else -1.0
-    numbers: dict[bool, list[float | None]] = {True: [], False: []}
-    for one in merges:
-        numbers[one["shortfall"] > BAD].append(one["report"][rule.number])
-    known = {bad: np.array([sign * number for number in of if number is not None]) for bad, of in numbers.items()}
-    alarms = [f"{(known[bad] > sign * rule.threshold).sum()}/{len(numbers[bad])}" for bad in (True, False)]
-    ranked = short(auc(known[False], known[True])) if all(map(len, known.values())) else "–"
-    return [ranked, ", ".join(alarms)]
-
-
-def _alarms(studies: Content) -> tuple[list[str], Rows]:
-    """Header, and every rule by regime."""
-    merges: dict[str, list[Any]] = {}
-    for run, of in studies.items():
-        merges.setdefault(settings.REGIMES[run.partition("-")[0]], []).extend(of["diagnosis"])
-    header = [f"{what}, {regime}" for regime in merges for what in ("AUC", "bad found, false alarms")]
-    rows = [
-        [
-            rule.number,
-            f"{rule.side} {rule.threshold:g}",
-            *(cell for of in merges.values() for cell in judged(of, rule)),
-            "yes" if rule.warns else "no",
-        ]
-        for rule in RULES
-    ]
-    return ["number of the report", "alarm", *header, "a warning?"], rows
 
 
 def write(content: Content) -> None:

@@ -26,10 +26,19 @@ from bench.quality.groups import groups_of
 from bench.quality.methods import all_methods, merged
 from bench.quality.models import Models, Run, StateDict
 from bench.quality.networks import load_state
+from bench.quality.tables import DEFAULT
 from r2m_kernels import analyze
 
 OUT = RESULTS / "quality" / "lengths.json"
-ROWS = ("weight average", "weight average × 1.2", "TSV-M × 1", "R2M", "R2M decorrelated", "R2M decorrelated, by tensor")
+ROWS = (
+    "weight average",
+    "weight average × 1.2",
+    "TSV-M × 1",
+    "R2M",
+    "R2M decorrelated",
+    "R2M decorrelated, by tensor",
+    DEFAULT,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

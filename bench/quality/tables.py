@@ -37,7 +37,7 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
     """Everything that pages and pictures show, from the files of the runs.
 
     Args:
-        directory: with ``logits/``, and ``validated.json`` and ``studies.json`` where these were made.
+        directory: with ``logits/``, and ``validated.json``, ``studies.json``, ``lengths.json`` where these were made.
         each: as ``map``: one that works on several runs at once.
     """
     paths = sorted(directory.glob("logits/*.npz"), key=lambda path: order(path.stem))
@@ -48,6 +48,7 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
         "validated": validated,
         "chosen": choose(validated),
         "studies": _read(directory / "studies.json"),
+        "lengths": _read(directory / "lengths.json"),
         "about": {name: run["about"] for name, run in runs.items()},
         "sections": {},
     }
@@ -197,6 +198,11 @@ def shown(content: Content, section: str) -> tuple[str, Content]:
 def named(row: str) -> str:
     """A row as a reader is to know it."""
     return NAMES.get(row, row)
+
+
+def bold(row: str) -> str:
+    """The same, the default in bold."""
+    return f"**{named(row)}**" if row == DEFAULT else named(row)
 
 
 def cells(section: Content, row: str, groups: Sequence[str]) -> list[str]:

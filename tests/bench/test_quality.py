@@ -15,9 +15,9 @@ from r2m.demo.faces import split_people
 from r2m.demo.samples import Group
 
 from bench.quality import choosing, groups, judging, methods, models, run, settings, store
-from bench.quality.docs import RULES
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
+from bench.quality.study_pages import RULES
 from r2m_kernels import MergeConfig
 from r2m_kernels.report import CALIBRATED
 

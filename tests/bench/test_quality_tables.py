@@ -257,6 +257,28 @@ def test_shares_are_of_the_ensembles_and_of_joint_trainings_gain(results):
     assert "pretrained | +.032 | – | 64 % | +.032 | – | 64 % |" in docs.pages(content)[docs.DOCS / "quality.md"]
 
 
+def test_the_page_says_where_decorrelated_and_default_change_places(results):
+    def moved(rate, length, *gains):
+        rows = dict.fromkeys(("ensemble", "weight average", "TSV-M × 1", "R2M decorrelated, by tensor"), 0.7)
+        rows |= {"R2M decorrelated": 0.75, tables.DEFAULT: None}
+        groups = ("in-distribution", "code")
+        auc = {row: dict.fromkeys(groups, value) for row, value in rows.items()}
+        auc[tables.DEFAULT] = {group: 0.75 - gain for group, gain in zip(groups, gains, strict=True)}
+        return {"rate": rate, "relative_to_base": [length] * 3, "own_families": [0.9, 0.8, 0.7], "auc": auc}
+
+    runs = {
+        "mobilenet-0": [moved(1, 0.01, 0.02, 0.01), moved(6, 0.05, 0.01, -0.02)],
+        "mobilenet-1": [moved(1, 0.012, 0.03, -0.01), moved(6, 0.05, -0.01, -0.03)],
+    }
+    page = docs.pages({**results[1], "lengths": runs})[docs.DOCS / "quality-studies.md"]
+    assert "vectors of 1.1 % to 5.0 % of the base's length." in page
+    assert "| 1 | 1.1 % | .800 | .700 | +.000 | +.050 | +.000 | +.000 | +.025 |" in page
+    assert "| 6 | 5.0 % | +.010 -.010 | -.020 -.030 |" in page
+    assert "In every run, in-distribution, decorrelated is ahead at 1.1 %, behind at no length." in page
+    assert "In every run, code, decorrelated is ahead at no length, behind at 5.0 %." in page
+    assert "Not run yet.\n" in docs.pages(results[1])[docs.DOCS / "quality-studies.md"]
+
+
 def test_pages_are_what_the_summary_gives():
     assert docs.main(["--check"]) == 0
 
