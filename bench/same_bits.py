@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 CASES = Path(__file__).with_name("outcomes.py")
-PINNED = "bc1e5ab"
+PINNED = "c57edca"
 # What is run, and what its environment has.
 PARTS: dict[str, dict[str, str]] = {"python": {}, "command": {}, "triton": {"TRITON_INTERPRET": "1"}}
 # Globs of cases that may differ from the pinned commit, and why.

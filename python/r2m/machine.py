@@ -31,14 +31,14 @@ def free_memory() -> int:
 
 
 def return_buffers(budget: int) -> None:
-    """From here on freed buffers go back to the system at once: of 64 KiB or more, or of a 64th of a larger budget.
+    """From here on freed buffers go back to the system at once: of 64 KiB or more, or a 128th of a larger budget.
 
     Where a merge hardly fits its budget, what an allocator keeps in holes between buffers of several sizes counts: up
     to 100 MiB, and so does what smaller ones leave at the end of its heap. Panels of 400 KiB that were freed in another
     order left 10 to 20 MiB of holes on some runs: much of 64 MiB. But a buffer that is taken anew costs a page fault
-    each 4 KiB, and threads wait for each other there: a third of the CPU time of a merge of 800 MB under 512 MiB.
+    each 4 KiB: a third of the CPU time of a merge of 800 MB under 512 MiB.
     """
-    least = max(_SMALLEST, budget // 64) if budget >= _BEARS_HOLES else _SMALLEST
+    least = max(_SMALLEST, budget // 128) if budget >= _BEARS_HOLES else _SMALLEST
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or none that can be asked
         library = ctypes.CDLL(None)
         for parameter, value in ((_M_MMAP_THRESHOLD, least), (_M_TRIM_THRESHOLD, max(least, 1 << 20))):

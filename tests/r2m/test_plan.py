@@ -223,7 +223,7 @@ def test_a_matrix_that_leaves_no_room_for_another_has_all_threads(monkeypatch: p
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("budget", "least"), [(2**26, 2**16), (2**29, 2**23)])
+@pytest.mark.parametrize(("budget", "least"), [(2**26, 2**16), (2**29, 2**22)])
 def test_small_budgets_alone_have_small_buffers_given_back(
     budget: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
