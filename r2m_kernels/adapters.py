@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,17 +89,8 @@ class Adapters:
         return dict(zip(self._terms.findings.experts, changes, strict=True))
 
     @deterministic
-    def within(self, numbers: int, together: Iterable[Sequence[str]], most: Mapping[str, int]) -> dict[str, int]:
-        """Matrix → the rank that :func:`ranks_within` finds.
-
-        Args:
-            numbers: of each expert's changes.
-            together: sequences of matrices that have one rank; each matrix that counts is in one.
-            most: matrix → what its rank is at most.
-        """
-        return ranks_within(numbers, [[self._columns(name, most[name]) for name in names] for names in together])
-
-    def _columns(self, name: str, most: int) -> Columns:
+    def columns(self, name: str, most: int) -> Columns:
+        """What the ``most`` largest columns of a matrix's changes hold, for :func:`ranks_within`."""
         products = self._products(name)
         values = [low_rank.singular_values(left.cpu().double(), right.cpu().double()) for left, right in products]
         energies = torch.stack(values).square().sum(dim=0)[:most]
@@ -146,11 +137,8 @@ class MergedChanges:
         return Change(*low_rank.collapsed(*self._product(name), most))
 
     @deterministic
-    def within(self, numbers: int, together: Iterable[Sequence[str]], most: Mapping[str, int]) -> dict[str, int]:
-        """As :meth:`Adapters.within` has it, of what is added."""
-        return ranks_within(numbers, [[self._columns(name, most[name]) for name in names] for names in together])
-
-    def _columns(self, name: str, most: int) -> Columns:
+    def columns(self, name: str, most: int) -> Columns:
+        """As :meth:`Adapters.columns` has it, of what is added."""
         energies = low_rank.singular_values(*self._product(name)).square()[:most]
         return Columns(name, sum(self._tensors[name].matrix_shape), energies)
 
@@ -176,7 +164,7 @@ class Columns(NamedTuple):
     Attributes:
         name: of the matrix.
         numbers: in a column of one expert's factors, m + n.
-        energies: (r,) float64, of all experts' k-th columns together; they fall.
+        energies: (r,) float64, of all experts' k-th columns together, in any unit that all have; they fall.
     """
 
     name: str
@@ -202,7 +190,7 @@ def ranks_within(numbers: int, together: Sequence[Sequence[Columns]]) -> dict[st
     ]
     costs = [sum(one.numbers for one in group) for group in together]
     left, found = numbers - sum(costs), [1] * len(costs)
-    worth = [(-energy / cost, place) for place, cost in enumerate(costs) for energy in padded[place][1:]]
+    worth = [(-energy / cost, place) for place, cost in enumerate(costs) for energy in padded[place][1:] if energy > 0]
     for _, place in sorted(worth):
         # After one that does not fit no other of its matrix does: they all cost the same.
         if costs[place] <= left:

@@ -31,7 +31,7 @@ from r2m.places import sync
 from r2m.recipe import ENSEMBLE, ONE
 from r2m.templating import render
 from r2m_kernels import Adapters, Analysis
-from r2m_kernels.adapters import MergedChanges
+from r2m_kernels.adapters import Columns, MergedChanges, ranks_within
 from r2m_kernels.errors import BadOption, printable, quoted
 from r2m_kernels.streaming import TensorSpec, plan_tensors
 
@@ -110,7 +110,8 @@ def write(
     """
     parts, place = analysis.adapters(arranged.config), directory / ADAPTERS.beside
     laid = _layout(kind, arranged, analysis, model, parts)
-    ranks = _within(limits.size, parts, laid, model.specs, {name: parts.ranks[name] for name in laid.targets.values()})
+    ranks = {name: parts.ranks[name] for name in laid.targets.values()}
+    ranks = _within(limits.size, parts, laid, model.specs, analysis, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in laid.targets.values()}
     place.mkdir(exist_ok=True)
     writers = {}
@@ -151,7 +152,7 @@ def write_one(
         )
         raise BadOption(f"adapters: {lost}, and the merge cannot be {ONE}")
     ranks = {name: min(parts.ranks[name], limits.rank or parts.ranks[name]) for name in targets.values()}
-    ranks = _within(limits.size, parts, laid, model.specs, ranks)
+    ranks = _within(limits.size, parts, laid, model.specs, analysis, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
     (place / MERGED).mkdir(parents=True, exist_ok=True)
     writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide)
@@ -168,13 +169,23 @@ def _within(
     parts: Adapters | MergedChanges,
     laid: Layout,
     specs: Mapping[str, TensorSpec],
+    analysis: Analysis,
     ranks: dict[str, int],
 ) -> dict[str, int]:
-    """Matrix → rank, none above those given: so that an adapter has its size."""
+    """Matrix → rank, none above those given: so that an adapter has its size.
+
+    Changes are measured by the energy of the layer itself: layers differ in how large their numbers are.
+    """
     if size is None:
         return ranks
+    squares = analysis.base_squares
+
+    def columns(name: str) -> Columns:
+        found = parts.columns(name, ranks[name])
+        return found._replace(energies=found.energies / max(squares[name], torch.finfo(torch.float64).tiny))
+
     numbers = int(size * sum(spec.numel for spec in specs.values())) - _numbers(laid, specs, {})
-    return parts.within(numbers, together(laid.targets), ranks)
+    return ranks_within(numbers, [[columns(name) for name in names] for names in together(laid.targets)])
 
 
 def _numbers(laid: Layout, specs: Mapping[str, TensorSpec], ranks: Mapping[str, int]) -> int:

@@ -195,8 +195,8 @@ class Recipe:
         FILES,
         "Numbers in an adapter at most, as a share of the model's (0.1): columns go to the layers where they count "
         "most, one to each at least. Not with --adapters merge.",
-        "By the energy of all experts' k-th singular values for each number that they take. What is saved whole "
-        "counts. An ensemble takes them from those of rank 0.25 unless another is given.",
+        "By the energy of all experts' k-th singular values, over the layer's own, for each number that they take. "
+        "What is saved whole counts. An ensemble takes them from those of rank 0.25 unless another is given.",
         check=checks.share,
         metavar="SHARE",
         unset="columns as the ranks say",

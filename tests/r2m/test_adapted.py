@@ -243,6 +243,17 @@ def test_columns_go_where_they_count_in_an_adapter_of_a_size(
         told = nbytes(job.arranged, job.recipe.adapters, job.recipe.adapter_size)
         assert abs(told - frozen - sum(tensor.nbytes for tensor in stored)) <= 3 * 8  # a counter has eight bytes
     assert read_recipe("m/r2m_config.yaml").adapter_size == size
+    # The same change counts for less in a layer of larger numbers.
+    few = ["--adapter-size", str(size - 8 * 160 / numbers), "--out"]
+    assert command(*MERGE, "--rank", "16", "--svd", "exact", *few, "few").code == 0
+    base = load_file("base.safetensors")
+    for name, state in {"base": base, **states}.items():
+        save_file(
+            {**state, "attn.qkv.weight": state["attn.qkv.weight"] + 99 * base["attn.qkv.weight"]}, f"{name}.safetensors"
+        )
+    assert command(*MERGE, "--rank", "16", "--svd", "exact", *few, "large").code == 0
+    ranks = [json.loads(Path(out, REPORT).read_text())["adapters"]["ranks"] for out in ("few", "large")]
+    assert ranks == [{"attn.qkv.weight": 15, "conv.weight": 1}, {"attn.qkv.weight": 8, "conv.weight": 6}]
 
 
 @pytest.mark.slow
