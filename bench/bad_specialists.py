@@ -1,6 +1,6 @@
 """Specialists that are good and bad on purpose, many and small: which numbers of a report tell them apart.
 
-    python -m bench.bad_specialists [--train A-B | --tables]
+    python -m bench.bad_specialists [--train A,B,… | --tables]
 
 A world is a seed: people, a base, healthy specialists of three families by recipes that differ, and bad ones of each
 kind of :data:`KINDS`. Networks are so small (6 thousand parameters) that hundreds are trained in minutes; they stay in
@@ -30,13 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.machine import ROOT, write_json
+from bench.quality import settings
+from bench.quality.models import Models, Run
 from r2m_kernels import MergeConfig, merge, screen
 
 StateDict = dict[str, Tensor]
 CACHE = ROOT / "build" / "bad_specialists"
 RESULTS, PAGE = ROOT / "bench" / "results" / "bad_specialists.json", ROOT / "docs" / "screening.md"
 BEGIN, END = "<!-- screening:begin, written by `python -m bench.bad_specialists` -->", "<!-- screening:end -->"
-DEVELOPMENT, FRESH = range(3), range(3, 15)
+DEVELOPMENT, FRESH = (0, 1, 2), (3, 4, 5, 6, 12, 13)
 FEATURES = 32
 FAMILIES = ("FS", "FR", "EFS")
 KINDS = {
@@ -48,7 +50,7 @@ KINDS = {
     "copy": "another specialist's weights, under another name",
 }
 TRAINED = ("flipped", "poisoned", "overtrained")
-HEALTHY, EACH = 18, 6  # of a world, by turns of the families
+HEALTHY, EACH = 20, 10  # of a world, by turns of the families
 BASE = Recipe(300, batch=32, learning_rate=2e-3)
 SPECIALIST = Recipe(120, batch=32, learning_rate=2e-3)
 DRAWS = 3
@@ -130,7 +132,9 @@ class World:
         if kind == "untrained":
             return state_of(network(10_000 + 100 * self.seed + number))
         if kind == "foreign":
-            return World(self.seed + 1 if self.seed % 3 != 2 else self.seed - 2, self._directory.parent).healthy(number)
+            worlds = DEVELOPMENT if self.seed in DEVELOPMENT else FRESH
+            other = worlds[(worlds.index(self.seed) + 1) % len(worlds)]
+            return World(other, self._directory.parent).healthy(number)
         if kind == "copy":
             return self.healthy(number)
         return self._get(f"{kind}-{number}", lambda: self._trained(number, f"{kind}/{number}", kind))
@@ -211,10 +215,23 @@ def screened(world: World) -> list[dict[str, Any]]:
                         "found": bool(suspects.keys() & one_of),
                         "others": together - len(one_of),
                         "false": len(suspects.keys() - one_of),
-                        "numbers": dict(found.numbers[kind]),
                     }
                 )
     return rows
+
+
+def screened_large(architecture: str) -> dict[str, Any]:
+    """The same of bench.quality's specialists, three to a merge: how many healthy, foreign, doubled are found."""
+    counts = {"architecture": architecture, "runs": 0, "healthy": 0, "foreign": 0, "copy": 0}
+    for seed in settings.FRESH:
+        base, experts = Models(Run(architecture, seed)).trained()
+        first, _, third = experts
+        other = Models(Run(architecture, settings.FRESH[seed % len(settings.FRESH) - 1])).specialist(FAMILIES[1])
+        counts["runs"] += 1
+        counts["healthy"] += len(screen(base, dict(zip(FAMILIES, experts, strict=True))).suspects)
+        counts["foreign"] += "FR" in screen(base, {"FS": first, "FR": other, "EFS": third}).suspects
+        counts["copy"] += bool(screen(base, {"FS": first, "FR": first, "EFS": third}).suspects)
+    return counts
 
 
 def attacked(world: World) -> list[dict[str, Any]]:
@@ -280,6 +297,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def large(rows: Sequence[dict[str, Any]]) -> str:
+    """Of the larger ones."""
+    lines = [
+        "| larger detectors, three to a merge | healthy ones suspected | one of another base | one of them twice |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        runs = row["runs"]
+        cells = share(row["healthy"], 3 * runs), share(row["foreign"], runs), share(row["copy"], runs)
+        lines.append(f"| {row['architecture']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def attacks(rows: Sequence[dict[str, Any]]) -> str:
     """Success of the patch by method and N."""
     lines = [
@@ -303,19 +333,19 @@ def attacks(rows: Sequence[dict[str, Any]]) -> str:
 def write(content: dict[str, Any]) -> None:
     """The tables into the page."""
     text = PAGE.read_text()
-    made = f"{table(content['screened'])}\n\n**What the patch hides**\n\n{attacks(content['attacked'])}"
+    found, hides = table(content["screened"]), attacks(content["attacked"])
+    made = f"{found}\n\n{large(content['large'])}\n\n**What the patch hides**\n\n{hides}"
     PAGE.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", metavar="A-B", help="worlds A to B alone, and judge nothing")
+    parser.add_argument("--train", metavar="A,B,…", help="these worlds alone, and judge nothing")
     parser.add_argument("--tables", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.train:
-        first, last = map(int, options.train.split("-"))
-        for seed in range(first, last + 1):
+        for seed in map(int, options.train.split(",")):
             world = World(seed)
             for number in range(HEALTHY):
                 world.healthy(number)
@@ -327,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.tables:
         content = {
             "screened": [row for seed in FRESH for row in screened(World(seed))],
+            "large": [screened_large(architecture) for architecture in ("cnn", "vit", "mobilenet")],
             "attacked": [row for seed in FRESH for row in attacked(World(seed))],
         }
         write_json(RESULTS, json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 4)))
