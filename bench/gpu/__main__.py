@@ -1,6 +1,10 @@
-"""Is this version right and fast on this GPU? Smoke, tests, operators, whole merges, tuner; one JSON file each.
+"""Is this version right and fast on this GPU? One JSON file for each part, and at the end what was predicted beside it.
 
     python -m bench.gpu [--seconds 570] [--out DIR] [--only PART] [--rehearsal]
+
+In this order: smoke (what the GPU gives, every operator on small cases; two minutes that are worth having alone),
+operators beside their roofs, merges as people run them, where their time goes and what profilers and sanitizers say,
+the default beside rivals, tests, tuner. The last of it is a table of predicted beside measured times.
 
 Files go to ``--out``, by default ``$OUT`` or ``bench/results``. Every part is a process of its own, so that neither a
 crash nor a lost GPU takes the next one along, has a share of the time, and leaves its file however it ends. The exit
@@ -29,6 +33,7 @@ except ImportError:
     print("bench.gpu: this Python has no torch; choose one that has, as in make gpu PYTHON=…", file=sys.stderr)
     raise SystemExit(3) from None
 
+from bench.gpu import summary
 from bench.gpu.record import Record, Session
 from bench.machine import RESULTS, ROOT, write_json
 from r2m_kernels._triton import launch
@@ -37,9 +42,11 @@ from r2m_kernels._triton import launch
 # start. What one part does not need is the next one's.
 PARTS = {
     "smoke": ("bench.gpu.smoke", 0.20),
-    "tests": ("bench.gpu.tests", 0.48),
-    "operators": ("bench.gpu.operators", 0.68),
-    "merges": ("bench.gpu.merges", 0.88),
+    "operators": ("bench.gpu.operators", 0.34),
+    "usual": ("bench.gpu.usual", 0.58),
+    "tools": ("bench.gpu.tools", 0.72),
+    "merges": ("bench.gpu.merges", 0.82),
+    "tests": ("bench.gpu.tests", 0.96),
     "tuner": ("bench.tune", 1.0),
 }
 NO_GPU = 3
@@ -124,6 +131,7 @@ def main() -> int:
             session = Session(out, options.until or time.monotonic() + seconds, options.rehearsal)
             return 0 if one_part(options.only, session) else 1
         verdicts = all_parts(out, seconds, options.rehearsal)
+        summary.show(out)
         files = sorted(out.glob("*.json"))
         print(f"\n{len(files)} files in {out}" + ", which is temporary" * options.rehearsal)
         for part, verdict in verdicts.items():

@@ -23,7 +23,7 @@ import torch
 from bench import cost_model, rivals
 from bench.cases import StateDict, block_shapes, checkpoints, first_blocks
 from bench.gpu import checks
-from bench.gpu.record import Record, Session, chip_of, table
+from bench.gpu.record import Record, Session, predicting_chip, table
 from r2m_kernels import MergeConfig, _triton, analyze, merge
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
@@ -59,7 +59,7 @@ def jobs(session: Session) -> list[tuple[Transformer, int, torch.dtype]]:
 
 
 def same_bits(first: StateDict, second: StateDict) -> bool:
-    integers = {2: torch.int16, 4: torch.int32}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return all(
         torch.equal(*(one[name].view(integers[one[name].element_size()]) for one in (first, second))) for name in first
     )
@@ -139,18 +139,6 @@ def torch_backend(session: Session, model: Transformer, base: StateDict, experts
     return {"seconds": whole}
 
 
-def from_host(session: Session, base: StateDict, experts: list[StateDict]) -> dict[str, Any]:
-    """Inputs in the CPU's memory, computed on the GPU; and what copying as many bytes from pinned memory takes."""
-    host = [{name: tensor.cpu() for name, tensor in state.items()} for state in (base, *experts)]
-    took = seconds(session, lambda: merge(host[0], host[1:], DEFAULT, device="cuda", backend="triton"), repeats=2)
-    block = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    into = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    copy = seconds(session, lambda: into.copy_(block, non_blocking=True), repeats=5)
-    size = sum(tensor.nbytes for state in host for tensor in state.values())
-    assert copy is not None
-    return {"seconds": took, "link_bytes_per_second": block.nbytes / copy, "copy_seconds": size / block.nbytes * copy}
-
-
 def beside_rivals(
     session: Session,
     model: Transformer,
@@ -189,20 +177,19 @@ def one_job(
     if not row["passed"]:
         return row  # no time for a wrong result
     ours = row["seconds"] = seconds(session, lambda: merge(base, experts, DEFAULT, backend="triton"), repeats=5)
-    row["rivals"] = beside_rivals(session, model, (base, experts), blocks)
-    if ours is None:
-        return row
-    for rival in row["rivals"].values():
-        rival["over_ours"] = None if rival["seconds"] is None else rival["seconds"] / ours
-    chip = chip_of(session)
+    chip = predicting_chip(session)
     if chip is not None:
         shapes = cost_model.Shapes.of(model.name, [tuple(tensor.shape) for tensor in base.values()])
         job = cost_model.Job(count, dtype, session.target)
         costs = cost_model.merge_costs(shapes, job, DEFAULT.rank, group_bytes=DEVICE_GROUP_BYTES)
         row["floor_seconds"] = cost_model.floor_seconds(costs, chip)
-        row["over_floor"] = ours / row["floor_seconds"]
-    if (model, count, dtype) == jobs(session)[0] and session.left() > 30:
-        row["from_host"] = from_host(session, base, experts)
+        row["predicted_seconds"] = sum(cost.predicted_seconds(chip) for cost in costs if not cost.link_bytes)
+    row["rivals"] = beside_rivals(session, model, (base, experts), blocks)
+    if ours is not None:
+        for rival in row["rivals"].values():
+            rival["over_ours"] = None if rival["seconds"] is None else rival["seconds"] / ours
+        if chip is not None:
+            row["over_floor"] = ours / row["floor_seconds"]
     return row
 
 

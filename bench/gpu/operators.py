@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import cost_model
 from bench.cost_model import Chip, Job, StepCost
 from bench.gpu import checks
-from bench.gpu.record import Record, Session, Stopwatch, caught_launches, chip_of, copy_bandwidth, table
+from bench.gpu.record import Record, Session, Stopwatch, caught_launches, copy_bandwidth, predicting_chip, table
 from r2m_kernels import _triton
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
@@ -181,9 +181,18 @@ def measured(case: Timed, stopwatch: Stopwatch, session: Session) -> dict[str, A
 def floors(
     costs: list[StepCost], chip: Chip | None, bandwidth: float | None, milliseconds: float | None
 ) -> dict[str, Any]:
-    """The time beside the floors of the same work; without a known chip beside the copy's bandwidth alone."""
+    """The time beside what was predicted and the floors of the same work, of memory, cache and arithmetic.
+
+    Without a known chip beside the copy's bandwidth alone.
+    """
     moved = sum(cost.bytes_read + cost.bytes_written for cost in costs)
     row: dict[str, Any] = {"bytes": moved, "flops": sum(cost.flops for cost in costs)}
+    if chip is not None:
+        row["predicted_milliseconds"] = sum(cost.predicted_seconds(chip) for cost in costs) * 1e3
+        # Each of the roofs alone.
+        row["memory_milliseconds"] = moved / chip.bandwidth * 1e3
+        row["l2_milliseconds"] = sum(cost.loaded_bytes for cost in costs) / chip.l2 * 1e3 if chip.l2 else None
+        row["arithmetic_milliseconds"] = sum(cost.flops / chip.rate(cost.kind) for cost in costs if cost.flops) * 1e3
     if milliseconds is None or bandwidth is None:
         return row
     row["gb_per_s"] = moved / milliseconds / 1e6
@@ -208,7 +217,7 @@ def jobs(session: Session) -> Iterator[tuple[tuple[int, int], Job, int]]:
 
 
 def run(session: Session, record: Record) -> bool:
-    stopwatch, chip = Stopwatch(session), chip_of(session)
+    stopwatch, chip = Stopwatch(session), predicting_chip(session)
     bandwidth = copy_bandwidth(session, stopwatch)
     record.content |= {"chip": chip.name if chip else None, "copy_bytes_per_second": bandwidth, "rank": RANK}
     record.save()
@@ -226,7 +235,20 @@ def run(session: Session, record: Record) -> bool:
             record.attempt(row, operator=case.operator, job=what)
         del group
         session.free_cache()
-    keys = ("error_over_bound", "milliseconds", "gb_per_s", "over_floor", "over_copy_floor")
+    roofs = [f"{roof}_milliseconds" for roof in ("memory", "l2", "arithmetic")]
+    keys = ("error_over_bound", "milliseconds", *roofs, "gb_per_s", "over_floor", "over_copy_floor")
     lines = [[row["operator"], row["job"], *[row.get(key) for key in keys]] for row in record.rows]
-    table(["operator", "group", "error/bound", "ms", "GB/s", "x floor", "x copy floor"], lines)
+    head = [
+        "operator",
+        "group",
+        "error/bound",
+        "ms",
+        "memory ms",
+        "L2 ms",
+        "FLOP ms",
+        "GB/s",
+        "x floor",
+        "x copy floor",
+    ]
+    table(head, lines)
     return record.close()

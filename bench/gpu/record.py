@@ -163,6 +163,11 @@ def chip_of(session: Session) -> Chip | None:
     return next((CHIPS[chip] for chip, pattern in CHIP_NAMES.items() if re.search(pattern, name)), None)
 
 
+def predicting_chip(session: Session) -> Chip | None:
+    """The same for predictions, which a rehearsal makes for an H200."""
+    return CHIPS["H200"] if session.rehearsal else chip_of(session)
+
+
 @dataclasses.dataclass
 class Caught:
     """One launch that has run: it can be run again with the same arguments."""

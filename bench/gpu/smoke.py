@@ -1,8 +1,9 @@
-"""Is every operator right on this GPU? Small cases, each against float64 with a bound derived in ``checks.py``.
+"""What does this GPU give, and is every operator right on it? Small cases, each against float64 with a derived bound.
 
     python -m bench.gpu --only smoke
 
-The cases that matter most come first, and the file is written after each: seconds are enough for an answer.
+The bounds are derived in ``checks.py``. The cases that matter most come first, and the file is written after each:
+seconds are enough for an answer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from bench.cost_model import Job
-from bench.gpu import checks
+from bench.gpu import checks, roofs
 from bench.gpu.cases import cases
 from bench.gpu.operators import GroupOf
 from bench.gpu.record import Record, Session, table
 from r2m_kernels import MergeConfig, _triton
+from r2m_kernels._triton import launch
 from r2m_kernels.truncation import truncate_residuals
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +38,10 @@ def checked(session: Session) -> Iterator[Check]:
     for dtype in types:
         yield from _operators(session, odd, dtype, 3, offset=1)
     for count in (8, 1, 2):
-        for dtype in types[:2]:
+        for dtype in types[:1] if session.rehearsal and count < 3 else types[:2]:
             yield from _operators(session, even, dtype, count)
+    if not session.rehearsal:  # half an hour in the interpreter
+        yield f"combine {launch.MOST_TENSORS + 4} vectors", lambda: _many_vectors(session)
 
 
 def _operators(
@@ -68,7 +72,24 @@ def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
         yield f"truncate_residuals 2 x {m}x{n} {Job(3, dtype, session.target)}", truncated
 
 
+def _many_vectors(session: Session) -> float:
+    """More tensors than a grid's second dimension has programs, merged in one call."""
+    size = launch.MOST_TENSORS + 4
+    flat = torch.randn(3, size, 8, generator=checks.generator(session.device, seed=0), device=session.device)
+    bases, *experts = [list(of_one) for of_one in flat]
+    outs = [torch.empty_like(base) for base in bases]
+    core = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    _triton.combine(bases, experts, core, None, None, None, outs)
+    whole = [flat[0], list(flat[1:]), core]
+    return checks.judge_combined(torch.stack(outs), *whole)  # type: ignore[arg-type]
+
+
 def run(session: Session, record: Record) -> bool:
+    try:
+        record.content["roofs"] = roofs.measured(session)
+    except Exception as failure:  # what is right is wanted all the same
+        record.content["roofs"] = {"error": str(failure)[-500:]}
+    table(["roof", "per second"], [[name, value] for name, value in record.content["roofs"].items()])
     for name, check in checked(session):
         if not record.time_for(name, 5):
             break
