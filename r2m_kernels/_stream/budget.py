@@ -157,7 +157,7 @@ def split(
     needed = sum(inputs.factor_bytes(tensor, config) for tensor in tensors)
     stay = 0 if device is None else device * 3 // 4 - min(device // 2, needed if config.eta != 0 else 0)
     ring = 0
-    if device is not None and any(map(brought, tensors)):
+    if device is not None:  # results may leave it, if no inputs come
         ring = RING_BYTES if budget is None else min(RING_BYTES, budget // RING_SHARE)
     if budget is None:
         return Memory(None, None, None, None, 0, _kept(stay, tensors, inputs, brought), group, ring)

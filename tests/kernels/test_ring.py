@@ -13,7 +13,11 @@ from cases import checkpoints, same_bits
 from bench import pretended_gpu as pretended
 from bench.pretended_gpu import DeviceTensor, host, pretended_gpu
 from r2m_kernels import MergeConfig, analyze, merge
-from r2m_kernels._stream.ring import Piece, Ring
+from r2m_kernels._stream import budget
+from r2m_kernels._stream.budget import Inputs
+from r2m_kernels._stream.compatibility import plan
+from r2m_kernels._stream.ring import RING_BYTES, Piece, Ring
+from r2m_kernels._stream.state_dicts import StateDictSource
 from r2m_kernels.streaming import TensorSpec
 
 DEVICE = torch.device("cuda:0")
@@ -233,3 +237,26 @@ def test_what_fits_on_the_gpu_is_kept_and_the_next_pass_begins_where_the_last_on
     kept = analysis._run.memory.kept
     assert kept == {"a", "odd", "bias"}
     assert (first[:3], second[-2:]) == (["a", "b", "c"], ["c", "b"])
+
+
+def test_pinned_memory_is_taken_from_the_budget_and_inputs_stay_while_they_fit_beside_factors():
+    base, experts = states()
+    sources = [StateDictSource(str(index), one) for index, one in enumerate((base, *experts))]
+    inputs = Inputs(sources[0], {source.label: source for source in sources[1:]})
+
+    def split(limit, config, device):
+        tensors = plan(inputs.base, inputs.named, config).tensors
+        return budget.split(limit, tensors, inputs, config, threads=1, whole={}, device=device)
+
+    size, whole = 2**24, MergeConfig.r2m(rank=0.5, whole_up_to=0)
+    assert split(None, AVERAGE, size).ring == RING_BYTES
+    assert split(None, AVERAGE, None).ring == 0
+    counted = split(2**22, AVERAGE, size)
+    assert counted.ring == 2**22 // budget.RING_SHARE
+    assert counted.flight + counted.factors + counted.ring <= 2**22
+    needed = sum(inputs.factor_bytes(one, whole) for one in plan(inputs.base, inputs.named, whole).tensors)
+    kept = [split(None, config, 4 * needed).kept for config in (AVERAGE, whole)]
+    room = [4 * needed * 3 // 4, 4 * needed * 3 // 4 - needed]
+    taken = [sum(sum(one[name].nbytes for one in (base, *experts)) for name in names) for names in kept]
+    assert all(bytes_ <= most for bytes_, most in zip(taken, room, strict=True))
+    assert taken[0] > taken[1] > 0
