@@ -154,10 +154,13 @@ def _made(term: Term, run: Run, group: Group) -> Tensor:
 
 
 class _Weighing:
-    """A backend's ``weigh_rows``, with derivatives by the scales."""
+    """A backend's operators, of which ``weigh_rows`` has derivatives by the scales."""
 
     def __init__(self, operators: Operators) -> None:
         self._operators = operators
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operators, name)
 
     def weigh_rows(self, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
         """See :class:`r2m_kernels._interface.Operators`."""
