@@ -24,7 +24,7 @@ import torch
 from r2m import machine as this
 from r2m.checkpoints.safetensors_file import plan_files
 from r2m.forecast import Rates, Resources, measured_rates
-from r2m.merge import Job, open_job
+from r2m.job import Job, open_job
 from r2m.options import Options
 from r2m.recipe import Expert, Recipe
 

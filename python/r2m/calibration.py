@@ -25,8 +25,9 @@ from r2m.evaluation.reading import read_all
 from r2m.evaluation.request import Request
 from r2m.evaluation.run import run_detector
 from r2m.evaluation.statistics import estimated, under
+from r2m.job import open_job
 from r2m.log_odds import Calibration
-from r2m.merge import merge_files, open_job
+from r2m.merge import merge_files
 from r2m.options import Options
 from r2m.output import Workplace, held
 from r2m.places import new_file

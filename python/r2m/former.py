@@ -97,7 +97,7 @@ def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the output of the former merge.
-        state: of the other one, as its :meth:`r2m.merge.Job.state` has it.
+        state: of the other one, as its :meth:`r2m.job.Job.state` has it.
     """
     try:
         content = STATE.whole(Path(out), STATE.file)

@@ -11,7 +11,7 @@ from typing import Any
 
 from r2m import former, plain_yaml
 from r2m.checkpoints import hub
-from r2m.merge import open_job
+from r2m.job import open_job
 from r2m.options import Options
 from r2m.output import INPUTS, held
 from r2m.ownership import RECIPE_FILE, digest, rewrite

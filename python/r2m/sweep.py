@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from r2m import former
-from r2m.merge import Job, complete, open_job
+from r2m.job import Job, open_job
+from r2m.merge import complete
 from r2m.options import SWEPT, Options
 from r2m.output import PartialOutput, Workplace, held
 from r2m.ownership import foreign, is_unfinished

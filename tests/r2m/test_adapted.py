@@ -19,7 +19,7 @@ from r2m.checkpoints import adapters
 from r2m.checkpoints.adapter_layout import carrying_biases, changed_layers, layers, layout
 from r2m.checkpoints.reader import open_checkpoint
 from r2m.checkpoints.view import View
-from r2m.merge import open_job
+from r2m.job import open_job
 from r2m.recipe import Recipe
 from r2m.recipe_file import read_recipe
 from safetensors.torch import load_file, save_file

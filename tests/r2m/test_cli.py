@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import forked
 import pytest
+import r2m.job
 import r2m.merge
 import torch
 from r2m.commands.main import main
@@ -466,7 +467,7 @@ def test_a_failure_of_the_machine_names_the_file(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "fs.safetensors")
 
-    monkeypatch.setattr(r2m.merge, "open_checkpoint", refuse)
+    monkeypatch.setattr(r2m.job, "open_checkpoint", refuse)
     result = command("merge", *checkpoints.arguments, "--out", "out")
     assert (result.code, result.err) == (1, "Error: fs.safetensors: permission denied\n")
 

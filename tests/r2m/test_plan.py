@@ -187,9 +187,9 @@ def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_default_budget_is_shared_by_the_processes_of_a_machine(start: Callable[..., Any]) -> None:
-    code = "from r2m import machine, merge; machine.free_memory = lambda: 1000 * 2**20\n"
+    code = "from r2m import job, machine; machine.free_memory = lambda: 1000 * 2**20\n"
     code += "from r2m.recipe import Expert, Recipe\n"
-    code += "print(merge.open_job(Recipe('base.safetensors', {'a': Expert('a.safetensors')})).budget)"
+    code += "print(job.open_job(Recipe('base.safetensors', {'a': Expert('a.safetensors')})).budget)"
     for processes in (1, 4):
         out, _ = start(script=code, environment={"LOCAL_WORLD_SIZE": str(processes)}).communicate(timeout=60)
         assert int(out) == 600 * 2**20 // processes

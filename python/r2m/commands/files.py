@@ -62,7 +62,7 @@ def schema() -> None:
 def convert(source: str, out: str, dtype: str | None, overwrite: bool, allow_pickle: bool, **given: Any) -> None:
     """Write the checkpoint SOURCE to the file OUT, whose ending says how: .safetensors, or .pth for torch.save."""
     from r2m.convert import convert as write
-    from r2m.merge import OUTPUT_DTYPES
+    from r2m.job import OUTPUT_DTYPES
 
     arrangement = Arrangement.from_options(only_given(given))
     chosen = OUTPUT_DTYPES[dtype] if dtype else None

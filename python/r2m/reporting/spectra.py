@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from r2m import former
-from r2m.merge import open_job
+from r2m.job import open_job
 from r2m.reporting.figures import OTHERS, Picture, curves, picture
 from r2m.shorten import clip, shorten
 from r2m_kernels.errors import BadOption

@@ -29,7 +29,7 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
-from r2m.merge import Job, open_job
+from r2m.job import Job, open_job
 from r2m.options import Options
 from r2m.recipe import ARRANGEMENT, Arrangement, Expert, Recipe
 from r2m_kernels import Analysis
