@@ -159,7 +159,15 @@ def apart(directory: Path) -> None:
         together.base_model.set_adapter(list(EXPERTS))
         forward.append(distance(together, loaded(build, merged), images))
         bounds.append(beyond(together.merge_and_unload().state_dict(), merged, base.state_dict()))
-        found[name] = {"beyond": max(bounds), "forward": max(forward), **about}
+        # An ensemble of a size, whose layers have ranks of their own: PEFT makes of each what we make of it.
+        sized = place / "sized"
+        mean = load_file(sized / "model.safetensors")
+        for expert in EXPERTS:
+            alone = with_adapters(loaded(build, mean), sized, [expert])
+            bounds.append(beyond(alone.merge_and_unload().state_dict(), folded(sized, expert), mean))
+        ranks = json.loads((sized / "r2m_report.json").read_text())["adapters"]["ranks"]
+        sizes = len(set(ranks.values()))
+        found[name] = {"beyond": max(bounds), "forward": max(forward), "sizes": sizes, **about}
     print(json.dumps(found))
 
 
@@ -175,8 +183,19 @@ def merges(place: Path, base: Mapping[str, Tensor], states: Mapping[str, Mapping
     apart = ["--format", "adapters", "--adapters"]
     for kind in (["ensemble"], ["merge", "--method", "r2m"]):
         assert main([*words, *apart, *kind, "--out", str(place / kind[0])]) == 0
+    assert main([*words, *apart, "ensemble", "--adapter-size", "0.25", "--out", str(place / "sized")]) == 0
     assert main([*words, "--out", str(place / "merged")]) == 0
     return load_file(place / "merged" / "model.safetensors")
+
+
+def folded(out: Path, expert: str) -> dict[str, Tensor]:
+    """The model with one of its adapters, as ``r2m merge`` makes it of them."""
+    from r2m.commands.main import main
+
+    words = ["--base", str(out / "model.safetensors"), "--expert", f"e={out / 'adapters' / expert}"]
+    made = out / "folded" / expert
+    assert main(["merge", "--quiet", "--method", "weight_average", *words, "--out", str(made)]) == 0
+    return load_file(made / "model.safetensors")
 
 
 def with_adapters(model: nn.Module, out: Path, experts: Sequence[str]) -> PeftModel:
