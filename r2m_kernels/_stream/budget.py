@@ -51,7 +51,7 @@ class Inputs:
         """In their order."""
         return list(self.named.values())
 
-    @property
+    @cached_property
     def sources(self) -> list[TensorSource]:
         """The base, then the experts."""
         return [self.base, *self.experts]

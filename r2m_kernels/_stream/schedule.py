@@ -203,8 +203,9 @@ def work_list(
     elements, flight = sum(tensor.spec.numel for tensor in rest), memory.flight
 
     def goes_alone(tensor: PlannedTensor) -> bool:
-        crowded = flight is not None and 2 * (inputs.working_bytes(tensor) + over.workspace(tensor, inputs)) > flight
-        return tensor.spec.numel * threads > elements or (threads > 1 and crowded)
+        if tensor.spec.numel * threads > elements or threads == 1 or flight is None:
+            return tensor.spec.numel * threads > elements
+        return 2 * (inputs.working_bytes(tensor) + over.workspace(tensor, inputs)) > flight
 
     ways = [(tensor, goes_alone(tensor)) for tensor in rest]
     works += [Work((tensor,)) for tensor, alone in ways if alone]

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from r2m_kernels import _backends
-from r2m_kernels._triton import ahead
+from r2m_kernels._triton import ahead, launch
 
 ROOT = Path(__file__).parents[2]
 TARGET = SimpleNamespace(backend="cuda", arch=90)
@@ -93,6 +93,7 @@ def test_what_does_not_fit_is_told(change, why, tmp_path, monkeypatch):
 def test_the_report_says_what_became_of_them(monkeypatch):
     cuda = SimpleNamespace(type="cuda")
     monkeypatch.setattr(_backends, "_why_not_triton", lambda device: "")
+    monkeypatch.setattr(launch, "slow_in_float64", lambda device: False)
     monkeypatch.setattr(ahead, "fill", lambda device: "7 kernels")
     assert _backends.choose("triton", cuda).reason == "asked for by name; 7 kernels"
     assert _backends.choose("auto", cuda).reason == "the fastest one this version has for cuda; 7 kernels"
