@@ -19,7 +19,7 @@ from .._interface import Effort, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import launch
 from .addresses import on_device
-from .orthonormalize import inner_products, orthonormal_rows
+from .orthonormalize import orthonormal_rows, parts_of_products
 from .residual_matmul import Shift, matrix_group, multiply, sketch
 from .sums import summed
 
@@ -35,8 +35,9 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 STEEP = 4e-3
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])
+@triton.jit(do_not_specialize=["count", "parts", "tiles"])
 def judge_kernel(
+    partial,
     products,
     energies,
     before,
@@ -44,20 +45,27 @@ def judge_kernel(
     trusted,
     gap,
     count,
+    parts,
     tiles,
     STEEP: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """trusted[l, i] and gap[l, i], see :class:`r2m_kernels._interface.ShiftedFactors`, of each residual.
+    """products[l, i], trusted[l, i] and gap[l, i] of each residual, as :class:`r2m_kernels._interface.ShiftedFactors`.
 
-    products (L, N, N) of the factors and energies (L, N) of the residuals; before and last: sums of squares of tiles,
-    (L, N, tiles), as shares of the energies, of the products of the last two steps (KNOWN: there were two).
+    partial (L, N, N, parts) adds up to the inner products of factors; energies (L, N) are the residuals'. before and
+    last: sums of squares of tiles, (L, N, tiles), as shares of the energies, of the products of the last two steps
+    (KNOWN: there were two).
     """
     residual = tl.program_id(0).to(tl.int64)
     energy, expert = tl.load(energies + residual), residual % count
-    kept = tl.load(products + residual * count + expert)
+    kept = energy * 0.0
+    for other in range(count):
+        product = residual * count + other
+        sums = summed(partial + product * parts, parts, BLOCK)
+        tl.store(products + product, sums)
+        kept = tl.where(other == expert, sums, kept)
     beyond = tl.where(energy - kept >= STEEP * energy, 1, 0)  # a NaN is not
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
@@ -107,18 +115,20 @@ def shifted_truncation(
         basis = _orthonormal(basis, passes=1 if step + 1 < steps else 2)
     product, _ = multiply(group, mixing, basis, not tall, full)
     left, right = (product, basis) if tall else (basis, product)
-    products = inner_products(left, right)
-    return ShiftedFactors(left.transpose(-1, -2), right, False, products, *_judged(products, energies, kept))
+    judged = _judged(parts_of_products(left, right), energies, kept)
+    return ShiftedFactors(left.transpose(-1, -2), right, False, *judged)
 
 
-def _judged(products: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Whether truncations can be relied on, and their gaps: (L, N) both."""
+def _judged(partial: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products (L, N, N) of their parts, whether truncations can be relied on, and their gaps: (L, N) both."""
     before, last = kept[-2:] if len(kept) > 1 else (energies, energies)
+    products = torch.empty(partial.shape[:-1], dtype=torch.float64, device=partial.device)
     trusted, gap, config = torch.empty_like(energies, dtype=torch.int8), torch.empty_like(energies), launch.sums()
     launch.start(
         judge_kernel,
         (energies.numel(),),
         config,
+        partial,
         products,
         energies,
         before,
@@ -126,13 +136,14 @@ def _judged(products: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Ten
         trusted,
         gap,
         energies.shape[1],
+        partial.shape[-1],
         last.shape[-1],
         STEEP=STEEP,
         SLOWEST=SLOWEST,
         KNOWN=len(kept) > 1,
         BLOCK=config.block,
     )
-    return trusted.view(torch.bool), gap
+    return products, trusted.view(torch.bool), gap
 
 
 def _orthonormal(rows: Tensor, passes: int) -> Tensor:
