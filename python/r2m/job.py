@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -59,6 +59,7 @@ from r2m_kernels.streaming import (
 
 # Of the memory that is free, what a merge takes unless it is told: the page cache and others want some.
 BUDGET_SHARE = 0.6
+Asked = TypeVar("Asked")
 OUTPUT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
@@ -176,7 +177,15 @@ class Job:
 
     def analyze(self, **more: Any) -> Analysis:
         """Steps 1 to 3; ``more`` are arguments of :func:`r2m_kernels.analyze`."""
-        return analyze(
+        return self._asked(analyze, **more)
+
+    def screen(self, processes: ProcessGroup, progress: Progress | None) -> Screening:
+        """Who of the experts is suspected; one pass over all inputs. Errors are :func:`r2m_kernels.screen`'s."""
+        return self._asked(screen, processes=processes, progress=progress)
+
+    def _asked(self, ask: Callable[..., Asked], **more: Any) -> Asked:
+        """What a function of checkpoints, configuration and machine finds of this merge's."""
+        return ask(
             self.arranged.base,
             self.arranged.experts,
             self.arranged.config,
@@ -184,19 +193,6 @@ class Job:
             backend=self.options.backend,
             memory_budget=self.budget,
             **more,
-        )
-
-    def screen(self, processes: ProcessGroup, progress: Progress | None) -> Screening:
-        """Who of the experts is suspected; one pass over all inputs. Errors are :func:`r2m_kernels.screen`'s."""
-        return screen(
-            self.arranged.base,
-            self.arranged.experts,
-            self.arranged.config,
-            device=self.options.device,
-            backend=self.options.backend,
-            memory_budget=self.budget,
-            progress=progress,
-            processes=processes,
         )
 
     def write(self, analysis: Analysis, sink: SafetensorsSink, progress: Progress | None) -> None:
