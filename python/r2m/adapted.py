@@ -26,6 +26,7 @@ from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, change
 from r2m.checkpoints.adapter_writer import AdapterWriter
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import ADAPTERS
+from r2m.checkpoints.saved_names import Family
 from r2m.checkpoints.view import View
 from r2m.places import sync
 from r2m.recipe import ENSEMBLE, ONE
@@ -36,6 +37,18 @@ from r2m_kernels.errors import BadOption, printable, quoted
 from r2m_kernels.streaming import TensorSpec, plan_tensors
 
 MERGED = "merged"  # what one is called
+
+
+class Base(NamedTuple):
+    """What adapters are on.
+
+    Attributes:
+        name: what they call it.
+        family: whose names its model has, where its files have others.
+    """
+
+    name: str
+    family: Family | None = None
 
 
 class Limits(NamedTuple):
@@ -93,7 +106,7 @@ def _both_projections(targets: Mapping[str, str], truncated: Iterable[str]) -> N
 
 
 def write(
-    directory: Path, arranged: Arranged, kind: str, limits: Limits, analysis: Analysis, model: Checkpoint, base: str
+    directory: Path, arranged: Arranged, kind: str, limits: Limits, analysis: Analysis, model: Checkpoint, base: Base
 ) -> dict[str, Any]:
     """Adapters into directories of their own, each on the disk when this returns.
 
@@ -103,7 +116,7 @@ def write(
         kind: ``ensemble`` or ``merge``.
         limits: beside the ranks of the truncation.
         model: what is written in the output already.
-        base: what that will be called.
+        base: what it will be.
 
     Returns:
         What the report says of them.
@@ -117,7 +130,7 @@ def write(
     writers = {}
     for name in arranged.experts:
         (place / name).mkdir(exist_ok=True)
-        writers[name] = AdapterWriter(place / name, laid, model.specs, ranks, wide)
+        writers[name] = AdapterWriter(place / name, laid, model.specs, ranks, wide, base.family)
     # A heavier expert's part of the residual term is larger; alone it is what it is.
     weights = analysis.real_subspace.weights * len(writers) if kind == ENSEMBLE else torch.ones(len(writers))
     for module, name in laid.targets.items():
@@ -129,11 +142,11 @@ def write(
     for name in (name for names in laid.saved.values() for name in names):
         for expert, writer in writers.items():
             writer.write_whole(name, _own(arranged.experts[expert], model, name))
-    return _finished(place, writers, base, kind, laid, model.specs, ranks)
+    return _finished(place, writers, base.name, kind, laid, model.specs, ranks)
 
 
 def write_one(
-    directory: Path, arranged: Arranged, limits: Limits, analysis: Analysis, model: Checkpoint, base: str
+    directory: Path, arranged: Arranged, limits: Limits, analysis: Analysis, model: Checkpoint, base: Base
 ) -> dict[str, Any]:
     """The merge as one adapter on the base. Arguments are :func:`write`'s.
 
@@ -155,13 +168,13 @@ def write_one(
     ranks = _within(limits.size, parts, laid, model.specs, analysis, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
     (place / MERGED).mkdir(parents=True, exist_ok=True)
-    writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide)
+    writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide, base.family)
     for module, name in targets.items():
         bias = _beyond(model, arranged.base, f"{module}{BIAS}") if laid.biased else None
         writer.write_change(module, *parts.change(name, ranks[name]), bias)
     for name in (name for names in laid.saved.values() for name in names):
         writer.write_whole(name, model.read(name))
-    return _finished(place, {MERGED: writer}, base, ONE, laid, model.specs, ranks)
+    return _finished(place, {MERGED: writer}, base.name, ONE, laid, model.specs, ranks)
 
 
 def _within(

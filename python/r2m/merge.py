@@ -25,6 +25,7 @@ from r2m import (
 from r2m.card import card
 from r2m.checkpoints.formats import ADAPTERS
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.saved_names import family_of
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Resources, lines, measured_rates
 from r2m.job import Job, open_job
@@ -235,11 +236,12 @@ def complete(
     if job.format is ADAPTERS:
         model = open_checkpoint(directory, "the model")
         limits = adapted.Limits(recipe.adapter_rank, recipe.adapter_size)
+        family = family_of(job.copied.get(labels.FILE, b""))
         if recipe.adapters == ONE:
-            base = adapted.base_name(recipe.base, job.arranged)
+            base = adapted.Base(adapted.base_name(recipe.base, job.arranged), family)
             adapters = adapted.write_one(directory, job.arranged, limits, analysis, model, base)
         else:
-            kind, base = recipe.adapters, partial.target.name
+            kind, base = recipe.adapters, adapted.Base(partial.target.name, family)
             adapters = adapted.write(directory, job.arranged, kind, limits, analysis, model, base)
     merged = {tensor.name: tensor.spec for tensor in analysis.plan.tensors}
     heads, agreed = job.arranged.head or list(analysis.plan.heads), job.arranged.agreed

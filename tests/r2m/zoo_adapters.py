@@ -92,6 +92,13 @@ KINDS = {
             {"target_modules": ["wide", "square", "along"], "fan_in_fan_out": True},
         ),
     ),
+    # Its files have other names than its modules.
+    "transformers_vit": Kind(
+        zoo.KINDS["transformers_vit"].build,
+        {"target_modules": ["q_proj", "v_proj", "o_proj"], "modules_to_save": ["classifier", "layernorm_after"]},
+        ({"target_modules": "all-linear"}, {"use_dora": True, "bias": "lora_only"}),
+        whole=True,
+    ),
 }
 
 
@@ -168,7 +175,31 @@ def apart(directory: Path) -> None:
         ranks = json.loads((sized / "r2m_report.json").read_text())["adapters"]["ranks"]
         sizes = len(set(ranks.values()))
         found[name] = {"beyond": max(bounds), "forward": max(forward), "sizes": sizes, **about}
-    print(json.dumps(found))
+    print(json.dumps(found | {"transformers_vit": named_otherwise(directory / "transformers_vit")}))
+
+
+def named_otherwise(place: Path) -> dict[str, Any]:
+    """The same of a model whose files have other names than its modules: beside what we make of its adapters."""
+    from r2m.commands.main import main
+
+    base, read = zoo.KINDS["transformers_vit"].build(), zoo.ViTForImageClassification.from_pretrained
+    base.save_pretrained(place / "base")
+    words = ["merge", "--quiet", "--base", str(place / "base"), "--rank", "4", "--whole-up-to", "0"]
+    for expert in EXPERTS:
+        loaded(zoo.KINDS["transformers_vit"].build, specialist(base.state_dict())).save_pretrained(place / expert)
+        words += ["--expert", str(place / expert)]
+    out = place / "out"
+    assert main([*words, "--format", "adapters", "--out", str(out)]) == 0
+    mean, bounds, forward = read(out).eval(), [], []
+    images = torch.randn(4, 3, zoo.SIZE, zoo.SIZE, generator=torch.Generator().manual_seed(9))
+    for expert in EXPERTS:
+        folded(out, expert, out)
+        expected, alone = read(out / "folded" / expert).eval(), with_adapters(read(out), out, [expert])
+        forward.append(distance(alone, expected, images))
+        bounds.append(beyond(alone.merge_and_unload().state_dict(), expected.state_dict(), mean.state_dict()))
+        assert distance(mean, expected, images) > 1e-3
+    about = json.loads((out / "r2m_report.json").read_text())["adapters"]
+    return {"beyond": max(bounds), "forward": max(forward), **about}
 
 
 def merges(place: Path, base: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -188,11 +219,11 @@ def merges(place: Path, base: Mapping[str, Tensor], states: Mapping[str, Mapping
     return load_file(place / "merged" / "model.safetensors")
 
 
-def folded(out: Path, expert: str) -> dict[str, Tensor]:
-    """The model with one of its adapters, as ``r2m merge`` makes it of them."""
+def folded(out: Path, expert: str, base: Path | None = None) -> dict[str, Tensor]:
+    """The model with one of its adapters, as ``r2m merge`` makes it of them; ``base``: of a directory."""
     from r2m.commands.main import main
 
-    words = ["--base", str(out / "model.safetensors"), "--expert", f"e={out / 'adapters' / expert}"]
+    words = ["--base", str(base or out / "model.safetensors"), "--expert", f"e={out / 'adapters' / expert}"]
     made = out / "folded" / expert
     assert main(["merge", "--quiet", "--method", "weight_average", *words, "--out", str(made)]) == 0
     return load_file(made / "model.safetensors")
@@ -246,7 +277,7 @@ def distance(model: nn.Module, other: nn.Module, images: Tensor) -> float:
     """Between two models' outputs, relative to the second's."""
     with torch.no_grad():
         outputs = [one(images) for one in (model, other)]
-    found, expected = (one if isinstance(one, Tensor) else one.pooler_output for one in outputs)
+    found, expected = (one if isinstance(one, Tensor) else one[-1] for one in outputs)
     return float((found - expected).abs().max() / expected.abs().max())
 
 

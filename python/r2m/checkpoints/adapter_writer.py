@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from r2m.checkpoints.adapter_config import CONFIG, WEIGHTS
 from r2m.checkpoints.adapter_layout import IN_PROJECTION, OUT_PROJECTION, Layout
+from r2m.checkpoints.saved_names import Family, in_models
 from r2m.checkpoints.writer import SafetensorsSink
 from r2m.places import sync, write_file
 from r2m_kernels.streaming import TensorSpec
@@ -33,6 +34,7 @@ class AdapterWriter:
         specs: of the model's tensors, as they are saved whole.
         ranks: weight → columns of its change.
         dtypes: weight → dtype of its factors, and of its bias.
+        family: of the model, where it has other names than its file.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class AdapterWriter:
         specs: Mapping[str, TensorSpec],
         ranks: Mapping[str, int],
         dtypes: Mapping[str, torch.dtype],
+        family: Family | None = None,
     ) -> None:
-        self._directory, self._layout, self._specs = directory, layout, specs
+        self._directory, self._layout, self._specs, self._family = directory, layout, specs, family
         self._ranks, self._dtypes = _alike_in_attention(layout, ranks), dtypes
         self._sink = SafetensorsSink(directory, {}, sys.maxsize, single=WEIGHTS[0])
         self._sink.begin(self._announced())
@@ -57,12 +60,15 @@ class AdapterWriter:
             if self._layout.biased:
                 found[self._key(module, "lora_B.bias")] = TensorSpec(shape[:1], dtype)
         whole = (name for names in self._layout.saved.values() for name in names)
-        return found | {_BEFORE + name: self._specs[name] for name in whole}
+        return found | {_BEFORE + self._called(name): self._specs[name] for name in whole}
+
+    def _called(self, name: str) -> str:
+        return in_models(name, self._family) if self._family else name
 
     def _key(self, module: str, part: str) -> str:
         if self._twice(module):
             module = f"{module.removesuffix(OUT_PROJECTION)}.base_layer{OUT_PROJECTION}"
-        return f"{_BEFORE}{module}.{part}"
+        return f"{_BEFORE}{self._called(module)}.{part}"
 
     def _twice(self, module: str) -> bool:
         """Whether it is the projection of PyTorch's attention, which lies in what PEFT wraps, and is added twice."""
@@ -84,7 +90,7 @@ class AdapterWriter:
 
     def write_whole(self, name: str, tensor: Tensor) -> None:
         """A tensor of a module that is saved whole."""
-        self._sink.write(_BEFORE + name, tensor)
+        self._sink.write(_BEFORE + self._called(name), tensor)
 
     def finish(self, base: str, card: bytes, card_file: str) -> None:
         """Write what is beside the tensors; all of it is on the disk then.
@@ -100,7 +106,8 @@ class AdapterWriter:
         sync(self._directory)
 
     def _config(self, base: str) -> bytes:
-        ranks, targets = self._ranks, self._layout.targets
+        ranks = {self._called(module): rank for module, rank in self._ranks.items()}
+        targets = {self._called(module): name for module, name in self._layout.targets.items()}
         attention = {one + OUT_PROJECTION for one, name in targets.items() if name.endswith(IN_PROJECTION)}
         common = Counter(ranks.values()).most_common(1)[0][0]
         # PEFT takes the first that fits the end of a module's name: of those that do, its own is the longest.
@@ -112,8 +119,8 @@ class AdapterWriter:
             "lora_alpha": common,
             "rank_pattern": others,
             "alpha_pattern": others,
-            "target_modules": _targets(sorted(targets.keys() - attention), self._specs),
-            "modules_to_save": list(self._layout.saved) or None,
+            "target_modules": _targets(sorted(targets.keys() - attention), map(self._called, self._specs)),
+            "modules_to_save": [*map(self._called, self._layout.saved)] or None,
             "lora_bias": self._layout.biased,
             "bias": "none",
             "lora_dropout": 0.0,
@@ -137,9 +144,9 @@ def _alike_in_attention(layout: Layout, ranks: Mapping[str, int]) -> dict[str, i
     return found
 
 
-def _targets(modules: list[str], specs: Mapping[str, TensorSpec]) -> list[str] | str:
+def _targets(modules: list[str], names: Iterable[str]) -> list[str] | str:
     """Names, or a pattern where another module's name ends as one of them: to PEFT it would be that one."""
-    parts = (name.split(".")[:-1] for name in specs)
+    parts = (name.split(".")[:-1] for name in names)
     known = {".".join(one[:count]) for one in parts for count in range(1, len(one) + 1)} - {*modules}
     if any(one.endswith(f".{module}") for module in modules for one in known):
         return "|".join(module.replace(".", r"\.") for module in modules)

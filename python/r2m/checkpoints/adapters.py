@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from r2m.checkpoints.files import Checkpoint, TensorFile
 from r2m.checkpoints.formats import INDEXES, OUTPUTS
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.low_rank import Factors, added
+from r2m.checkpoints.saved_names import FAMILIES, in_files
 from r2m.checkpoints.view import LazyTensor, View, zeros
 from r2m_kernels.errors import BadCheckpoint, DoesNotFit, NotFinite, printable, quoted
 from r2m_kernels.streaming import FLOATING, TensorSpec, dtype_name
@@ -119,13 +121,14 @@ def onto(base: View, adapter: View) -> View:
 
     Args:
         base: what the adapter belongs to.
-        adapter: of :func:`changes`, under the same names, or under some that all have one beginning more or less.
+        adapter: of :func:`changes`, under the same names, or under those that transformers has for them in a model; all
+            may have one beginning more or less.
 
     Raises:
         DoesNotFit: the base has no such tensor, or one of another shape.
     """
-    made = {name: one for name, one in adapter.tensors.items() if isinstance(one, Change)}
-    places, way = _places(base, adapter, made)
+    adapter, places, way = _placed(base, adapter)
+    made = _made(adapter)
     tensors, aliases = dict(base.tensors), dict(base.aliases)
     for name, one in adapter.tensors.items():
         if name not in made:
@@ -158,7 +161,7 @@ def described(source: Checkpoint, base: str | None = None) -> dict[str, str]:
     config = source.adapter
     assert config is not None
     view = changes(source)
-    made = {name: one for name, one in view.tensors.items() if isinstance(one, Change)}
+    made = _made(view)
     products = [one.factors for one in made.values() if one.kind != "bias"]
     whole = [name for name in view.tensors if name not in made]
     told = {True: ": the one given", False: ": not the one given", None: "; whether it is the one given cannot be told"}
@@ -283,6 +286,23 @@ def _finite(source: Checkpoint, name: str, shape: tuple[int, int]) -> Callable[[
         return factor
 
     return read
+
+
+def _made(adapter: View) -> dict[str, Change]:
+    return {name: one for name, one in adapter.tensors.items() if isinstance(one, Change)}
+
+
+def _placed(base: View, adapter: View) -> tuple[View, dict[str, str], _Way]:
+    """An adapter under its own names or those of files, whichever the base has, and :func:`_places` of it."""
+    try:
+        return adapter, *_places(base, adapter, _made(adapter))
+    except DoesNotFit:
+        for family in FAMILIES:
+            view = View(adapter.source, {in_files(name, family): one for name, one in adapter.tensors.items()}, {})
+            if view.tensors.keys() != adapter.tensors.keys() and len(view.tensors) == len(adapter.tensors):
+                with suppress(DoesNotFit):
+                    return view, *_places(base, view, _made(view))
+        raise
 
 
 def _places(base: View, adapter: View, made: Iterable[str]) -> tuple[dict[str, str], _Way]:
