@@ -35,7 +35,7 @@ from ._interface import Operators
 from ._stream.budget import Inputs
 from ._stream.parallel import deterministic
 from ._stream.plan import Plan
-from ._stream.processes import Journal, ProcessGroup
+from ._stream.processes import Journal, KeptFactors, ProcessGroup
 from ._stream.run import Run, RunOptions, StepRecord
 from ._stream.schedule import Pass
 from ._stream.state_dicts import Checkpoint, Experts, StateDictSink, StateDictSource, open_checkpoints
@@ -181,6 +181,7 @@ def analyze(
     progress: Progress | None = None,
     processes: ProcessGroup | None = None,
     journal: Journal | None = None,
+    kept: KeptFactors | None = None,
     **overrides: Unpack[Overrides],
 ) -> Analysis:
     """Steps 1–3 once; the result merges at any smaller rank, other eta, core scale or norm matching for step 5's cost.
@@ -199,7 +200,7 @@ def analyze(
         torch.Size([20, 20])
     """
     config = checked(config, MergeConfig.r2m()).replace(**overrides)
-    options = RunOptions(device, backend, memory_budget, spill_directory, processes, journal)
+    options = RunOptions(device, backend, memory_budget, spill_directory, processes, journal, kept)
     run = Run(Inputs(*open_checkpoints(base, experts)), config, options, passes)
     # 1. How the task vectors lie to one another.
     found = run.each(gram.GramStep(run, config), progress)

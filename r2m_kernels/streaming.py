@@ -7,8 +7,9 @@ from ._backends import choose as choose_backend
 from ._stream import budget
 from ._stream.budget import Inputs
 from ._stream.compatibility import plan as plan_tensors
+from ._stream.factors import Factors
 from ._stream.plan import Plan, PlannedTensor
-from ._stream.processes import Journal, NoJournal, ProcessGroup, SingleProcess
+from ._stream.processes import Journal, KeptFactors, NoJournal, ProcessGroup, SingleProcess
 from ._stream.schedule import Pass, Work, shares, whole_bytes, work_list
 from ._stream.spill import FACTORS_PREFIX
 from ._stream.tensors import (
@@ -24,6 +25,7 @@ from ._stream.tensors import (
     dtype_name,
 )
 from .merging import passes as plan_passes
+from .single_truncation import depends_on_others
 from .sources import sources_digest
 
 __all__ = [
@@ -32,8 +34,10 @@ __all__ = [
     "Backend",
     "BlockSource",
     "DirectSource",
+    "Factors",
     "Inputs",
     "Journal",
+    "KeptFactors",
     "LowRankSource",
     "NoJournal",
     "PartialSink",
@@ -49,6 +53,7 @@ __all__ = [
     "Work",
     "budget",
     "choose_backend",
+    "depends_on_others",
     "dtype_name",
     "plan_passes",
     "plan_tensors",

@@ -20,7 +20,7 @@ from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
 from ._stream.factors import Factors, GroupFactors, Side
 from ._stream.loader import Group
 from ._stream.plan import Plan, PlannedTensor
-from ._stream.processes import Journal
+from ._stream.processes import Journal, KeptFactors
 from ._stream.run import Run
 from ._stream.schedule import Found, Pass, Step
 from ._stream.stored import StoredMatrix
@@ -30,6 +30,7 @@ from .fields import WHOLE_SPECTRUM
 from .findings import Findings, Truncated
 from .norm_matching import any_residual
 from .plain_truncation import Truncatable, exact, exact_bytes, sketch_width, test_matrix, textbook, textbook_by_expert
+from .single_truncation import depends_on_others, with_kept
 from .spectra import map_spectra, mapping_bytes
 
 Method = Literal["shifted", "textbook", "exact"]
@@ -164,6 +165,8 @@ class TruncationStep(Step):
     def __init__(self, run: Run, config: MergeConfig, mixing: Tensor, grams: Mapping[str, Tensor]) -> None:
         super().__init__(truncation_pass(run.plan, config, run.backend.operators))
         self._config, self._run, self._mixing, self._grams = config, run, mixing, grams
+        alone = not depends_on_others(config, run.backend.operators)
+        self._single = run.kept if alone else None
 
     def remembered(self, journal: Journal) -> Mapping[str, Any]:
         """Factors are not written down: a tensor that is not merged yet is truncated again, the same to the bit."""
@@ -180,6 +183,8 @@ class TruncationStep(Step):
             first, dtype = group.tensors[0], group.compute_dtype
             exact = low_rank.truncate(group.experts, first.matrix_shape[0], self._mixing, first.rank, dtype)
             return [self._in_store(group.tensors, exact)]
+        if self._single is not None and (made := self._with_kept(self._single, group)) is not None:
+            return [self._in_store(group.tensors, made)]
         inputs, operators = Truncatable(group.names, group.bases, group.experts), self._run.backend.operators
         rank, known = group.tensors[0].rank, [self._grams[name] for name in group.names]
         factors = truncate(inputs, self._mixing, rank, self._config, operators, known)
@@ -197,6 +202,22 @@ class TruncationStep(Step):
         if fine:
             made.append(self._kept([tensors[place] for place in fine], inputs.some(fine), factors.some(fine), dtype))
         return made
+
+    def _with_kept(self, kept: KeptFactors, group: Group) -> GroupFactors | None:
+        """Factors of task vectors, those that are kept among them; ``None`` where all have to be truncated together."""
+        (tensor,), config, operators = group.tensors, self._config, self._run.backend.operators
+
+        def make(places: Sequence[int]) -> GroupFactors | None:
+            inputs = Truncatable(group.names, group.bases, [group.experts[place] for place in places])
+            alone = torch.eye(len(places), dtype=torch.float64)  # each residual is a task vector
+            grams = [self._grams[tensor.name][places][:, places]]
+            factors = truncate(inputs, alone, tensor.rank, config, operators, grams)
+            if untrusted(factors.trusted):
+                return None
+            return map_spectra(factors, inputs, alone, config, operators, group.compute_dtype)
+
+        names = list(self._run.inputs.named)
+        return with_kept(kept, tensor.name, names, tensor.matrix_shape, group.compute_dtype, make)
 
     def from_storage(self, tensor: PlannedTensor, inputs: Sequence[StoredMatrix], pace: Pace) -> list[Made]:
         """The same; factors go into the store an expert at a time, and their products are worked out from there."""

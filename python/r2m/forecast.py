@@ -64,6 +64,7 @@ class Output:
         max_shard_size: bytes of tensors per file.
         copies: of the merged tensors on the disk in the end: two where another format is written from them.
         beside: bytes of adapters.
+        keeps: whether truncations are kept for merges to come.
     """
 
     directory: Path
@@ -72,6 +73,7 @@ class Output:
     max_shard_size: int
     copies: int = 1
     beside: int = 0
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Forecast:
         budget: bytes for each process.
         free_disk: bytes where the output goes.
         copies: see :class:`Output`.
+        kept: bytes of truncations at most that are kept for merges to come.
     """
 
     experts: int
@@ -120,6 +123,7 @@ class Forecast:
     budget: int
     free_disk: int
     copies: int = 1
+    kept: int = 0
 
     @property
     def read(self) -> int:
@@ -128,8 +132,8 @@ class Forecast:
 
     @property
     def disk(self) -> int:
-        """Bytes that must be free: the output and what low-rank factors spill."""
-        return self.copies * self.output + sum(share.spill for share in self.shares)
+        """Bytes that must be free: the output, what low-rank factors spill, and what is kept of them."""
+        return self.copies * self.output + sum(share.spill for share in self.shares) + self.kept
 
     @property
     def over(self) -> list[str]:
@@ -197,6 +201,7 @@ def forecast(inputs: Inputs, config: MergeConfig, backend: Backend, output: Outp
         budget=resources.budget,
         free_disk=machine.free_disk(output.directory),
         copies=output.copies,
+        kept=sum(inputs.factor_bytes(tensor, config) for tensor in plan.tensors) if output.keeps else 0,
     )
 
 
@@ -309,7 +314,8 @@ def lines(forecast: Forecast, rates: Rates, cores: int, out: str) -> list[str]:
         f"memory   {size(max(share.memory for share in forecast.shares))} at most, of a budget of "
         f"{size(forecast.budget)}{each}; the process itself takes {size(machine.resident())} besides",
         f"disk     {size(forecast.disk)} of {size(forecast.free_disk)} free"
-        + (f", {size(spill)} of it for low-rank factors" if spill else ""),
+        + (f", {size(spill)} of it for low-rank factors" if spill else "")
+        + (f", {size(forecast.kept)} at most for what is kept of each expert" if forecast.kept else ""),
         f"time     about {forecast.seconds(rates, cores):.1f} s, of which {rates.start:.1f} s to start"
         + (f"; {count} processes on {cores} core{'s' * (cores != 1)}" if count > 1 else ""),
     ]

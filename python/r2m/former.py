@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from r2m.workplace import settle
 from r2m_kernels import Analysis
 from r2m_kernels.errors import BadFile
 
-# Keys of a state on which no Gram matrix of two experts depends.
+# Keys of a state on which no Gram matrix of two experts depends, and no truncation of one alone.
 _FREE = (
     *("merge_method", "dtype", "format", "adapters", "adapter_rank", "adapter_size"),
     *("max_shard_size", "order of experts", "specialists", "temperature", "head_bias"),
@@ -104,6 +104,21 @@ def grams(out: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
         return _of_the_same(content["state"], content["grams"], json.loads(json.dumps(state)))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):  # what we have not written
         return {}
+
+
+def of_each(state: Mapping[str, Any], files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """For each expert what decides what is made of it where no other one counts: what its truncations are kept by.
+
+    Args:
+        state: of a merge, as its :meth:`r2m.job.Job.state` has it.
+        files: expert → its files and the base's, as the state's inputs have them.
+    """
+    common = {key: value for key, value in state.items() if key not in (*_FREE, "experts", INPUTS)}
+    common["parameters"] = {name: value for name, value in common["parameters"].items() if name != "weights"}
+    return {
+        name: [common, state["experts"][name], {file: state[INPUTS][file] for file in own}]
+        for name, own in files.items()
+    }
 
 
 def _of_the_same(before: dict[str, Any], known: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

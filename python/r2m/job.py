@@ -53,6 +53,7 @@ from r2m_kernels.streaming import (
     PartialSink,
     ProcessGroup,
     choose_backend,
+    depends_on_others,
     sources_digest,
     usable_device,
 )
@@ -175,6 +176,17 @@ class Job:
             },
         }
 
+    def single(self, out: str | Path) -> dict[str, Any]:
+        """For each expert all that decides the truncations of its own, if they depend on no other's."""
+        base, *own = ([from_output(out, str(one["file"])) for one in source.fingerprints] for source in self.sources)
+        files = {name: [*base, *theirs] for name, theirs in zip(self.recipe.experts, own, strict=True)}
+        return former.of_each(self.state(out), files)
+
+    @property
+    def not_single(self) -> str:
+        """Why they do depend on others, as a clause; empty where they do not."""
+        return depends_on_others(self.arranged.config, self.backend.operators)
+
     def analyze(self, **more: Any) -> Analysis:
         """Steps 1 to 3; ``more`` are arguments of :func:`r2m_kernels.analyze`."""
         return self._asked(analyze, **more)
@@ -213,7 +225,8 @@ class Job:
             if self.format is ADAPTERS
             else 0
         )
-        written = Output(directory, self.metadata, self.dtype, self.options.shard_bytes, self.format.copies, beside)
+        layout = (self.metadata, self.dtype, self.options.shard_bytes, self.format.copies)
+        written = Output(directory, *layout, beside, self.options.keep_factors)
         inputs = Inputs(self.arranged.base, self.arranged.experts)
         return forecast(inputs, self.arranged.config, self.backend, written, resources)
 
@@ -262,4 +275,8 @@ def open_job(recipe: Recipe, options: Options | None = None) -> Job:
         if arranged.base.specs.keys() == base.specs.keys() and os.path.lexists(beside / name)
     }
     common = preprocessing.common(known, recipe.preprocessing)
-    return Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)
+    job = Job(recipe, options, budget, (base, *experts.values()), arranged, counts, common, copied)
+    if options.keep_factors and job.not_single:
+        what = "expected a method and a backend that truncate each expert by itself"
+        raise BadOption(f"keep_factors: {what}; {job.not_single}")
+    return job

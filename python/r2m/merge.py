@@ -15,6 +15,7 @@ from typing import Any
 from r2m import (
     adapted,
     former,
+    kept_factors,
     labels,
     machine,
     ownership,
@@ -30,6 +31,7 @@ from r2m.checkpoints.writer import SafetensorsSink
 from r2m.forecast import Forecast, Resources, lines, measured_rates
 from r2m.job import Job, open_job
 from r2m.journal import FileJournal
+from r2m.kept_factors import FactorFiles
 from r2m.options import Options
 from r2m.output import (
     PartialOutput,
@@ -99,7 +101,7 @@ def merge_files(
     started = time.perf_counter()
     options, processes = options or Options(), processes or SingleProcess()
     with contextlib.ExitStack() as stack:
-        job, partial, trouble = None, None, None
+        job, partial, trouble, kept = None, None, None, None
         run = {"overwrite": options.overwrite, "resume": options.resume}
         screening: dict[str, Any] | None = None
         try:
@@ -110,6 +112,7 @@ def merge_files(
                 job = _without(job, found, options.screen)
                 screening = {"asked": options.screen, **found.plain()}
             state = job.state(out)
+            kept = _kept(job, out)
             if processes.index == 0:
                 workplace = workplace or stack.enter_context(held(out))
                 check_output(out, inputs=job.inputs, **run)
@@ -125,12 +128,14 @@ def merge_files(
         if partial.finished:
             return former.report_of(out)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
-        analysis, sink = _merge(job, partial, processes, known, progress)
+        analysis, sink = _merge(job, partial, processes, known, kept, progress)
         if processes.index != 0:
             return analysis.report()
         assert workplace is not None
         workplace.check()
         report = complete(job, partial, sink, analysis, state, started, calibrated, screening)
+        if kept is not None:
+            kept.sweep()
         del analysis  # Windows removes no file that is open, and its factors may lie beside the output
     return report
 
@@ -147,6 +152,14 @@ def _without(job: Job, found: Screening, mode: str) -> Job:
     recipe = reduce(Recipe.without_expert, found.suspects, job.recipe)
     told = tuple(f"left out by --screen: {line}" for line in found.told)
     return open_job(replace(recipe, notes=(*recipe.notes, *told)), job.options)
+
+
+def _kept(job: Job, out: str | Path) -> FactorFiles | None:
+    """Where truncations of single experts are kept, if they are asked for or a former merge into ``out`` kept them."""
+    known = job.options.reuse and kept_factors.is_there(out)
+    if job.not_single or not (job.options.keep_factors or known):
+        return None
+    return FactorFiles(kept_factors.directory_of(out), job.single(out))
 
 
 def plan_merge(
@@ -180,9 +193,14 @@ def plan_merge(
 
 
 def _merge(
-    job: Job, partial: PartialOutput, processes: ProcessGroup, known: Mapping[str, Any], progress: Progress | None
+    job: Job,
+    partial: PartialOutput,
+    processes: ProcessGroup,
+    known: Mapping[str, Any],
+    kept: FactorFiles | None,
+    progress: Progress | None,
 ) -> tuple[Analysis, SafetensorsSink]:
-    """All tensors, wherever a former run was cut off; ``known`` are Gram matrices."""
+    """All tensors, wherever a former run was cut off; ``known`` are Gram matrices, ``kept`` has truncations."""
     if job.budget < 2 * job.input_bytes:  # with results and factors beside them inputs hardly fit
         machine.return_buffers(job.budget)
     sink = job.sink(partial, create=processes.index == 0)
@@ -194,6 +212,7 @@ def _merge(
             progress=progress,
             processes=processes,
             journal=journal,
+            kept=kept,
         )
         sink.tie(analysis.plan.aliases)
         sink.mark_written(journal.known("combination"))

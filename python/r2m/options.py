@@ -52,6 +52,12 @@ class Options:
         choices=get_args(Screened),
         unset="nobody looks",
     )
+    keep_factors: bool = option(
+        False,
+        RUN,
+        "Keep truncations of each expert in DIR.factors and take those there: add truncates the new one alone.",
+        "Of methods without a core, whose truncations depend on no other expert (docs/projects.md).",
+    )
     reuse: bool = option(
         False, _NO_FLAG, "Take what a former merge into DIR found, where this one would find the same to the bit."
     )

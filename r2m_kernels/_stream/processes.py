@@ -1,4 +1,4 @@
-"""Who shares the work of a merge, and what of it is on the disk already: two protocols a run knows.
+"""Who shares the work of a merge, and what of it is on the disk already: three protocols a run knows.
 
 One process with nothing to remember is :class:`SingleProcess` and :class:`NoJournal`; others are the application's.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+from .factors import Factors
 
 
 class ProcessGroup(Protocol):
@@ -47,6 +49,22 @@ class Journal(Protocol):
 
     def record(self, step: str, name: str, value: Any) -> None:
         """Write one down; from several threads."""
+        ...
+
+
+class KeptFactors(Protocol):
+    """Truncations of single experts, of merges before and for merges to come; asked by several threads and processes.
+
+    Each has the factors (1, m, r) and (1, r, n) and the gap (1,) of one task vector. They are given back as they were
+    put, strides included: which of two dimensions is contiguous.
+    """
+
+    def get(self, tensor: str, expert: str) -> Factors | None:
+        """What is kept of an expert's tensor, if the same would be made of it now."""
+        ...
+
+    def put(self, tensor: str, expert: str, factors: Factors) -> None:
+        """Keep it."""
         ...
 
 

@@ -23,7 +23,7 @@ from .compatibility import plan as plan_tensors
 from .loader import Loader
 from .parallel import workers
 from .plan import Plan, PlannedTensor
-from .processes import Journal, NoJournal, ProcessGroup, SingleProcess
+from .processes import Journal, KeptFactors, NoJournal, ProcessGroup, SingleProcess
 from .schedule import Found, Pass, Step, run_in_groups, run_on_threads, shares, whole_bytes, work_list
 from .spill import FactorStore
 from .state_dicts import device_of
@@ -53,6 +53,7 @@ class RunOptions:
         spill_directory: takes the factors that exceed the budget; ``None``: the system's temporary one.
         processes: who shares the work.
         journal: who writes down what is found.
+        kept: where truncations of single experts are, and go.
     """
 
     device: str | torch.device | None = None
@@ -61,6 +62,7 @@ class RunOptions:
     spill_directory: str | Path | None = None
     processes: ProcessGroup | None = None
     journal: Journal | None = None
+    kept: KeptFactors | None = None
 
 
 Passes = Callable[[Plan, MergeConfig, Operators], Sequence[Pass]]
@@ -73,6 +75,7 @@ class Run:
         inputs, plan: the checkpoints and what becomes of their tensors.
         device, backend: where and by whom it is computed.
         processes, journal: who shares the work; who writes down what is found.
+        kept: where truncations of single experts are.
         loader: brings tensors.
         memory: how this process's memory is split.
         factors: where low-rank factors are kept between steps.
@@ -87,6 +90,7 @@ class Run:
         self.device = usable_device(device)
         self.backend = choose(options.backend, self.device)
         self.processes, self.journal = options.processes or SingleProcess(), options.journal or NoJournal()
+        self.kept = options.kept
         self.loader = Loader(inputs, self.device)
         self.records: dict[str, StepRecord] = {}
         logger.info("backend %s on %s: %s", self.backend.name, self.device, self.backend.reason)

@@ -44,7 +44,7 @@ def _swept(command: Any) -> Any:
 )
 @option(FILES, "--weight", type=float, help="Of each, where the others have 1 or their own.  [default: as merge]")
 @option(FILES, "--rename", multiple=True, metavar="OLD=NEW", help="In their names alone; repeat for each.")
-@flags([*_RUNNING, OPTIONS["screen"], OPTIONS["resume"]])
+@flags([*_RUNNING, OPTIONS["screen"], OPTIONS["resume"], OPTIONS["keep_factors"]])
 @OFFLINE
 @QUIET
 def add(out: str, expert: tuple[str, ...], weight: float | None, rename: tuple[str, ...], **given: Any) -> None:
@@ -65,7 +65,7 @@ def add(out: str, expert: tuple[str, ...], weight: float | None, rename: tuple[s
 @click.command(cls=SectionedCommand)
 @click.argument("out", metavar="OUT")
 @option(FILES, "--expert", required=True, multiple=True, metavar="NAME", help="Which specialist; repeat for each.")
-@flags([*_RUNNING, OPTIONS["resume"]])
+@flags([*_RUNNING, OPTIONS["resume"], OPTIONS["keep_factors"]])
 @OFFLINE
 @QUIET
 def remove(out: str, expert: tuple[str, ...], **given: Any) -> None:
