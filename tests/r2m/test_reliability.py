@@ -407,7 +407,7 @@ def test_more_processes_touch_no_bit(here: Path, start: Start, processes: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [3])
 def test_processes_touch_no_bit_where_task_vectors_are_factors(here: Path, start: Start, processes: int) -> None:
     generator = torch.Generator().manual_seed(1)
     for name in ("a", "b"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,3 +74,29 @@ def test_a_new_specialist_is_looked_at_before_it_is_added(command: Command) -> N
     assert command("add", "out", "--expert", "efs=efs.safetensors", "--screen", "refuse", "--quiet").code == 0
     report = json.loads(Path("out/r2m_report.json").read_text())
     assert (report["experts"], report["screening"]["suspects"]) == (["fs", "fr", "efs"], {})
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_see_the_same_and_merge_the_same(command: Command) -> None:
+    given = ["merge", *GOOD, "--expert", "efs=efs.safetensors", *BAD, "--method", "star", "--keep-factors", "--quiet"]
+
+    def together(*more: str) -> subprocess.CompletedProcess[str]:
+        launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "r2m", *given, *more]
+        environment = {**os.environ, "MASTER_PORT": "0"}
+        return subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+    assert command(*given, "--screen", "leave-out", "--out", "one").code == 0
+    done = together("--screen", "leave-out", "--out", "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(Path(out, "r2m_report.json").read_text()) for out in ("one", "two"))
+    assert list(one["screening"]["suspects"]) == ["bad"]
+    assert (one["screening"], one["notes"]) == (two["screening"], two["notes"])
+    assert Path("one", MODEL).read_bytes() == Path("two", MODEL).read_bytes()
+    kept = [{path.name: path.read_bytes() for path in Path(f"{out}.factors").iterdir()} for out in ("one", "two")]
+    assert kept[0] == kept[1] != {}
+    alone = command(*given, "--screen", "refuse", "--out", "no")
+    refused = together("--screen", "refuse", "--out", "no")
+    assert alone.code == 2
+    assert refused.returncode != 0
+    assert [line for line in refused.stderr.splitlines() if line.startswith("Error: ")] == alone.err.splitlines()
+    assert not {"no", "no.partial"} & set(os.listdir())
