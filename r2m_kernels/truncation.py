@@ -183,8 +183,8 @@ class TruncationStep(Step):
             first, dtype = group.tensors[0], group.compute_dtype
             exact = low_rank.truncate(group.experts, first.matrix_shape[0], self._mixing, first.rank, dtype)
             return [self._in_store(group.tensors, exact)]
-        if self._single is not None and (made := self._with_kept(self._single, group)) is not None:
-            return [self._in_store(group.tensors, made)]
+        if self._single is not None and (single := self._with_kept(self._single, group)) is not None:
+            return [self._in_store(group.tensors, single)]
         inputs, operators = Truncatable(group.names, group.bases, group.experts), self._run.backend.operators
         rank, known = group.tensors[0].rank, [self._grams[name] for name in group.names]
         factors = truncate(inputs, self._mixing, rank, self._config, operators, known)
