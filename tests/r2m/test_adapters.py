@@ -154,6 +154,27 @@ def test_embeddings_and_transposed_weights(base: dict[str, Tensor]) -> None:
     )
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_squares_among_layers_of_both_kinds_are_refused(transposed: bool, base: dict[str, Tensor]) -> None:
+    """PEFT saves the last layer's ``fan_in_fan_out``: of a square one before it nothing tells how it lies."""
+    names = ("square", "linear", "conv1d")
+    stored = {name: numbers(8, 8 if name == "square" else 24, seed=7) for name in names}
+    save_file({f"{name}.weight": weight for name, weight in stored.items()}, "both.safetensors")
+    shapes = {"square": (8, 8), "linear": (8, 24), "conv1d": (24, 8)}
+    layers = {name: pair(name, (m, 3), (3, n)) for name, (m, n) in shapes.items()}
+    other = "linear" if transposed else "conv1d"
+    write("fs", layers["square"] | layers[other], fan_in_fan_out=transposed)
+    with pytest.raises(InvalidInput, match=rf"the square 'square.weight' is .*: '{other}.weight' is not as its"):
+        folded(base="both.safetensors")
+    others = [name for name in names if name != other]
+    write("fr", {**layers[others[0]], **layers[others[1]]}, fan_in_fan_out=transposed)
+    assert torch.equal(folded("fr", "both.safetensors").read(f"{other}.weight"), stored[other])
+    write("efs", {**layers["linear"], **layers["conv1d"]}, fan_in_fan_out=transposed)
+    found = folded("efs", "both.safetensors")
+    close(found.read("linear.weight"), stored["linear"] + 2 * product(layers["linear"], "linear"))
+    close(found.read("conv1d.weight"), stored["conv1d"] + 2 * product(layers["conv1d"], "conv1d").T)
+
+
 def test_magnitudes_of_dora(base: dict[str, Tensor]) -> None:
     tensors = specialist("plain", 50)
     rows, channels, columns = (numbers(size, seed=80 + size).abs() for size in (24, 6, 8))

@@ -129,6 +129,7 @@ def onto(base: View, adapter: View) -> View:
     """
     adapter, places, way = _placed(base, adapter)
     made = _made(adapter)
+    _refuse_squares(base, adapter, made, places)
     tensors, aliases = dict(base.tensors), dict(base.aliases)
     for name, one in adapter.tensors.items():
         if name not in made:
@@ -355,6 +356,22 @@ def _called(name: str) -> tuple[str, str]:
     """What a module's tensor may be called: that of PyTorch's attention has a name of its own."""
     module, _, end = name.rpartition(".")
     return name, f"{module}.in_proj_{end}"
+
+
+def _refuse_squares(base: View, adapter: View, made: Mapping[str, Change], places: Mapping[str, str]) -> None:
+    """A weight is (out, in) or, in transformers' Conv1D, (in, out). PEFT saves which for all layers: of the last one."""
+    assert adapter.source.adapter is not None
+    transposed = adapter.source.adapter.transposed
+    shapes = {name: (change.start or base.tensors[places[name]]).spec.shape for name, change in made.items()}
+    linear = [name for name, change in made.items() if change.kind == "linear"]
+    square = next((name for name in linear if shapes[name] == shapes[name][::-1]), None)
+    others = (name for name in linear if shapes[name] != shapes[name][::-1])
+    other = next((name for name in others if (shapes[name] == made[name].spec.shape) == transposed), None)
+    if square and other:
+        raise DoesNotFit(
+            f"{adapter.label}: whether the square {quoted(square)} is (out, in) or (in, out) cannot be told: "
+            f"{quoted(other)} is not as its {CONFIG} says (fan_in_fan_out: {str(transposed).lower()}); {UNLOADED}"
+        )
 
 
 def _folded(base: View, adapter: View, change: Change, place: str) -> LazyTensor:
