@@ -382,6 +382,16 @@ def test_both_files_of_an_adapter_are_inputs(base: dict[str, Tensor], command: C
     assert Path("m", OUTPUT).read_bytes() == Path("scratch", OUTPUT).read_bytes()
 
 
+def test_a_directory_of_named_adapters_says_which_there_are(base: dict[str, Tensor], command: Command) -> None:
+    Path("saved").mkdir()
+    for name in ("fr", "fs"):
+        write(f"saved/{name}", pair(QKV, (24, 3), (3, 8)))
+    refused = command("merge", "--base", "base.safetensors", "--expert", "saved", "--out", "m")
+    told = "holds adapters in directories of their own (fr, fs); name one, such as saved/fr"
+    assert (refused.code, refused.err.count(told)) == (2, 1)
+    assert command("merge", "--base", "base.safetensors", "--expert", "saved/fr", "--out", "m").code == 0
+
+
 def test_inspect_says_what_an_adapter_is(base: dict[str, Tensor], command: Command) -> None:
     specialist("fs", 50, base_model_name_or_path="lab/clip", use_rslora=True)
     specialist("fr", 60, base_model_name_or_path=str(Path("base.safetensors").resolve()))

@@ -359,7 +359,7 @@ def _called(name: str) -> tuple[str, str]:
 
 
 def _refuse_squares(base: View, adapter: View, made: Mapping[str, Change], places: Mapping[str, str]) -> None:
-    """A weight is (out, in) or, in transformers' Conv1D, (in, out). PEFT saves which for all layers: of the last one."""
+    """A weight is (out, in) or, in transformers' Conv1D, (in, out). PEFT saves the last layer's way."""
     assert adapter.source.adapter is not None
     transposed = adapter.source.adapter.transposed
     shapes = {name: (change.start or base.tensors[places[name]]).spec.shape for name, change in made.items()}

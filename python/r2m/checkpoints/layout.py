@@ -27,7 +27,13 @@ def encode_index(file_of: Mapping[str, str], total_size: int) -> bytes:
 
 
 def chosen(
-    names: Sequence[str], label: str, beside: Sequence[str] = (), directory: str = "DIR", *, adapters: bool = False
+    names: Sequence[str],
+    label: str,
+    beside: Sequence[str] = (),
+    directory: str = "DIR",
+    *,
+    adapters: bool = False,
+    inside: Sequence[str] = (),
 ) -> str:
     """The file that a directory's checkpoint is in, or its index.
 
@@ -40,6 +46,7 @@ def chosen(
         beside: names of what else is in it.
         directory: what it is called.
         adapters: whether it may be one of :data:`r2m.checkpoints.adapter_config.WEIGHTS`.
+        inside: directories in it that hold an adapter, as PEFT saves those that have names.
 
     Raises:
         BadCheckpoint: there is none, or there are several and no index; the directory is known as something else.
@@ -66,6 +73,10 @@ def chosen(
                 f"{one.index}; name the one that is meant"
             )
     other = strangers.of_others([*names, *beside], directory)
+    if adapters and inside and not other:
+        other = (
+            f"holds adapters in directories of their own ({some(inside)}); name one, such as {directory}/{inside[0]}"
+        )
     raise BadCheckpoint(f"{label}: {other or 'the directory holds no safetensors file and none of torch.save'}")
 
 

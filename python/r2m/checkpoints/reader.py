@@ -52,7 +52,8 @@ def _open_directory(directory: Path, label: str, key: str | None, adapters: bool
     entries = {entry.name: entry.is_file() for entry in sorted(directory.iterdir())}
     files = [name for name, is_file in entries.items() if is_file and name[0] != "."]
     beside = [other for other in entries if other not in files]
-    name = layout.chosen(files, label, beside, str(directory), adapters=adapters)
+    inside = [other for other in beside if (directory / other / CONFIG).is_file()]
+    name = layout.chosen(files, label, beside, str(directory), adapters=adapters, inside=inside)
     if name in formats.INDEXES:
         return _open_shards(directory, label, name, key)
     if adapters and name in WEIGHTS and CONFIG in files:
