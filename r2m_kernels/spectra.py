@@ -61,13 +61,17 @@ def mapping_bytes(shape: tuple[int, int], rank: int, count: int, config: MergeCo
         width = count * math.ceil((1 - math.sqrt(1 - float(config.rank))) * rank)
     if config.spectrum in ("rescale", "reweigh"):  # in place, and then rounded
         return width * (short + long) * COMPUTE_BYTES
-    # A QR of the long side holds it three times. The polar factor of one side beside the other takes less.
-    joint = size * (3 * width * long + 4 * width**2)
-    # Products with all residuals in two types, or in one beside all experts' cores, or those by element and squared.
-    moved, cores = count * width * shape[0], count * width**2 * size
-    largest = max(moved * (size + COMPUTE_BYTES), moved * size + cores, 3 * cores)
-    trimmed = width * (long + short) * size + largest
-    return max(joint, trimmed) if config.spectrum == "trim" else joint
+    # A QR of the long side holds it three times; where sides are alike the polar factor of one beside the other takes
+    # more: its Gram matrix, that matrix's vectors, and twice as much to find them.
+    bases, square = width * (long + short) * size, width**2 * size
+    joint = max(3 * width * long * size, bases + 5 * square)
+    if config.spectrum != "trim":
+        return joint
+    # Products with all residuals in two types, or in one beside all experts' cores; cores, squares and which of them
+    # stay; bases once more as factors.
+    sides, moved, cores = width * shape[1] * COMPUTE_BYTES, count * width * shape[0], count * square
+    products = sides + max(moved * (size + COMPUTE_BYTES), moved * size + cores)
+    return max(joint, bases + max(products, 2 * cores + cores // size, bases))
 
 
 def flattening_bytes(shape: tuple[int, int]) -> int:
@@ -160,16 +164,20 @@ def trimmed(
     # All M_iᵀ by one product, (L, N, N·r, N·r); turned and widened at once, as it is the largest of all.
     moved = moved.mT.to(torch.float64, memory_format=torch.contiguous_format)
     cores = (moved.flatten(1, 2) @ left).view(size, count, count * rank, count * rank)
-    del moved
+    del moved, sides
     squares = cores.square()
     squares.diagonal(dim1=2, dim2=3).zero_()
-    cores *= squares <= squares.mean(dim=(2, 3), keepdim=True) * (TRIM / count) ** 2
+    cores.masked_fill_(squares > squares.mean(dim=(2, 3), keepdim=True) * (TRIM / count) ** 2, 0.0)
+    del squares
     shares = weights.to(cores.device, non_blocking=True)
     total = (shares @ cores.flatten(2)).view(size, count * rank, count * rank).mT
-    left = left @ total / shares.repeat_interleave(rank)
+    del cores
+    left = (left @ total).div_(shares.repeat_interleave(rank))
     # ⟨F_i, F_j⟩ of all pairs at once: sums over blocks of two Gram matrices' product by element.
     pairs = (left.mT @ left).mul_(right.mT @ right).view(size, count, rank, count, rank)
-    return replace(_shared_out(factors, left, right), products=pairs.sum(dim=(2, 4)))
+    products = pairs.sum(dim=(2, 4))
+    del pairs, total
+    return replace(_shared_out(factors, left, right), products=products)
 
 
 def _joint_bases(factors: GroupFactors) -> tuple[Tensor, Tensor, Tensor]:

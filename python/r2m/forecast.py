@@ -246,7 +246,7 @@ def _share(
     over = {tensor.name: excess[tensor.name] for tensor in tensors if excess.get(tensor.name, 0) > 0}
     kept = sum(inputs.nbytes(tensor) for tensor in tensors if tensor.name in memory.kept)
     # A matrix that is over has the process for itself, and its figure is to be true, where others' is a bound.
-    beside = budget.LIBRARY_USUAL + budget.WORKSPACE_BYTES if over else budget.library_bytes(threads)
+    beside = budget.library_usual(config) if over else budget.library_bytes(threads)
     return Share(
         read=sum(inputs.nbytes(tensor) if tensor.name in memory.kept else used(tensor) for tensor in tensors),
         used=sum(map(used, tensors)),

@@ -13,6 +13,7 @@ import torch
 
 from .._interface import Effort, Pace, sketch_rows, spans
 from ..config import MergeConfig
+from ..fields import JOINT_BASES
 from .blocks import BLOCK_ELEMENTS, RUN_ELEMENTS, RUNS_PER_PANEL
 from .factors import PRODUCT_ROWS
 from .plan import PlannedTensor, by_rows
@@ -26,6 +27,8 @@ AHEAD = 2
 LIBRARY_BYTES = 3 * 2**23
 # And what they took where a matrix was needed whole, all methods measured: more is in huge pages on one machine.
 LIBRARY_USUAL = 2**24
+# The same where joint bases are made, which takes three decompositions beside products.
+LIBRARY_JOINT = 2**25
 WORKSPACE_BYTES = 2**22
 # Of the factors of task vectors, as float64, while residuals are truncated: themselves, and a QR decomposition's.
 FACTOR_COPIES = 4
@@ -184,6 +187,11 @@ def split(
 def library_bytes(threads: int) -> int:
     """What libraries take beside all that is split, however small a budget is."""
     return LIBRARY_BYTES + threads * WORKSPACE_BYTES
+
+
+def library_usual(config: MergeConfig) -> int:
+    """What they took where a matrix was needed whole, which has the process for itself."""
+    return (LIBRARY_JOINT if config.spectrum in JOINT_BASES else LIBRARY_USUAL) + WORKSPACE_BYTES
 
 
 def _kept(
