@@ -47,7 +47,9 @@ QUANTISED = (
 # Integers of two dimensions under these names are a weight's, whatever stands beside them.
 _PACKED = tuple(dict.fromkeys(packed for packed, _, _ in QUANTISED))
 # Under other names they are where their module has what makes numbers of them: AQLM, EXL2, Marlin, MXFP4, VPTQ, …
-_SCALE = re.compile(r"\w*(scales?(_inv)?|absmax|codebooks?|centroids|zero_?points?|zeros|lut)|scale_\w+|SCB|S[UV]|s")
+_SCALE = re.compile(
+    r"\w*(scales?(_inv|_\d+)?|absmax|codebooks?|centroids|zero_?points?|zeros|lut)|scale_\w+|SCB|S[UV]|s"
+)
 _INDEX = re.compile(r"\w*(ids|index|indices|mask|bias)")  # but for what is no weight anywhere
 
 # torch.nn.utils.parametrize; original0 and so on where the weight is made from several.
@@ -80,7 +82,12 @@ def composites(tensors: Mapping[str, TensorSpec]) -> Iterator[Composite]:
     for name in tensors:
         if _PARAMETRIZED in name and (match := _PREFIX.match(name)):
             groups.setdefault(match[1], []).append(name)
-    whole = [name for name, spec in tensors.items() if len(spec.shape) > 1 and _packs(spec.dtype)]
+    # Integers in a row may be a weight's if their name says so: bits that were packed without a shape.
+    whole = [
+        name
+        for name, spec in tensors.items()
+        if _packs(spec.dtype) and (len(spec.shape) > 1 or (spec.shape and name.endswith(_PACKED)))
+    ]
     # What four bits are packed into may be a type of any width.
     stored = (name.removesuffix(_ABSMAX) for name in tensors if name.endswith(_ABSMAX))
     whole += [name for name in stored if name in tensors and not _packs(tensors[name].dtype)]
@@ -124,9 +131,10 @@ def _quantised(name: str, tensors: Mapping[str, TensorSpec], others: Mapping[str
         start = name.removesuffix(packed)
         beside = ((start + scale, f" by {whose}") for one, scale, whose in QUANTISED if one == packed)
         scales, whose = next((one for one in beside if one[0] in tensors), ("", ""))
-    if packed is None or (dtype.is_floating_point and not scales):
+    if packed is None or ((dtype.is_floating_point or len(tensors[name].shape) == 1) and not scales):
         scales = others.get(module, name)
-        if dtype in (torch.bool, torch.int64) or _INDEX.fullmatch(last) or scales == name:
+        counts = dtype is torch.int64 and (len(tensors[name].shape) == 1 or "weight" not in last)
+        if counts or dtype is torch.bool or _INDEX.fullmatch(last) or scales == name:
             return None
     numbers = "integers" if not dtype.is_floating_point else "floats of a byte" if dtype.itemsize == 1 else "bits"
     how = f"{whose}, which {quoted(scales)} scales" if scales else ""

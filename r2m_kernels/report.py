@@ -359,6 +359,13 @@ def _strangers(names: list[str], task_vectors: dict[str, Any]) -> list[str]:
             "was one of them fine-tuned from another base?"
         )
     norms = task_vectors["norms"]
+    for i, name in enumerate(names):
+        twin = next((j for value, one, j in pairs if one == i and _same(value, norms[name], norms[names[j]])), None)
+        if twin is not None:
+            warnings.append(
+                f"expert '{name}' is the same as '{names[twin]}' in every matrix tensor, which counts twice so: is "
+                "another file meant?"
+            )
     longest, median = max(norms, key=lambda name: float(norms[name])), statistics.median(norms.values())
     if median > 0 and norms[longest] > CALIBRATED["longest/median task vector"] * median:
         warnings.append(
@@ -366,3 +373,8 @@ def _strangers(names: list[str], task_vectors: dict[str, Any]) -> list[str]:
             "over-trained, or fine-tuned from another base?"
         )
     return warnings
+
+
+def _same(cosine: float, norm: float, other: float) -> bool:
+    """Whether two task vectors differ by no more than rounding of what is known of them."""
+    return norm**2 + other**2 - 2 * cosine * norm * other <= GRAM_ERROR * (norm**2 + other**2)

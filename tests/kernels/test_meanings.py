@@ -55,6 +55,15 @@ QUANTISED = {
         "q.weight.absmax": torch.ones(8),
         "q.weight.quant_map": torch.linspace(-1, 1, 16),
     },
+    "which 'q.weight_scale' scales": {"q.weight": torch.ones(256, dtype=torch.uint8), "q.weight_scale": torch.ones(1)},
+    "which 'q.scales' scales": {  # SpQR
+        "q.dense_weights": torch.ones(4, 32, dtype=torch.int64),
+        "q.scales": torch.ones(4, 32),
+    },
+    "which 'q.packed_scale_0' scales": {  # of a traced graph
+        "q.packed_weight_0": torch.ones(32, 16, dtype=torch.int8),
+        "q.packed_scale_0": torch.ones(()),
+    },
     "'q.weight' holds the integers": {"q.weight": torch.ones(32, 16, dtype=torch.int8), "q.bias": torch.ones(32)},
 }
 
@@ -177,6 +186,7 @@ def test_what_looks_alike_is_merged():
         "h.attn.scale": torch.ones(()),
         "crop.coords": torch.zeros(4, 4, dtype=torch.int64),
         "crop.scale": torch.ones(()),
+        "crop.weight": torch.zeros(4, dtype=torch.int64),  # a row, and its scale elsewhere
         "stem.weight_u": torch.ones(3),
         "stem.weight": torch.randn(3, 3),
     }

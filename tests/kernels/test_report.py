@@ -241,6 +241,18 @@ def test_an_expert_of_another_base_or_with_too_long_an_update_is_named():
     assert fine["warnings"] == []
 
 
+def test_an_expert_that_is_there_twice_is_named():
+    base, experts = checkpoints(3)
+    again = {name: tensor.clone() for name, tensor in experts[0].items()}
+    report = analyze(base, {"fs": experts[0], "fr": experts[1], "copy": again}).report()
+    (told,) = [warning for warning in report["warnings"] if "the same as" in warning]
+    assert told.startswith("expert 'copy' is the same as 'fs' in every matrix tensor")
+    near = {name: torch.lerp(base[name], tensor, 1.01) for name, tensor in again.items() if tensor.is_floating_point()}
+    near = {**again, **near}
+    report = analyze(base, {"fs": experts[0], "fr": experts[1], "near": near}).report()
+    assert not [warning for warning in report["warnings"] if "the same as" in warning]
+
+
 def test_a_base_of_zeros_is_told():
     base, (expert,) = checkpoints(1)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
