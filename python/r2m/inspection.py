@@ -71,7 +71,7 @@ def describe(path: str, source: Checkpoint, base: str | None = None) -> list[str
     title = f"{printable(path)}: {len(specs)} tensors, {_count(parameters)} parameters, {size}{files}"
     if source.adapter is not None:
         return [title, *_rows(described(source, base))]
-    classes = Classes.beside(source.files)
+    classes = Classes.beside(source)
     rows = {
         "family": family({name: spec.shape for name, spec in specs.items() if name.endswith(_ENDINGS)}) or "unknown",
         "types": ", ".join(f"{count} {dtype_name(one)}" for one, count in types.most_common()),

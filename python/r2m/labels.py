@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
+from r2m.checkpoints import class_names
+from r2m.checkpoints.class_names import UNSAID
+from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import OUTPUTS
 from r2m.checkpoints.view import LazyTensor, View
 from r2m.places import MOST_RECORD, mapping, read_beside
@@ -23,15 +26,10 @@ from r2m.records import REPORT
 from r2m_kernels.errors import BadFile, BadOption, DoesNotFit, InvalidInput, printable, quoted
 
 FILE = "config.json"  # of transformers
-_MOST = 2**16  # classes
 _MOST_HEAD = 2**20  # elements of a head that is looked at
 # Standard deviations of the cosine of two ways that have nothing to do with each other.
 _CHANCE = 5.0
-# Keys under which configurations have labels: by index, in a list or a mapping, or the other way round.
-_BY_INDEX = ("id2label", "label_names", "class_names", "classes")
-_BY_LABEL = ("label2id", "class_to_idx")
-_UNWRITTEN = ("class_names", "classes", "class_to_idx")  # of no library that a merge is written for
-_UNSAID = re.compile(r"LABEL_\d+")  # what transformers calls classes of which nobody has said anything
+_WRITTEN = ("id2label", "label2id", "label_names")  # of the libraries that a merge is written for
 _NUMBER = re.compile(r"\W*\d+\W*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # FakeFace, AI_generated and real-art are two each
 FAKE_WORD = re.compile(
@@ -49,30 +47,42 @@ class Classes:
     Attributes:
         labels: of each, by index; ``None``: not known.
         fake: the index of the fake's output; ``None``: not known, or there is no such thing.
+        where: who says it, of a checkpoint; empty: nobody.
     """
 
     labels: tuple[str, ...] | None = None
     fake: int | None = None
+    where: str = field(default="", compare=False)
 
     @classmethod
-    def called(cls, labels: Sequence[str]) -> Classes:
+    def called(cls, labels: Sequence[str], where: str = "") -> Classes:
         """By what they are called."""
-        if all(_UNSAID.fullmatch(label) for label in labels):
+        if all(UNSAID.fullmatch(label) for label in labels):
             return cls()
         fakes = [i for i, label in enumerate(labels) if _is_fake(label)]
-        return cls(tuple(labels), fakes[0] if len(fakes) == 1 else None)
+        return cls(tuple(labels), fakes[0] if len(fakes) == 1 else None, where)
 
     @classmethod
-    def beside(cls, files: Sequence[Path]) -> Classes:
-        """As the configuration in the directory of a checkpoint's files says it; nothing where there is none."""
-        if not files:
+    def beside(cls, source: Checkpoint) -> Classes:
+        """As the configuration in the directory of a checkpoint's files says it, or these themselves; or nothing.
+
+        Raises:
+            BadFile: one says two things, or both say another.
+        """
+        if not source.files:
             return cls()
-        file = files[0].parent / FILE
-        said = _labels(read_beside(file), printable(str(file)))
-        if not said and files[0].name in OUTPUTS:  # of a merge whose base has no configuration
-            merged = read_beside(files[0].parent / REPORT.file, MOST_RECORD).get("arrangement")
-            said = _listed(merged.get("labels")) if isinstance(merged, dict) else []
-        return cls.called(said)
+        file = source.files[0].parent / FILE
+        said, where = class_names.labels(read_beside(file), printable(str(file))), FILE
+        own = class_names.labels(source.about, source.label)
+        if own and said and own != said and sorted(own) == sorted(said):
+            both = f"{printable(', '.join(said[:8]))}, and it itself as {printable(', '.join(own[:8]))}"
+            raise BadFile(f"{source.label}: {FILE} beside it has its labels as {both}; expected one order")
+        if not said:
+            said, where = own, "its file"
+        if not said and source.files[0].name in OUTPUTS:  # of a merge whose base has no configuration
+            merged = read_beside(source.files[0].parent / REPORT.file, MOST_RECORD).get("arrangement")
+            said, where = class_names.listed(merged.get("labels")) if isinstance(merged, dict) else [], "its merge"
+        return cls.called(said, where)
 
     def said(self, fake: int | None) -> Classes:
         """With what somebody says of the fake's output, which counts more than any file."""
@@ -151,14 +161,14 @@ def agree(
     counts = {name: _outputs(view, heads[name]) for name, view in experts.items()}
     known = {}
     for name, view in experts.items():
-        beside = Classes.beside(view.files)
+        beside = Classes.beside(view.source)
         known[name] = beside.of(counts[name]).said(said.get(name))
         if beside.labels and beside.of(counts[name]) != beside:
             notes.append(
-                f"{view.label}: its {FILE} has {len(beside.labels)} labels and its head {counts[name]} outputs: "
-                "they say nothing of it"
+                f"{view.label}: {_whose(beside.where)} has {len(beside.labels)} labels and its head {counts[name]} "
+                "outputs: they say nothing of it"
             )
-        elif not beside.labels and (key := _not_understood(view.files)):
+        elif not beside.labels and (key := class_names.not_understood(_config(view.files))):
             notes.append(
                 f"{view.label}: {quoted(key)} of its {FILE} is not read; expected a label for every output from 0 on"
             )
@@ -237,7 +247,7 @@ def _first(
     first = next((name for name in experts if known[name] != Classes()), None)
     if first is None:
         return Classes(), ""
-    ours = Classes.beside(base.files).of(counts[first])
+    ours = Classes.beside(base.source).of(counts[first])
     try:
         same = ours.order(known[first], counts[first]) is not None
     except ValueError:  # a base that told other things apart
@@ -256,7 +266,7 @@ def into_config(text: bytes, classes: Classes, outputs: int, dtype: str | None =
     """
     try:
         content = mapping(text, FILE)
-        before = _labels(content)
+        before = class_names.labels(content, FILE)
         after = mapping(text, FILE)
     except InvalidInput:
         return text
@@ -273,8 +283,8 @@ def into_config(text: bytes, classes: Classes, outputs: int, dtype: str | None =
         if classes.labels:
             one["label_names"] = labels
     if labels != before:
-        for key in _UNWRITTEN:
-            after.pop(key, None)
+        after = class_names.without(after, _WRITTEN)
+        timm = [one for one in (after, after.get("pretrained_cfg")) if isinstance(one, dict) and "num_classes" in one]
     if not timm and (labels != before or unsaid):
         labels = labels or [f"LABEL_{i}" for i in range(outputs)]
         after |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -293,49 +303,13 @@ def _say_dtype(config: dict[str, Any], dtype: str) -> None:
             config[key] = dtype
 
 
-def _labels(config: Any, what: str = FILE) -> list[str]:
-    """Of a configuration of transformers or timm, by index; none where it says none.
-
-    Raises:
-        BadFile: it says two things.
-    """
-    if not isinstance(config, dict):
-        return []
-    inner = config.get("pretrained_cfg")
-    places = [config, inner] if isinstance(inner, dict) else [config]
-    found = [
-        read(one.get(key))
-        for key, read in (*((key, _listed) for key in _BY_INDEX), *((key, _inverted) for key in _BY_LABEL))
-        for one in places
-    ]
-    said = [one for one in found if one and not all(map(_UNSAID.fullmatch, one))]
-    turned = next((one for one in said[1:] if one != said[0] and sorted(one) == sorted(said[0])), None)
-    if turned is not None:
-        both = " and as ".join(printable(", ".join(one[:8])) for one in (said[0], turned))
-        raise BadFile(f"{what}: has its labels as {both}; expected one order")
-    return next(iter(said or filter(None, found)), [])
+def _config(files: Sequence[Path]) -> dict[str, Any]:
+    return read_beside(files[0].parent / FILE) if files else {}
 
 
-def _not_understood(files: Sequence[Path]) -> str:
-    """The key of labels that a configuration beside a checkpoint has, where none could be read; empty: no such key."""
-    config = read_beside(files[0].parent / FILE) if files else {}
-    listed = [key for key in (*_BY_INDEX, *_BY_LABEL) if isinstance(config.get(key), list | dict) and config[key]]
-    return next((key for key in listed if not _labels({key: config[key]})), "")
-
-
-def _listed(labels: Any) -> list[str]:
-    """Labels by index, from a list or from a mapping of indices; numbers are labels, too."""
-    if isinstance(labels, Mapping):
-        labels = [labels.get(str(i)) for i in range(len(labels))] if len(labels) <= _MOST else []
-    known = isinstance(labels, list) and len(labels) <= _MOST and all(isinstance(one, str | int) for one in labels)
-    return list(map(str, labels)) if known else []
-
-
-def _inverted(indices: Any) -> list[str]:
-    """Labels by index, from a mapping of labels to indices."""
-    if not isinstance(indices, Mapping) or sorted(map(str, indices.values())) != sorted(map(str, range(len(indices)))):
-        return []
-    return sorted(indices, key=lambda label: int(indices[label]))
+def _whose(where: str) -> str:
+    """Who says labels, in a note about a checkpoint."""
+    return f"its {where}" if where == FILE else where
 
 
 def _is_fake(label: str) -> bool:

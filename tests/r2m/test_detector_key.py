@@ -149,7 +149,8 @@ def test_labels_say_which_output_is_fake(command: Command) -> None:
     assert command("merge", recipe(), "--out", "merged").code == 0
     result = evaluate(command, "merged")
     assert aucs("e") == {"merged": 1.0, "fs": 1.0, "fr": 1.0}
-    assert "merged, fs, fr: fake is output 0 (Fake), as config.json says" in result.out
+    assert "merged: fake is output 0 (Fake), as its merge says" in result.out
+    assert "fs, fr: fake is output 0 (Fake), as config.json says" in result.out
     evaluate(command, "merged", "--fake", "1", out="other")
     assert aucs("other") == {"merged": 0.0, "fs": 0.0, "fr": 0.0}
     # Without labels a recipe says it: of the merged head, or of the experts.

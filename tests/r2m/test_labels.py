@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from r2m.checkpoints.reader import open_checkpoint
 from r2m.labels import Classes, into_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -179,6 +180,11 @@ def test_what_is_said_counts_more_than_files(command: Command) -> None:
         {"class_names": ["fake", "real"]},
         {"classes": {"0": "fake", "1": "real"}},
         {"class_to_idx": {"fake": 0, "real": 1}},
+        {"labels": ["fake", "real"]},
+        {"idx_to_class": {"0": "fake", "1": "real"}},
+        {"label2idx": {"fake": 0, "real": 1}},
+        {"id2label": {"fake": 0, "real": 1}},
+        {"classifier": {"classNames": ["fake", "real"]}},
     ],
 )
 def test_labels_are_read_wherever_libraries_keep_them(config: dict[str, Any], command: Command) -> None:
@@ -187,6 +193,50 @@ def test_labels_are_read_wherever_libraries_keep_them(config: dict[str, Any], co
     assert result.code == 0
     assert "expert 'b' (b): its labels are 0 " in result.err
     assert "its head's rows were put so" in result.err
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"class_to_idx": {"fake": 0, "real": 1}},
+        {"classes": ("fake", "real")},
+        {"idx_to_class": {0: "fake", 1: "real"}},
+        {"dataset_meta": {"CLASSES": ["fake", "real"]}},
+    ],
+    ids=str,
+)
+def test_labels_are_read_from_what_a_training_script_saved_beside_the_weights(
+    beside: dict[str, Any], command: Command
+) -> None:
+    put("base", detector(0)), put("a", detector(1), ("real", "fake"))
+    torch.save({"state_dict": detector(2), **beside}, "b.pth")
+    save_file(detector(2), "c.safetensors", {name: json.dumps(one) for name, one in beside.items()})
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "b=b.pth", "--out", "out")
+    assert result.code == 0
+    assert "expert 'b' (b.pth): its labels are 0 fake, 1 real, of expert 'a' (a) 0 real, 1 fake; its" in result.err
+    assert "labels  0 fake, 1 real" in command("inspect", "b.pth").out
+    result = command("merge", "--base", "base", "--expert", "a=a", "--expert", "c=c.safetensors", "--out", "other")
+    assert result.code == 0
+    assert ("its labels are 0 fake, 1 real" in result.err) == ("dataset_meta" not in beside)  # not nested there
+
+
+def test_a_file_that_says_another_order_than_its_configuration_is_refused(command: Command) -> None:
+    put("base", detector(0)), put("a", {}, ("real", "fake"))
+    Path("a/model.safetensors").unlink()
+    torch.save({"model": detector(1), "class_to_idx": {"fake": 0, "real": 1}}, "a/pytorch_model.bin")
+    result = command("merge", "--base", "base", "--expert", "a=a", "--out", "out")
+    assert result.code == 2
+    assert (
+        "expert 'a' (a): config.json beside it has its labels as real, fake, and it itself as fake, real" in result.err
+    )
+
+
+def test_labels_that_a_configuration_had_elsewhere_do_not_stay_beside_others(command: Command) -> None:
+    put_with("base", detector(0), {"model_type": "vit", "labels": ["cat", "dog"], "head": {"classes": ["cat", "dog"]}})
+    put("a", detector(1), ("real", "fake"))
+    assert command("merge", "--base", "base", "--expert", "a=a", "--out", "out").code == 0
+    assert labels_of("out") == ["real", "fake"]
+    assert "cat" not in Path("out/config.json").read_text()
 
 
 def test_numbers_are_labels(command: Command) -> None:
@@ -353,4 +403,5 @@ def test_the_fakes_output_is_told_by_words(labels: Sequence[str], fake: int | No
 )
 def test_a_configuration_without_labels_says_nothing(text: str) -> None:
     Path("config.json").write_text(text)
-    assert Classes.beside([Path.cwd() / "model.pth"]) == Classes()
+    torch.save(detector(0), "model.pth")
+    assert Classes.beside(open_checkpoint("model.pth", "one")) == Classes()

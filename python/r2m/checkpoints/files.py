@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class TensorFile:
         aliases: name → the earlier name that is the same stored tensor.
         key: what the tensors lay under; empty at the top.
         notes: what else is in the file and was left out, a clause for each.
+        about: what else it says of the classifier's outputs, see :mod:`r2m.checkpoints.class_names`.
     """
 
     specs: dict[str, TensorSpec]
@@ -56,6 +57,7 @@ class TensorFile:
     aliases: dict[str, str] = field(default_factory=dict)
     key: str = ""
     notes: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -71,6 +73,7 @@ class Checkpoint:
         files: the files that are read.
         keys: what the tensors lay under, in those that hold more.
         notes: what else is in them and was left out, a clause for each.
+        about: what the first that says something says of the classifier's outputs.
         adapter: whose factors its tensors are, under the names of the model; ``None``: they are weights.
     """
 
@@ -89,6 +92,7 @@ class Checkpoint:
         self.files = tuple(files)
         self.keys = {file.key for file in files.values() if file.key}
         self.notes = tuple(dict.fromkeys(note for file in files.values() for note in file.notes))
+        self.about = next((file.about for file in files.values() if file.about), {})
         self._locations = locations
         self._files = files
         self._index = index

@@ -7,6 +7,7 @@ Reference: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,13 +16,15 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from r2m.checkpoints.class_names import is_key
 from r2m.checkpoints.files import Location, TensorFile, identity
 from r2m.checkpoints.formats import SAFETENSORS
-from r2m.places import opened, unique
+from r2m.places import mapping, opened, unique
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 from r2m_kernels.streaming import TensorSpec
 
@@ -205,7 +208,18 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
     aliases = {name: first for name, first in _tied(metadata) if first in specs and name not in specs}
     for name, first in aliases.items():
         specs[name], locations[name] = specs[first], locations[first]
-    return TensorFile(specs, locations, known, hashlib.sha256(length_field + header).hexdigest(), aliases)
+    digest = hashlib.sha256(length_field + header).hexdigest()
+    return TensorFile(specs, locations, known, digest, aliases, about=_about(metadata))
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of the classifier's outputs, as JSON in its metadata."""
+    found: dict[str, Any] = {}
+    for name, text in metadata.items():
+        if is_key(name):
+            with contextlib.suppress(BadCheckpoint):  # another's meaning
+                found |= {name: mapping(b'{"": %s}' % text.encode(), name, BadCheckpoint)[""]}
+    return found
 
 
 def _tied(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:

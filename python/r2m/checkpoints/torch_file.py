@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from r2m.checkpoints import pickles, state_dict, strangers
+from r2m.checkpoints import class_names, pickles, state_dict, strangers
 from r2m.checkpoints.files import Location, TensorFile, identity
 from r2m.checkpoints.torch_names import Described, TorchNames
 from r2m.checkpoints.torch_writer import save_file as save_file
@@ -77,7 +77,8 @@ def open_file(path: Path, what: str, key: str | None = None) -> TensorFile:
         if spec.numel and place in first:
             aliases[name] = first[place]
         first.setdefault(place, name)
-    return TensorFile(specs, locations, known, content.digest, aliases, chosen.key, chosen.notes)
+    about = class_names.entries(content.loaded)
+    return TensorFile(specs, locations, known, content.digest, aliases, chosen.key, chosen.notes, about)
 
 
 def _loaded(content: bytes, what: str) -> Any:

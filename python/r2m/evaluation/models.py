@@ -21,7 +21,7 @@ from r2m.detector_kinds import FORMS, recognised
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.ensemble import Ensemble, load_ensemble
 from r2m.evaluation.request import Request
-from r2m.labels import FILE, Classes
+from r2m.labels import Classes
 from r2m.log_odds import Calibration
 from r2m.ownership import RECIPE_FILE
 from r2m.places import FileSystemWarning
@@ -116,11 +116,12 @@ def fake_of(name: str, path: str, request: Request, of: str | None = None) -> Fa
         if request.fake == 0:
             raise BadOption(f"--fake 0: {what} has one output, which is the fake's")
         return Fake(1, None, "its only one")
-    labels = Classes.beside(source.files).of(outputs).labels
+    classes = Classes.beside(source).of(outputs)
+    labels = classes.labels
     recipe, expert = _recipe(path), _expert(path, of)
     said = recipe.arrangement.fake if recipe is not None else None if expert is None else expert.fake
     by = {"--fake": request.fake, "as the recipe says": said}
-    by[f"as {FILE if labels else 'its merge'} says"] = Classes.beside(source.files).of(outputs).fake
+    by[f"as {classes.where} says"] = classes.fake
     others = [] if recipe is None else recipe.experts.values()
     by["as an expert's in the recipe"] = next((one.fake for one in others if one.fake is not None), None)
     index, who = next(((index, who) for who, index in by.items() if index is not None), (1, "by default (--fake)"))
