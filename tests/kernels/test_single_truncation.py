@@ -56,7 +56,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in ("star", "by rows") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_they_come_in_any_order_and_go(method: str) -> None:
     base, experts = specialists()
     config, kept = METHODS[method], Kept()
@@ -77,6 +79,7 @@ def test_they_come_in_any_order_and_go(method: str) -> None:
     assert len(kept.put_names) == len(set(kept.put_names)) == 4 * len({name for name, _ in kept.put_names}) > 0
 
 
+@pytest.mark.slow
 def test_one_by_one_in_all_orders_is_the_merge_of_the_set() -> None:
     base, experts = specialists()
     for order in itertools.permutations("abc"):

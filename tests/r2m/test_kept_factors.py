@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Command = Callable[..., "Result"]
 OUTPUT, FACTORS = "out/model.safetensors", Path("out.factors")
 STAR = ("--method", "star", "--keep-factors")
+OTHERS = ("mono_soup", "r2m --real-rank 0")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def scratch(experts: dict[str, str], config: MergeConfig | None = None) -> bytes
     return Path("scratch/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["star", "mono_soup", "r2m --real-rank 0"])
+@pytest.mark.parametrize("method", ["star", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
 def test_only_a_new_expert_is_truncated(
     method: str, checkpoints: Checkpoints, command: Command, truncated: list[int]
 ) -> None:
@@ -121,7 +122,13 @@ def a_list(path: Path) -> None:
     save_file(load_file(path), path, {"about": "[1]"})
 
 
-@pytest.mark.parametrize("harm", [cut_off, turned_bit, something_else, without_about, a_list])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        turned_bit,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (cut_off, something_else, without_about, a_list)),
+    ],
+)
 def test_a_file_that_was_changed_is_told_and_made_again(
     harm: Callable[[Path], None], checkpoints: Checkpoints, command: Command
 ) -> None:
