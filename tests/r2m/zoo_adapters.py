@@ -181,6 +181,8 @@ def apart(directory: Path) -> None:
 def named_otherwise(place: Path) -> dict[str, Any]:
     """The same of a model whose files have other names than its modules: beside what we make of its adapters."""
     from r2m.commands.main import main
+    from r2m.evaluation.ensemble import load_ensemble
+    from r2m.recipe import Arrangement
 
     base, read = zoo.KINDS["transformers_vit"].build(), zoo.ViTForImageClassification.from_pretrained
     base.save_pretrained(place / "base")
@@ -191,11 +193,12 @@ def named_otherwise(place: Path) -> dict[str, Any]:
     out = place / "out"
     assert main([*words, "--format", "adapters", "--out", str(out)]) == 0
     mean, bounds, forward = read(out).eval(), [], []
+    ours = load_ensemble("transformers", str(out), "out", Arrangement())
     images = torch.randn(4, 3, zoo.SIZE, zoo.SIZE, generator=torch.Generator().manual_seed(9))
     for expert in EXPERTS:
         folded(out, expert, out)
         expected, alone = read(out / "folded" / expert).eval(), with_adapters(read(out), out, [expert])
-        forward.append(distance(alone, expected, images))
+        forward += [distance(alone, one, images) for one in (expected, ours.with_adapter(expert))]
         bounds.append(beyond(alone.merge_and_unload().state_dict(), expected.state_dict(), mean.state_dict()))
         assert distance(mean, expected, images) > 1e-3
     about = json.loads((out / "r2m_report.json").read_text())["adapters"]

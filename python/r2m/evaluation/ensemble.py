@@ -11,16 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from r2m import labels
 from r2m.arrangement import plain, renamed
 from r2m.checkpoints.adapters import onto
 from r2m.checkpoints.formats import ADAPTERS
 from r2m.checkpoints.layout import some
 from r2m.checkpoints.reader import open_checkpoint
+from r2m.checkpoints.saved_names import family_of, in_models
 from r2m.checkpoints.view import View
 from r2m.evaluation.data import Frame
 from r2m.evaluation.detectors import load_detector
 from r2m.evaluation.run import Evaluated
-from r2m.places import MOST_RECORD, read_beside
+from r2m.places import MOST_RECORD, read_beside, read_small
 from r2m.recipe import ENSEMBLE, Arrangement
 from r2m.records import REPORT
 from r2m_kernels.errors import BadFile, DoesNotFit, quoted
@@ -37,18 +39,18 @@ class Ensemble:
         model: in evaluation mode, with the weights of whoever was asked for last.
         members: adapter → the tensors of the model with it.
         paths: adapter → its directory.
-        changed: tensors that any of them changes.
+        changed: tensors that any of them changes → what the model calls them.
     """
 
     model: nn.Module
     members: Mapping[str, View]
     paths: Mapping[str, str]
-    changed: tuple[str, ...]
+    changed: Mapping[str, str]
 
     def with_adapter(self, member: str) -> nn.Module:
         """The detector with one adapter."""
         view = self.members[member]
-        self.model.load_state_dict({name: view.read(name) for name in self.changed}, strict=False)
+        self.model.load_state_dict({own: view.read(name) for name, own in self.changed.items()}, strict=False)
         return self.model
 
 
@@ -72,12 +74,15 @@ def load_ensemble(kind: str, out: str, label: str, arrangement: Arrangement) -> 
         adapter = open_checkpoint(place / name, f"{label}: adapter {quoted(name)}", adapters=True)
         members[name] = onto(base, renamed(adapter, arrangement))
     pairs = ((name, one) for view in members.values() for name, one in view.tensors.items())
-    parts = {name for name, one in pairs if base.tensors.get(name) is not one}
+    parts = sorted({name for name, one in pairs if base.tensors.get(name) is not one})
     model = load_detector(kind, out, label, arrangement)
-    strange = sorted(parts - model.state_dict().keys())
+    known, config = model.state_dict().keys(), Path(out) / labels.FILE
+    family = family_of(read_small(config, label)) if config.is_file() else None
+    changed = {name: in_models(name, family) if family and name not in known else name for name in parts}
+    strange = [name for name, own in changed.items() if own not in known]
     if strange:
         raise DoesNotFit(f"{label}: its adapters change what the detector {quoted(kind)} has not: {some(strange)}")
-    return Ensemble(model, members, {name: str(place / name) for name in names}, tuple(sorted(parts)))
+    return Ensemble(model, members, {name: str(place / name) for name in names}, changed)
 
 
 def combined(members: Mapping[str, Evaluated]) -> Evaluated:
