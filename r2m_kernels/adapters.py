@@ -25,6 +25,20 @@ class Change(NamedTuple):
     left: Tensor
     right: Tensor
 
+    @property
+    def square(self) -> float:
+        """Its length squared."""
+        left, right = (factor.double() for factor in self)
+        return float(((left.mT @ left) * (right @ right.mT)).sum())
+
+
+def truncated(change: Change, rank: int) -> Change:
+    """The best change with at most ``rank`` columns."""
+    if rank >= change.left.shape[1]:
+        return change
+    left, right = low_rank.collapsed(change.left.cpu().double(), change.right.cpu().double(), rank)
+    return Change(left.to(change.left).contiguous(), right.to(change.right).contiguous())
+
 
 class Adapters:
     """One model, and what each expert adds to its matrices. Made by :meth:`r2m_kernels.Analysis.adapters`.
@@ -81,11 +95,8 @@ class Adapters:
             name: of the matrix.
             rank: of the changes, the best of fewer columns; ``None``: as they are.
         """
-        pairs = self._products(name)
-        if rank is not None and rank < self.ranks[name]:
-            best = [low_rank.collapsed(left.cpu().double(), right.cpu().double(), rank) for left, right in pairs]
-            pairs = [(found[0].to(one[0]), found[1].to(one[1])) for found, one in zip(best, pairs, strict=True)]
-        changes = (Change(left.contiguous(), right.contiguous()) for left, right in pairs)
+        changes = [Change(left.contiguous(), right.contiguous()) for left, right in self._products(name)]
+        changes = changes if rank is None else [truncated(change, rank) for change in changes]
         return dict(zip(self._terms.findings.experts, changes, strict=True))
 
     @deterministic

@@ -22,7 +22,16 @@ from r2m import plain_yaml
 from r2m.arrangement import Arranged, literal
 from r2m.checkpoints import hub
 from r2m.checkpoints.adapter_config import README
-from r2m.checkpoints.adapter_layout import BIAS, Layout, carrying_biases, changed_layers, layers, layout, together
+from r2m.checkpoints.adapter_layout import (
+    BIAS,
+    Layout,
+    carrying_biases,
+    changed_layers,
+    layers,
+    layout,
+    of_norms,
+    together,
+)
 from r2m.checkpoints.adapter_writer import AdapterWriter
 from r2m.checkpoints.files import Checkpoint
 from r2m.checkpoints.formats import ADAPTERS
@@ -32,7 +41,7 @@ from r2m.places import sync
 from r2m.recipe import ENSEMBLE, ONE
 from r2m.templating import render
 from r2m_kernels import Adapters, Analysis
-from r2m_kernels.adapters import Columns, MergedChanges, ranks_within
+from r2m_kernels.adapters import Change, MergedChanges, ranks_within, truncated
 from r2m_kernels.errors import BadOption, printable, quoted
 from r2m_kernels.streaming import TensorSpec, plan_tensors
 
@@ -56,7 +65,8 @@ class Limits(NamedTuple):
 
     Attributes:
         rank: columns of each layer at most; ``None``: as many as there are.
-        size: numbers of an adapter at most, as a share of the model's; ``None``: as many as the ranks make.
+        size: numbers of an adapter at most, as a share of the model's; ``None``: as many as the ranks make. With one
+            an ensemble's norms are the mean: for each number they do less than a layer's columns.
     """
 
     rank: int | None = None
@@ -122,9 +132,9 @@ def write(
         What the report says of them.
     """
     parts, place = analysis.adapters(arranged.config), directory / ADAPTERS.beside
-    laid = _layout(kind, arranged, analysis, model, parts)
+    laid = _layout(kind, arranged, analysis, model, parts, limits)
     ranks = {name: parts.ranks[name] for name in laid.targets.values()}
-    ranks = _within(limits.size, parts, laid, model.specs, analysis, ranks)
+    ranks = _within(limits.size, parts, laid, model.specs, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in laid.targets.values()}
     place.mkdir(exist_ok=True)
     writers = {}
@@ -134,11 +144,18 @@ def write(
     # A heavier expert's part of the residual term is larger; alone it is what it is.
     weights = analysis.real_subspace.weights * len(writers) if kind == ENSEMBLE else torch.ones(len(writers))
     for module, name in laid.targets.items():
-        changes = parts.changes(name, ranks[name])
-        for (expert, writer), weight in zip(writers.items(), weights.tolist(), strict=True):
-            left, right = changes[expert]
+        changes, spec = parts.changes(name), model.specs[name]
+        share = parts.ranks[name] / min(spec.shape[0], spec.numel // spec.shape[0])
+        squares = _beyond_mean(analysis, name) if limits.size else [0.0] * len(changes)
+        for (expert, writer), weight, square in zip(writers.items(), weights.tolist(), squares, strict=True):
+            whole = Change(changes[expert].left / weight, changes[expert].right)
+            change = truncated(whole, ranks[name])
+            if limits.size:
+                # The leading part of all columns holds as large a part of the energy; differences of inner products
+                # tell less where experts are nearly the same.
+                change = _lengthened(change, min(max(square, whole.square), whole.square / share))
             bias = _beyond(arranged.experts[expert], model, f"{module}{BIAS}") if laid.biased else None
-            writer.write_change(module, left / weight, right, bias)
+            writer.write_change(module, *change, bias)
     for name in (name for names in laid.saved.values() for name in names):
         for expert, writer in writers.items():
             writer.write_whole(name, _own(arranged.experts[expert], model, name))
@@ -165,7 +182,7 @@ def write_one(
         )
         raise BadOption(f"adapters: {lost}, and the merge cannot be {ONE}")
     ranks = {name: min(parts.ranks[name], limits.rank or parts.ranks[name]) for name in targets.values()}
-    ranks = _within(limits.size, parts, laid, model.specs, analysis, ranks)
+    ranks = _within(limits.size, parts, laid, model.specs, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
     (place / MERGED).mkdir(parents=True, exist_ok=True)
     writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide, base.family)
@@ -182,23 +199,33 @@ def _within(
     parts: Adapters | MergedChanges,
     laid: Layout,
     specs: Mapping[str, TensorSpec],
-    analysis: Analysis,
     ranks: dict[str, int],
 ) -> dict[str, int]:
-    """Matrix → rank, none above those given: so that an adapter has its size.
-
-    Changes are measured by the energy of the layer itself: layers differ in how large their numbers are.
-    """
+    """Matrix → rank, none above those given: so that an adapter has its size."""
     if size is None:
         return ranks
-    squares = analysis.base_squares
-
-    def columns(name: str) -> Columns:
-        found = parts.columns(name, ranks[name])
-        return found._replace(energies=found.energies / max(squares[name], torch.finfo(torch.float64).tiny))
-
     numbers = int(size * sum(spec.numel for spec in specs.values())) - _numbers(laid, specs, {})
-    return ranks_within(numbers, [[columns(name) for name in names] for names in together(laid.targets)])
+    columns = [[parts.columns(name, ranks[name]) for name in names] for names in together(laid.targets)]
+    return ranks_within(numbers, columns)
+
+
+def _beyond_mean(analysis: Analysis, name: str) -> list[float]:
+    """‖τ_j − mean‖² of each expert's task vector of a matrix."""
+    gram, weights = analysis.grams[name].double().cpu(), analysis.real_subspace.weights.double().cpu()
+    shared = gram @ weights
+    return (gram.diagonal() - 2 * shared + weights @ shared).tolist()
+
+
+def _lengthened(change: Change, square: float) -> Change:
+    """A truncated residual with half of the length that it lost, in powers: times √(length before / length after).
+
+    Without it experts with such adapters are nearer to their mean than they were, and their ensemble to the average.
+
+    Args:
+        square: of the residual's length before.
+    """
+    kept = change.square
+    return change._replace(left=change.left * (square / kept) ** (1 / 4)) if square > kept > 0 else change
 
 
 def _numbers(laid: Layout, specs: Mapping[str, TensorSpec], ranks: Mapping[str, int]) -> int:
@@ -283,7 +310,7 @@ def nbytes(arranged: Arranged, kind: str, size: float | None = None) -> int:
     laid = Layout(layers(specs, [name for name, rank in ranks.items() if rank]))
     if kind == ENSEMBLE:
         moved = [tensor.name for tensor in plan.tensors if tensor.role != "copied" and tensor.name not in ranks]
-        laid = layout(specs, laid.targets, moved)
+        laid = layout(specs, laid.targets, moved, () if size is None else of_norms(specs))
     numbers, beside = _numbers(laid, specs, ranks), _numbers(laid, specs, {})
     if size is not None:
         least = beside + sum(_column(specs[name]) for name in laid.targets.values())
@@ -293,7 +320,9 @@ def nbytes(arranged: Arranged, kind: str, size: float | None = None) -> int:
     return (1 if kind == ONE else len(arranged.experts)) * (numbers * torch.float32.itemsize + rounded)
 
 
-def _layout(kind: str, arranged: Arranged, analysis: Analysis, model: Checkpoint, parts: Adapters) -> Layout:
+def _layout(
+    kind: str, arranged: Arranged, analysis: Analysis, model: Checkpoint, parts: Adapters, limits: Limits
+) -> Layout:
     targets = layers(model.specs, parts.ranks)
     _both_projections(targets, parts.ranks)
     changed = {name for name, gram in analysis.grams.items() if bool(gram.any())}
@@ -307,4 +336,5 @@ def _layout(kind: str, arranged: Arranged, analysis: Analysis, model: Checkpoint
         and any(_moved(expert, model, one.name) for expert in arranged.experts.values())
     }
     moved = (apart | changed) - {*targets.values()}
-    return layout(model.specs, targets, [name for name in model.specs if name in moved])
+    shared = () if limits.size is None else of_norms(model.specs)
+    return layout(model.specs, targets, [name for name in model.specs if name in moved], shared)

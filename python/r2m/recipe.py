@@ -33,7 +33,7 @@ _ADAPTED: Mapping[str, Mapping[str, Any]] = {
     ENSEMBLE: {"rank": 0.05, "head": "mean", "whole_up_to": 16},
     "merge": {"rank": 0.05},
 }
-_CHOSEN_FROM = 0.25  # rank of an ensemble whose size is given
+_OF_SIZE: Mapping[str, Any] = {"rank": 0.75, "whole_up_to": 0}  # an ensemble's, where columns of all layers compete
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the output
 
 
@@ -195,8 +195,9 @@ class Recipe:
         FILES,
         "Numbers in an adapter at most, as a share of the model's (0.1): columns go to the layers where they count "
         "most, one to each at least. Not with --adapters merge.",
-        "By the energy of all experts' k-th singular values, over the layer's own, for each number that they take. "
-        "What is saved whole counts. An ensemble takes them from those of rank 0.25 unless another is given.",
+        "By the energy of all experts' k-th singular values for each number that they take. What is saved whole "
+        "counts. An ensemble takes them from those of rank 0.75 unless another is given; its norms are the mean, and "
+        "what is cut gets half of the length back that it lost.",
         check=checks.share,
         metavar="SHARE",
         unset="columns as the ranks say",
@@ -343,7 +344,7 @@ def adapted(config: MergeConfig, output: Mapping[str, Any], given: Collection[st
     kind = output.get("adapters", ENSEMBLE)
     fields = _ADAPTED.get(kind, {})
     if kind == ENSEMBLE and output.get("adapter_size") is not None:
-        fields = {**fields, "rank": _CHOSEN_FROM}
+        fields = {**fields, **_OF_SIZE}
     return config.replace(**{name: value for name, value in fields.items() if name not in given})
 
 

@@ -12,11 +12,27 @@ def test_the_page_is_what_the_runs_give() -> None:
 def test_the_goal_is_told_by_means_and_numbers() -> None:
     def told(behind: float, numbers: int) -> str:
         ensemble = dict.fromkeys(("in-distribution", "code", "neural"), 0.8)
-        rows = {f"{rank:g}": {**ensemble, "code": 0.8 - behind} for rank in compressed.RANKS}
-        counts = {f"{rank:g}": numbers if rank == compressed.DEFAULT else 1000 for rank in compressed.RANKS}
+        rows = {row: {**ensemble, "code": 0.8 - behind} for row in compressed.ROWS}
+        counts = {row: numbers if row == compressed.DEFAULT else 1000 for row in compressed.ROWS}
         return compressed.section({"a": {"auc": {"ensemble": ensemble, **rows}, "numbers": {"model": 1000, **counts}}})
 
-    assert "is met at rank 0.05." in told(0.0039, 300)
-    assert "is met at none of these ranks." in told(0.0041, 300)
-    assert "is met at none of these ranks." in told(0.0039, 301)
-    assert "| 0.05 (default) | 30 % | +0.0000 [+0.0000, +0.0000] | -0.0039" in told(0.0039, 300)
+    assert "is met by `--rank 0.05` (default)." in told(0.0039, 300)
+    assert "is met by none of these." in told(0.0041, 300)
+    assert "is met by none of these." in told(0.0039, 301)
+    assert "| `--rank 0.05` (default) | 30.0 % | +0.0000 [+0.0000, +0.0000] | -0.0039" in told(0.0039, 300)
+
+
+def test_the_candidate_whose_worst_group_is_best_is_chosen_of_those_within() -> None:
+    groups = ("in-distribution", "code", "neural")
+    runs = {"a": {"auc": {"ensemble": dict.fromkeys(groups, 0.8)}, "numbers": {"model": 1000}}}
+
+    def told(**worst: float) -> str:
+        judged = {
+            name.replace("_", " "): {"a": {"auc": {**runs["a"]["auc"]["ensemble"], "code": 0.8 - one}, "numbers": 299}}
+            for name, one in worst.items()
+        }
+        return compressed.compared(judged, runs)
+
+    assert "| relative (chosen) | w_l = 1 / ‖theta_l‖^2 | 29.9 % |" in told(relative=0.0038, half_relative=0.0039)
+    assert "half relative (chosen)" in told(relative=0.0039, half_relative=0.0038)
+    assert "chosen)" not in told(relative=0.0041, half_relative=0.0041)

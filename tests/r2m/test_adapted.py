@@ -219,12 +219,17 @@ def test_columns_go_where_they_count_in_an_adapter_of_a_size(
         save_file({**state, "norm.num_batches_tracked": torch.tensor(9)}, f"{name}.safetensors")
     assert command(*MERGE, "--rank", "16", "--svd", "exact", "--out", "whole").code == 0
     numbers = sum(tensor.numel() for tensor in load_file(Path("whole", MODEL)).values())
-    size = (held("whole", "fs") - 10 * 228) / numbers  # as if the convolution had 6 columns of 48 + 180
+    # As if the convolution had 6 columns of 48 + 180, and norms none.
+    target = held("whole", "fs") - 10 * 228 - 40 - 40 - 1
+    size = (target + 0.5) / numbers
     assert command(*MERGE, "--rank", "16", "--svd", "exact", "--adapter-size", str(size), "--out", "m").code == 0
     about = json.loads(Path("m", REPORT).read_text())["adapters"]
     assert about["ranks"] == {"attn.qkv.weight": 16, "conv.weight": 6}
-    assert {held("m", name) for name in NAMES} == {about["numbers"]} == {held("whole", "fs") - 10 * 228}
-    assert Path("m", MODEL).read_bytes() == Path("whole", MODEL).read_bytes()
+    assert {held("m", name) for name in NAMES} == {about["numbers"]} == {target}
+    assert {"norm.weight", "norm.running_var"} <= {*about["averaged"]}
+    assert about["saved"] == ["attn.proj", "depthwise", "head", "tokens_embed"]
+    sized, model = (load_file(Path(out, MODEL)) for out in ("m", "whole"))
+    assert all(torch.equal(sized[name], tensor) for name, tensor in model.items())
     config = json.loads(Path("m", "adapters", "fs", CONFIG).read_text())
     assert {config["r"], *config["rank_pattern"].values()} == {6, 16}
     # Three changes of two columns: what each has beyond their mean has six.
@@ -243,17 +248,35 @@ def test_columns_go_where_they_count_in_an_adapter_of_a_size(
         told = nbytes(job.arranged, job.recipe.adapters, job.recipe.adapter_size)
         assert abs(told - frozen - sum(tensor.nbytes for tensor in stored)) <= 3 * 8  # a counter has eight bytes
     assert read_recipe("m/r2m_config.yaml").adapter_size == size
-    # The same change counts for less in a layer of larger numbers.
+    # What is cut has half of the length that it lost back, in powers.
     few = ["--adapter-size", str(size - 8 * 160 / numbers), "--out"]
     assert command(*MERGE, "--rank", "16", "--svd", "exact", *few, "few").code == 0
-    base = load_file("base.safetensors")
-    for name, state in {"base": base, **states}.items():
-        save_file(
-            {**state, "attn.qkv.weight": state["attn.qkv.weight"] + 99 * base["attn.qkv.weight"]}, f"{name}.safetensors"
-        )
-    assert command(*MERGE, "--rank", "16", "--svd", "exact", *few, "large").code == 0
-    ranks = [json.loads(Path(out, REPORT).read_text())["adapters"]["ranks"] for out in ("few", "large")]
-    assert ranks == [{"attn.qkv.weight": 15, "conv.weight": 1}, {"attn.qkv.weight": 8, "conv.weight": 6}]
+    ranks = json.loads(Path("few", REPORT).read_text())["adapters"]["ranks"]
+    assert ranks == {"attn.qkv.weight": 15, "conv.weight": 1}
+    mean = {name: tensor.double() for name, tensor in load_file(Path("few", MODEL)).items()}
+    for name, state in states.items():
+        view = with_adapter("few", name)
+        for key, rank in ranks.items():
+            found, before = view.read(key).double() - mean[key], state[key].double() - mean[key]
+            values = torch.linalg.svdvals(before.flatten(1))
+            kept, length = float(values[:rank].norm()), float(values.norm())
+            assert float(found.norm()) == pytest.approx((kept * length) ** 0.5, rel=1e-5)
+            assert float((found * before).sum() / found.norm()) == pytest.approx(kept, rel=1e-5)
+
+
+def test_what_is_cut_is_no_longer_than_it_was_where_experts_are_nearly_the_same(
+    states: dict[str, dict[str, Tensor]], command: Command
+) -> None:
+    base, shared = load_file("base.safetensors"), torch.randn(48, 20, 3, 3)
+    for name, state in states.items():
+        state["conv.weight"] = base["conv.weight"] + 3 * shared + 1e-4 * torch.randn(48, 20, 3, 3)
+        save_file(state, f"{name}.safetensors")
+    assert command(*MERGE, "--adapter-size", "0.01", "--out", "m").code == 0
+    mean = load_file(Path("m", MODEL))["conv.weight"].double()
+    for name, state in states.items():
+        values = torch.linalg.svdvals((state["conv.weight"].double() - mean).flatten(1))
+        found = float((with_adapter("m", name).read("conv.weight").double() - mean).norm())
+        assert found == pytest.approx(float(values[0] * values.norm()) ** 0.5, rel=0.1)
 
 
 @pytest.mark.slow

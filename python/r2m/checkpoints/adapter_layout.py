@@ -74,13 +74,19 @@ def changed_layers(
     return {module: name for module, name in targets.items() if names[module] & {*changed}}
 
 
-def layout(specs: Mapping[str, TensorSpec], targets: Mapping[str, str], moved: Collection[str]) -> Layout:
+def layout(
+    specs: Mapping[str, TensorSpec],
+    targets: Mapping[str, str],
+    moved: Collection[str],
+    shared: Collection[str] = (),
+) -> Layout:
     """All of it.
 
     Args:
         specs: all tensors of the model.
         targets: of :func:`layers`.
         moved: tensors other than the targets' weights in which experts differ.
+        shared: for whose sake no module is saved.
     """
     biased = all(_has_bias(module, specs) for module in targets)
     biased = biased and any(module + BIAS in moved for module in targets)
@@ -88,7 +94,7 @@ def layout(specs: Mapping[str, TensorSpec], targets: Mapping[str, str], moved: C
     rest = {name: _module(name) for name in moved if name not in carried}
     modules = {module for name in specs for module in _above(name)}
     kept = {module for target in targets for module in _above(f"{target}.")}  # that hold an adapted layer
-    saved = {module for module in rest.values() if module and module not in kept}
+    saved = {module for name, module in rest.items() if module and module not in kept and name not in shared}
     while True:
         saved = {module for module in saved if not saved & {*_above(module)}}
         # PEFT wraps every module whose name ends as one that is saved.
@@ -102,6 +108,12 @@ def layout(specs: Mapping[str, TensorSpec], targets: Mapping[str, str], moved: C
     of_saved = {module: tuple(name for name in specs if name.startswith(f"{module}.")) for module in sorted(saved)}
     whole = {name for names in of_saved.values() for name in names}
     return Layout(targets, biased, of_saved, tuple(name for name in rest if name not in whole))
+
+
+def of_norms(specs: Mapping[str, TensorSpec]) -> set[str]:
+    """The tensors of modules that hold vectors and numbers alone."""
+    matrices = {_module(name) for name, spec in specs.items() if len(spec.shape) > 1}
+    return {name for name in specs if _module(name) not in matrices}
 
 
 def together(targets: Mapping[str, str]) -> list[tuple[str, ...]]:
