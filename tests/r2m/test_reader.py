@@ -188,6 +188,35 @@ DAMAGED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("read", "others", "note"),
+    [
+        ("model.safetensors", ["pytorch_model.bin"], "pytorch_model.bin beside model.safetensors is not read"),
+        (
+            "model.safetensors",
+            ["model.fp16.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+            "model.fp16.safetensors, model.safetensors.index.json beside model.safetensors are not read",
+        ),
+        ("model.safetensors", ["optimizer.pt", "training_args.bin", "config.json"], ""),
+        ("epoch.safetensors", ["last.pth"], ""),
+    ],
+)
+def test_another_checkpoint_in_a_directory_is_told(read: str, others: list[str], note: str, tmp_path: Path) -> None:
+    """A later one may have been saved in the other format; a file that is named says which is meant."""
+    for name in (read, *others):
+        save_file({"w": torch.ones(2)}, tmp_path / name)
+    assert open_checkpoint(tmp_path, "x").notes == ((note,) if note else ())
+    assert open_checkpoint(tmp_path / read, "x").notes == ()
+
+
+def test_an_index_is_not_told_its_own_shards(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "part.safetensors")
+    save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
+    told = "other.safetensors beside model.safetensors.index.json is not read"
+    assert open_checkpoint(tmp_path, "x").notes == (told,)
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_file_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     content, sentence = DAMAGED[case]

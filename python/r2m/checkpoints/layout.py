@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from r2m.checkpoints import strangers
 from r2m.checkpoints.adapter_config import CONFIG, WEIGHTS
-from r2m.checkpoints.formats import FORMATS
+from r2m.checkpoints.formats import FORMATS, SAFETENSORS
 from r2m.places import mapping
 from r2m_kernels import checks
 from r2m_kernels.errors import BadCheckpoint, printable, quoted
 
 MOST_INDEX = 2**27  # bytes
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
 def encode_index(file_of: Mapping[str, str], total_size: int) -> bytes:
@@ -78,6 +80,22 @@ def chosen(
             f"holds adapters in directories of their own ({some(inside)}); name one, such as {directory}/{inside[0]}"
         )
     raise BadCheckpoint(f"{label}: {other or 'the directory holds no safetensors file and none of torch.save'}")
+
+
+def passed_over(names: Sequence[str], name: str) -> str:
+    """A clause on what else in a directory is a whole checkpoint, which may be another one; empty: nothing.
+
+    Args:
+        names: of its files.
+        name: the one that is read, or its index.
+    """
+    whole = {one for each in FORMATS.values() for one in (each.single, each.index)}
+    others = [
+        one
+        for one in names
+        if one != name and (one in whole or (one.endswith(SAFETENSORS.suffixes) and not _SHARD.search(one)))
+    ]
+    return f"{some(others)} beside {name} {'are' if others[1:] else 'is'} not read" if others else ""
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

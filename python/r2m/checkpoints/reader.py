@@ -54,11 +54,15 @@ def _open_directory(directory: Path, label: str, key: str | None, adapters: bool
     beside = [other for other in entries if other not in files]
     inside = [other for other in beside if (directory / other / CONFIG).is_file()]
     name = layout.chosen(files, label, beside, str(directory), adapters=adapters, inside=inside)
-    if name in formats.INDEXES:
-        return _open_shards(directory, label, name, key)
     if adapters and name in WEIGHTS and CONFIG in files:
         return _open_adapter(directory / name, label, f"{label}: file {quoted(name)}")
-    return _open_single(directory / name, label, f"{label}: file {quoted(name)}", key)
+    if name in formats.INDEXES:
+        found = _open_shards(directory, label, name, key)
+    else:
+        found = _open_single(directory / name, label, f"{label}: file {quoted(name)}", key)
+    others = layout.passed_over([one for one in files if directory / one not in found.files], name)
+    found.notes = (*found.notes, *([others] if others else []))
+    return found
 
 
 def _open_adapter(path: Path, label: str, what: str) -> Checkpoint:
