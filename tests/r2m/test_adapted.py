@@ -54,6 +54,7 @@ SHAPES = {
     "head.bias": (2,),
 }
 FROZEN = "attn.proj.weight"
+LAYER = ("attention.attention.query", "output.dense")  # of what transformers' ViT has, by its files' names
 EXPERTS = [word for name in NAMES for word in ("--expert", f"{name}={name}.safetensors")]
 MERGE = ["merge", "--base", "base.safetensors", *EXPERTS, "--quiet", "--format", "adapters"]
 
@@ -262,6 +263,34 @@ def test_columns_go_where_they_count_in_an_adapter_of_a_size(
             kept, length = float(values[:rank].norm()), float(values.norm())
             assert float(found.norm()) == pytest.approx((kept * length) ** 0.5, rel=1e-5)
             assert float((found * before).sum() / found.norm()) == pytest.approx(kept, rel=1e-5)
+
+
+def test_adapters_on_a_model_of_transformers_have_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layer = "vit.encoder.layer.0"
+    base = {f"{layer}.{name}.weight": torch.randn(24, 20) for name in LAYER}
+    base |= {f"{layer}.layernorm_after.{name}": torch.randn(20) for name in ("weight", "bias")}
+    for name in ("base", "fs", "fr"):
+        Path(name).mkdir()
+        moved = {key: tensor + 0.1 * torch.randn(tensor.shape) for key, tensor in base.items()}
+        save_file(base if name == "base" else moved, Path(name, MODEL))
+    words = ["merge", "--base", "base", "--expert", "fs", "--expert", "fr", "--format", "adapters", "--quiet"]
+    for kind, names in (("vit", ("vit.layers.0", "attention.q_proj", "mlp.fc2")), ("other", (layer, *LAYER))):
+        Path("base", "config.json").write_text(json.dumps({"model_type": kind}))
+        assert command(*words, "--rank", "19", "--out", kind).code == 0
+        adapter = Path(kind, "adapters", "fs")
+        start, *layers = names
+        found = json.loads((adapter / CONFIG).read_text())
+        assert found["target_modules"] == [f"{start}.{one}" for one in layers]
+        assert found["modules_to_save"] == [f"{start}.layernorm_after"]
+        factors = {f"{start}.{one}.lora_{side}.weight" for one in layers for side in "AB"}
+        norm = {f"{start}.layernorm_after.{end}" for end in ("weight", "bias")}
+        assert load_file(adapter / WEIGHTS).keys() == {f"base_model.model.{one}" for one in factors | norm}
+        view, own = with_adapter(kind, "fs"), load_file(Path("fs", MODEL))
+        assert all(torch.allclose(view.read(key), own[key], atol=0.05) for key in base)
+        assert torch.equal(view.read(f"{layer}.layernorm_after.bias"), own[f"{layer}.layernorm_after.bias"])
 
 
 def test_what_is_cut_is_no_longer_than_it_was_where_experts_are_nearly_the_same(
