@@ -20,6 +20,8 @@ from r2m_kernels.errors import BadCheckpoint, BadOption, DoesNotFit, InvalidInpu
 from r2m_kernels.heads import classifier
 from r2m_kernels.streaming import plan_tensors
 
+_MOST = 2**20  # elements of a variance that is looked at
+
 
 @dataclass(frozen=True)
 class Arranged:
@@ -213,7 +215,20 @@ def _in_one_order(arranged: Arranged, arrangement: Arrangement, fakes: Mapping[s
     globs = arrangement.head_tensors
     heads = {name: _classifier(view, globs) for name, view in arranged.experts.items()}
     agreed = agree(arranged.base, arranged.experts, heads, Classes(fake=arrangement.fake), fakes)
+    agreed = replace(agreed, notes=(*agreed.notes, *_impossible(arranged.experts)))
     return replace(arranged, experts=dict(agreed.experts), agreed=agreed)
+
+
+def _impossible(experts: Mapping[str, View]) -> list[str]:
+    """Notes on experts with variances below zero: their mean may be one, too, and what a network makes of that NaN."""
+    notes = []
+    for view in experts.values():
+        names = [name for name, spec in view.specs.items() if name.endswith("running_var") and spec.numel <= _MOST]
+        below = [name for name in names if bool((view.read(name).double() < 0).any())]
+        if below:
+            others = f" and {len(below) - 1} more" if below[1:] else ""
+            notes.append(f"{view.label}: {quoted(below[0])}{others} has variances below zero: is it whole?")
+    return notes
 
 
 def _in_layout_of_experts(arranged: Arranged) -> Arranged:

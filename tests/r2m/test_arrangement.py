@@ -435,3 +435,18 @@ def test_a_head_is_averaged_unless_it_is_to_be_merged(files: list[str], command:
     assert not torch.equal(*heads)
     assert command("merge", "merged/r2m_config.yaml", "--out", "again", "--quiet").code == 0
     assert Path("merged/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_variances_below_zero_are_told(command: Command) -> None:
+    def network(seed: int, variance: float) -> State:
+        return {"conv.weight": normal(seed, 4, 3, 3, 3), "bn.running_var": torch.tensor([1.0, variance])}
+
+    for name, state in (("base", network(0, 1.0)), ("a", network(1, 0.0)), ("b", network(2, -0.5))):
+        save_file(state, f"{name}.safetensors")
+    result = command(
+        "merge", "--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "out"
+    )
+    assert result.code == 0
+    assert "expert 'b' (b.safetensors): 'bn.running_var' has variances below zero: is it whole?" in result.err
+    assert "(a.safetensors): 'bn.running_var'" not in result.err
+    assert "below zero" in json.dumps(json.loads(Path("out/r2m_report.json").read_text())["notes"])
