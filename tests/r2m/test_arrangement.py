@@ -447,6 +447,6 @@ def test_variances_below_zero_are_told(command: Command) -> None:
         "merge", "--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "out"
     )
     assert result.code == 0
-    assert "expert 'b' (b.safetensors): 'bn.running_var' has variances below zero: is it whole?" in result.err
+    assert "(b.safetensors): 'bn.running_var' has variances below zero: is it whole?" in result.err
     assert "(a.safetensors): 'bn.running_var'" not in result.err
     assert "below zero" in json.dumps(json.loads(Path("out/r2m_report.json").read_text())["notes"])
