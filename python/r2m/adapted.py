@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +65,8 @@ class Limits(NamedTuple):
 
     Attributes:
         rank: columns of each layer at most; ``None``: as many as there are.
-        size: numbers of an adapter at most, as a share of the model's; ``None``: as many as the ranks make. With one
-            an ensemble's norms are the mean: for each number they do less than a layer's columns.
+        size: numbers of an adapter at most, as a share of the model's; ``None``: as many as the ranks make. Where that
+            is too few an ensemble's norms are the mean: for each number they do less than a layer's columns.
     """
 
     rank: int | None = None
@@ -132,9 +132,11 @@ def write(
         What the report says of them.
     """
     parts, place = analysis.adapters(arranged.config), directory / ADAPTERS.beside
-    laid = _layout(kind, arranged, analysis, model, parts, limits)
+    laid = _layout(kind, arranged, analysis, model, parts)
     ranks = {name: parts.ranks[name] for name in laid.targets.values()}
-    ranks = _within(limits.size, parts, laid, model.specs, ranks)
+    if limits.size is not None and not _fits(limits.size, laid, model.specs, ranks):
+        laid = _layout(kind, arranged, analysis, model, parts, of_norms(model.specs))
+        ranks = _within(limits.size, parts, laid, model.specs, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in laid.targets.values()}
     place.mkdir(exist_ok=True)
     writers = {}
@@ -182,7 +184,8 @@ def write_one(
         )
         raise BadOption(f"adapters: {lost}, and the merge cannot be {ONE}")
     ranks = {name: min(parts.ranks[name], limits.rank or parts.ranks[name]) for name in targets.values()}
-    ranks = _within(limits.size, parts, laid, model.specs, ranks)
+    if limits.size is not None and not _fits(limits.size, laid, model.specs, ranks):
+        ranks = _within(limits.size, parts, laid, model.specs, ranks)
     wide = {name: torch.promote_types(model.specs[name].dtype, torch.float32) for name in ranks}
     (place / MERGED).mkdir(parents=True, exist_ok=True)
     writer = AdapterWriter(place / MERGED, laid, model.specs, ranks, wide, base.family)
@@ -194,19 +197,24 @@ def write_one(
     return _finished(place, {MERGED: writer}, base.name, ONE, laid, model.specs, ranks)
 
 
+def _fits(size: float, laid: Layout, specs: Mapping[str, TensorSpec], ranks: Mapping[str, int]) -> bool:
+    return _numbers(laid, specs, ranks) <= _most(size, specs)
+
+
+def _most(size: float, specs: Mapping[str, TensorSpec]) -> int:
+    return int(size * sum(spec.numel for spec in specs.values()))
+
+
 def _within(
-    size: float | None,
+    size: float,
     parts: Adapters | MergedChanges,
     laid: Layout,
     specs: Mapping[str, TensorSpec],
     ranks: dict[str, int],
 ) -> dict[str, int]:
     """Matrix → rank, none above those given: so that an adapter has its size."""
-    if size is None:
-        return ranks
-    numbers = int(size * sum(spec.numel for spec in specs.values())) - _numbers(laid, specs, {})
     columns = [[parts.columns(name, ranks[name]) for name in names] for names in together(laid.targets)]
-    return ranks_within(numbers, columns)
+    return ranks_within(_most(size, specs) - _numbers(laid, specs, {}), columns)
 
 
 def _beyond_mean(analysis: Analysis, name: str) -> list[float]:
@@ -310,18 +318,25 @@ def nbytes(arranged: Arranged, kind: str, size: float | None = None) -> int:
     laid = Layout(layers(specs, [name for name, rank in ranks.items() if rank]))
     if kind == ENSEMBLE:
         moved = [tensor.name for tensor in plan.tensors if tensor.role != "copied" and tensor.name not in ranks]
-        laid = layout(specs, laid.targets, moved, () if size is None else of_norms(specs))
+        laid = layout(specs, laid.targets, moved)
+        if size is not None and not _fits(size, laid, specs, ranks):
+            laid = layout(specs, laid.targets, moved, of_norms(specs))
     numbers, beside = _numbers(laid, specs, ranks), _numbers(laid, specs, {})
     if size is not None:
         least = beside + sum(_column(specs[name]) for name in laid.targets.values())
-        numbers = min(numbers, max(least, int(size * sum(spec.numel for spec in specs.values()))))
+        numbers = min(numbers, max(least, _most(size, specs)))
     whole = [specs[name] for names in laid.saved.values() for name in names]
     rounded = sum(spec.nbytes - spec.numel * torch.float32.itemsize for spec in whole)
     return (1 if kind == ONE else len(arranged.experts)) * (numbers * torch.float32.itemsize + rounded)
 
 
 def _layout(
-    kind: str, arranged: Arranged, analysis: Analysis, model: Checkpoint, parts: Adapters, limits: Limits
+    kind: str,
+    arranged: Arranged,
+    analysis: Analysis,
+    model: Checkpoint,
+    parts: Adapters,
+    shared: Collection[str] = (),
 ) -> Layout:
     targets = layers(model.specs, parts.ranks)
     _both_projections(targets, parts.ranks)
@@ -336,5 +351,4 @@ def _layout(
         and any(_moved(expert, model, one.name) for expert in arranged.experts.values())
     }
     moved = (apart | changed) - {*targets.values()}
-    shared = () if limits.size is None else of_norms(model.specs)
     return layout(model.specs, targets, [name for name in model.specs if name in moved], shared)

@@ -196,8 +196,8 @@ class Recipe:
         "Numbers in an adapter at most, as a share of the model's (0.1): columns go to the layers where they count "
         "most, one to each at least. Not with --adapters merge.",
         "By the energy of all experts' k-th singular values for each number that they take. What is saved whole "
-        "counts. An ensemble takes them from those of rank 0.75 unless another is given; its norms are the mean, and "
-        "what is cut gets half of the length back that it lost.",
+        "counts. An ensemble takes them from those of rank 0.75 unless another is given; where not all fit, its norms "
+        "are the mean, and what is cut gets half of the length back that it lost.",
         check=checks.share,
         metavar="SHARE",
         unset="columns as the ranks say",

@@ -237,6 +237,10 @@ def test_columns_go_where_they_count_in_an_adapter_of_a_size(
     for name, state in states.items():
         found, own = with_adapter("m", name).read("conv.weight"), state["conv.weight"]
         assert float((found - own).norm()) <= 1e-5 * float(own.norm())
+    # Where all has room nothing is cut, and norms are saved as without a size.
+    assert command(*MERGE, "--rank", "16", "--svd", "exact", "--adapter-size", "1", "--out", "room").code == 0
+    assert held("room", "fs") == held("whole", "fs")
+    assert "norm" in json.loads(Path("room", REPORT).read_text())["adapters"]["saved"]
     # A column of each stays in any case. Plan knows it all but for the frozen layer, see below.
     assert command(*MERGE, "--adapter-size", "0.001", "--out", "small").code == 0
     assert set(json.loads(Path("small", REPORT).read_text())["adapters"]["ranks"].values()) == {1}
