@@ -50,7 +50,7 @@ class Traits(NamedTuple):
     """What is particular about a backend.
 
     Attributes:
-        groups_tensors: it wants tensors of one shape in groups, each a launch; else one by one, on several threads.
+        groups_tensors: it wants tensors in groups, those of one shape for a launch; else one by one, on threads.
         independent_pairs: an entry of the task Gram depends on its two experts alone and not on who else is there.
         takes_tolerance: ``shifted_truncation`` can stop early.
         gap_basis: what its estimate of the gap rests on, as the report says it.

@@ -87,6 +87,7 @@ def gram_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:
         base_of=base_of,
         by_factors=lambda tensor: tensor.factored,
         base_by_factors=False,
+        of_any_shape=lambda tensor: not tensor.factored and not by_rows(tensor, config),
     )
 
 

@@ -37,7 +37,9 @@ WINDOW = 2**24
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one role, shape and rank with their inputs on the device; without them where the base is copied.
+    """Tensors of one role with their inputs on the device; without them where the base is copied.
+
+    They are of one shape and rank, but where the pass takes groups of any.
 
     Attributes:
         bases: L tensors; none of extras.

@@ -48,6 +48,7 @@ class Pass:
         by_factors: whether of a tensor the factors of its task vectors are enough.
         base_by_factors: whether the base's is needed beside them.
         passed_on: whether the step itself reads what it needs of a tensor, which is the base's alone.
+        of_any_shape: whether it may be in a group with tensors of other shapes.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Pass:
     by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
     base_by_factors: bool = True
     passed_on: Callable[[PlannedTensor], bool] = lambda tensor: False
+    of_any_shape: Callable[[PlannedTensor], bool] = lambda tensor: False
 
     def takes_base(self, tensor: PlannedTensor) -> bool:
         """Whether the base's tensor is read."""
@@ -194,7 +196,7 @@ def work_list(
     works = [cut for cut in cuts.values() if cut.parts]
     rest = [tensor for tensor in tensors if not cuts[tensor.name].parts]
     if on_device is not None:
-        return works + [Work(tuple(group)) for group in _groups(rest, inputs, memory, on_device)]
+        return works + [Work(tuple(group)) for group in _groups(over, rest, inputs, memory, on_device)]
     paces = {tensor.name: over.pace(tensor, inputs, memory, threads) for tensor in rest}
     works += [Work((tensor,), pace=paces[tensor.name]) for tensor in rest if paces[tensor.name] is not None]
     rest = [tensor for tensor in rest if paces[tensor.name] is None]
@@ -254,13 +256,18 @@ def _part_bytes(over: Pass, tensor: PlannedTensor, inputs: Inputs, elements: int
 
 
 def _groups(
-    tensors: Sequence[PlannedTensor], inputs: Inputs, memory: Memory, on_device: Callable[[PlannedTensor], bool]
+    over: Pass,
+    tensors: Sequence[PlannedTensor],
+    inputs: Inputs,
+    memory: Memory,
+    on_device: Callable[[PlannedTensor], bool],
 ) -> list[list[PlannedTensor]]:
     alike: dict[object, list[list[PlannedTensor]]] = {}
     filled: dict[object, int] = {}
     for tensor in tensors:
         dtypes = tuple(source.specs[tensor.name].dtype for source in inputs.read_for(tensor))
-        key = (tensor.role, tensor.spec.shape, tensor.rank, dtypes, tensor.change_ranks)
+        shape = None if over.of_any_shape(tensor) else (tensor.spec.shape, tensor.rank)
+        key = (tensor.role, shape, dtypes, tensor.change_ranks)
         size = inputs.nbytes(tensor)
         most = memory.group if on_device(tensor) else min(budget.GROUP_BYTES, memory.group)
         if key not in alike or filled[key] + size > most:

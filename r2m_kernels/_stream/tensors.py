@@ -33,9 +33,19 @@ def compute_dtype(tensors: Iterable[Matrix]) -> torch.dtype:
 
 def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Numbers in float64 on the CPU: all that are on a device with one copy and one wait."""
-    away = [tensor.double().reshape(-1) for tensor in tensors if tensor.device.type != "cpu"]
-    parts = iter(torch.split(torch.cat(away).cpu(), [len(tensor) for tensor in away]) if away else ())
-    return [tensor.double() if tensor.device.type == "cpu" else next(parts).view(tensor.shape) for tensor in tensors]
+    away: dict[torch.dtype, list[int]] = {}  # places: those of one dtype are widened by one launch
+    for place, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            away.setdefault(tensor.dtype, []).append(place)
+    found = [tensor.double() if tensor.device.type == "cpu" else tensor for tensor in tensors]
+    places = [place for several in away.values() for place in several]
+    if places:
+        alike = [torch.cat([tensors[place].reshape(-1) for place in several]).double() for several in away.values()]
+        together = (torch.cat(alike) if len(alike) > 1 else alike[0]).cpu()
+        parts = torch.split(together, [tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return found
 
 
 def tensor_key(seed: int, name: str, shape: Sequence[int]) -> int:

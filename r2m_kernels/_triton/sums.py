@@ -27,6 +27,34 @@ def sum_tiles_kernel(partial, total, tiles, BLOCK: tl.constexpr):
     tl.store(total + index, summed(partial + index * tiles, tiles, BLOCK))
 
 
+RUN = 6  # numbers of a run in the table of :func:`sum_runs_kernel`
+
+
+@triton.jit
+def sum_runs_kernel(partial, runs, out, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`sum_tiles_kernel` for runs of sums that have as many tiles each, whose results go to two places.
+
+    A run: the number of sums up to its last; where its partial ones start; how many tiles a sum has; where in ``out``
+    its results go; where those after the first so many go; and how many these are.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    first, last = index * 0, tl.load(runs)
+    while index >= last:
+        first = last
+        runs += RUN
+        last = tl.load(runs)
+    place, tiles, ahead = index - first, tl.load(runs + 2), tl.load(runs + 5)
+    total = summed(partial + tl.load(runs + 1) + place * tiles, tiles.to(tl.int32), BLOCK)
+    where = tl.where(place < ahead, tl.load(runs + 3) + place, tl.load(runs + 4) + place - ahead)
+    tl.store(out + where, total)
+
+
+def sum_runs(partial: Tensor, runs: list[tuple[int, int, int, int, int, int]], out: Tensor) -> None:
+    """Into ``out``, by a table as :func:`sum_runs_kernel` has it; float64."""
+    config, table = launch.sums(), torch.tensor(runs).to(partial.device, non_blocking=True)
+    launch.start(sum_runs_kernel, (runs[-1][0],), config, partial, table, out, RUN=RUN, BLOCK=config.block)
+
+
 def sum_rows(rows: Tensor) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     return sum_tiles(rows.contiguous())

@@ -19,14 +19,16 @@ from torch import Tensor
 from .._interface import Grams
 from . import launch
 from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
-from .sums import sum_tiles
+from .sums import sum_runs
 
 BLOCK_OF_EXPERTS = 4
 # Elements of one launch, 1 GiB in float32; panels are summed in order, so that a tensor may also come in parts.
 PANEL = 2**28
 
 
-@triton.jit(do_not_specialize=["elements", "count", "chunks", "pairs"], do_not_specialize_on_alignment=["squares"])
+@triton.jit(
+    do_not_specialize=["elements", "count", "chunks", "pairs"], do_not_specialize_on_alignment=["partial", "squares"]
+)
 def task_gram_kernel(
     table,
     partial,
@@ -110,56 +112,75 @@ def gram_panel_elements(precise: bool) -> int:
 
 def task_gram(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], precise: bool = False) -> Grams:
     """See :class:`r2m_kernels._interface.Operators`. All of it is ``precise``."""
-    count = len(experts)
-    alike: dict[tuple[int, tuple[torch.dtype, ...]], list[int]] = {}
-    for index, base in enumerate(bases):
-        dtypes = tuple(tensor.dtype for tensor in (base, *(expert[index] for expert in experts)))
-        alike.setdefault((base.numel(), dtypes), []).append(index)
-    found = []
-    for (elements, _), indices in alike.items():
-        group_bases, group_experts = [bases[i] for i in indices], [[expert[i] for i in indices] for expert in experts]
-        total = _panel_sums(group_bases, group_experts, slice(0, min(elements, PANEL)))
-        for start in range(PANEL, elements, PANEL):
-            total += _panel_sums(group_bases, group_experts, slice(start, start + PANEL))
-        tasks, base = torch.split(total, [len(indices) * count**2, len(indices)])
-        found.append(Grams(tasks.view(-1, count, count), base))
-    if len(found) == 1:
-        return found[0]
-    places = [place for indices in alike.values() for place in indices]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return Grams(*(torch.cat(of_all)[order] for of_all in zip(*found, strict=True)))
+    count, size = len(experts), len(bases)
+    out = torch.empty(size * (count**2 + 1), dtype=torch.float64, device=bases[0].device)
+    grams = Grams(out[: size * count**2].view(size, count, count), out[size * count**2 :])
+    # One launch for each run of tensors alike, and one that sums what they all left.
+    launches: list[tuple[slice, Group, launch.GramConfig, int]] = []
+    for some in _runs(bases, experts):
+        of_run, elements = (bases[some], [expert[some] for expert in experts]), bases[some.start].numel()
+        if elements > PANEL:
+            panels = [slice(start, start + PANEL) for start in range(0, elements, PANEL)]
+            for whole, parts in zip(grams, zip(*(_of_panel(*of_run, one) for one in panels), strict=True), strict=True):
+                whole[some] = sum(parts[1:], parts[0])
+        else:
+            group = Group(*of_run, elements)
+            config = launch.task_gram(launch.target_of(group.device), group.dtype, count, group.aligned)
+            launches.append((some, group, config, -(-elements // (config.steps * config.block))))
+    if launches:
+        _summed(launches, count, out)
+    return grams
 
 
-def _panel_sums(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], panel: slice) -> Tensor:
-    """Of a run of elements: L · N² times ⟨τ_li, τ_lj⟩, then L times ‖θ₀‖², float64."""
-    elements = min(bases[0].numel(), panel.stop) - panel.start
-    sums = len(bases) * (len(experts) ** 2 + 1)
-    if elements == 0:
-        return torch.zeros(sums, dtype=torch.float64, device=bases[0].device)
-    if elements < bases[0].numel():
-        bases = [tensor.reshape(-1)[panel] for tensor in bases]
-        experts = [[tensor.reshape(-1)[panel] for tensor in expert] for expert in experts]
-    group, count = Group(bases, experts, elements), len(experts)
-    config = launch.task_gram(launch.target_of(group.device), group.dtype, count, group.aligned)
-    chunks = -(-elements // (config.steps * config.block))
-    blocks = -(-count // BLOCK_OF_EXPERTS)
-    pairs = blocks * (blocks + 1) // 2
-    partial = torch.empty(sums, chunks, dtype=torch.float64, device=group.device)
-    launch.start(
-        task_gram_kernel,
-        (chunks * pairs, len(bases)),
-        config,
-        group.table,
-        partial[: -len(bases)].view(len(bases), count, count, chunks),
-        partial[-len(bases) :],
-        elements,
-        count,
-        chunks,
-        pairs,
-        TYPE=ELEMENT_TYPES[group.dtype],
-        ALIGNED=config.aligned,
-        DIAGONAL=config.diagonal,
-        STEPS=config.steps,
-        BLOCK=config.block,
-    )
-    return sum_tiles(partial)
+def _runs(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -> list[slice]:
+    """Of tensors that have as many elements, and are of the same dtypes."""
+    kinds = [
+        (base.numel(), base.dtype, *(expert[index].dtype for expert in experts)) for index, base in enumerate(bases)
+    ]
+    starts = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(kinds)], strict=True)]
+
+
+def _of_panel(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], panel: slice) -> Grams:
+    """Of a run of elements of each tensor."""
+    parts = [[tensor.reshape(-1)[panel] for tensor in some] for some in (bases, *experts)]
+    return task_gram(parts[0], parts[1:])
+
+
+def _summed(launches: list[tuple[slice, Group, launch.GramConfig, int]], count: int, out: Tensor) -> None:
+    """N² numbers of every tensor into ``out``, and after those of all tensors one of every base."""
+    runs: list[tuple[int, int, int, int, int, int]] = []
+    sums = start = 0
+    tasks = len(out) // (count**2 + 1) * count**2  # of all tensors
+    for some, _, _, chunks in launches:
+        size = some.stop - some.start
+        sums += size * (count**2 + 1)
+        runs.append((sums, start, chunks, some.start * count**2, tasks + some.start, size * count**2))
+        start += size * (count**2 + 1) * chunks
+    partial = torch.empty(start, dtype=torch.float64, device=out.device)
+    for (some, group, config, chunks), (_, first, *_, ahead) in zip(launches, runs, strict=True):
+        size, blocks = some.stop - some.start, -(-count // BLOCK_OF_EXPERTS)
+        of_tasks, of_bases = torch.split(
+            partial[first:][: size * (count**2 + 1) * chunks], [ahead * chunks, size * chunks]
+        )
+        if not chunks:
+            continue
+        pairs = blocks * (blocks + 1) // 2
+        launch.start(
+            task_gram_kernel,
+            (chunks * pairs, size),
+            config,
+            group.table,
+            of_tasks.view(size, count, count, chunks),
+            of_bases.view(size, chunks),
+            group.bases[0].numel(),
+            count,
+            chunks,
+            pairs,
+            TYPE=ELEMENT_TYPES[group.dtype],
+            ALIGNED=config.aligned,
+            DIAGONAL=config.diagonal,
+            STEPS=config.steps,
+            BLOCK=config.block,
+        )
+    sum_runs(partial, runs, out)

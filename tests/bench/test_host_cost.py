@@ -18,10 +18,10 @@ from r2m_kernels.config import OFFERED
 # Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written.
 BARS = {
     "ViT-L default": (6, 160, 400),
-    "ViT-L rows": (3, 30, 40),
-    "ViT-L average": (3, 30, 40),
+    "ViT-L rows": (2, 29, 14),
+    "ViT-L average": (2, 17, 12),
     "ViT-B default": (6, 160, 400),
-    "CNN rows": (3, 20, 40),
+    "CNN rows": (2, 18, 13),
 }
 
 
