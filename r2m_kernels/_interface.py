@@ -10,11 +10,13 @@ outside.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ._stream.blocks import long_panels
 from ._stream.stored import Matrix, StoredMatrix
 
 # Shares of the short side beyond which a CPU's truncation takes a step of subspace iteration more.
@@ -142,10 +144,12 @@ class Effort(NamedTuple):
         direct, formed = self._work(rank, shape, steps - 1)
         return enough and min(shape) <= GRAM_SIDE and formed < direct
 
-    def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
+    def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> Fraction:
         """Over A, from its sketch to the last step, where its spectrum falls slowly."""
-        formed = self.from_gram(rank, shape) or self.by_gram(rank, shape)
-        return 2 if formed else 1 + self.steps_on_cpu(rank, min(shape))
+        if self.from_gram(rank, shape):
+            (first, *_), *_ = long_panels(shape[0], shape[1])  # tells whether it does
+            return 1 + Fraction(first.stop, max(shape))
+        return Fraction(2 if self.by_gram(rank, shape) else 1 + self.steps_on_cpu(rank, min(shape)))
 
     def work_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
         """Multiplications and additions, two each, of a fast truncation's steps, likewise."""
@@ -310,6 +314,7 @@ class Operators(Protocol):
         experts: Sequence[Matrix],
         mixing: Tensor,
         key: int,
+        energies: Tensor,
         rank: int,
         effort: Effort,
         pace: Pace,
@@ -319,6 +324,7 @@ class Operators(Protocol):
         Args:
             base, experts: matrices, which may stay where they are stored: they are read a block at a time.
             mixing, key, rank, effort: see there; with a tolerance experts decide together when to stop.
+            energies: (N,) float64, as there.
             pace: how much is at work at once.
         """
         ...

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
@@ -101,9 +102,13 @@ def truncate(
         return textbook(inputs, mixing, rank, config, operators)
     known = operators.task_gram(bases, experts).tasks.cpu() if grams is None else torch.stack(list(grams))
     keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)])
-    energies = (mixing.T @ known.to(mixing) @ mixing).diagonal(dim1=1, dim2=2).clamp_min(0)
-    made = operators.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort_of(config))
+    made = operators.shifted_truncation(bases, experts, mixing, keys, _energies(known, mixing), rank, effort_of(config))
     return _fast(made, bases[0].shape)
+
+
+def _energies(grams: Tensor, mixing: Tensor) -> Tensor:
+    """‖X_li‖² from the task Grams, (L, N) float64; rounding where task vectors cancel."""
+    return (mixing.T @ grams.to(mixing) @ mixing).diagonal(dim1=1, dim2=2).clamp_min(0)
 
 
 def _fast(made: ShiftedFactors, shape: Sequence[int]) -> GroupFactors:
@@ -128,11 +133,11 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
     def pace(tensor: PlannedTensor, inputs: Inputs, memory: Memory, threads: int) -> Pace | None:
         return pace_of(tensor, inputs, config, memory, threads)
 
-    def reads(tensor: PlannedTensor, inputs: Inputs, pace: Pace) -> int:
+    def reads(tensor: PlannedTensor, inputs: Inputs, pace: Pace) -> Fraction:
         """But for residuals that turn out to be steep."""
         method, count = _method(tensor.matrix_shape, tensor.rank, config, operators), len(inputs.experts)
         if method == "exact":
-            return 2  # a Gram matrix and a product
+            return Fraction(2)  # a Gram matrix and a product
         # Sketch and steps of some experts, and the factor of each.
         passes = effort_of(config).passes_on_cpu(tensor.rank, tensor.matrix_shape)
         return -(-count // pace.experts) * passes + count
@@ -229,7 +234,9 @@ class TruncationStep(Step):
             factors = exact(matrix, self._mixing, tensor.rank, operators, keep_float64=False)
             return [self._in_store([tensor], factors)]
         key = tensor_key(config.seed, tensor.name, tensor.spec.shape)
-        fast = operators.truncate_by_expert(base, experts, self._mixing, key, tensor.rank, effort_of(config), pace)
+        (energies,) = _energies(self._grams[tensor.name].unsqueeze(0), self._mixing)
+        told = (key, energies, tensor.rank, effort_of(config), pace)
+        fast = operators.truncate_by_expert(base, experts, self._mixing, *told)
         # A generator here would hold one expert's factors while the next one's are made.
         last, numbers = self._placed(tensor, map(_fast, fast, repeat(base.shape)), compute_dtype(inputs))
         if untrusted(numbers[-1]):

@@ -220,7 +220,7 @@ def _share(
         for work in works[one.name]:
             (tensor,) = work.tensors
             times = 1 if work.pace is None else one.reads(tensor, inputs, work.pace)
-            passing[tensor.name] += times * one.read_bytes(tensor, inputs)
+            passing[tensor.name] += int(times * one.read_bytes(tensor, inputs))
 
     def used(tensor: PlannedTensor) -> int:
         """Over all passes; the base's part of a mean of the experts passes once, in the search for NaN."""

@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -224,6 +224,55 @@ def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None =
     finally:
         for future in waiting:
             future.cancel()
+
+
+def for_each_within(function: Callable[[T], R], items: Sequence[T], sizes: Sequence[int], room: int) -> Iterator[R]:
+    """:func:`for_each` of items that take memory: whose thread is free takes the first that fits beside those at work.
+
+    Args:
+        sizes: bytes that each takes; one that takes more than all is worked on with nothing beside it.
+        room: bytes for all that are at work.
+    """
+    if workers() == 1 or len(items) < 2:
+        yield from for_each(function, items)
+        return
+    if _state.pool is None:
+        _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
+    found: list[Future[R]] = [Future() for _ in items]
+    waiting, at_work, fits = list(range(len(items))), dict[int, int](), threading.Condition()
+
+    def next_place() -> int | None:
+        with fits:
+            while waiting:
+                free = room - sum(at_work.values())
+                place = next((one for one in waiting if sizes[one] <= free or not at_work), None)
+                if place is not None:
+                    waiting.remove(place)
+                    at_work[place] = sizes[place]
+                    return place
+                fits.wait()
+            return None
+
+    def work(_: int) -> None:
+        while (place := next_place()) is not None:
+            try:
+                found[place].set_result(function(items[place]))
+            except BaseException as error:
+                found[place].set_exception(error)
+            with fits:
+                del at_work[place]
+                fits.notify_all()
+
+    working = [_state.pool.submit(_without_gradients, work, thread) for thread in range(_state.threads)]
+    try:
+        for one in found:
+            yield one.result()
+    finally:
+        with fits:
+            waiting.clear()
+            fits.notify_all()
+        for one_thread in working:
+            one_thread.result()
 
 
 def ordered_sum(

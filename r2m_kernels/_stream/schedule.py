@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from . import budget
 from .blocks import column_panels, runs
 from .budget import Inputs, Memory
 from .loader import Group, Loader
-from .parallel import for_each, workers
+from .parallel import for_each, for_each_within, workers
 from .plan import Plan, PlannedTensor, Role
 from .processes import Journal, assign
 from .stored import StoredMatrix
@@ -56,7 +57,7 @@ class Pass:
     block_elements: Callable[[PlannedTensor], int | None] = lambda tensor: None
     base_of: tuple[Role, ...] = ("matrix", "vector")
     pace: Callable[[PlannedTensor, Inputs, Memory, int], Pace | None] = lambda *_: None
-    reads: Callable[[PlannedTensor, Inputs, Pace], int] = lambda *_: 1
+    reads: Callable[[PlannedTensor, Inputs, Pace], Fraction] = lambda *_: Fraction(1)
     factors: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     workspace: Callable[[PlannedTensor, Inputs], int] = lambda *_: 0
     by_factors: Callable[[PlannedTensor], bool] = lambda tensor: False
@@ -200,18 +201,30 @@ def work_list(
     paces = {tensor.name: over.pace(tensor, inputs, memory, threads) for tensor in rest}
     works += [Work((tensor,), pace=paces[tensor.name]) for tensor in rest if paces[tensor.name] is not None]
     rest = [tensor for tensor in rest if paces[tensor.name] is None]
-    # One that has more than a thread's share of the elements goes alone: its own blocks are spread over the threads. So
-    # does one that leaves no room for another, which would wait for it; smaller ones then run beside each other.
-    elements, flight = sum(tensor.spec.numel for tensor in rest), memory.flight
+    alone = _alone(over, rest, inputs, memory, threads)
+    works += [Work((tensor,)) for tensor in rest if tensor.name in alone]
+    return works + [Work((tensor,), shared=True) for tensor in rest if tensor.name not in alone]
 
-    def goes_alone(tensor: PlannedTensor) -> bool:
-        if tensor.spec.numel * threads > elements or threads == 1 or flight is None:
-            return tensor.spec.numel * threads > elements
-        return 2 * (inputs.working_bytes(tensor) + over.workspace(tensor, inputs)) > flight
 
-    ways = [(tensor, goes_alone(tensor)) for tensor in rest]
-    works += [Work((tensor,)) for tensor, alone in ways if alone]
-    return works + [Work((tensor,), shared=True) for tensor, alone in ways if not alone]
+def _alone(over: Pass, tensors: Sequence[PlannedTensor], inputs: Inputs, memory: Memory, threads: int) -> set[str]:
+    """Names of those that go alone, their own blocks being spread over the threads; the others run side by side.
+
+    One that has more than a thread's share of the elements does. So do those that leave no room for another of their
+    size, but for as many as one thread has time for while the others work on smaller ones, which fit beside them.
+    """
+    elements = sum(tensor.spec.numel for tensor in tensors)
+    alone = {tensor.name for tensor in tensors if tensor.spec.numel * threads > elements}
+    if threads == 1 or memory.flight is None:
+        return alone
+    sizes = {one.name: over.working_bytes(one, inputs) for one in tensors if one.name not in alone}
+    large = [name for name, size in sizes.items() if 2 * size > memory.flight]
+    small = [size for name, size in sizes.items() if name not in large]
+    time = sum(small) // (threads - 1)  # of work, by the memory it takes
+    for name in large:
+        time -= sizes[name]
+        if time < 0 or sizes[name] + max(small) > memory.flight:
+            alone.add(name)
+    return alone
 
 
 def _cut(over: Pass, tensor: PlannedTensor, inputs: Inputs, memory: Memory, *, panels: bool) -> Work:
@@ -293,10 +306,16 @@ def run_on_threads(works: Sequence[Work], step: Step, loader: Loader, memory: Me
         elif not work.shared:
             yield work.tensors, step.work(step.over.load(loader, work.tensors))
     shared = [work for work in works if work.shared]
-    whole = [work.tensors[0] for work in shared]
-    largest = max((step.over.working_bytes(tensor, loader.inputs) for tensor in whole), default=1)
-    limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max(1, largest)))
-    each = for_each(lambda work: step.work(step.over.load(loader, work.tensors)), shared, limit)
+    sizes = [step.over.working_bytes(work.tensors[0], loader.inputs) for work in shared]
+    limit = ahead if memory.flight is None else max(1, min(ahead, memory.flight // max([1, *sizes])))
+
+    def done(work: Work) -> Any:
+        return step.work(step.over.load(loader, work.tensors))
+
+    if memory.flight is None or limit >= min(ahead, workers()):
+        each = for_each(done, shared, limit)
+    else:
+        each = for_each_within(done, shared, sizes, memory.flight)
     yield from zip((work.tensors for work in shared), each, strict=True)
 
 

@@ -108,8 +108,8 @@ def norm_square(block: Tensor) -> Tensor:
 
 
 def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Σ_i s_i L_i R_i as one product: (m, N·r) and (N·r, n)."""
+    """Σ_i s_i L_i R_i as one product: (m, N·r), as truncations leave left factors, and (N·r, n)."""
     count, m, rank = left.shape
-    scaled = torch.empty(m, count, rank, dtype=dtype, device=left.device)
-    torch.mul(left.to(dtype).transpose(0, 1), scale.to(left.device, dtype).view(1, count, 1), out=scaled)
-    return scaled.view(m, count * rank), right.to(dtype).reshape(count * rank, right.shape[2])
+    scaled = torch.empty(count, rank, m, dtype=dtype, device=left.device)
+    torch.mul(left.to(dtype).mT, scale.to(left.device, dtype).view(count, 1, 1), out=scaled)
+    return scaled.view(count * rank, m).T, right.to(dtype).reshape(count * rank, right.shape[2])

@@ -22,8 +22,10 @@ from .residuals import Residuals, SignMatrix
 
 # Columns of a block of AᵀA: blocks above its diagonal are copies of those below.
 GRAM_COLUMNS = 128
-# Of a sketch of A these rows tell whether it is worth a try.
+# Rows of a sketch of some of A that tell whether it is worth a try.
 TRIED_ROWS = 128
+# How far the trace of AᵀA may be from 1 where the length that A was divided by is no rounding.
+TRACE_ERROR = 2.0**-6
 # What of each row of SᵀK no other row has, as a share of its length: well above bfloat16's rounding, 1e-3.
 MILD = 2.0**-6
 # Shifts, of the mean energy of the complement: as from a sketch of A, and the last one that, for there is a step less.
@@ -42,17 +44,16 @@ class Found(NamedTuple):
     kept: list[Tensor]
 
 
-def subspaces(unit: Residuals, sketch: Tensor, key: int, rank: int, steps: int) -> dict[int, Found]:
+def subspaces(unit: Residuals, key: int, rank: int, steps: int) -> dict[int, Found]:
     """Those of residuals whose spectra fall slowly, by their place.
 
     Args:
-        unit: residuals of norm 1.
-        sketch: (E, width, short side) of them.
+        unit: residuals of norm 1, but for those whose norm was not known.
         key: that random numbers are made from.
         rank: r.
         steps: beside the first one.
     """
-    mild = [place for place, rows in enumerate(sketch) if by_cholesky(rows[:TRIED_ROWS], CLEAR) is not None]
+    mild = _mild(unit, key, rank)
     if not mild:
         return {}
     formed = grams(unit.only([unit.chosen[place] for place in mild]), unit.fast_dtype)
@@ -65,11 +66,27 @@ def subspaces(unit: Residuals, sketch: Tensor, key: int, rank: int, steps: int) 
     return {place: one for place, one in found if one is not None}
 
 
+def _mild(unit: Residuals, key: int, rank: int) -> list[int]:
+    """Which residuals have rows that depend little on each other in a sketch of their first run."""
+    (m, n), (first, *_), whole = unit.shape, long_panels(*unit.shape)[0], slice(None)
+    blocks = unit.block(first, whole) if m >= n else unit.block(whole, first)
+    signs = SignMatrix.random(key, max(blocks.shape[1:]), min(TRIED_ROWS, rank), unit.dtype)
+    tried = (_sketched(block, signs, unit) for block in blocks)
+    return [place for place, rows in enumerate(tried) if by_cholesky(rows, CLEAR) is not None]
+
+
+def _sketched(matrix: Tensor, signs: SignMatrix, unit: Residuals) -> Tensor:
+    """A sketch of a matrix that is there, as residuals of ``unit``'s kind are sketched."""
+    nothing = matrix.new_zeros(1, matrix.shape[1]).expand_as(matrix)
+    sketches, _ = type(unit)(nothing, [matrix], matrix.new_ones(1, 1)).sketch(signs)
+    return sketches[0]
+
+
 def _of_gram(gram: Tensor, signs: SignMatrix, steps: int, unit: Residuals) -> Found | None:
-    """From K, or ``None`` where it does not tell its small eigenvalues from rounding."""
-    nothing = gram.new_zeros(1, len(gram)).expand_as(gram)
-    (start,), _ = type(unit)(nothing, [gram], gram.new_ones(1, 1)).sketch(signs)
-    basis = by_cholesky(start, MILD)
+    """From K, or ``None`` where it does not tell its small eigenvalues from rounding, or is not of norm 1."""
+    if not bool((gram.trace() - 1).abs() <= TRACE_ERROR):  # NaN is not
+        return None
+    basis = by_cholesky(_sketched(gram, signs, unit), MILD)
     if basis is None:
         return None
     kept: list[Tensor] = []
@@ -91,15 +108,18 @@ def grams(residuals: Residuals, dtype: torch.dtype) -> Tensor:
     together = residuals.dtype.itemsize // dtype.itemsize  # runs of narrower operands, in as many bytes as one
 
     def of_panel(panel: list[slice]) -> tuple[Tensor]:
-        total = torch.zeros(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
+        total = torch.empty(residuals.count, short, short, dtype=residuals.dtype, device=residuals.device)
         for first in range(0, len(panel), together):
             run = slice(panel[first].start, panel[first : first + together][-1].stop)
             for gram, a in zip(total, residuals.along(run, m >= n, dtype), strict=True):
                 for some in columns:
+                    below, product = gram[some.start :, some], (a[:, some.start :].T, a[:, some])
                     if a.dtype == gram.dtype:
-                        gram[some.start :, some].addmm_(a[:, some.start :].T, a[:, some])
+                        torch.addmm(below, *product, beta=float(first > 0), out=below)
+                    elif first == 0:
+                        below.copy_(torch.mm(*product))
                     else:
-                        gram[some.start :, some] += a[:, some.start :].T @ a[:, some]
+                        below += torch.mm(*product)
         return (total,)
 
     (found,) = parallel.ordered_sum(of_panel, long_panels(m, n), residuals.panels)

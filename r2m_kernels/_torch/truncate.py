@@ -57,14 +57,15 @@ def shifted_truncation(
     effort: Effort,
     residuals: Callable[..., Residuals] = Residuals.of,
 ) -> ShiftedFactors:
-    """See :class:`r2m_kernels._interface.ShiftedTruncation`; ``energies`` are measured here, more precisely.
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; where ``energies`` may be rounding they are measured here.
 
     ``residuals`` makes a tensor's: another backend's may form blocks and sketches faster.
     """
     of_tensors = []
     for index, key in enumerate(keys.tolist()):
         of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
-        of_tensors.append(_factors(_subspace(of_tensor, key, rank, effort), range(len(experts)), rank))
+        found = _subspace(of_tensor, key, energies[index], rank, effort)
+        of_tensors.append(_factors(found, range(len(experts)), rank))
     left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
     return ShiftedFactors(left, right, rank < FEW, None, trusted, gap)
 
@@ -74,6 +75,7 @@ def truncate_by_expert(
     experts: Sequence[Matrix],
     mixing: Tensor,
     key: int,
+    energies: Tensor,
     rank: int,
     effort: Effort,
     pace: Pace,
@@ -82,8 +84,9 @@ def truncate_by_expert(
     """See :class:`r2m_kernels._interface.Operators`."""
     of_tensor = residuals(base, experts, mixing)
     for start in range(0, len(experts), pace.experts):
-        some = of_tensor.only(range(len(experts))[start : start + pace.experts], pace.panels)
-        found = _subspace(some, key, rank, effort)
+        at_once = slice(start, start + pace.experts)
+        some = of_tensor.only(range(len(experts))[at_once], pace.panels)
+        found = _subspace(some, key, energies[at_once], rank, effort)
         for place in range(some.count):
             left, right, trusted, gap = (one.unsqueeze(0) for one in _factors(found, [place], rank))
             yield ShiftedFactors(left, right, rank < FEW, None, trusted, gap)
@@ -109,30 +112,36 @@ class Subspace(NamedTuple):
     kept: Sequence[Sequence[Tensor]]
 
 
-def _subspace(residuals: Residuals, key: int, rank: int, effort: Effort) -> Subspace:
-    m, n = residuals.shape
-    signs = SignMatrix.random(key, max(m, n), sketch_rows(rank, effort.oversampling), residuals.dtype)
-    sketch, energy = residuals.sketch(signs)
-    norms = energy.sqrt()
-    usable = torch.isfinite(norms) & (norms > 0)
-    # Scaled to norm 1: a step squares the residual, and squares of large and small ones do not fit.
-    inverse = torch.where(usable, norms, torch.inf).reciprocal()
-    unit = residuals.scaled(inverse)
-    sketch *= inverse.to(sketch).view(-1, 1, 1)
+def _subspace(residuals: Residuals, key: int, energies: Tensor, rank: int, effort: Effort) -> Subspace:
+    count, (m, n), energy = residuals.count, residuals.shape, energies.double().cpu()
+    unit = residuals.scaled(_inverse_norms(energy)[0])
     found: dict[int, gram_start.Found] = {}
     if effort.from_gram(rank, unit.shape):
-        found = gram_start.subspaces(unit, sketch, key, rank, effort.steps_on_cpu(rank, min(m, n)) - 1)
-    count, left = len(sketch), [place for place in range(len(sketch)) if place not in found]
+        found = gram_start.subspaces(unit, key, rank, effort.steps_on_cpu(rank, min(m, n)) - 1)
+    left = [place for place in range(count) if place not in found]
     steep: list[int] = []
     if left:
-        some = unit if not found else unit.only([unit.chosen[place] for place in left])
-        basis, of_steep = _started(some, sketch if not found else sketch[left], rank)
+        some = residuals if not found else residuals.only([residuals.chosen[place] for place in left])
+        signs = SignMatrix.random(key, max(m, n), sketch_rows(rank, effort.oversampling), residuals.dtype)
+        sketch, measured = some.sketch(signs)
+        inverse, usable = _inverse_norms(measured)
+        some, energy = some.scaled(inverse), energy.index_copy(0, torch.tensor(left), measured)
+        sketch *= inverse.to(sketch).view(-1, 1, 1)
+        basis, of_steep = _started(some, sketch, rank)
         del sketch
-        stepped = _stepped(some, basis, of_steep, usable[left], rank, effort)
+        stepped = _stepped(some, basis, of_steep, usable, rank, effort)
         steep = [left[place] for place in of_steep]
         found |= zip(left, stepped, strict=True)
+        unit = residuals.scaled(_inverse_norms(energy)[0])
     bases, kept = zip(*(found[place] for place in range(count)), strict=True)
     return Subspace(unit, bases, energy, sorted(steep), kept)
+
+
+def _inverse_norms(energy: Tensor) -> tuple[Tensor, Tensor]:
+    """What scales residuals to norm 1, and which have one: a step squares them, and squares of any size do not fit."""
+    norms = energy.sqrt()
+    usable = torch.isfinite(norms) & (norms > 0)
+    return torch.where(usable, norms, torch.inf).reciprocal(), usable
 
 
 def _started(unit: Residuals, sketch: Tensor, rank: int) -> tuple[Tensor, dict[int, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -130,6 +131,37 @@ def test_for_each_keeps_order_nests_and_passes_errors_on():
         assert list(parallel.for_each(lambda i: i, range(9), limit=2)) == list(range(9))
         with pytest.raises(ZeroDivisionError):
             list(parallel.for_each(lambda i: 1 // (i - 5), range(9)))
+    assert torch.get_num_threads() == 3
+
+
+def test_items_that_take_memory_run_side_by_side_as_far_as_they_fit():
+    torch.set_num_threads(3)
+    sizes, at_work, most, lock = [5, 4, 4, 9, 1, 2, 1, 1], [], [], threading.Lock()
+
+    def function(place):
+        with lock:
+            at_work.append(sizes[place])
+            most.append(tuple(at_work))
+        time.sleep(0.01)
+        with lock:
+            at_work.remove(sizes[place])
+        return 1 // (place - 6) if place >= 6 else place
+
+    with parallel.one_thread_per_product():
+        found = parallel.for_each_within(function, range(6), sizes[:6], room=8)
+        assert list(found) == list(range(6))  # in their order, whoever was first
+        assert all(sum(some) <= 8 or some == (9,) for some in most)
+        # What comes first in the list does not fit beside the 5: the 1 and the 2 went before.
+        assert (5, 1) in most
+        assert max(map(len, most)) == 3
+        with pytest.raises(ZeroDivisionError):
+            list(parallel.for_each_within(function, range(8), sizes, room=8))
+        left = parallel.for_each_within(function, range(6), sizes[:6], room=8)
+        assert next(left) == 0
+        most.clear()
+        left.close()  # what is at work is awaited, and nothing else is begun
+        assert not at_work
+        assert len(most) < 5
     assert torch.get_num_threads() == 3
 
 

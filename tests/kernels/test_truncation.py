@@ -106,6 +106,23 @@ def test_a_spectrum_that_falls_slowly_is_truncated_from_its_gram_alone(kind, mil
     assert 0.9999 <= error <= (1.02 if mild else 1.04)
 
 
+@pytest.mark.parametrize("factor", [1.0, 4.0, 0.0, float("nan"), float("inf")])
+def test_a_length_that_the_task_gram_knows_to_rounding_alone_is_measured(factor, monkeypatch):
+    matrix, sketched, sketch = matrix_with(spectrum("linear", 300), 300, 600).float(), [], truncate.Residuals.sketch
+    residuals = truncate.Residuals.of(torch.zeros(300, 600), [matrix], torch.ones(1, 1))
+    energies = matrix.double().square().sum().view(1)
+    monkeypatch.setattr(
+        truncate.Residuals, "sketch", lambda self, *given: sketched.append(self) or sketch(self, *given)
+    )
+    found = truncate._subspace(residuals, 1, factor * energies, 120, effort_of(MergeConfig()))
+    assert found.energy.tolist() == pytest.approx(energies.tolist(), rel=1e-6)
+    assert (residuals in sketched) == (factor != 1)
+    left, right, trusted, _ = truncate._factors(found, [0], 120)
+    least = torch.linalg.svdvals(matrix.double())[120:].norm()
+    assert bool(trusted.all())
+    assert (left[0].double() @ right[0].double() - matrix).norm() <= 1.02 * least
+
+
 @pytest.mark.parametrize(("kind", "quick"), [("linear", True), ("k^-1", False)])
 def test_the_last_product_is_rounded_only_where_far_more_is_cut_off(kind, quick, monkeypatch):
     used, multiply = [], truncate._multiply
@@ -113,7 +130,8 @@ def test_the_last_product_is_rounded_only_where_far_more_is_cut_off(kind, quick,
     matrix = matrix_with(spectrum(kind, 300), 300, 400).float()
     residuals = truncate.Residuals.of(torch.zeros(300, 400), [matrix], torch.ones(1, 1))
     residuals.fast_dtype = torch.bfloat16
-    found = truncate._subspace(residuals, 1, 120, effort_of(MergeConfig()))
+    energies = matrix.double().square().sum().view(1)
+    found = truncate._subspace(residuals, 1, energies, 120, effort_of(MergeConfig()))
     found.unit.fast_dtype = torch.bfloat16
     truncate._factors(found, [0], 120)
     assert used == [torch.bfloat16 if quick else torch.float32]

@@ -217,6 +217,12 @@ def test_a_matrix_that_leaves_no_room_for_another_has_all_threads(monkeypatch: p
     try:
         merge(state, experts, MergeConfig.r2m(svd="exact"), memory_budget=2**26)
         assert shared["truncation"] == {name: name.startswith("small") for name in state}
+        # But while another thread has enough to do on smaller ones, it works beside them.
+        few, more = {"large.0": state["large.0"]}, {f"small.{i}": state["small.0"].clone() for i in range(24)}
+        some = [{name: one[name if name in few else "small.0"].clone() for name in few | more} for one in experts]
+        beside = merge(few | more, some, MergeConfig.r2m(svd="exact"), memory_budget="90MiB")
+        assert shared["truncation"] == dict.fromkeys(few | more, True)
+        assert all(torch.equal(one, beside[name]) for name, one in merge(few | more, some, svd="exact").items())
         merge(state, experts, MergeConfig.r2m(svd="exact"), memory_budget=2**28)
         assert shared["truncation"] == dict.fromkeys(state, True)
     finally:
