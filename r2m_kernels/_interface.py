@@ -10,13 +10,11 @@ outside.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._stream.blocks import long_panels
 from ._stream.stored import Matrix, StoredMatrix
 
 # Shares of the short side beyond which a CPU's truncation takes a step of subspace iteration more.
@@ -144,12 +142,11 @@ class Effort(NamedTuple):
         direct, formed = self._work(rank, shape, steps - 1)
         return enough and min(shape) <= GRAM_SIDE and formed < direct
 
-    def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> Fraction:
-        """Over A, from its sketch to the last step, where its spectrum falls slowly."""
+    def passes_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
+        """Over A, from its sketch to the last step; where its spectrum falls slowly, beside a run that tells it."""
         if self.from_gram(rank, shape):
-            (first, *_), *_ = long_panels(shape[0], shape[1])  # tells whether it does
-            return 1 + Fraction(first.stop, max(shape))
-        return Fraction(2 if self.by_gram(rank, shape) else 1 + self.steps_on_cpu(rank, min(shape)))
+            return 1
+        return 2 if self.by_gram(rank, shape) else 1 + self.steps_on_cpu(rank, min(shape))
 
     def work_on_cpu(self, rank: int, shape: Sequence[int]) -> int:
         """Multiplications and additions, two each, of a fast truncation's steps, likewise."""

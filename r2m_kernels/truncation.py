@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import low_rank
 from ._interface import Operators, Pace, ShiftedFactors, spans
-from ._stream.blocks import as_matrix
+from ._stream.blocks import as_matrix, long_panels
 from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
 from ._stream.factors import Factors, GroupFactors, Side
 from ._stream.loader import Group
@@ -139,7 +139,10 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         if method == "exact":
             return Fraction(2)  # a Gram matrix and a product
         # Sketch and steps of some experts, and the factor of each.
-        passes = effort_of(config).passes_on_cpu(tensor.rank, tensor.matrix_shape)
+        effort, shape = effort_of(config), tensor.matrix_shape
+        passes = Fraction(effort.passes_on_cpu(tensor.rank, shape))
+        if effort.from_gram(tensor.rank, shape):
+            passes += Fraction(long_panels(*shape)[0][0].stop, max(shape))
         return -(-count // pace.experts) * passes + count
 
     def workspace(tensor: PlannedTensor, inputs: Inputs) -> int:
