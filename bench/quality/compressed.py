@@ -45,6 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"{rank:g}": {"rank": rank} for rank in (0.02, 0.05, 0.1, 0.2)},
     **{f"size {size:g}": {"adapter_size": size} for size in (0.1,)},
 }
+AGAIN = "size 0.1"  # what was asked again
 # What the compressed ensemble is held to: AUC behind the ensemble in every group, and numbers beside the model's own.
 MOST_BEHIND, MOST_MORE = 0.004, 0.3
 FOUND, PAGE = RESULTS / "quality_adapters.json", ROOT / "docs" / "adapters.md"
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content["runs"] = dict(sorted(content["runs"].items()))
         write_json(FOUND, content)
         print(name, content["runs"][name]["auc"], flush=True)
-    told = f"{section(content['runs'])}\n\n{compared(content['candidates'], content['runs'])}"
-    page = put(PAGE.read_text(), SECTION, told, COMMAND)
+    told = [section(content["runs"]), compared(content["candidates"], content["runs"]), asked_again(content["again"])]
+    page = put(PAGE.read_text(), SECTION, "\n\n".join(told), COMMAND)
     return update(PAGE, page, check=options.check, command=COMMAND)
 
 
@@ -184,6 +185,17 @@ def compared(candidates: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Any
         table(["candidate", "weight of a layer", "more numbers", *groups], rows),
     ]
     return "\n\n".join(paragraphs)
+
+
+def asked_again(runs: Mapping[str, Any]) -> str:
+    """What the chosen candidate gave on further runs."""
+    question = json.loads(ASKED.read_text())["asked again"]["question"]
+    behind = {group: _apart(runs, AGAIN, group) for group in GROUPS[settings.REGIMES[ARCHITECTURE]]}
+    told = [f"{one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] {group}" for group, one in behind.items()]
+    within = all(one["mean"] >= -MOST_BEHIND for one in behind.values())
+    share = np.mean([one["numbers"][AGAIN] / one["numbers"]["model"] for one in runs.values()])
+    found = f"{'Yes' if within else 'No'}: {', '.join(told)}, with {100 * share:.1f} % more numbers."
+    return textwrap.fill(f"Then it was asked: {question} {found}", 120, break_on_hyphens=False)
 
 
 def _apart(runs: Mapping[str, Any], row: str, group: str) -> dict[str, float]:

@@ -36,3 +36,15 @@ def test_the_candidate_whose_worst_group_is_best_is_chosen_of_those_within() -> 
     assert "| relative (chosen) | w_l = 1 / ‖theta_l‖^2 | 29.9 % |" in told(relative=0.0038, half_relative=0.0039)
     assert "half relative (chosen)" in told(relative=0.0039, half_relative=0.0038)
     assert "chosen)" not in told(relative=0.0041, half_relative=0.0041)
+
+
+def test_what_was_asked_again_is_told_whatever_it_is() -> None:
+    def told(behind: float) -> str:
+        ensemble = dict.fromkeys(("in-distribution", "code", "neural"), 0.8)
+        auc = {"ensemble": ensemble, compressed.AGAIN: {**ensemble, "neural": 0.8 - behind}}
+        text = compressed.asked_again({"a": {"auc": auc, "numbers": {"model": 1000, compressed.AGAIN: 300}}})
+        return " ".join(text.split())
+
+    assert "Yes: +0.0000 [+0.0000, +0.0000] in-distribution" in told(0.0039)
+    assert told(0.0041).endswith("-0.0041] neural, with 30.0 % more numbers.")
+    assert "No: " in told(0.0041)
