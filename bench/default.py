@@ -212,10 +212,13 @@ def spectra(pairs: int) -> Result:
     base, experts = cases.checkpoints(2, EXPERTS)
     iso, tsv = MergeConfig.iso_c(), MergeConfig.tsv_m()
     one, few = first_blocks(base, 1), experts_of(experts, 1)
-    for name, config in (("Iso-C", iso), ("TSV-M", tsv)):
-        exact = merge(one, few, config if config is iso else config.replace(svd="exact"), backend="torch")
-        bound = 1e-5 if config is iso else 0.5
-        if not result.right(f"{name}, beside plain PyTorch", apart(merge(one, few, config), exact, one), bound):
+    # Specialists that are mostly noise have no clear leading vectors: a randomized TSV-M is far from the exact one, and
+    # right where it is no farther than plain PyTorch's.
+    exact = merge(one, few, tsv.replace(svd="exact"), backend="torch")
+    farthest = 1.02 * apart(merge(one, few, tsv, backend="torch"), exact, one)
+    expected = {"Iso-C": (iso, merge(one, few, iso, backend="torch"), 1e-5), "TSV-M": (tsv, exact, farthest)}
+    for name, (config, other, bound) in expected.items():
+        if not result.right(f"{name}, beside plain PyTorch", apart(merge(one, few, config), other, one), bound):
             return result
     taus = [[expert[name] - tensor for expert in experts] for name, tensor in base.items()]
     changes = [sum(of_one).double() for of_one in taus]
