@@ -190,6 +190,14 @@ def workers() -> int:
     return _state.threads if _state.inside else 1
 
 
+def _pool() -> ThreadPoolExecutor:
+    """The workers of this thread's outermost call; they start with the first work for them."""
+    if _state.pool is None:
+        _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
+    pool: ThreadPoolExecutor = _state.pool
+    return pool
+
+
 def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None = None) -> Iterator[R]:
     """``function(item)`` for every item, several at once, yielded in the order of the items.
 
@@ -211,14 +219,13 @@ def for_each(function: Callable[[T], R], items: Iterable[T], limit: int | None =
             _state.threads = threads
         yield from results
         return
-    if _state.pool is None:
-        _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
+    pool = _pool()
     waiting: deque[Future[R]] = deque()
     try:
         for item in itertools.chain(begun, items):
             if len(waiting) >= queue:
                 yield waiting.popleft().result()
-            waiting.append(_state.pool.submit(_without_gradients, function, item))
+            waiting.append(pool.submit(_without_gradients, function, item))
         while waiting:
             yield waiting.popleft().result()
     finally:
@@ -236,8 +243,7 @@ def for_each_within(function: Callable[[T], R], items: Sequence[T], sizes: Seque
     if workers() == 1 or len(items) < 2:
         yield from for_each(function, items)
         return
-    if _state.pool is None:
-        _state.pool = ThreadPoolExecutor(_state.threads, "r2m", initializer=_enter_worker)
+    pool = _pool()
     found: list[Future[R]] = [Future() for _ in items]
     waiting, at_work, fits = list(range(len(items))), dict[int, int](), threading.Condition()
 
@@ -263,7 +269,7 @@ def for_each_within(function: Callable[[T], R], items: Sequence[T], sizes: Seque
                 del at_work[place]
                 fits.notify_all()
 
-    working = [_state.pool.submit(_without_gradients, work, thread) for thread in range(_state.threads)]
+    working = [pool.submit(_without_gradients, work, thread) for thread in range(_state.threads)]
     try:
         for one in found:
             yield one.result()
