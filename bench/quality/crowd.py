@@ -27,7 +27,7 @@ from r2m.demo.networks import Detector
 from r2m.demo.resampling import Picture
 from torch import Tensor, nn
 
-from bench.machine import ROOT
+from bench.machine import ROOT, write_json
 from bench.markdown import put, table, update
 from bench.quality import settings
 from bench.quality.forgeries import FURTHER_FORGERIES
@@ -391,13 +391,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def keep(run: str, found: dict[str, Aucs]) -> None:
         content[run] = found
-        RESULTS.write_text(json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n")
+        write_json(RESULTS, dict(sorted(content.items())))
 
     for text in options.runs:
-        architecture, _, seed = text.partition("-")
-        if architecture not in settings.REGIMES or not seed.isdecimal() or int(seed) not in settings.MANY:
-            parser.error(f"runs: expected development runs such as mobilenet-0, got {text}")
-        of_run(Run(architecture, int(seed)), content.get(text, {}), partial(keep, text))
+        try:
+            run = Run.named(text, lambda _: settings.MANY)
+        except ValueError as error:
+            parser.error(str(error))
+        of_run(run, content.get(text, {}), partial(keep, text))
     return update(PAGE, put(PAGE.read_text(), "crowd", section(content), COMMAND), check=options.check, command=COMMAND)
 
 

@@ -75,6 +75,22 @@ class Run:
     seed: int
     quick: bool = False
 
+    @classmethod
+    def named(cls, text: str, seeds_of: Callable[[str], Sequence[int]]) -> Run:
+        """One of those that a command may ask for, such as mobilenet-0.
+
+        Args:
+            text: as it was typed.
+            seeds_of: architecture → the seeds that are meant.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        architecture, _, seed = text.partition("-")
+        if architecture not in settings.REGIMES or not seed.isdecimal() or int(seed) not in seeds_of(architecture):
+            raise ValueError(f"runs: expected development runs such as mobilenet-0, got {text}")
+        return cls(architecture, int(seed))
+
     @property
     def name(self) -> str:
         return f"{self.architecture}-{self.seed}{'-quick' if self.quick else ''}"

@@ -144,17 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for text in options.runs:
-        architecture, _, seed = text.partition("-")
-        if architecture not in settings.REGIMES or not seed.isdecimal() or int(seed) not in _seeds(architecture):
-            parser.error(f"runs: expected development runs such as mobilenet-0, got {text}")
-        try_ideas(Run(architecture, int(seed)))
+        try:
+            run = Run.named(text, settings.development_of)
+        except ValueError as error:
+            parser.error(str(error))
+        try_ideas(run)
     if options.runs:
         FOUND.write_text(json.dumps(tried(), indent=1, ensure_ascii=False) + "\n")
     return update(PAGE, page(json.loads(FOUND.read_text())), check=options.check, command=COMMAND)
-
-
-def _seeds(architecture: str) -> tuple[int, ...]:
-    return settings.development_of(architecture)
 
 
 def try_ideas(run: Run) -> None:
@@ -208,7 +205,7 @@ def tried() -> dict[str, Any]:
     """Architecture → row → run → group → AUC, of whatever lies beside the detectors."""
     content: dict[str, Any] = {}
     for architecture in settings.REGIMES:
-        files = [CACHE / Run(architecture, seed).name / "ideas.json" for seed in _seeds(architecture)]
+        files = [CACHE / Run(architecture, seed).name / "ideas.json" for seed in settings.development_of(architecture)]
         known = {path.parent.name: json.loads(path.read_text()) for path in files if path.exists()}
         rows = {ENSEMBLE: ENSEMBLE, **{name: key(one) for name, one in {**KNOWN, **IDEAS}.items()}}
         found = {
