@@ -36,7 +36,7 @@ from bench.markdown import put, table, update
 from bench.quality import settings
 from bench.quality.groups import GROUPS, groups_of
 from bench.quality.judging import Pictures, paired
-from bench.quality.models import Models, Run, StateDict
+from bench.quality.models import Models, Run, StateDict, run_among
 
 ARCHITECTURE, DETECTOR = "mobilenet", "bench.quality.mobilenet:mobilenet"
 DEFAULT = "0.05"
@@ -55,17 +55,15 @@ COMMAND, SECTION = "python -m bench.quality.compressed", "compressed"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"such as {ARCHITECTURE}-100; none: the page alone")
+    known = run_among([Run(ARCHITECTURE, seed) for seed in settings.fresh_of(ARCHITECTURE)])
+    parser.add_argument("runs", nargs="*", type=known, help=f"such as {ARCHITECTURE}-100; none: the page alone")
     parser.add_argument("--check", action="store_true", help="only whether the page is what the JSON gives")
     options = parser.parse_args(arguments)
-    known = {Run(ARCHITECTURE, seed).name: Run(ARCHITECTURE, seed) for seed in settings.fresh_of(ARCHITECTURE)}
-    if strange := [name for name in options.runs if name not in known]:
-        parser.error(f"runs: expected some of {', '.join(known)}, got {strange[0]}")
     torch.set_num_threads(1)
     content: dict[str, Any] = json.loads(FOUND.read_text()) if FOUND.exists() else {"runs": {}}
-    for name in options.runs:
-        content["machine"] = machine()
-        content["runs"][name] = measure(known[name], content["runs"].get(name, {"auc": {}, "numbers": {}}))
+    for run in options.runs:
+        content["machine"], name = machine(), run.name
+        content["runs"][name] = measure(run, content["runs"].get(name, {"auc": {}, "numbers": {}}))
         content["runs"] = dict(sorted(content["runs"].items()))
         write_json(FOUND, content)
         print(name, content["runs"][name]["auc"], flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import inspect
@@ -75,22 +76,6 @@ class Run:
     seed: int
     quick: bool = False
 
-    @classmethod
-    def named(cls, text: str, seeds_of: Callable[[str], Sequence[int]]) -> Run:
-        """One of those that a command may ask for, such as mobilenet-0.
-
-        Args:
-            text: as it was typed.
-            seeds_of: architecture → the seeds that are meant.
-
-        Raises:
-            ValueError: it is none of them.
-        """
-        architecture, _, seed = text.partition("-")
-        if architecture not in settings.REGIMES or not seed.isdecimal() or int(seed) not in seeds_of(architecture):
-            raise ValueError(f"runs: expected development runs such as mobilenet-0, got {text}")
-        return cls(architecture, int(seed))
-
     @property
     def name(self) -> str:
         return f"{self.architecture}-{self.seed}{'-quick' if self.quick else ''}"
@@ -103,6 +88,23 @@ class Run:
     @property
     def setting(self) -> Setting:
         return settings.setting(self.architecture, self.quick)
+
+
+def runs_of(seeds_of: Callable[[str], Sequence[int]]) -> list[Run]:
+    """Every architecture's, of such seeds: ``settings.development_of`` or ``settings.fresh_of``."""
+    return [Run(name, seed) for name in settings.REGIMES for seed in seeds_of(name)]
+
+
+def run_among(runs: Sequence[Run]) -> Callable[[str], Run]:
+    """What ``argparse`` makes of a name: the run, or an error that says which there are."""
+    known = {run.name: run for run in runs}
+
+    def run(text: str) -> Run:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text}")
+        return known[text]
+
+    return run
 
 
 class Models:

@@ -6,11 +6,13 @@
 Stages, in order: ``choices``: candidates on the validation people of the development seeds; ``protocol``: what
 protocol.json names, on the fresh seeds; ``fresh``: all other rows there; ``studies``: further looks at development
 seeds. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in docs/.
-``--tables`` makes these alone, from what was judged. One more stage runs only where it is named: ``development``, all
+A run whose directory was empty leaves its time in cost.json.
+``--tables`` makes tables alone, from what was judged. One more stage runs only where it is named: ``development``, all
 rows on the development seeds, for who looks for another rule. ``--quick``: one seed of each architecture at a part of
 the training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in
-build/quality, and neither what was trained nor what was judged is done again, but for rows that ``--again`` names:
-after a change of how the package computes what a configuration says.
+build/quality, and neither what was trained nor what was judged or studied is done again, but for rows and studies
+(``features``, ``diagnosis``, ``many``, ``robustness``) that ``--again`` names: after a change of how the package
+computes what a configuration says.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,8 +38,7 @@ from bench.quality.choosing import choose, validate
 from bench.quality.groups import groups_of
 from bench.quality.judging import Pictures, digest_of_states, identity, made_of
 from bench.quality.methods import Candidate, all_methods, merged
-from bench.quality.models import CACHE, Models, Run, StateDict
-from bench.quality.networks import ARCHITECTURES
+from bench.quality.models import CACHE, Models, Run, StateDict, runs_of
 
 Result = TypeVar("Result")
 
@@ -46,22 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=STAGES)
     parser.add_argument("--runs", default="*", metavar="GLOB", help="of a stage only runs of such a name: cnn-10*")
-    parser.add_argument("--again", action="append", default=[], metavar="ROW", help="judge such rows anew: 'R2M*'")
+    parser.add_argument("--again", action="append", default=[], metavar="ROW", help="such rows or studies anew: 'R2M*'")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     out = options.out or (CACHE / "quick" if options.quick else store.STORE)
-    start = time.monotonic()
+    stages = [] if options.tables else [options.only] if options.only else QUICK if options.quick else FULL
+    start, from_nothing = time.monotonic(), not (out / "logits").exists()
     with ProcessPoolExecutor(
         options.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
-        if not options.tables:
-            for stage in [options.only] if options.only else QUICK if options.quick else FULL:
-                every = _fresh() if stage in ("protocol", "fresh") else _development(options.quick)
-                runs = [run for run in every if fnmatch(run.name, options.runs)]
-                STAGES[stage](pool, Judging(out, tuple(options.again)), runs)
+        for stage in stages:
+            every = runs_of(settings.fresh_of) if stage in ("protocol", "fresh") else _development(options.quick)
+            runs = [run for run in every if fnmatch(run.name, options.runs)]
+            STAGES[stage](pool, Judging(out, tuple(options.again)), runs)
         content = tables.summarize(out, pool.map)
+    if stages and from_nothing:
+        write_json(out / "cost.json", _cost(out, stages, options.processes, time.monotonic() - start))
     content = json.loads(json.dumps(content), parse_float=tables.rounded)
     write_json(out / "summary.json", content)
     pictures.draw_all(content, out)
@@ -72,11 +76,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _cost(out: Path, stages: Sequence[str], processes: int, seconds: float) -> dict[str, Any]:
+    """What all took, of processes that have ended, and what the models of each run."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    judged = {path.stem: store.load(path) for path in sorted((out / "logits").glob("*.npz"))}
+    runs = {name: {"models": len(one.logits), "cpu_seconds": one.about["cpu_seconds"]} for name, one in judged.items()}
+    return {
+        "machine": machine(),
+        "stages": stages,
+        "processes": processes,
+        "seconds": round(seconds),
+        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in spent)),
+        "runs": runs,
+    }
+
+
 class Judging(NamedTuple):
-    """Where results are kept, and which rows there count for nothing."""
+    """Where results are kept, and which rows and studies there count for nothing."""
 
     out: Path
     again: tuple[str, ...] = ()
+
+    def repeats(self, name: str) -> bool:
+        """Whether it is made anew."""
+        return any(fnmatch(name, wanted) for wanted in self.again)
 
 
 def _choose(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
@@ -88,7 +111,12 @@ def _choose(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) ->
 
 
 def _study(pool: ProcessPoolExecutor, judging: Judging, runs: Sequence[Run]) -> None:
-    _add(judging.out / "studies.json", _each(pool, "studied", studies.study, [(run,) for run in runs]))
+    path = judging.out / "studies.json"
+    made = json.loads(path.read_text()) if path.exists() else {}
+    known = {
+        name: {look: found for look, found in of.items() if not judging.repeats(look)} for name, of in made.items()
+    }
+    _add(path, _each(pool, "studied", studies.study, [(run, known.get(run.name, {})) for run in runs]))
 
 
 def _add(path: Path, found: Mapping[str, Any]) -> None:
@@ -119,12 +147,8 @@ FULL, QUICK = ("choices", "protocol", "fresh", "studies"), ("choices", "developm
 
 
 def _development(quick: bool) -> list[Run]:
-    runs = [Run(name, seed, quick) for name in ARCHITECTURES for seed in settings.development_of(name)]
-    return [run for run in runs if run.seed == settings.DEVELOPMENT[0]] if quick else runs
-
-
-def _fresh() -> list[Run]:
-    return [Run(name, seed) for name in ARCHITECTURES for seed in settings.fresh_of(name)]
+    runs = runs_of(settings.development_of)
+    return [replace(run, quick=True) for run in runs if run.seed == settings.DEVELOPMENT[0]] if quick else runs
 
 
 def _judge_all(
@@ -156,21 +180,22 @@ def judge(run: Run, rows: Mapping[str, Candidate], judging: Judging, whole: bool
         SystemExit: for a fresh seed, where the protocol is not committed as it is.
     """
     about = {**machine(), **({"protocol": protocol.committed()} if run.seed in settings.FRESH else {})}
-    start, path = time.monotonic(), store.logits_of(run.name, judging.out)
+    start, cpu, path = time.monotonic(), time.process_time(), store.logits_of(run.name, judging.out)
     models, pictures = Models(run), Pictures(groups_of(run))
     base, experts = models.trained()
     judged = store.load(path) if path.exists() else store.Judged(pictures.places)
     if judged.places != pictures.places:
         judged = store.Judged(pictures.places)
-    anew = {row for row in rows if any(fnmatch(row, wanted) for wanted in judging.again)}
-    spent = judged.about.get("seconds", 0)
+    anew = {row for row in rows if judging.repeats(row)}
+    spent = {name: judged.about.get(name, 0) for name in ("seconds", "cpu_seconds")}
 
     def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
         if row in anew or judged.made_of.get(row) != made_from:
             twins = (name for name, made in judged.made_of.items() if made == made_from)  # under another name
             twin = None if row in anew else next(twins, None)
             judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
-            judged.about = {**about, "seconds": spent + round(time.monotonic() - start)}
+            taken = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
+            judged.about = {**about, **{name: spent[name] + round(one) for name, one in taken.items()}}
             store.save(judged, path)
 
     trained = {"base": base, **dict(zip(SPECIALISTS.values(), experts, strict=True)), "joint training": models.joint()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ UNEQUAL = 3.0  # times the norm of one specialist's task vector
 Numbers = dict[str, Any]
 
 
-def study(run: Run) -> Numbers:
-    """All of one run; what needs further specialists on some seeds alone."""
-    found: Numbers = {"features": features(run), "diagnosis": diagnosis(run)}
+def study(run: Run, known: Numbers) -> Numbers:
+    """All of one run that is not known; what needs further specialists on some seeds alone."""
+    looks: dict[str, Callable[[Run], Any]] = {"features": features, "diagnosis": diagnosis}
     if run.seed in settings.MANY:
-        found |= {"many": many(run), "robustness": robustness(run)}
-    return found
+        looks |= {"many": many, "robustness": robustness}
+    return {name: known[name] if name in known else look(run) for name, look in looks.items()}
 
 
 def many(run: Run) -> list[Numbers]:

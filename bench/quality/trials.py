@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -20,15 +21,16 @@ from r2m.demo.samples import Group
 
 from bench.machine import ROOT
 from bench.markdown import table, update
-from bench.quality import ideas, residual_ideas, settings
+from bench.quality import element_ideas, ideas, residual_ideas, settings
 from bench.quality.decorrelated import compressed_ensemble, core_at_full_length, decorrelated, mean_of
 from bench.quality.groups import UNSEEN, groups_of, validation_group
-from bench.quality.methods import CHOSEN, A, Candidate, averaged, key, lengthened, merged
-from bench.quality.models import CACHE, Models, Run, StateDict
+from bench.quality.methods import CHOSEN, A, Candidate, averaged, key, lengthened, merged, words_of
+from bench.quality.models import CACHE, Models, Run, StateDict, run_among, runs_of
 from bench.quality.networks import load_state
 from bench.quality.tables import short
 from r2m_kernels import MergeConfig
 
+TIES = MergeConfig.ties(0.2, 1.2)  # what validation picks on mobilenet
 KNOWN: dict[str, Candidate] = {
     "R2M": A,
     "weight average": averaged(1.0),
@@ -49,6 +51,7 @@ KNOWN: dict[str, Candidate] = {
     "mean of R2M and TSV-M": partial(mean_of, configs=(A, MergeConfig.tsv_m())),
     "R2M decorrelated, by tensor": partial(decorrelated, by_tensor=True),
     "R2M decorrelated, K1": partial(decorrelated, residual="matched"),
+    "TIES, density .2, × 1.2": TIES,
     "compressed ensemble, rank 0.05": partial(compressed_ensemble),
 }
 IDEAS: dict[str, Candidate] = {
@@ -116,7 +119,23 @@ IDEAS: dict[str, Candidate] = {
     "Löwdin by tensor": partial(ideas.loewdin),
     "Löwdin by tensor × .7": partial(ideas.loewdin, scale=0.7),
     "Löwdin over all": partial(ideas.loewdin, by_tensor=False),
+    "elements by their size": partial(element_ideas.element_power, power=1.0),
+    "elements by their size, power 3": partial(element_ideas.element_power, power=3.0),
+    "residuals trimmed to .2 and elected": partial(element_ideas.elected, density=0.2),
+    "specialists trimmed to .2, the default": partial(element_ideas.trimmed, density=0.2, then=CHOSEN),
+    "specialists trimmed to .2, TSV-M × 1.2": partial(element_ideas.trimmed, density=0.2, then=MergeConfig.tsv_m(1.2)),
+    "classifier restored, the default": partial(element_ideas.head_restored, then=CHOSEN),
+    "classifier's change × 5, the default": partial(element_ideas.head_restored, then=CHOSEN, scale=5.0),
+    "classifier's change × 5, TIES": partial(element_ideas.head_restored, then=TIES, scale=5.0),
 }
+IN_ORDER: dict[str, Candidate] = {
+    "in the normalisation's metric, the default": partial(element_ideas.in_metric, then=CHOSEN),
+    "in the normalisation's metric, TSV-M × 1.2": partial(element_ideas.in_metric, then=MergeConfig.tsv_m(1.2)),
+    "in the normalisation's metric, TIES": partial(element_ideas.in_metric, then=TIES),
+    "coefficients by tensor, distilled on dead leaves": partial(element_ideas.distilled),
+    "coefficients by tensor, distilled twice as long": partial(element_ideas.distilled, steps=80),
+}
+"""For MobileNetV2 alone, whose layers follow each other as their names do."""
 ENSEMBLE, AVERAGE = "ensemble", "weight average"
 FOUND, PAGE = ROOT / "bench" / "results" / "quality_ideas.json", ROOT / "docs" / "quality-ideas.md"
 COMMAND = "python -m bench.quality.trials"
@@ -125,9 +144,10 @@ EVERY = 2  # of the pictures one in so many is scored
 INTRODUCTION = """# Ideas around R²M
 
 What was tried on development seeds, and what came of it. Terms and setting stand in [quality.md](quality.md), each idea
-in `bench/quality/ideas.py` and `residual_ideas.py`, the list in `trials.py`. Numbers are AUC minus the weight
-average's, mean ± standard error over runs (runs above 0), on every second picture; *R2M* is residuals at rank .1 with
-all rows alike, O what decorrelated task vectors have outside the span of the task vectors (`decorrelated.py`).
+in `bench/quality/ideas.py`, `residual_ideas.py` or `element_ideas.py`, the list in `trials.py`. Numbers are AUC minus
+the weight average's, mean ± standard error over runs (runs above 0), on every second picture; *R2M* is residuals at
+rank .1 with all rows alike, O what decorrelated task vectors have outside the span of the task vectors
+(`decorrelated.py`).
 
 Many ideas and few runs, often one to three: the best of so many is better than it is. These runs are for looking; what
 is judged on fresh seeds stands in [quality.md](quality.md)."""
@@ -139,30 +159,35 @@ LOOKED_AT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", help="such as mobilenet-0; none: the page alone, from what is committed")
+    runs = run_among(runs_of(settings.development_of))
+    parser.add_argument(
+        "runs", nargs="*", type=runs, help="such as mobilenet-0; none: the page, from what is committed"
+    )
+    parser.add_argument("--only", default="*", metavar="GLOB", help="of the ideas only such: '*trimmed*'")
     parser.add_argument("--check", action="store_true", help="only whether the page is what the JSON gives")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    for text in options.runs:
-        try:
-            run = Run.named(text, settings.development_of)
-        except ValueError as error:
-            parser.error(str(error))
-        try_ideas(run)
+    for run in options.runs:
+        try_ideas(run, options.only)
     if options.runs:
         FOUND.write_text(json.dumps(tried(), indent=1, ensure_ascii=False) + "\n")
     return update(PAGE, page(json.loads(FOUND.read_text())), check=options.check, command=COMMAND)
 
 
-def try_ideas(run: Run) -> None:
-    """All that is missing of a run."""
+def candidates_of(architecture: str) -> dict[str, Candidate]:
+    """What is tried on it."""
+    return KNOWN | IDEAS | (IN_ORDER if architecture == "mobilenet" else {})
+
+
+def try_ideas(run: Run, only: str = "*") -> None:
+    """All that is missing of a run, of ideas whose names are like ``only``."""
     path = CACHE / run.name / "ideas.json"
     found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     (base, experts), groups = Models(run).trained(), _groups(run)
     if ENSEMBLE not in found:
         found[ENSEMBLE] = _aucs([_scores(run, expert, groups) for expert in experts])
-    for name, candidate in {**KNOWN, **IDEAS}.items():
-        if key(candidate) in found:
+    for name, candidate in candidates_of(run.architecture).items():
+        if words_of(candidate) & found.keys() or not fnmatch(name, only):
             continue
         found[key(candidate)] = _aucs([_scores(run, state, groups) for state in merged(candidate, base, experts)])
         path.write_text(json.dumps(found, indent=1))
@@ -207,10 +232,10 @@ def tried() -> dict[str, Any]:
     for architecture in settings.REGIMES:
         files = [CACHE / Run(architecture, seed).name / "ideas.json" for seed in settings.development_of(architecture)]
         known = {path.parent.name: json.loads(path.read_text()) for path in files if path.exists()}
-        rows = {ENSEMBLE: ENSEMBLE, **{name: key(one) for name, one in {**KNOWN, **IDEAS}.items()}}
+        rows = {ENSEMBLE: {ENSEMBLE}, **{name: words_of(one) for name, one in candidates_of(architecture).items()}}
         found = {
-            name: {run: _rounded(of_run[row]) for run, of_run in known.items() if row in of_run}
-            for name, row in rows.items()
+            name: {run: _rounded(of_run[row]) for run, of_run in known.items() for row in words & of_run.keys()}
+            for name, words in rows.items()
         }
         content[architecture] = {name: row for name, row in found.items() if row}
     return {architecture: rows for architecture, rows in content.items() if rows}
@@ -234,7 +259,7 @@ def page(content: Mapping[str, Any]) -> str:
     for architecture, rows in content.items():
         groups = list(next(iter(rows[AVERAGE].values())))
         header = ["", *groups, f"{groups[0]}, to R2M", f"{UNSEEN[settings.REGIMES[architecture]]}, to R2M"]
-        for title, some in (("What is known", [ENSEMBLE, *KNOWN]), ("Ideas", list(IDEAS))):
+        for title, some in (("What is known", [ENSEMBLE, *KNOWN]), ("Ideas", [*IDEAS, *IN_ORDER])):
             lines = [
                 [
                     row,

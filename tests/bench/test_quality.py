@@ -14,7 +14,7 @@ from r2m.demo.detectors import SPECIALISTS
 from r2m.demo.faces import split_people
 from r2m.demo.samples import Group
 
-from bench.quality import choosing, groups, judging, methods, models, run, settings, store
+from bench.quality import choosing, groups, judging, lengths, methods, models, run, settings, store, studies
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
 from bench.quality.study_pages import RULES
@@ -190,6 +190,39 @@ def test_rows_that_are_named_are_judged_again_and_no_others(judging_here):
     assert set(again.logits) == set(first.logits)  # what was not asked for stays
 
 
+def test_a_look_that_is_known_is_not_taken_again(monkeypatch):
+    looks = ("features", "diagnosis", "many", "robustness")
+    for name in looks:
+        monkeypatch.setattr(studies, name, lambda run, name=name: f"{name} of {run.name}")
+    found = studies.study(Run("cnn", 0), {"features": "known"})
+    assert found == {name: "known" if name == "features" else f"{name} of cnn-0" for name in looks}
+    assert studies.study(Run("cnn", 4), {}).keys() == {"features", "diagnosis"}  # no further specialists
+
+
+def test_rates_that_are_in_the_file_are_not_judged_again(monkeypatch, tmp_path):
+    judged = []
+    monkeypatch.setattr(lengths, "Models", Untrained)
+    monkeypatch.setattr(Untrained, "moved", lambda self, kind, rate: (kind, rate))
+    monkeypatch.setattr(Untrained, "specialist", lambda self, kind: (kind, 1))
+    monkeypatch.setattr(lengths, "Pictures", lambda groups: None)
+    monkeypatch.setattr(lengths, "groups_of", lambda run: {})
+    monkeypatch.setattr(lengths, "_judged", lambda run, base, experts, _: judged.append(experts) or {"third": 1 / 3})
+    known = {"mobilenet-0": [{"rate": 1}, {"rate": 3}]}
+    out = tmp_path / "lengths.json"
+    out.write_text(json.dumps(known))
+    assert lengths.main(["--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    rates = [1, *settings.RATES]
+    assert (
+        [entry["rate"] for entry in found["mobilenet-0"]] == [entry["rate"] for entry in found["mobilenet-1"]] == rates
+    )
+    assert found["mobilenet-1"][0] == {"rate": 1, "third": 0.33333}
+    assert [experts[0][1] for experts in judged] == [*rates[2:], *rates]
+    assert lengths.main(["--out", str(out)]) == 0
+    assert json.loads(out.read_text()) == found
+    assert len(judged) == len(rates) + len(rates) - 2
+
+
 def test_a_fresh_seed_is_refused_without_a_committed_protocol(judging_here, monkeypatch, tmp_path):
     protocol_of_tests = tmp_path / "protocol.json"
     protocol_of_tests.write_text("{}")
@@ -209,11 +242,10 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monk
     # One row of each kind; that every candidate makes detectors is test_quality_rules.py's.
     rows = [one for one in methods.all_methods() if one.name in A_QUICK_RUNS]
     assert len(rows) == len(A_QUICK_RUNS)
-    monkeypatch.setattr(run, "ARCHITECTURES", ("cnn",))
     monkeypatch.setattr(run, "all_methods", lambda: rows)
 
     def quick(out):
-        assert run.main(["--quick", "--out", str(out)]) == 0
+        assert run.main(["--quick", "--runs", "cnn-*", "--out", str(out)]) == 0
         return capsys.readouterr().out, json.loads((out / "summary.json").read_text())
 
     printed, first = quick(tmp_path / "one")
@@ -224,6 +256,11 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monk
         assert column in printed
     for picture in ("scratch.svg", "forgeries.png"):
         assert (tmp_path / "one" / picture).stat().st_size > 10_000
+    cost = json.loads((tmp_path / "one" / "cost.json").read_text())
+    # Untrained, three specialists, joint; each row of a merge and both of what was to be chosen.
+    assert cost["runs"].keys() == {"cnn-0-quick"}
+    assert cost["runs"]["cnn-0-quick"]["models"] == 5 + len(A_QUICK_RUNS)
+    assert 0 < cost["runs"]["cnn-0-quick"]["cpu_seconds"] < cost["cpu_seconds"]
     _, again = quick(tmp_path / "two")
     assert {key: first[key] for key in ("sections", "validated", "chosen")} == {
         key: again[key] for key in ("sections", "validated", "chosen")

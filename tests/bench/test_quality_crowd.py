@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from bench.quality import crowd
+from bench.quality import crowd, crowd_models
 from bench.quality.models import Run
 
 
@@ -32,15 +33,24 @@ def test_rows_are_compared_with_the_row_of_the_same_specialists() -> None:
 
 
 def test_thirds_of_the_people_share_nobody() -> None:
-    found = crowd.Crowd(Run("mobilenet", 0))
+    found = crowd_models.Crowd(Run("mobilenet", 0))
     people = len(found._of_people[1])
-    person = np.broadcast_to(np.arange(people)[None, :, None], (2, people, crowd.PHOTOGRAPHS_EACH)).reshape(-1, 1, 1)
+    pictures = (2, people, crowd_models.PHOTOGRAPHS_EACH)
+    person = np.broadcast_to(np.arange(people)[None, :, None], pictures).reshape(-1, 1, 1)
     found._pool = lambda kind: person
     thirds = []
-    for part in range(crowd.THIRDS):
+    for part in range(crowd_models.THIRDS):
         real, (forged,) = found._third(part, "FS")
         assert np.array_equal(real, forged)
-        assert len(real) == 2 * crowd.PHOTOGRAPHS_EACH * len(np.unique(real))
+        assert len(real) == 2 * pictures[-1] * len(np.unique(real))
         thirds.append(set(real.ravel()))
     assert set.union(*thirds) == set(range(people))
     assert sum(map(len, thirds)) == people
+
+
+def test_a_run_that_is_no_development_run_of_the_pretrained_base_is_refused(capsys) -> None:
+    for strange in ("lite0-0", "mobilenet-100", "cnn-0", "mobilenet"):
+        with pytest.raises(SystemExit) as refused:
+            crowd.main([strange])
+        assert refused.value.code == 2
+        assert f"argument runs: expected one of mobilenet-0, mobilenet-1, got {strange}\n" in capsys.readouterr().err
