@@ -6,7 +6,7 @@
 Stages, in order: ``choices``: candidates on the validation people of the development seeds; ``protocol``: what
 protocol.json names, on the fresh seeds; ``fresh``: all other rows there; ``studies``: further looks at development
 seeds. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in docs/.
-A run whose directory was empty leaves its time in cost.json.
+What judging took is in cost.json, where nothing was judged before that was noted.
 ``--tables`` makes tables alone, from what was judged. One more stage runs only where it is named: ``development``, all
 rows on the development seeds, for who looks for another rule. ``--quick``: one seed of each architecture at a part of
 the training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out or (CACHE / "quick" if options.quick else store.STORE)
     stages = [] if options.tables else [options.only] if options.only else QUICK if options.quick else FULL
-    start, from_nothing = time.monotonic(), not (out / "logits").exists()
+    start = time.monotonic()
     with ProcessPoolExecutor(
         options.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
@@ -64,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs = [run for run in every if fnmatch(run.name, options.runs)]
             STAGES[stage](pool, Judging(out, tuple(options.again)), runs)
         content = tables.summarize(out, pool.map)
-    if stages and from_nothing:
-        write_json(out / "cost.json", _cost(out, stages, options.processes, time.monotonic() - start))
+    if stages and (cost := _cost(out)):
+        write_json(out / "cost.json", cost)
     content = json.loads(json.dumps(content), parse_float=tables.rounded)
     write_json(out / "summary.json", content)
     pictures.draw_all(content, out)
@@ -76,19 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cost(out: Path, stages: Sequence[str], processes: int, seconds: float) -> dict[str, Any]:
-    """What all took, of processes that have ended, and what the models of each run."""
-    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+def _cost(out: Path) -> dict[str, Any] | None:
+    """CPU time of judging all that there is; None where some was judged before that was noted."""
     judged = {path.stem: store.load(path) for path in sorted((out / "logits").glob("*.npz"))}
+    if not judged or any("cpu_seconds" not in one.about for one in judged.values()):
+        return None
     runs = {name: {"models": len(one.logits), "cpu_seconds": one.about["cpu_seconds"]} for name, one in judged.items()}
-    return {
-        "machine": machine(),
-        "stages": stages,
-        "processes": processes,
-        "seconds": round(seconds),
-        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in spent)),
-        "runs": runs,
-    }
+    return {"machine": machine(), "cpu_seconds": sum(one["cpu_seconds"] for one in runs.values()), "runs": runs}
 
 
 class Judging(NamedTuple):
@@ -187,7 +180,8 @@ def judge(run: Run, rows: Mapping[str, Candidate], judging: Judging, whole: bool
     if judged.places != pictures.places:
         judged = store.Judged(pictures.places)
     anew = {row for row in rows if judging.repeats(row)}
-    spent = {name: judged.about.get(name, 0) for name in ("seconds", "cpu_seconds")}
+    noted = ("seconds", "cpu_seconds")
+    spent = {name: judged.about.get(name, 0) for name in noted if name in judged.about or not judged.logits}
 
     def add(row: str, made_from: str, states: Callable[[], Sequence[StateDict]]) -> None:
         if row in anew or judged.made_of.get(row) != made_from:
@@ -195,7 +189,7 @@ def judge(run: Run, rows: Mapping[str, Candidate], judging: Judging, whole: bool
             twin = None if row in anew else next(twins, None)
             judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
             taken = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
-            judged.about = {**about, **{name: spent[name] + round(one) for name, one in taken.items()}}
+            judged.about = {**about, **{name: before + round(taken[name]) for name, before in spent.items()}}
             store.save(judged, path)
 
     trained = {"base": base, **dict(zip(SPECIALISTS.values(), experts, strict=True)), "joint training": models.joint()}

@@ -24,7 +24,7 @@ from r2m_kernels import MergeConfig, analyze, merge
 
 # Rows that are followed, beside the ensemble: none of them has a choice.
 FOLLOWED = ("weight average", "weight average × 1.2", "TSV-M × 1", DEFAULT)
-ORDERS = 2  # in which six specialists are added one at a time
+ORDERS = (0, 1)  # of six specialists, added one at a time
 UNEQUAL = 3.0  # times the norm of one specialist's task vector
 
 Numbers = dict[str, Any]
@@ -47,7 +47,7 @@ def many(run: Run) -> list[Numbers]:
     pictures = Pictures({"six families": all_families(run), **groups_of(run, [unseen])})
     alone = {kind: _scored(run, [expert], pictures) for kind, expert in experts.items()}
     rows: list[Numbers] = []
-    for order in range(ORDERS):
+    for order in ORDERS:
         kinds = [str(kind) for kind in np.random.default_rng([run.seed, order]).permutation(list(experts))]
         for count in range(1, len(kinds) + 1):
             some = kinds[:count]

@@ -117,8 +117,14 @@ MOVED = ("R2M decorrelated", "R2M decorrelated, by tensor", "TSV-M × 1", DEFAUL
 """What is followed to longer task vectors, beside the ensemble."""
 
 
+LOST = 0.6
+"""AUC in-distribution below which nothing of an average is left that others could be compared with."""
+
+
 def _lengths(studied: Content) -> dict[str, Any]:
     """By learning rate, over the runs: ‖τ‖/‖θ₀‖, AUC, differences to the average; decorrelated minus the default.
+
+    Who is ahead in every run is told of lengths at which the average still detects.
 
     Returns:
         What the template names; nothing where the study was not run.
@@ -131,6 +137,7 @@ def _lengths(studied: Content) -> dict[str, Any]:
     turned: Rows = []
     ahead: dict[str, list[str]] = {group: [] for group in groups}
     behind: dict[str, list[str]] = {group: [] for group in groups}
+    lost: list[str] = []
     for of in by_rate:
         moved = [length for one in of for length in one["relative_to_base"]]
         place = [f"{of[0]['rate']}", f"{100 * float(np.mean(moved)):.1f} %"]
@@ -145,6 +152,9 @@ def _lengths(studied: Content) -> dict[str, Any]:
             tables[group].append([*place, own, average, *gains])
         apart = {group: minus(MOVED[0], DEFAULT, group) for group in groups}
         turned.append([*place, *(" ".join(short(one, True) for one in gains) for gains in apart.values())])
+        if _mean(one["auc"][AVERAGE][groups[0]] for one in of) < LOST:
+            lost.append(place[1])
+            continue
         for group, gains in apart.items():
             ahead[group] += [place[1]] if min(gains) > 0 else []
             behind[group] += [place[1]] if max(gains) < 0 else []
@@ -155,6 +165,7 @@ def _lengths(studied: Content) -> dict[str, Any]:
         "tables": tables,
         "turned": turned,
         "rows_span": f"{turned[0][1]} to {turned[-1][1]}",
+        "lost": ", ".join(lost),
         "words": " ".join(_turn(group, ahead[group], behind[group]) for group in groups),
         "turned_header": [*start, *groups],
     }

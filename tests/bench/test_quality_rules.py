@@ -296,6 +296,22 @@ def test_the_page_of_ideas_is_what_was_found():
     assert trials.main(["--check"]) == 0
 
 
+def test_the_page_names_ideas_that_are_ahead_everywhere():
+    def rows(unseen, idea, other):
+        return {
+            "by rows, rank .4, small matrices whole": {"x": {"validation": 0.7, unseen: 0.6}},
+            "small matrices whole": {"x": {"validation": 0.7 + idea, unseen: 0.61}, "y": {"validation": 0, unseen: 0}},
+            "k": {"x": {"validation": 0.9, unseen: 0.9}},  # is no idea
+            "merged in pairs": {"x": {"validation": 0.71, unseen: 0.6 + other}},
+        }
+
+    said = trials.answer({"cnn": rows("unseen", 0.01, 0.02), "mobilenet": rows("code", 0.01, -0.02)})
+    assert said.endswith("they were tried on: small matrices whole.")
+    said = trials.answer({"cnn": rows("unseen", -0.01, 0.02), "mobilenet": rows("code", 0.01, -0.02)})
+    assert "Of the 2 others" in said
+    assert said.endswith("they were tried on: none.")
+
+
 def test_differences_are_paired_by_run():
     rows = {"a": {"x": {"g": 0.7}, "y": {"g": 0.5}, "z": {"g": 0.9}}, "b": {"x": {"g": 0.6}, "y": {"g": 0.6}}}
     assert trials.apart(rows, "a", "b", "g") == "+.000 ± .100 (1/2)"

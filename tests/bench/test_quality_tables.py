@@ -276,6 +276,12 @@ def test_the_page_says_where_decorrelated_and_default_change_places(results):
     assert "| 6 | 5.0 % | +.010 -.010 | -.020 -.030 |" in page
     assert "In every run, in-distribution, decorrelated is ahead at 1.1 %, behind at no length." in page
     assert "In every run, code, decorrelated is ahead at no length, behind at 5.0 %." in page
+    assert "that is not asked" not in page
+    for run in runs.values():
+        run[1]["auc"]["weight average"]["in-distribution"] = 0.55
+    page = docs.pages({**results[1], "lengths": runs})[docs.DOCS / "quality-studies.md"]
+    assert "In every run, code, decorrelated is ahead at no length, behind at no length." in page
+    assert "At 5.0 % that is not asked: the average is hardly above chance" in page
     assert "Not run yet.\n" in docs.pages(results[1])[docs.DOCS / "quality-studies.md"]
 
 
