@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class FactorFiles:
             raise BadFile(f"{directory}: expected a directory of truncations that merges keep, or nothing")
         self._directory = directory
         self._keys = {name: _digest(key) for name, key in keys.items()}
+        self._taken: set[tuple[str, str]] = set()  # adding to them takes no lock
+        self._made: set[tuple[str, str]] = set()
 
     def get(self, tensor: str, expert: str) -> Factors | None:
         """See the protocol."""
@@ -71,12 +73,14 @@ class FactorFiles:
         try:
             with opened(path, path.name) as file:
                 content = file.read()
-            return _factors(content)
+            found = _factors(content)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             told = printable(str(error))[:100]
             text = f"{printable(str(path))}: is not as a merge kept it ({told}); it is made again"
             warnings.warn(text, FileSystemWarning, stacklevel=2)
             return None
+        self._taken.add((tensor, expert))
+        return found
 
     def put(self, tensor: str, expert: str, factors: Factors) -> None:
         """See the protocol.
@@ -86,6 +90,16 @@ class FactorFiles:
         """
         self._directory.mkdir(exist_ok=True)
         new_file(self._path(tensor, expert), _content(factors))
+        self._made.add((tensor, expert))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many were taken by now, and how many made and kept."""
+        return len(self._taken - self._made), len(self._made)
+
+    def missing(self, tensors: Iterable[str]) -> int:
+        """Of how many nothing is kept, of all experts' in these tensors."""
+        return sum(not self._path(tensor, expert).is_file() for tensor in tensors for expert in self._keys)
 
     def sweep(self) -> None:
         """Remove what is of no expert here, and what killed runs left; others' files stay."""

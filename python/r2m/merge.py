@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import reduce
@@ -129,11 +129,13 @@ def merge_files(
             return former.report_of(out)
         known = former.grams(out, state) if options.reuse and job.backend.independent_pairs else {}
         analysis, sink = _merge(job, partial, processes, known, kept, progress)
+        everyone = processes.gather({} if kept is None else {f"kept factors {processes.index}": kept.counts})
         if processes.index != 0:
             return analysis.report()
         assert workplace is not None
         workplace.check()
-        report = complete(job, partial, sink, analysis, state, started, calibrated, screening)
+        about = None if kept is None else _about(kept, analysis, everyone.values())
+        report = complete(job, partial, sink, analysis, state, started, calibrated, screening, about)
         if kept is not None:
             kept.sweep()
         del analysis  # Windows removes no file that is open, and its factors may lie beside the output
@@ -160,6 +162,13 @@ def _kept(job: Job, out: str | Path) -> FactorFiles | None:
     if job.not_single or not (job.options.keep_factors or known):
         return None
     return FactorFiles(kept_factors.directory_of(out), job.single(out))
+
+
+def _about(kept: FactorFiles, analysis: Analysis, counts: Iterable[Sequence[int]]) -> dict[str, int]:
+    """How many truncations of single experts all processes of this run took and made, and of how many none is kept."""
+    taken, made = map(sum, zip(*counts, strict=True))
+    single = [one.name for one in analysis.plan.tensors if one.truncated and not (one.whole or one.factored)]
+    return {"taken": taken, "made": made, "not_kept": kept.missing(single)}
 
 
 def plan_merge(
@@ -232,6 +241,7 @@ def complete(
     started: float,
     calibrated: Mapping[str, Any] | None = None,
     screening: Mapping[str, Any] | None = None,
+    factors: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """What is written when all tensors are.
 
@@ -243,6 +253,7 @@ def complete(
         started: when, by ``time.perf_counter``.
         calibrated: as :func:`merge_files` has it.
         screening: what it found of each expert, those that were left out among them.
+        factors: how many truncations were taken, made and not kept, where they may be.
 
     Returns:
         The report.
@@ -297,6 +308,7 @@ def complete(
         "adapters": adapters,
         "calibration": {**_UNTOLD, **asdict(calibration), **(calibrated or {})} if calibration else None,
         **({} if screening is None else {"screening": screening}),
+        **({} if factors is None else {"factors": factors}),
         **({"statistics": from_output(partial.target, recipe.statistics)} if recipe.statistics else {}),
         "output": {"files": sizes, "bytes": sum(sizes.values()), "seconds": time.perf_counter() - started},
     }

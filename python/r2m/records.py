@@ -147,6 +147,7 @@ REPORT = Record(
         "calibration": "temperature and bias in the classifier, by which rule, on how many pictures, share of fakes, "
         "and with labels, before and after: ece, F1 at .5 and the best, reliability; null: none",
         "screening": "where `--screen` asked for it: how, numbers of each expert, and whom they make a suspect",
+        "factors": "where truncations of single experts are kept: how many this run took, made, and could not keep",
         "statistics": "where running means and variances are not the experts' mean: the file that they are from",
         "output.files": "their bytes",
         "output.bytes": "of all",

@@ -61,6 +61,14 @@ def words(experts: dict[str, str]) -> list[str]:
     return [word for name, path in experts.items() for word in ("--expert", f"{name}={path}")]
 
 
+def told(lines: str, taken: int, made: int, not_kept: int = 0) -> bool:
+    """Whether the command's lines and the report say how many truncations were taken and made."""
+    counts = {"taken": taken, "made": made, "not_kept": not_kept}
+    more = f", {not_kept} not kept (too large for the budget, or too steep)" * bool(not_kept)
+    line = f"Truncations of single experts: {taken} taken from out.factors, {made} made and kept{more}"
+    return line in lines.splitlines() and json.loads(Path("out/r2m_report.json").read_text())["factors"] == counts
+
+
 def scratch(experts: dict[str, str], config: MergeConfig | None = None) -> bytes:
     recipe = Recipe("base.safetensors", Expert.each(experts), config or MergeConfig.star())
     merge_files(recipe, "scratch", Options(overwrite=True))
@@ -74,13 +82,18 @@ def test_only_a_new_expert_is_truncated(
     everyone = fourth(checkpoints)
     config = {"star": MergeConfig.star(), "mono_soup": MergeConfig.mono_soup()}
     given = ["--method", *method.split(), "--keep-factors", "--out", "out"]
-    assert command("merge", *checkpoints.arguments, *given).code == 0
-    assert (set(truncated), len(os.listdir(FACTORS))) == ({3}, 3 * len(truncated))
-    for way, expected in (("add", {1}), ("remove", set())):
+    merged = command("merge", *checkpoints.arguments, *given)
+    assert merged.code == 0
+    each = len(truncated)
+    assert (set(truncated), len(os.listdir(FACTORS))) == ({3}, 3 * each)
+    assert told(merged.out, taken=0, made=3 * each)
+    for way, expected, counts in (("add", {1}, (3 * each, each)), ("remove", set(), (3 * each, 0))):
         truncated.clear()
         what = ["--expert", f"new={everyone['new']}"] if way == "add" else ["--expert", "fs"]
-        assert command(way, "out", *what, "--quiet").code == 0
+        done = command(way, "out", *what)
+        assert done.code == 0
         assert set(truncated) == expected
+        assert told(done.out, *counts)
         left = {name: path for name, path in everyone.items() if way == "add" or name != "fs"}
         found = Path(OUTPUT).read_bytes()
         assert found == scratch(left, config.get(method, MergeConfig.r2m(real_rank=0)))

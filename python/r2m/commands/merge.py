@@ -141,6 +141,7 @@ def _summary(report: dict[str, Any], out: str) -> list[str]:
         *in_words(report),
         *_head(report.get("arrangement", {}).get("head", {})),
         *_adapters(report.get("adapters")),
+        *_factors(report.get("factors"), out),
         following("evaluate", shlex.quote(out), "--data", "PICTURES", "--out", shlex.quote(evaluation_of(out))),
     ]
 
@@ -163,6 +164,18 @@ def _adapters(about: dict[str, Any] | None) -> list[str]:
     counts = f"{len(about['ranks'])} layers by factors, {len(about['saved'])} modules whole"
     averaged = f"; the mean in all of them: {', '.join(map(printable, about['averaged']))}" if about["averaged"] else ""
     return [f"adapters ({about['kind']}): {counts}{averaged}"]
+
+
+def _factors(about: dict[str, int] | None, out: str) -> list[str]:
+    """What was taken of former merges, and what was not; nothing where nothing is kept."""
+    if about is None:
+        return []
+    from r2m.kept_factors import directory_of
+    from r2m_kernels.errors import printable
+
+    more = f", {about['not_kept']} not kept (too large for the budget, or too steep)" if about["not_kept"] else ""
+    place = printable(directory_of(out).name)
+    return [f"Truncations of single experts: {about['taken']} taken from {place}, {about['made']} made and kept{more}"]
 
 
 COMMANDS = (merge, plan)
