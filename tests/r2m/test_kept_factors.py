@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -178,6 +179,45 @@ def test_what_is_of_another_input_or_option_is_not_taken(
     given = ["--base", "base.safetensors", *again, "--method", "star", "--rank", "0.6", "--dtype", "bfloat16"]
     assert command("merge", *given, "--keep-factors", "--out", "out", "--overwrite").code == 0
     assert not truncated
+
+
+@pytest.mark.slow
+def test_what_is_of_another_base_or_version_is_not_taken(
+    checkpoints: Checkpoints, command: Command, truncated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["merge", *checkpoints.arguments, *STAR, "--out", "out", "--overwrite"]
+    assert command(*given).code == 0
+    count, before = len(truncated), set(os.listdir(FACTORS))
+    for what in ("base", "version"):
+        if what == "base":
+            save_file({name: one * 2 for name, one in checkpoints.base.items()}, "base.safetensors")
+        else:
+            monkeypatch.setattr("r2m_kernels.__version__", "0.0.1")
+        truncated.clear()
+        assert told(command(*given).out, taken=0, made=3 * count)
+        assert truncated == [3] * count
+        assert not before & set(os.listdir(FACTORS))
+        before = set(os.listdir(FACTORS))
+
+
+def test_a_run_that_was_cut_off_takes_what_it_kept(
+    checkpoints: Checkpoints, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["merge", *checkpoints.arguments, *STAR, "--out", "out"]
+    put, left = kept_factors.FactorFiles.put, iter(range(5))
+
+    def full(self: kept_factors.FactorFiles, tensor: str, expert: str, factors: Factors) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"out.factors/{tensor}")
+        put(self, tensor, expert, factors)
+
+    monkeypatch.setattr(kept_factors.FactorFiles, "put", full)
+    cut = command(*given)
+    assert (cut.code, "Error: out.factors/" in cut.err, "no space left on device" in cut.err) == (1, True, True)
+    monkeypatch.setattr(kept_factors.FactorFiles, "put", put)
+    resumed = command(*given, "--resume")
+    assert told(resumed.out, taken=5, made=len(os.listdir(FACTORS)) - 5), resumed
+    assert Path(OUTPUT).read_bytes() == scratch(checkpoints.paths)
 
 
 def test_it_may_go_and_is_kept_when_asked_for_alone(
