@@ -6,7 +6,8 @@ The operators themselves are run, on small CPU tensors, over all situations that
 launches are caught and compiled for each target instead. So what is built here is what a GPU would be given: the same
 arguments, alignments and constants. The machine code is then inspected: registers, spills, shared memory, matrix
 instructions, 128-bit loads. Exit code 1 if a kernel spills, needs more shared memory than the chip has, lacks the
-matrix instruction that its configuration declares, or, where everything is aligned, has no 128-bit load.
+matrix instruction that its configuration declares, has float16 operands and uses a slower one, or, where everything is
+aligned, has no 128-bit load.
 
 With ``--json`` nothing is compiled for a target that the file says passed with these very sources and this Triton.
 Otherwise Triton's own cache makes the second run quick: it is keyed by source, target and options.
@@ -61,6 +62,7 @@ class Limits:
     shared_total: int  # bytes of one multiprocessor
     registers: int  # 32-bit registers of one multiprocessor
     threads: int  # resident on one multiprocessor
+    warp_mma: str = ""  # a warp's matrix instruction, where warp groups have a faster one
 
 
 KIB = 1024
@@ -69,7 +71,10 @@ CHIPS = {
     # 99 KiB: sm_80's configurations also serve 8.6, 8.9 and 12.x.
     "sm_80": Limits(GPUTarget("cuda", 80, 32), "SM80", r"\bHMMA\b", NVIDIA_LOAD, 99 * KIB, 164 * KIB, 65536, 2048),
     # Both of its instructions: a warp group's wants 64 rows, and in tf32x3 an H200 was faster with fewer, a warp's.
-    "sm_90": Limits(GPUTarget("cuda", 90, 32), "SM90a", r"\bHG?MMA\b", NVIDIA_LOAD, 227 * KIB, 228 * KIB, 65536, 2048),
+    "sm_90": Limits(
+        *(GPUTarget("cuda", 90, 32), "SM90a", r"\bHG?MMA\b", NVIDIA_LOAD, 227 * KIB, 228 * KIB, 65536, 2048),
+        warp_mma=r"\bHMMA\b",
+    ),
     "sm_100": Limits(
         GPUTarget("cuda", 100, 32), "SM100a", r"\bUTC\w*MMA\b", NVIDIA_LOAD, 227 * KIB, 228 * KIB, 65536, 2048
     ),
@@ -228,6 +233,7 @@ def _row(target: str, one: Compiled, code: str) -> dict[str, Any]:
         "spill_bytes": spills,
         "shared_bytes": shared,
         "mma": len(re.findall(chip.mma, code)),
+        "warp_mma": len(re.findall(chip.warp_mma, code)) if chip.warp_mma else 0,
         "wide_loads": len(re.findall(chip.wide_load, code)),
         "programs_per_multiprocessor": min(chip.registers // held, by_shared, chip.threads // threads),
         "declares_mma": launched.declares_mma(target),
@@ -278,6 +284,8 @@ def failures(row: dict[str, Any]) -> list[str]:
         problems.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
     if row["declares_mma"] and not row["mma"]:
         problems.append("has no matrix instruction")
+    if row["warp_mma"] and row["config"].get("precision") == "fp16":
+        problems.append("leaves products to the matrix instruction of single warps")
     if row["config"]["aligned"] and not row["wide_loads"]:
         problems.append("has no 128-bit load")
     return problems

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -34,6 +32,8 @@ import torch
 from bench.chips import CHIPS as CHIPS
 from bench.chips import Chip as Chip
 from bench.chips import Kind as Kind
+from bench.shapes import MODELS as MODELS
+from bench.shapes import Shapes as Shapes
 from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
@@ -45,55 +45,13 @@ Variant = Literal["fast", "signs", "shifted", "full"]
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
-RANK = float(MergeConfig().rank)
+RANK, BY_ROWS = float(MergeConfig().rank), MergeConfig().row_power > 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Sketches, bases and factors are float32 whatever the inputs are; Gram matrices and partial sums are float64.
-FACTOR_BYTES, SUM_BYTES = 4, 8
+# Sketches and factors are float32 whatever the inputs are, and float16 what goes from one product to the next; Gram
+# matrices and partial sums are float64.
+FACTOR_BYTES, HALF_BYTES, SUM_BYTES = 4, 2, 8
 # A kernel's start and end, when few of its programs run: what small groups take longer than the roofs say on an H200.
 START = 6e-6
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """A checkpoint as shapes, each shape once."""
-
-    name: str
-    matrices: tuple[tuple[int, int, int], ...]  # m, n, how many
-    vectors: tuple[tuple[int, int], ...] = ()  # elements, how many
-
-    @classmethod
-    def of(cls, name: str, shapes: Iterable[tuple[int, ...]]) -> Shapes:
-        """From the shapes of all its tensors; two dimensions or more are a matrix, first dimension × the rest."""
-        counted = Counter((s[0], math.prod(s[1:])) if len(s) > 1 else (math.prod(s),) for s in shapes)
-        matrices = tuple((key[0], key[1], count) for key, count in counted.items() if len(key) == 2)
-        return cls(name, matrices, tuple((key[0], count) for key, count in counted.items() if len(key) == 1))
-
-    @property
-    def elements(self) -> int:
-        """Numbers in all tensors."""
-        return sum(m * n * count for m, n, count in self.matrices) + sum(size * count for size, count in self.vectors)
-
-
-def _vit(name: str, layers: int, width: int, mlp: int, patch: int, tokens: int, projection: int) -> Shapes:
-    """CLIP's vision tower: separate q, k, v and out, biases, a norm before and one after the layers."""
-    layer: list[tuple[int, ...]] = [*[(width, width)] * 4, (mlp, width), (width, mlp), *[(width,)] * 9, (mlp,)]
-    ends: list[tuple[int, ...]] = [(width, 3, patch, patch), (tokens, width), (projection, width), *[(width,)] * 5]
-    return Shapes.of(name, layer * layers + ends)
-
-
-def _llama(name: str, layers: int, width: int, mlp: int, vocabulary: int) -> Shapes:
-    layer: list[tuple[int, ...]] = [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp), (width,), (width,)]
-    return Shapes.of(name, [*layer * layers, (vocabulary, width), (vocabulary, width), (width,)])
-
-
-MODELS = {
-    model.name: model
-    for model in (
-        _vit("vit_b_16", layers=12, width=768, mlp=3072, patch=16, tokens=197, projection=512),
-        _vit("vit_l_14", layers=24, width=1024, mlp=4096, patch=14, tokens=257, projection=768),
-        _llama("7b", layers=32, width=4096, mlp=11008, vocabulary=32000),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -110,10 +68,9 @@ class Job:
         return f"N={self.experts} {str(self.dtype).removeprefix('torch.')}"
 
     def product(self, full: bool) -> launch.MatmulConfig:
-        """Of products with residuals, as the truncation asks for them."""
-        target = self.target
-        precision = launch.full_precision(target) if full else launch.fast_precision(target, self.dtype)
-        return launch.residual_matmul(target, self.dtype, torch.float32, precision, self.aligned, self.experts)
+        """Of products with residuals: ``full`` precision, or a truncation's."""
+        precision = launch.full_precision(self.target) if full else "fp16"
+        return launch.residual_matmul(self.target, torch.float32, precision, self.aligned, self.experts)
 
     def plane(self, elements: int) -> int:
         """Bytes of as many elements of θ₀, or of one expert."""
@@ -193,20 +150,32 @@ def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
 
 
 def residual_matmul_cost(
-    step: str, m: int, n: int, tensors: int, k: int, job: Job, transpose: bool, variant: Variant = "fast"
+    step: str,
+    m: int,
+    n: int,
+    tensors: int,
+    k: int,
+    job: Job,
+    transpose: bool,
+    variant: Variant = "fast",
+    half: bool = False,
 ) -> StepCost:
-    """One pass: X, or Xᵀ, times k columns for every expert."""
+    """One pass: X, or Xᵀ, times k columns for every expert; ``half``: vectors between passes are float16.
+
+    That is what comes, and what is subtracted, and what goes where nothing is.
+    """
     config = job.product(variant == "full")
     outer, inner = (n, m) if transpose else (m, n)
     row_tiles, column_tiles = _tiles(outer, config.rows), _tiles(k, config.columns)
     times = _tiles(job.experts, config.experts) * column_tiles  # that a tile of the inputs is read
     inputs = (job.experts + 1) * job.plane(m * n * tensors)
-    bases = job.experts * k * FACTOR_BYTES * tensors  # bytes of all vectors of length 1
+    numbers = job.experts * k * tensors  # of all vectors of length 1
+    come, go = numbers * (HALF_BYTES if half else FACTOR_BYTES), numbers * FACTOR_BYTES
     squares = job.experts * row_tiles * column_tiles * SUM_BYTES * tensors
-    right, subtracted = (0 if variant == "signs" else bases * inner), bases * outer * (variant == "shifted")
+    right, subtracted = (0 if variant == "signs" else come * inner), come * outer * (variant == "shifted")
     read, loaded = inputs + right + subtracted, inputs * times + right * row_tiles + subtracted
     flops = 2 * m * n * k * job.experts * tensors
-    written = bases * outer + squares
+    written = (come if variant == "fast" else go) * outer + squares
     return StepCost(step, _kind(config), flops, read, written, inputs, inputs * times, loaded, launches=1)
 
 
@@ -231,8 +200,10 @@ def _eliminated(k: int) -> int:
     return loads
 
 
-def orthonormalize_costs(k: int, length: int, blocks: int, job: Job, passes: int = 2) -> list[StepCost]:
-    """CholeskyQR of ``blocks`` of k rows: Gram matrices, their inverse factors, triangular products."""
+def orthonormalize_costs(
+    k: int, length: int, blocks: int, job: Job, passes: int = 2, halves: int = 0
+) -> list[StepCost]:
+    """CholeskyQR of ``blocks`` of k rows: Gram matrices, inverse factors, products, of which ``halves`` are float16."""
     gram = vectors_gram_cost("orthonormalize: Gram", k, length, blocks, job)
     square, cubes = blocks * k * k * SUM_BYTES, 2 * blocks * k**3 // 3  # factor and inverse, a third each
     loaded = blocks * _eliminated(k) * SUM_BYTES
@@ -247,7 +218,8 @@ def orthonormalize_costs(k: int, length: int, blocks: int, job: Job, passes: int
     loaded += sum(depths) * length * blocks * FACTOR_BYTES
     kind, written = _kind(config), gram.bytes_read
     product = StepCost("orthonormalize: product", kind, gram.flops, read, written, loaded_bytes=loaded, launches=1)
-    return [cost.times(passes) for cost in (gram, factor, product)]
+    written = passes * written - halves * blocks * k * length * (FACTOR_BYTES - HALF_BYTES)
+    return [gram.times(passes), factor.times(passes), replace(product.times(passes), bytes_written=written)]
 
 
 def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
@@ -259,6 +231,25 @@ def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> St
     # An expert meets every one, itself twice, in as many tiles of components as there are.
     loaded = (job.experts + 1) * across * vectors + sums
     return StepCost("inner products", "fp64 dot", flops, vectors + sums, sums + total, loaded_bytes=loaded, launches=2)
+
+
+def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job) -> list[StepCost]:
+    """Lengths of rows, by squares of the right factors' components or their Gram matrices; then the left factors."""
+    side, blocks = launch.inverse_factor().block, job.experts * tensors
+    lefts, rights, found = blocks * rank * m * FACTOR_BYTES, blocks * rank * n * FACTOR_BYTES, blocks * m * SUM_BYTES
+    if n <= m:
+        flops, loaded = 2 * blocks * rank * n + 3 * blocks * rank * m, lefts + rights * _tiles(m, launch.sums().block)
+        name = "weigh rows: lengths"
+        costs = [StepCost(name, "fp64", flops, lefts + rights, found, loaded_bytes=loaded, launches=1)]
+    else:
+        gram = vectors_gram_cost("weigh rows: Gram", rank, n, blocks, job)
+        flops, read = 2 * blocks * rank**2 * m, lefts + gram.bytes_written
+        loaded = (1 + _tiles(rank, side)) * lefts + gram.bytes_written * _tiles(m, side)
+        mixed = StepCost("weigh rows: lengths by Gram", "fp64 dot", flops, read, found, loaded_bytes=loaded, launches=1)
+        costs = [gram, mixed]
+    # Shares are written twice and read twice in between.
+    read, written, loaded = lefts + found, lefts + 2 * found, lefts + 3 * found
+    return [*costs, StepCost("weigh rows", "fp32", blocks * rank * m, read, written, loaded_bytes=loaded, launches=1)]
 
 
 def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
@@ -280,7 +271,12 @@ def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
 
 
 def merge_costs(
-    model: Shapes, job: Job, rank: float = RANK, power_iterations: int = 2, group_bytes: int | None = None
+    model: Shapes,
+    job: Job,
+    rank: float = RANK,
+    power_iterations: int = 2,
+    group_bytes: int | None = None,
+    by_rows: bool = BY_ROWS,
 ) -> list[StepCost]:
     """The steps of a merge in their order, each over all tensors and repetitions.
 
@@ -290,6 +286,7 @@ def merge_costs(
         rank: a ratio of min(m, n), rounded up, or an integer ≥ 1; that many columns are sketched.
         power_iterations: of the sketch.
         group_bytes: inputs that one launch serves, at most; ``None``: all tensors of a shape.
+        by_rows: rows are weighted, and no inner products wanted.
     """
     inputs = (job.experts + 1) * job.plane(model.elements)
 
@@ -305,14 +302,15 @@ def merge_costs(
         k, tall = truncation_rank(rank, (m, n)), n <= m  # A is X where tall, else Xᵀ: V lies on the short side
         multiply = functools.partial(residual_matmul_cost, m=m, n=n, tensors=count, k=k, job=job)
         # Once after the sketch and every step, twice at the end.
-        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job, passes=2 + power_iterations)
+        passes = {"passes": 2 + power_iterations, "halves": power_iterations}
+        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job, **passes)
         costs += [
             multiply("sketch V = AᵀS", transpose=tall, variant="signs"),
-            multiply("steps Y = AV", transpose=not tall).times(power_iterations),
-            multiply("steps V = AᵀY − shift·V", transpose=tall, variant="shifted").times(power_iterations),
+            multiply("steps Y = AV", transpose=not tall, half=True).times(power_iterations),
+            multiply("steps V = AᵀY − shift·V", transpose=tall, variant="shifted", half=True).times(power_iterations),
             *orthonormalize,
-            multiply("final Y = AV", transpose=not tall, variant="full"),
-            inner_products_cost(m, n, count, k, job),
+            multiply("final Y = AV", transpose=not tall),
+            *(weigh_rows_costs(m, n, count, k, job) if by_rows else [inner_products_cost(m, n, count, k, job)]),
             combine_matrix_cost(m, n, count, k, job),
         ]
     costs += [combine_vector_cost(elements, count, job) for elements, count in vectors]

@@ -95,10 +95,11 @@ class ShiftedFactors(NamedTuple):
         left: (L, N, m, r).
         right: (L, N, r, n); the factor on the short side has orthonormal vectors.
         ordered: components come by descending singular value.
-        products: (L, N, N) float64, ⟨F_li, F_lj⟩; None where they are not cheap here.
+        products: (L, N, N) float64, ⟨F_li, F_lj⟩; None where they are not wanted, or not cheap here.
         trusted: (L, N) bool, whether each truncation can be relied on.
         gap: (L, N) float64, an estimate of the energy that the best truncation would keep beyond this one's;
             NaN where there is none.
+        energies: (L, N) float64, ‖F_li‖²; None where they are not cheap here.
     """
 
     left: Tensor
@@ -107,6 +108,7 @@ class ShiftedFactors(NamedTuple):
     products: Tensor | None
     trusted: Tensor
     gap: Tensor
+    energies: Tensor | None = None
 
 
 class Effort(NamedTuple):
@@ -115,6 +117,7 @@ class Effort(NamedTuple):
     iterations: int
     oversampling: int
     tolerance: float | None
+    products: bool = True  # whether inner products of truncated residuals are wanted, beside their energies
 
     def steps_on_cpu(self, rank: int, short: int) -> int:
         """Of subspace iteration, of matrices with such a short side, by a CPU's fast method.

@@ -100,7 +100,7 @@ def rescaled(factors: GroupFactors, share: float) -> GroupFactors:
     gain = totals / kept.clamp_min(torch.finfo(torch.float64).tiny) * keep
     width = max(1, int(keep.sum(dim=2).max()))
     left = factors.left[..., :width].mul_(gain[:, :, None, :width].to(factors.left))
-    return replace(factors, left=left, right=factors.right[:, :, :width], products=None)
+    return replace(factors, left=left, right=factors.right[:, :, :width], products=None, squares=None)
 
 
 def reweighed(factors: GroupFactors) -> GroupFactors:
@@ -122,7 +122,7 @@ def reweighed(factors: GroupFactors) -> GroupFactors:
     next_to_first = (beyond.amax(dim=2, keepdim=True) / values.amax(dim=2, keepdim=True)).nan_to_num(0.0).square()
     low = next_to_first + (1 - next_to_first) * tail
     gain = torch.where(within, 1 - low, low)
-    return replace(factors, left=factors.left.mul_(gain.unsqueeze(2).to(factors.left)), products=None)
+    return replace(factors, left=factors.left.mul_(gain.unsqueeze(2).to(factors.left)), products=None, squares=None)
 
 
 def _singular_values(factors: GroupFactors) -> Tensor:
@@ -177,7 +177,7 @@ def trimmed(
     pairs = (left.mT @ left).mul_(right.mT @ right).view(size, count, rank, count, rank)
     products = pairs.sum(dim=(2, 4))
     del pairs, total
-    return replace(_shared_out(factors, left, right), products=products)
+    return replace(_shared_out(factors, left, right), products=products, squares=None)
 
 
 def _joint_bases(factors: GroupFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +203,7 @@ def _shared_out(factors: GroupFactors, left: Tensor, right: Tensor) -> GroupFact
     size, count, _, rank = factors.left.shape
     left = left.view(size, -1, count, rank).transpose(1, 2).contiguous()
     right = right.view(size, -1, count, rank).permute(0, 2, 3, 1).contiguous()
-    return replace(factors, left=left, right=right, ordered=False, products=None)
+    return replace(factors, left=left, right=right, ordered=False, products=None, squares=None)
 
 
 def flattened(changes: Tensor) -> Tensor:

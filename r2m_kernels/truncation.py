@@ -114,7 +114,8 @@ def _energies(grams: Tensor, mixing: Tensor) -> Tensor:
 def _fast(made: ShiftedFactors, shape: Sequence[int]) -> GroupFactors:
     """What a backend's fast method made of tensors of a shape."""
     side: Side = "right" if shape[0] ** 2 >= math.prod(shape) else "left"
-    return GroupFactors(made.left, made.right, side, made.ordered, "shifted", made.gap, made.products, made.trusted)
+    known = (made.products, made.trusted, made.energies)
+    return GroupFactors(made.left, made.right, side, made.ordered, "shifted", made.gap, *known)
 
 
 def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Operators) -> Method:

@@ -242,5 +242,5 @@ def _judge_product(
     aligned = vectors_fit(m) and n * base.dtype.itemsize % VECTOR_BYTES == 0
     compute = torch.promote_types(base.dtype, torch.float32)
     target = launch.target_of(base.device)
-    chosen = launch.residual_matmul(target, base.dtype, compute, precision, aligned, len(experts))
+    chosen = launch.residual_matmul(target, compute, precision, aligned, len(experts))
     return checks.judge_product(result, base, experts, mixing, rhs, transpose, chosen.precision)

@@ -16,10 +16,10 @@ from bench.cases import decaying, optimum
 from r2m_kernels._triton import launch
 
 U = 2.0**-24
-# What rounding both operands adds to |error| / (|X||rhs|). bf16 keeps 8 bits: 2⁻⁸ each at most. tf32 keeps 11: NVIDIA's
-# units drop the rest, 2⁻¹⁰ each. tf32x3 multiplies two rounded pieces of each: the pieces miss 2⁻²² of an operand
-# (2⁻¹¹ · 2⁻¹¹) and the product of the small pieces, as much again, is left out.
-OPERANDS = {"ieee": 0.0, "tf32x3": 12 * U, "tf32": 2.0**-9 + 2.0**-20, "bf16": 2.0**-7 + 2.0**-16}
+# What rounding both operands adds to |error| / (|X||rhs|). fp16 keeps 11 bits: 2⁻¹¹ each at most. tf32x3 multiplies two
+# rounded pieces of each: the pieces miss 2⁻²² of an operand (2⁻¹¹ · 2⁻¹¹) and the product of the small pieces, as much
+# again, is left out.
+OPERANDS = {"ieee": 0.0, "tf32x3": 12 * U, "fp16": 2.0**-10 + 2.0**-20}
 # Of a value, by storage type. Triton's interpreter (3.6, 3.9) cuts float32 down to bfloat16, where a GPU rounds.
 HALF_ULP = {
     torch.float32: U,

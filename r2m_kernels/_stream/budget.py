@@ -272,7 +272,8 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
 
 def effort_of(config: MergeConfig) -> Effort:
     """How hard a truncation tries."""
-    return Effort(config.power_iterations, config.oversampling, config.tolerance)
+    # Of residuals that are weighted by row nobody asks for more than their lengths.
+    return Effort(config.power_iterations, config.oversampling, config.tolerance, products=config.row_power == 0)
 
 
 def truncation_flops(tensor: PlannedTensor, config: MergeConfig, experts: int) -> float:

@@ -85,6 +85,7 @@ class GroupFactors:
         gap: (L, N), of :class:`Factors`.
         products: (L, N, N) float64, where they came with the factors.
         trusted: (L, N) bool, whether each can be relied on; ``None``: all.
+        squares: (L, N) float64, ‖F_li‖², where they came with the factors.
     """
 
     left: Tensor
@@ -95,6 +96,7 @@ class GroupFactors:
     gap: Tensor
     products: Tensor | None = None
     trusted: Tensor | None = None
+    squares: Tensor | None = None
 
     def of(self, index: int) -> Factors:
         """One tensor's, without the numbers that are still on the device."""
@@ -103,14 +105,17 @@ class GroupFactors:
     def some(self, places: Sequence[int]) -> GroupFactors:
         """Those of tensors at some places."""
         at = list(places)
-        products, trusted = (None if one is None else one[at] for one in (self.products, self.trusted))
+        known = (self.products, self.trusted, self.squares)
+        products, trusted, squares = (None if one is None else one[at] for one in known)
         left, right, gap = self.left[at], self.right[at], self.gap[at]
-        return replace(self, left=left, right=right, gap=gap, products=products, trusted=trusted)
+        return replace(self, left=left, right=right, gap=gap, products=products, trusted=trusted, squares=squares)
 
     def energies(self) -> Tensor:
         """‖F_li‖²: (L, N) float64."""
         if self.products is not None:
             return self.products.diagonal(dim1=1, dim2=2)
+        if self.squares is not None:
+            return self.squares
         return energies(self.left, self.right, self.ordered, self.basis)
 
     def inner_products(self) -> Tensor:

@@ -3,7 +3,6 @@
 from .._interface import Traits
 from .._torch import residual_matrices as residual_matrices  # these two for what stays where it is stored: CPUs alone
 from .._torch import truncate_by_expert as truncate_by_expert
-from .._torch import weigh_rows as weigh_rows  # some 15 calls a group, element by element
 from .columns import match_columns as match_columns
 from .combine import combine as combine
 from .elements import add as add
@@ -21,6 +20,7 @@ from .sums import sum_rows as sum_rows
 from .task_gram import gram_panel_elements as gram_panel_elements
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
+from .weights import weigh_rows as weigh_rows
 
 traits = Traits(
     groups_tensors=True,

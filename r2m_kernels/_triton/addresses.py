@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .._stream.blocks import empty_rows, padded
 from .._stream.tensors import compute_dtype
@@ -103,10 +104,15 @@ def address_table(columns: Sequence[Sequence[Tensor]], device: torch.device) -> 
 
 
 def on_device(numbers: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of small tensors on the CPU, float64 or int64, in one transfer that nobody waits for."""
-    packed = torch.cat([one.contiguous().view(torch.int64).flatten() for one in numbers])
-    parts = torch.split(packed.to(device, non_blocking=True), [one.numel() for one in numbers])
-    return [part.view(one.dtype).view(one.shape) for part, one in zip(parts, numbers, strict=True)]
+    """Copies of small tensors on the CPU, of any dtypes, in one transfer that nobody waits for."""
+    parts = [one.contiguous().view(-1).view(torch.uint8) for one in numbers]
+    # Each starts where a vector load could.
+    sizes = [-(-part.numel() // VECTOR_BYTES) * VECTOR_BYTES for part in parts]
+    packed = torch.cat(
+        [functional.pad(part, (0, size - part.numel())) for part, size in zip(parts, sizes, strict=True)]
+    )
+    there = torch.split(packed.to(device, non_blocking=True), sizes)
+    return [whole[: one.nbytes].view(one.dtype).view(one.shape) for whole, one in zip(there, numbers, strict=True)]
 
 
 def well_placed(tensor: Tensor) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._stream.blocks import empty_rows
 from . import launch
 from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
-from .orthonormalize import parts_of_products
 from .outputs import Outputs, representable, write_rounded
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -108,6 +107,7 @@ def combine_matrix_kernel(
     scale,
     left,
     right,
+    squares,
     m,
     n,
     rank,
@@ -128,7 +128,7 @@ def combine_matrix_kernel(
     """out[l] = θ₀ + Σ_j core_j τ_lj + Σ_i scale_i left[l, i]ᵀ right[l, i], a tile a program.
 
     table (L, N + 1), outputs (L,), core (N,) or (L, m, N) BY_ROW, scale (N,), left (L, N, rank, m), right
-    (L, N, rank, n).
+    (L, N, rank, n); squares[l, tile] = sum of the squares of the tile's low-rank term, float64.
     """
     tensor = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
@@ -155,6 +155,9 @@ def combine_matrix_kernel(
         lefts = tl.where((depth < rank)[:, None] & (rows < vectors)[None, :], lefts, 0.0) * tl.load(scale + i)
         rights = tl.where((depth < rank)[:, None] & (columns < n)[None, :], rights, 0.0)
         total = tl.dot(tl.trans(lefts), rights, total, input_precision=PRECISION, out_dtype=COMPUTE)
+    wide = total.to(tl.float64)  # 0 outside
+    square = tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+    tl.store(squares + tensor * tl.num_programs(0) + tl.program_id(0), square)
     offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     core = coefficients_of(core, tensor, rows, m, count, BY_ROW)
@@ -189,14 +192,15 @@ def combine(
         if not vectors_fit(m):
             lefts = empty_rows(lefts.shape[:-1], m, dtype, group.device, zero=True).copy_(lefts)
         rights = padded_rows(right.to(group.device, dtype))
-        if squares is not None:
-            both = torch.outer(scale, scale).double().to(group.device, non_blocking=True)
-            squares.append(parts_of_products(lefts, rights) * both.unsqueeze(-1))
         matrix = launch.combine_matrix(target, dtype, outputs.aligned)
         column_tiles = -(-n // matrix.columns)
+        tiles = -(-m // matrix.rows) * column_tiles
+        of_tiles = torch.empty(len(bases), tiles, dtype=torch.float64, device=group.device)
+        if squares is not None:
+            squares.append(of_tiles)
         return outputs.write(
-            *(combine_matrix_kernel, -(-m // matrix.rows) * column_tiles, matrix, core),
-            *(scale.to(group.device, dtype, non_blocking=True).contiguous(), lefts, rights),
+            *(combine_matrix_kernel, tiles, matrix, core),
+            *(scale.to(group.device, dtype, non_blocking=True).contiguous(), lefts, rights, of_tiles),
             *(m, n, lefts.shape[-2], count, lefts.stride(-2), rights.stride(-2), column_tiles),
             PRECISION=matrix.input_precision,
             BY_ROW=by_row,

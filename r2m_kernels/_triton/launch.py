@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..errors import BackendUnavailable
 
-Precision = Literal["bf16", "tf32", "tf32x3", "ieee"]
+Precision = Literal["fp16", "tf32x3", "ieee"]
 
 # Targets with tile sizes of their own; other GPUs use those of the nearest: see `target_of`.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -79,8 +79,8 @@ class MatmulConfig:
 
     @property
     def input_precision(self) -> str:
-        """What ``tl.dot`` is told: bf16 operands have no choice left."""
-        return "ieee" if self.precision == "bf16" else self.precision
+        """What ``tl.dot`` is told: float16 operands have no choice left."""
+        return "ieee" if self.precision == "fp16" else self.precision
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,6 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def fast_precision(target: str, dtype: torch.dtype) -> Precision:
-    """Of products that only turn a subspace (README §4), for inputs of ``dtype``.
-
-    16-bit inputs round their own task vectors more coarsely than bf16 rounds the residual.
-    """
-    return "tf32" if dtype == torch.float32 and target != "gfx942" else "bf16"
-
-
 def full_precision(target: str) -> Precision:
     """float32-grade products on the matrix units."""
     return "ieee" if target == "gfx942" else "tf32x3"
@@ -185,21 +177,19 @@ def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> Gra
     return GramConfig(aligned, aligned and count <= 4, **tiles("task_gram", target, variant))
 
 
-def residual_matmul(
-    target: str, dtype: torch.dtype, compute: torch.dtype, precision: str, aligned: bool, count: int
-) -> MatmulConfig:
-    """For N = ``count`` experts of ``dtype``, computed in ``compute``; never with less precision than asked for.
+def residual_matmul(target: str, compute: torch.dtype, precision: str, aligned: bool, count: int) -> MatmulConfig:
+    """For N = ``count`` experts, computed in ``compute``; never with less precision than asked for.
 
-    Built are, for every target and dtype, the two precisions of the method; one that is asked for and not among them
-    runs as the next one up. Rows that are not whole 16-byte vectors, an m that is no multiple of 4, and ``ieee`` on
-    NVIDIA share the variant ``general``: no matrix units there, and loads as wide as any address allows.
+    Built are two: "fp16", for a truncation's products with what has a known norm (README §4), and the target's full
+    precision, which stands for every other one. Rows that are not whole 16-byte vectors, an m that is no multiple of 4,
+    and ``ieee`` on NVIDIA share the variant ``general``: no matrix units there, loads as wide as any address allows.
     """
     if compute == torch.float64:
         return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "float64"))
-    fast, full = fast_precision(target, dtype), full_precision(target)
+    full = full_precision(target)
     if not aligned or (precision == "ieee" and full != "ieee"):
         return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "general"))
-    chosen = fast if precision in ("bf16", fast) else full
+    chosen: Precision = "fp16" if precision == "fp16" else full
     if count <= UNROLLED_INPUTS:
         return MatmulConfig(chosen, True, inputs=UNROLLED_INPUTS, **tiles("residual_matmul", target, chosen))
     return MatmulConfig(chosen, True, **tiles("residual_matmul", target, chosen + "/many"))

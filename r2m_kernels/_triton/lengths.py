@@ -13,30 +13,28 @@ from torch import Tensor
 
 from . import launch
 from .addresses import padded_rows
-from .orthonormalize import triangular_product, vectors_gram
+from .orthonormalize import vectors_gram
 
 DEPTH = 8  # components at once: their loads are on their way together
 
 
-@triton.jit(do_not_specialize=["m", "n", "rank", "left_stride", "other_stride"])
+@triton.jit(do_not_specialize=["m", "n", "rank", "left_stride", "right_stride"])
 def row_lengths_kernel(
     left,
-    other,
+    right,
     lengths,
     m,
     n,
     rank,
     left_stride,
-    other_stride,
-    DIAGONAL: tl.constexpr,
+    right_stride,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """lengths[b, row] = √Σ_c left[b, c, row] · (what belongs to it), float64, a few components after others.
+    """lengths[b, row] = √Σ_c left[b, c, row]² ‖right[b, c]‖², float64, a few components after others.
 
-    left (B, rank, m). DIAGONAL: other (B, rank, n) are the components, each of which has its length alone, and squares
-    of both are taken: every program of a matrix sums these again, of which there are few, for one launch less. Else
-    other (B, rank, m) is half of what the components' Gram matrix makes of left.
+    left (B, rank, m), right (B, rank, n), whose components are orthogonal: every program of a matrix sums their squares
+    again, of which there are few, for one launch less.
     """
     block = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -48,19 +46,41 @@ def row_lengths_kernel(
         at = block * rank + components
         mask = there[:, None] & inside[None, :]
         value = tl.load(left + (at * left_stride)[:, None] + rows[None, :], mask=mask, other=0.0).to(tl.float64)
-        if DIAGONAL:
-            squares = tl.zeros((DEPTH, BLOCK), tl.float64)
-            for start in range(0, n, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                within = there[:, None] & (columns < n)[None, :]
-                one = tl.load(other + (at * other_stride)[:, None] + columns[None, :], mask=within, other=0.0)
-                squares += one.to(tl.float64) * one.to(tl.float64)
-            total += tl.sum(value * value * tl.sum(squares, axis=1)[:, None], axis=0)
-        else:
-            made = tl.load(other + (at * other_stride)[:, None] + rows[None, :], mask=mask, other=0.0)
-            total += 2.0 * tl.sum(value * made, axis=0)
+        squares = tl.zeros((DEPTH, BLOCK), tl.float64)
+        for start in range(0, n, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            within = there[:, None] & (columns < n)[None, :]
+            one = tl.load(right + (at * right_stride)[:, None] + columns[None, :], mask=within, other=0.0)
+            squares += one.to(tl.float64) * one.to(tl.float64)
+        total += tl.sum(value * value * tl.sum(squares, axis=1)[:, None], axis=0)
+    tl.store(lengths + block * m + rows, tl.sqrt(total), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m", "rank", "stride"])
+def mixed_lengths_kernel(left, gram, lengths, m, rank, stride, SIDE: tl.constexpr):
+    """lengths[b, row] = √(vᵀ gram[b] v), v = left[b, :, row], float64: SIDE rows a program, SIDE components at once.
+
+    left (B, rank, m), gram (B, rank, rank) of the right factor's components.
+    """
+    block = tl.program_id(1).to(tl.int64)
+    rows, places = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.arange(0, SIDE)
+    left, gram = left + block * rank * stride, gram + block * rank * rank
+    total = tl.zeros((SIDE,), tl.float64)
+    for start in range(0, rank, SIDE):
+        depth = start + places
+        here = (rows < m)[:, None] & (depth < rank)[None, :]
+        value = tl.load(left + depth[None, :] * stride + rows[:, None], mask=here, other=0.0).to(tl.float64)
+        mixed = tl.zeros((SIDE, SIDE), tl.float64)
+        for other in range(0, rank, SIDE):
+            others = other + places
+            there = (rows < m)[:, None] & (others < rank)[None, :]
+            one = tl.load(left + others[None, :] * stride + rows[:, None], mask=there, other=0.0).to(tl.float64)
+            inside = (others < rank)[:, None] & (depth < rank)[None, :]
+            products = tl.load(gram + others[:, None] * rank + depth[None, :], mask=inside, other=0.0)
+            mixed = tl.dot(one, products, mixed, input_precision="ieee", out_dtype=tl.float64)
+        total += tl.sum(value * mixed, axis=1)
     # Below 0 it is rounding; a NaN stays one.
-    tl.store(lengths + block * m + rows, tl.sqrt(tl.where(total < 0.0, 0.0, total)), mask=inside)
+    tl.store(lengths + block * m + rows, tl.sqrt(tl.where(total < 0.0, 0.0, total)), mask=rows < m)
 
 
 def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
@@ -71,27 +91,34 @@ def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
         return lengths.zero_().view(size, count, m)
     lefts, rights = padded_rows(left.mT.flatten(0, 1)), padded_rows(right.flatten(0, 1))
     if orthogonal:
-        other = rights
+        config = launch.sums()
+        launch.start(
+            row_lengths_kernel,
+            (-(-m // config.block), size * count),
+            config,
+            lefts,
+            rights,
+            lengths,
+            m,
+            right.shape[-1],
+            rank,
+            lefts.stride(-2),
+            rights.stride(-2),
+            BLOCK=config.block,
+            DEPTH=DEPTH,
+        )
     else:
-        # Of v and a Gram matrix G vᵀGv is twice vᵀTv, T being the lower triangle of G with half of its diagonal.
-        gram = vectors_gram(rights).tril_()
-        gram.diagonal(dim1=1, dim2=2).mul_(0.5)
-        other = triangular_product(gram, padded_rows(lefts.double()))
-    config = launch.sums()
-    launch.start(
-        row_lengths_kernel,
-        (-(-m // config.block), size * count),
-        config,
-        lefts,
-        other,
-        lengths,
-        m,
-        right.shape[-1],
-        rank,
-        lefts.stride(-2),
-        other.stride(-2),
-        DIAGONAL=orthogonal,
-        BLOCK=config.block,
-        DEPTH=DEPTH,
-    )
+        config = launch.inverse_factor()
+        launch.start(
+            mixed_lengths_kernel,
+            (-(-m // config.block), size * count),
+            config,
+            lefts,
+            vectors_gram(rights),
+            lengths,
+            m,
+            rank,
+            lefts.stride(-2),
+            SIDE=config.block,
+        )
     return lengths.view(size, count, m)

@@ -207,6 +207,7 @@ def triangular_product_kernel(
     stride,
     row_tiles,
     column_tiles,
+    SCALE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -214,7 +215,7 @@ def triangular_product_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """out[b] = triangle[b] vectors[b]: (k, k) lower triangular times (k, length); what is zero is not read."""
+    """out[b] = SCALE · triangle[b] vectors[b]: (k, k) lower triangular times (k, length); what is zero is not read."""
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     row_tile, block = rest % row_tiles, (rest // row_tiles).to(tl.int64)
     stride = known_multiple(stride, 16)
@@ -230,6 +231,7 @@ def triangular_product_kernel(
         right = tl.load(vectors + (block * k + depth[:, None]) * stride + columns[None, :], mask=inside, other=0.0)
         total = tl.dot(left.to(COMPUTE), right, total, input_precision=PRECISION, out_dtype=COMPUTE)
     inside = (rows < k)[:, None] & (columns < length)[None, :]
+    total = (total * SCALE).to(out.dtype.element_ty)
     tl.store(out + (block * k + rows[:, None]) * stride + columns[None, :], total, mask=inside)
 
 
@@ -243,26 +245,27 @@ def orthonormalize(y: Tensor, *, overwrite: bool = False) -> Tensor:
     return orthonormal_rows(rows).reshape(*leading, k, m).transpose(-1, -2)
 
 
-def orthonormal_rows(vectors: Tensor, passes: int = 2) -> Tensor:
+def orthonormal_rows(vectors: Tensor, passes: int = 2, half: float | None = None) -> Tensor:
     """Orthonormal rows spanning those of every block: (B, k, length) → the same; rows left with nothing are zero.
 
     One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
+
+    Args:
+        vectors: float32 or float64.
+        passes: of CholeskyQR.
+        half: the result is float16, times this.
     """
     vectors = padded_rows(vectors)
     # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
     smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
-    for _ in range(passes):
-        vectors = triangular_product(_inverse_factor(vectors_gram(vectors), smallest, vectors.shape[-1]), vectors)
+    for index in range(passes):
+        triangle = _inverse_factor(vectors_gram(vectors), smallest, vectors.shape[-1])
+        vectors = _triangular_product(triangle, vectors, half if index == passes - 1 else None)
     return vectors
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over (left_i left_jᵀ) ∘ (right_i right_jᵀ), for rows (L, N, r, m) and (L, N, r, n): (L, N, N) float64."""
-    return sum_tiles(parts_of_products(left, right))
-
-
-def parts_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """The sums over tiles of components that :func:`inner_products` adds up: (L, N, N, tiles) float64."""
     (size, count, rank, m), n = left.shape, right.shape[-1]
     left, right = padded_rows(left), padded_rows(right)
     config = launch.factor_products(launch.target_of(left.device), vectors_fit(m) and vectors_fit(n))
@@ -286,7 +289,7 @@ def parts_of_products(left: Tensor, right: Tensor) -> Tensor:
         SIDE=config.rows,
         INNER=config.inner,
     )
-    return partial
+    return sum_tiles(partial)
 
 
 def vectors_gram(vectors: Tensor) -> Tensor:
@@ -332,11 +335,11 @@ def _inverse_factor(gram: Tensor, smallest: float, length: int) -> Tensor:
     return out
 
 
-def triangular_product(triangle: Tensor, vectors: Tensor) -> Tensor:
-    """The lower triangles of (B, k, k) float64 times (B, k, length), laid out and typed as these."""
+def _triangular_product(triangle: Tensor, vectors: Tensor, half: float | None) -> Tensor:
     count, k, length = vectors.shape
     config = launch.triangular_product(launch.target_of(vectors.device), vectors.dtype, vectors_fit(length))
-    out = empty_rows((count, k), length, vectors.dtype, vectors.device)
+    dtype = vectors.dtype if half is None else torch.float16
+    out = empty_rows((count, k), length, dtype, vectors.device)
     row_tiles, column_tiles = -(-k // config.rows), -(-length // config.columns)
     launch.start(
         triangular_product_kernel,
@@ -350,6 +353,7 @@ def triangular_product(triangle: Tensor, vectors: Tensor) -> Tensor:
         vectors.stride(-2),
         row_tiles,
         column_tiles,
+        SCALE=1.0 if half is None else half,
         COMPUTE=ELEMENT_TYPES[vectors.dtype],
         PRECISION=config.input_precision,
         ALIGNED=config.aligned,

@@ -4,6 +4,10 @@ A program owns a tile of rows of the result and up to four experts: it reads a t
 experts' residual tiles, and multiplies each with that expert's right-hand side on the matrix units. Blocks of vectors
 lie in memory as rows, (N, k, length): tf32 matrix instructions want both operands contiguous along the inner dimension.
 
+Products of a truncation have float16 operands. They are rounded, where matrix units cut tf32 ones off after as many
+bits, cost half of what tf32 does, and vectors that are kept as float16 are half the traffic. What is rounded has a norm
+that is known, so that a power of two brings it into float16's range: :data:`SCALE`.
+
 The sketch multiplies with random signs that are made in registers too. ±1 is exact in every operand precision, and the
 pass waits for memory, not for the matrix units: a sparse test matrix would save nothing here and would need atomics.
 """
@@ -23,6 +27,12 @@ from .._stream.blocks import empty_rows
 from . import launch
 from .addresses import ELEMENT_TYPES, Group, known_multiple, padded_rows, tensor_at, vectors_fit
 from .sums import summed
+
+# What numbers of a matrix or vector of norm 1, none above 1, are multiplied with before they become float16: the
+# largest has room to spare, and those of a matrix of 10⁹ equal ones are still normal numbers.
+SCALE = 2.0**14
+# The same of vectors that are rounded as they are read: bases, and others that may be longer than 1.
+VECTOR_SCALE = 2.0**8
 
 
 @triton.jit
@@ -56,6 +66,7 @@ def residual_matmul_kernel(
     squares,
     energies,
     shifted,
+    lengths,
     damping,
     m,
     n,
@@ -72,6 +83,12 @@ def residual_matmul_kernel(
     TRANSPOSE: tl.constexpr,
     SIGNS: tl.constexpr,
     SHIFTED: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    RESIDUAL_SCALE: tl.constexpr,
+    RHS_SCALE: tl.constexpr,
+    SHIFTED_SCALE: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INPUTS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -86,6 +103,9 @@ def residual_matmul_kernel(
     shift_li = damping · (1 − Σ energies[l, i]), 0 where that is negative, energies (L, N, energy_tiles).
     INPUTS > 0 unrolls the loop over inputs (N ≤ INPUTS), so that all their loads are in flight at once.
     SIGNS: rhs holds L keys instead, and row c of every expert's right-hand side is the random signs of column c.
+    Residuals become operands times RESIDUAL_SCALE, vectors times RHS_SCALE, where they are ROUNDED here; products are
+    divided by both. What is written is times OUT_SCALE, and lengths[l, i] with LENGTHS; what is subtracted is
+    shifted times SHIFTED_SCALE.
     """
     tensor = tl.program_id(1).to(tl.int64)
     # Programs that read the same tile of the inputs are neighbours: all but the first find it in the L2 cache.
@@ -106,7 +126,7 @@ def residual_matmul_kernel(
         inputs += (tensor_at(slots + 1 + j, j < count, TYPE, ALIGNED),)
         for i in tl.static_range(EXPERTS):
             known = (j < count) & (first + i < count)
-            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0),)
+            weights += (tl.load(mixing + j * count + first + i, mask=known, other=0.0) * RESIDUAL_SCALE,)
     for _ in tl.static_range(EXPERTS):
         sums += (tl.zeros((ROWS, COLUMNS), COMPUTE),)
 
@@ -137,17 +157,21 @@ def residual_matmul_kernel(
                 mixed = ()
                 for i in tl.static_range(EXPERTS):
                     weight = tl.load(mixing + j * count + first + i, mask=first + i < count, other=0.0)
-                    mixed += (residuals[i] + weight * tau,)
+                    mixed += (residuals[i] + weight * RESIDUAL_SCALE * tau,)
                 residuals = mixed
+        if SIGNS:  # one tile for all experts
+            here = (columns < k)[:, None] & (depth < inner)[None, :]
+            signs = tl.where(here, random_signs(tl.load(rhs + tensor), depth[None, :], columns[:, None]), 0.0)
         products = ()
         for i in tl.static_range(EXPERTS):
-            here = (columns < tl.where(first + i < count, k, 0))[:, None] & (depth < inner)[None, :]
             if SIGNS:
-                signs = random_signs(tl.load(rhs + tensor), depth[None, :], columns[:, None])
-                vectors = tl.where(here, signs, 0.0)
+                vectors = signs
             else:
+                here = (columns < tl.where(first + i < count, k, 0))[:, None] & (depth < inner)[None, :]
                 block_of = ((tensor * count + first + i) * k + columns[:, None]) * rhs_stride
                 vectors = tl.load(rhs + block_of + depth[None, :], mask=here, other=0.0)
+                if ROUNDED:
+                    vectors = vectors.to(COMPUTE) * RHS_SCALE
             vectors, residual = vectors.to(OPERAND).to(DOT), residuals[i].to(OPERAND).to(DOT)
             if TRANSPOSE:
                 residual = tl.trans(residual)
@@ -157,7 +181,7 @@ def residual_matmul_kernel(
     for i in tl.static_range(EXPERTS):
         if first + i < count:
             expert = tensor * count + first + i
-            result = sums[i]
+            result = sums[i] * (1.0 / (RESIDUAL_SCALE * RHS_SCALE))
             slot = (expert * column_tiles + column_tile) * tl.cdiv(outer, ROWS) + tile
             # In float32, for want of registers: whoever uses the energies scales residuals to norm 1.
             tl.store(squares + slot, tl.sum(tl.sum(result * result, axis=1).to(tl.float64)))
@@ -166,8 +190,10 @@ def residual_matmul_kernel(
             if SHIFTED:
                 amount = damping * (1.0 - summed(energies + expert * energy_tiles, energy_tiles, 32))
                 amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
-                result -= amount * tl.load(shifted + where, mask=here, other=0.0)
-            tl.store(out + where, result, mask=here)
+                result -= amount * (tl.load(shifted + where, mask=here, other=0.0).to(COMPUTE) * SHIFTED_SCALE)
+            if LENGTHS:
+                result *= tl.load(lengths + expert)
+            tl.store(out + where, (result * OUT_SCALE).to(out.dtype.element_ty), mask=here)
 
 
 class Shift(NamedTuple):
@@ -176,7 +202,7 @@ class Shift(NamedTuple):
     Attributes:
         squares: (L, N, tiles) float64, whose sums are the energies: of what :func:`multiply` gave.
         damping: not 0.
-        of: rows as the result's.
+        of: rows as the result's; as float16 times :data:`SCALE`.
     """
 
     squares: Tensor
@@ -207,11 +233,10 @@ def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool) 
     """X_li times k columns of random signs, the same for all experts, as rows: (L, N, k, m), (L, N, k, n) transposed.
 
     Args:
-        mixing: (N, N), or (L, N, N) with one for each tensor.
+        mixing: (N, N), or (L, N, N) with one for each tensor, so that no number of X_li is above 1.
         keys: (L,) int64.
     """
-    precision = launch.fast_precision(launch.target_of(group.device), group.dtype)
-    return _launch(group, mixing, keys.to(group.device, non_blocking=True), k, transpose, precision, None)[0]
+    return _launch(group, mixing, keys.to(group.device, non_blocking=True), k, transpose, "fp16")[0]
 
 
 def multiply(
@@ -221,37 +246,54 @@ def multiply(
     transpose: bool,
     precision: str,
     shift: Shift | None = None,
+    lengths: Tensor | None = None,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One launch: (X_li rhs_liᵀ)ᵀ, shifted, as rows, and the sums of squares of its tiles before the shift.
+    """One launch: (X_li rhs_liᵀ)ᵀ, shifted, as rows, and the sums of squares of its tiles before that.
 
     Args:
-        mixing: (N, N), or (L, N, N) with one for each tensor.
-        rhs: (L, N, k, n); (L, N, k, m) with ``transpose``.
+        mixing: (N, N), or (L, N, N) with one for each tensor; for float16 operands so that no number of X is above 1.
+        rhs: (L, N, k, n); (L, N, k, m) with ``transpose``. As float16 times :data:`SCALE`.
+        precision: of the operands, at least: one of ``ops.PRECISIONS``, or "fp16".
         shift: what is subtracted.
+        lengths: (L, N) in the compute dtype, what the result is multiplied with at last.
+        half: the result is float16, times :data:`SCALE`.
 
     Returns:
         (L, N, k, m) ((L, N, k, n) with ``transpose``) and (L, N, tiles) float64, both on the device.
     """
-    wide = torch.promote_types(group.compute_dtype, rhs.dtype) == torch.float64
-    rhs = padded_rows(rhs.to(group.device, torch.float64 if wide else torch.float32, non_blocking=True))
-    return _launch(group, mixing, rhs, rhs.shape[2], transpose, precision, shift)
+    if rhs.dtype != torch.float16:
+        wide = torch.promote_types(group.compute_dtype, rhs.dtype) == torch.float64
+        rhs = rhs.to(group.device, torch.float64 if wide else torch.float32, non_blocking=True)
+    return _launch(group, mixing, padded_rows(rhs), rhs.shape[2], transpose, precision, shift, lengths, half)
 
 
 def _launch(
-    group: Group, mixing: Tensor, rhs: Tensor, k: int, transpose: bool, precision: str, shift: Shift | None
+    group: Group,
+    mixing: Tensor,
+    rhs: Tensor,
+    k: int,
+    transpose: bool,
+    precision: str,
+    shift: Shift | None = None,
+    lengths: Tensor | None = None,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    signs = rhs.dtype == torch.int64
-    dtype = group.compute_dtype if signs else rhs.dtype
+    signs, scaled = rhs.dtype == torch.int64, rhs.dtype == torch.float16
+    dtype = group.compute_dtype if signs or scaled else rhs.dtype
     size, count = len(group.bases), len(group.experts)
     m, n = group.bases[0].shape[0], math.prod(group.bases[0].shape[1:])
     outer = n if transpose else m
-    out = empty_rows((size, count, k), outer, dtype, group.device)
+    out = empty_rows((size, count, k), outer, torch.float16 if half else dtype, group.device)
     if out.numel() == 0 or m * n == 0:
         return out.zero_(), torch.zeros(size, count, 1, dtype=torch.float64, device=group.device)
     target = launch.target_of(group.device)
     aligned = group.aligned and vectors_fit(m)
-    config = launch.residual_matmul(target, group.dtype, dtype, precision, aligned, count)
-    operand = tl.bfloat16 if config.precision == "bf16" else ELEMENT_TYPES[dtype]
+    config = launch.residual_matmul(target, dtype, precision, aligned, count)
+    operand = tl.float16 if config.precision == "fp16" else ELEMENT_TYPES[dtype]
+    rounded = precision == "fp16" and dtype == torch.float32 and not signs and not scaled
+    residual_scale = SCALE if precision == "fp16" and dtype == torch.float32 else 1.0
+    rhs_scale = SCALE if scaled else VECTOR_SCALE if rounded else 1.0
     tiles, column_tiles = -(-outer // config.rows), -(-k // config.columns)
     squares = torch.empty(size, count, column_tiles * tiles, dtype=torch.float64, device=group.device)
     energies, damping, shifted = shift or Shift(squares, 0.0, out)
@@ -267,6 +309,7 @@ def _launch(
         squares,
         energies,
         padded_rows(shifted),
+        squares if lengths is None else lengths,
         damping,
         m,
         n,
@@ -278,12 +321,18 @@ def _launch(
         TYPE=ELEMENT_TYPES[group.dtype],
         COMPUTE=ELEMENT_TYPES[dtype],
         OPERAND=operand,
-        # The interpreter would multiply the bits of bf16 operands as integers: there they are rounded and widened.
+        # The interpreter would sum products of float16 operands in float16: there they are rounded and widened.
         DOT=ELEMENT_TYPES[dtype] if launch.INTERPRETED else operand,
         PRECISION=config.input_precision,
         TRANSPOSE=transpose,
         SIGNS=signs,
         SHIFTED=shift is not None,  # products without one need fewer registers
+        LENGTHS=lengths is not None,
+        ROUNDED=rounded,
+        RESIDUAL_SCALE=residual_scale,
+        RHS_SCALE=rhs_scale,
+        SHIFTED_SCALE=1.0 / SCALE if shifted.dtype == torch.float16 else 1.0,
+        OUT_SCALE=SCALE if half else 1.0,
         ALIGNED=config.aligned,
         INPUTS=config.inputs,
         EXPERTS=config.experts,

@@ -19,61 +19,55 @@ from .._interface import Effort, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import launch
 from .addresses import on_device
-from .orthonormalize import orthonormal_rows, parts_of_products
-from .residual_matmul import Shift, matrix_group, multiply, sketch
+from .orthonormalize import inner_products, orthonormal_rows
+from .residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
 from .sums import summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
-# Below it a residual counts as zero: what scales it to norm 1 would not fit float32.
-SMALLEST_ENERGY = 1e-70
+# Below it a residual counts as zero: what scales it to norm 1, and then to operands, would not fit float32.
+SMALLEST_ENERGY = 1e-66
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
-# A residual that loses less than this share of its energy has so steep a spectrum that squaring it in float32, and
-# operands that matrix units cut off after 10 bits, may lose more: 8 to 2 per cent at shares of 1.2e-3 to 2.4e-3.
-STEEP = 4e-3
+# A residual that loses less than this share of its energy has so steep a spectrum that squaring it with operands of 11
+# bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most.
+STEEP = 1e-3
 
 
-@triton.jit(do_not_specialize=["count", "parts", "tiles"])
+@triton.jit(do_not_specialize=["tiles", "final_tiles"])
 def judge_kernel(
-    partial,
-    products,
     energies,
     before,
     last,
+    final,
+    kept,
     trusted,
     gap,
-    count,
-    parts,
     tiles,
+    final_tiles,
     STEEP: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """products[l, i], trusted[l, i] and gap[l, i] of each residual, as :class:`r2m_kernels._interface.ShiftedFactors`.
+    """kept, trusted and gap of each residual, see :class:`r2m_kernels._interface.ShiftedFactors`.
 
-    partial (L, N, N, parts) adds up to the inner products of factors; energies (L, N) are the residuals'. before and
-    last: sums of squares of tiles, (L, N, tiles), as shares of the energies, of the products of the last two steps
-    (KNOWN: there were two).
+    energies (L, N) of the residuals; before, last and final: sums of squares of tiles, (L, N, tiles), as shares of
+    them, of the products of the last two steps (KNOWN: there were two) and of the one that became a factor.
     """
     residual = tl.program_id(0).to(tl.int64)
-    energy, expert = tl.load(energies + residual), residual % count
-    kept = energy * 0.0
-    for other in range(count):
-        product = residual * count + other
-        sums = summed(partial + product * parts, parts, BLOCK)
-        tl.store(products + product, sums)
-        kept = tl.where(other == expert, sums, kept)
-    beyond = tl.where(energy - kept >= STEEP * energy, 1, 0)  # a NaN is not
+    energy = tl.load(energies + residual)
+    reached = energy * summed(final + residual * final_tiles, final_tiles, BLOCK)
+    tl.store(kept + residual, reached)
+    beyond = tl.where(energy - reached >= STEEP * energy, 1, 0)  # a NaN is not
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
     if KNOWN:
         # What further steps would add: the last three energies continued as a geometric series (Aitken).
         first = energy * summed(before + residual * tiles, tiles, BLOCK)
         second = energy * summed(last + residual * tiles, tiles, BLOCK)
-        former, growth = second - first, kept - second
+        former, growth = second - first, reached - second
         growth = tl.where(growth < 0.0, 0.0, growth)
         ratio = growth / tl.where(former < 1e-300, 1e-300, former)
         ratio = tl.where(ratio > SLOWEST, SLOWEST, ratio)
@@ -94,60 +88,59 @@ def shifted_truncation(
     group = matrix_group(bases, experts)
     m = bases[0].shape[0]
     n = bases[0].numel() // m
-    tall = m >= n
-    target = launch.target_of(group.device)
-    fast, full = launch.fast_precision(target, group.dtype), launch.full_precision(target)
+    tall, half = m >= n, group.compute_dtype == torch.float32
     outside = min(m, n) - rank
-    # Scaled to norm 1 while iterating: a step squares the residual, and squares of large and small ones do not fit.
-    scales = torch.where(energies > SMALLEST_ENERGY, energies, torch.inf).rsqrt()
-    unit = mixing.to(scales) * scales.unsqueeze(1)  # (L, N, N), columns are experts
-    numbers = [mixing.to(unit).expand_as(unit), unit, energies, keys]
-    mixing, unit, energies, keys = on_device(numbers, group.device)
-    mixing, unit = mixing.to(group.compute_dtype), unit.to(group.compute_dtype)
+    # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
+    present = energies > SMALLEST_ENERGY
+    unit = mixing.to(energies) * torch.where(present, energies, torch.inf).rsqrt().unsqueeze(1)  # columns are experts
+    lengths = torch.where(present, energies, 0.0).sqrt()
+    numbers = [unit.to(group.compute_dtype), lengths.to(group.compute_dtype), energies, keys]
+    unit, lengths, energies, keys = on_device(numbers, group.device)
     steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
     # Only the span of a basis matters to what follows it, but for the last one.
-    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), passes=1 if steps else 2)
+    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), steps == 0, half)
     kept: list[Tensor] = []
     for step in range(steps):
-        product, squares = multiply(group, unit, basis, not tall, fast)
+        product, squares = multiply(group, unit, basis, not tall, "fp16", half=half)
         kept.append(squares)
-        basis, _ = multiply(group, unit, product, tall, fast, Shift(squares, SHIFT / outside, basis))
-        basis = _orthonormal(basis, passes=1 if step + 1 < steps else 2)
-    product, _ = multiply(group, mixing, basis, not tall, full)
+        basis, _ = multiply(group, unit, product, tall, "fp16", Shift(squares, SHIFT / outside, basis))
+        basis = _orthonormal(basis, step + 1 == steps, half)
+    product, squares = multiply(group, unit, basis, not tall, "fp16", lengths=lengths)
     left, right = (product, basis) if tall else (basis, product)
-    judged = _judged(parts_of_products(left, right), energies, kept)
-    return ShiftedFactors(left.transpose(-1, -2), right, False, *judged)
+    products = inner_products(left, right) if effort.products else None
+    reached, trusted, gap = _judged(energies, kept, squares)
+    return ShiftedFactors(left.transpose(-1, -2), right, False, products, trusted, gap, reached)
 
 
-def _judged(partial: Tensor, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (L, N, N) of their parts, whether truncations can be relied on, and their gaps: (L, N) both."""
+def _judged(energies: Tensor, kept: list[Tensor], final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies of truncations, whether they can be relied on, and their gaps: (L, N) each."""
     before, last = kept[-2:] if len(kept) > 1 else (energies, energies)
-    products = torch.empty(partial.shape[:-1], dtype=torch.float64, device=partial.device)
-    trusted, gap, config = torch.empty_like(energies, dtype=torch.int8), torch.empty_like(energies), launch.sums()
+    reached, gap = torch.empty_like(energies), torch.empty_like(energies)
+    trusted, config = torch.empty_like(energies, dtype=torch.int8), launch.sums()
     launch.start(
         judge_kernel,
         (energies.numel(),),
         config,
-        partial,
-        products,
         energies,
         before,
         last,
+        final,
+        reached,
         trusted,
         gap,
-        energies.shape[1],
-        partial.shape[-1],
         last.shape[-1],
+        final.shape[-1],
         STEEP=STEEP,
         SLOWEST=SLOWEST,
         KNOWN=len(kept) > 1,
         BLOCK=config.block,
     )
-    return products, trusted.view(torch.bool), gap
+    return reached, trusted.view(torch.bool), gap
 
 
-def _orthonormal(rows: Tensor, passes: int) -> Tensor:
-    """Each (k, length) block of (L, N, k, length)."""
+def _orthonormal(rows: Tensor, last: bool, half: bool) -> Tensor:
+    """Each (k, length) block of (L, N, k, length): the last ones well, others as operands of the next product."""
     size, count = rows.shape[:2]
-    basis = orthonormal_rows(rows.flatten(0, 1), passes)
+    passes, scale = (2, None) if last else (1, SCALE if half else None)
+    basis = orthonormal_rows(rows.flatten(0, 1), passes, scale)
     return basis.view(size, count, *basis.shape[1:])

@@ -49,8 +49,8 @@ def choosable(target):
             for count in range(1, 17):
                 found.add(("task_gram_kernel", launch.task_gram(target, dtype, count, aligned)))
                 found.add(("row_grams_kernel", launch.task_gram(target, dtype, count, aligned)))
-                for precision in ("bf16", "tf32", "tf32x3", "ieee"):
-                    config = launch.residual_matmul(target, dtype, compute, precision, aligned, count)
+                for precision in ("fp16", "tf32x3", "ieee"):
+                    config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
     return found | {("sum_tiles_kernel", launch.sums()), ("row_coefficients_kernel", launch.sums())}
@@ -101,6 +101,7 @@ def test_every_entry_of_the_table_is_reachable_and_well_formed():
         ("sm_80", {"experts": 4, "rows": 128}, "spills"),
         ("sm_90", {"inner": 64, "stages": 6}, "bytes of shared memory"),
         ("sm_100", {"rows": 32}, "has no matrix instruction"),  # its unit wants 64 rows
+        ("sm_90", {"rows": 32}, "matrix instruction of single warps"),  # as a warp group's does
         ("sm_90", {"inner": 16, "rows": 16, "columns": 32}, "has no 128-bit load"),
     ],
 )
@@ -111,11 +112,11 @@ from bench import compile_check
 from r2m_kernels._triton import launch
 from bench import compile_check
 target, tiles, table = sys.argv[1], json.loads(sys.argv[2]), copy.deepcopy(launch.table())
-table["residual_matmul"][target]["tf32"].update(tiles)
+table["residual_matmul"][target]["fp16"].update(tiles)
 launch.table = lambda: table
 chosen = [
     found for found in compile_check.launches(target)
-    if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "tf32" and found.config.inputs
+    if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "fp16" and found.config.inputs
     and found.constants["SIGNS"] and not found.constants["TRANSPOSE"]
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
@@ -126,7 +127,7 @@ print(json.dumps([compile_check.failures(row) for row in compile_check.inspected
 
 def test_what_passed_with_these_sources_is_not_compiled_again(tmp_path, monkeypatch, capsys):
     passed = {"kernel": "k", "target": "sm_90", "config": {"aligned": False}, "registers": 1, "seconds": 0.0}
-    passed |= {"spill_bytes": 0, "shared_bytes": 0, "mma": 0, "wide_loads": 0, "declares_mma": False}
+    passed |= {"spill_bytes": 0, "shared_bytes": 0, "mma": 0, "warp_mma": 0, "wide_loads": 0, "declares_mma": False}
     failed = {"kernel": "k", "target": "gfx942", "config": {}, "error": "x"}
     path, asked = tmp_path / "rows.json", []
 

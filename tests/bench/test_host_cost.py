@@ -17,11 +17,12 @@ from r2m_kernels.config import OFFERED
 
 # Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written.
 BARS = {
-    "ViT-L default": (6, 160, 400),
+    "ViT-L default": (3, 150, 40),
     "ViT-L rows": (2, 29, 14),
     "ViT-L average": (2, 17, 12),
-    "ViT-B default": (6, 160, 400),
+    "ViT-B default": (3, 150, 40),
     "CNN rows": (2, 18, 13),
+    "CNN default": (6, 80, 60),
 }
 
 
@@ -79,19 +80,18 @@ def test_whole_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BARS if "CNN" in name])
-def test_convolutions_cost_as_much_with_any_number_of_layers(name):
+@pytest.mark.parametrize(("name", "layers"), [("CNN rows", (2, 4)), ("CNN default", (4,))])
+def test_convolutions_cost_as_much_with_any_number_of_layers(name, layers):
     """Tensors that are only copied, counters of batches, among them."""
     job = JOBS[name]
-    few, more = (dict(list(job.shapes.items())[: 6 * layers]) for layers in (2, 4))
-    assert held_to(BARS[name], replace(job, shapes=few)) == held_to(BARS[name], replace(job, shapes=more))
+    parts = [dict(list(job.shapes.items())[: 6 * count]) for count in layers]
+    assert len({held_to(BARS[name], replace(job, shapes=part)) for part in parts}) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ViT-L lora", "CNN default"])
-def test_merges_without_a_bar_are_right_while_they_are_counted(name):
+def test_a_merge_without_a_bar_is_right_while_it_is_counted():
     """On a part of the model: truncations of merged LoRA are made twice, in minutes a block."""
-    job = JOBS[name]
+    job = JOBS["ViT-L lora"]
     part = dict(list(job.shapes.items())[:24])
     _, error = counted(replace(job, shapes=part))
     assert error <= job.bound

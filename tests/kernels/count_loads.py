@@ -121,7 +121,8 @@ def counted(case):
     bases, experts = tensors[0], tensors[1:]
     counter = Counter([tensor for row in tensors for tensor in row])
     counter.outputs = outs = [torch.empty_like(base) for base in bases]
-    mixing, size = torch.eye(count, dtype=torch.float64) - 1 / count, len(bases)
+    # Times 2⁻⁵: float16 operands want residuals whose numbers are 1 at most.
+    mixing, size = (torch.eye(count, dtype=torch.float64) - 1 / count) / 32, len(bases)
     patches = counter.installed()
     with patches[0], patches[1]:
         operator, transpose = case["operator"], case.get("transpose", False)
@@ -132,9 +133,10 @@ def counted(case):
             sketch(matrix_group(bases, experts), mixing, torch.arange(size), k, transpose)
         elif operator == "multiply":
             energies = torch.zeros(size, count, 1, dtype=torch.float64)
-            shift = Shift(energies, 1.0, random(size, count, k, outer)) if case["shifted"] else None
-            rhs = random(size, count, k, inner)
-            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], shift)
+            vectors = torch.float16 if case.get("half") else torch.float32
+            shift = Shift(energies, 1.0, random(size, count, k, outer, dtype=vectors)) if case["shifted"] else None
+            rhs, half = random(size, count, k, inner, dtype=vectors), case.get("half", False) and shift is None
+            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], shift, half=half)
         elif operator == "combine":
             core = torch.ones(count, dtype=torch.float64)
             core[: case["unread"]] = 0.0
@@ -142,6 +144,10 @@ def counted(case):
             _triton.combine(bases, experts, core, left, right, core if k else None, outs)
         elif operator == "orthonormalize":
             _triton.orthonormalize(random(count * size, m, k))
+        elif operator == "weigh_rows":
+            weights = torch.full((count,), 1 / count, dtype=torch.float64)
+            left, right = random(size, count, k, m).mT, random(size, count, k, n)
+            _triton.weigh_rows(left, _triton.row_lengths(left, right, n <= m), weights, weights, 3.0)
         elif operator == "inner_products":
             inner_products(random(size, count, k, m), random(size, count, k, n))
     names = ("loads", "stores", "dot_flops", "distinct_input_bytes", "launches")

@@ -73,24 +73,22 @@ def round_to_bf16_as_hardware_does(monkeypatch) -> None:
 
 
 def multiply_in_tf32(monkeypatch) -> None:
-    """tl.dot with tf32 or tf32x3 operands, emulated: the interpreter multiplies in full precision whatever is asked.
+    """tl.dot with tf32x3 operands, emulated: the interpreter multiplies in full precision whatever is asked.
 
-    Matrix units drop what operands have beyond 10 mantissa bits, and nothing rounds them before. With tf32x3 each is a
-    sum of two numbers that are rounded to so many bits, and the product of the two small ones is left out, as in the
-    instruction sequence that Triton emits.
+    Each is a sum of two numbers that are rounded to 10 mantissa bits, and the product of the two small ones is left
+    out, as in the instruction sequence that Triton emits. No kernel asks for tf32 alone: matrix units drop what
+    operands have beyond so many bits, and nothing rounds them before. Those of float16 are rounded, here and there.
     """
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def dot(self, a, b, accumulator, precision, *rest):
         if a.data.dtype != numpy.float32 or "TF32" not in str(precision):
             return multiply(self, a, b, accumulator, precision, *rest)
-        if "x3" in str(precision):
-            left, right = _rounded(a.data), _rounded(b.data)
-            low_left, low_right = _rounded(a.data - left), _rounded(b.data - right)
-            product = left.astype(numpy.float64) @ right
-            product += low_left.astype(numpy.float64) @ right + left.astype(numpy.float64) @ low_right
-        else:
-            product = _cut(a.data).astype(numpy.float64) @ _cut(b.data)
+        assert "x3" in str(precision), f"no kernel may ask for {precision}: operands would be cut off, not rounded"
+        left, right = _rounded(a.data), _rounded(b.data)
+        low_left, low_right = _rounded(a.data - left), _rounded(b.data - right)
+        product = left.astype(numpy.float64) @ right
+        product += low_left.astype(numpy.float64) @ right + left.astype(numpy.float64) @ low_right
         total = accumulator.data + product.astype(numpy.float32)
         return interpreter.TensorHandle(total.astype(numpy.float32), accumulator.dtype.scalar)
 
@@ -101,8 +99,3 @@ def _rounded(values):
     """To the nearest number with 10 mantissa bits."""
     bits = numpy.ascontiguousarray(values).view(numpy.uint32)
     return ((bits + numpy.uint32(0x1000)) & numpy.uint32(0xFFFFE000)).view(numpy.float32)
-
-
-def _cut(values):
-    """Without what comes after 10 mantissa bits."""
-    return (numpy.ascontiguousarray(values).view(numpy.uint32) & numpy.uint32(0xFFFFE000)).view(numpy.float32)

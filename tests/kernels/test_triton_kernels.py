@@ -1,7 +1,7 @@
 """The Triton kernels in the interpreter, beyond what ``test_operators.py`` asks of every backend.
 
 All numbers of experts, inputs that touch NaN on both sides in memory, outputs between sentinels, aligned and not,
-tf32 arithmetic emulated; and mutants with a mask removed, which these very checks must catch.
+products in tf32x3 emulated; and mutants with a mask removed, which these very checks must catch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
 from r2m_kernels._triton import launch
-from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
+from r2m_kernels._triton.residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
 
 COUNTS = [1, 3, 8, 13]  # of four that a kernel takes at once; twice as many; and a part of the fourth four
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -108,7 +108,11 @@ def check_combine(combine, shape, dtype, count, offset, rank):
         magnitude = torch.einsum("i,limr,lirn->lmn", scale, left.double().abs(), right.double().abs())
     buffers = [torch.full((math.prod(shape) + 2 * MARGIN,), SENTINEL, dtype=dtype) for _ in bases]
     outs = [buffer[MARGIN + offset :][: math.prod(shape)].view(shape) for buffer in buffers]
-    combine(bases, experts, core, left, right, scale, outs)
+    squares = []
+    combine(bases, experts, core, left, right, scale, outs, squares)
+    if rank:
+        (parts,) = squares
+        assert torch.allclose(parts.sum(1), low_rank.square().sum((1, 2)), rtol=1e-5, atol=0)
     for index, (base, out, buffer) in enumerate(zip(bases, outs, buffers, strict=True)):
         exact = base.double() + (core @ tau[index]).view(shape) + low_rank[index]
         size = base.double().abs() + (core.abs() @ tau[index].abs()).view(shape) + magnitude[index]
@@ -423,21 +427,47 @@ def test_the_language_is_patched_once_a_launch_restored_and_no_bit_changes(monke
     assert len(patched) > 10 * once
 
 
-# Matrix units cut tf32 operands off after 10 mantissa bits: one is off by 2⁻¹⁰ of itself, a product by 2⁻⁹.
 @pytest.mark.parametrize("transpose", [False, True])
-def test_tf32_products_are_within_two_to_the_minus_nine(monkeypatch, transpose):
+def test_tf32x3_products_leave_out_two_to_the_minus_22(monkeypatch, transpose):
     multiply_in_tf32(monkeypatch)
+    bases, experts, x = residuals(transpose)
+    rhs = torch.randn(2, 3, x.shape[3], 20, generator=torch.Generator().manual_seed(1))
+    result = _triton.residual_matmul(bases, experts, mixing_of(3), rhs, transpose, "tf32x3")
+    error = float(((result - x @ rhs.double()).abs() / (x.abs() @ rhs.double().abs())).max())
+    # Forming X and summing add float32 roundings.
+    assert error <= 2.0**-22 + (4 + 3 + 2 * math.sqrt(136)) * 2.0**-24
+
+
+def residuals(transpose):
+    """Bases, experts, and what a product multiplies with: (2, 3, 68, 136) float64, or transposed."""
     bases, experts, tau = inputs((68, 136), torch.float32, 3)
     x = torch.einsum("ji,lje->lie", mixing_of(3), tau).unflatten(2, (68, 136))
-    x = x.mT if transpose else x
-    rhs = torch.randn(2, 3, x.shape[3], 20, generator=torch.Generator().manual_seed(1))
-    error, size = {}, x.abs() @ rhs.double().abs()
-    for precision in ("tf32", "tf32x3"):
-        result = _triton.residual_matmul(bases, experts, mixing_of(3), rhs, transpose, precision)
-        error[precision] = float(((result - x @ rhs.double()).abs() / size).max())
-    assert 2.0**-14 < error["tf32"] <= 2.0**-9 + 2.0**-20  # the first: the emulation does cut off
-    # What is left out is 2⁻²² of a product; forming X and summing add float32 roundings.
-    assert error["tf32x3"] <= 2.0**-22 + (4 + 3 + 2 * math.sqrt(136)) * 2.0**-24
+    return bases, experts, x.mT if transpose else x
+
+
+# Both operands are rounded to 11 bits, and a result that is kept as float16 too.
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_float16_products_are_within_two_to_the_minus_ten(transpose, half):
+    bases, experts, x = residuals(transpose)
+    unit = mixing_of(3) / x.square().sum((2, 3)).sqrt().unsqueeze(1)  # a mixing for each tensor, columns are experts
+    x = x / x.square().sum((2, 3), keepdim=True).sqrt()
+    exact = torch.randn(2, 3, 20, x.shape[3], generator=torch.Generator().manual_seed(1)) / 40
+    rhs = (exact * SCALE).half() if half else exact
+    lengths = None if half else torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])
+    group = matrix_group(bases, experts)
+    rows, squares = multiply(group, unit, rhs, transpose, "fp16", lengths=lengths, half=half)
+    assert rows.dtype == (torch.float16 if half else torch.float32)
+    reached = rows.double() / SCALE if half else rows.double() / lengths[..., None, None]
+    product, size = exact.double() @ x.mT, exact.double().abs() @ x.abs().mT
+    error = float(((reached - product).abs() / size).max())
+    assert 2.0**-16 < error <= 2.0**-10 + 2.0**-20 + (2.0**-11 if half else 0)  # the first: operands are rounded
+    assert torch.allclose(squares.sum(2), product.square().sum((2, 3)), rtol=1e-3)
+    # What is subtracted may be float16 as well.
+    parts = torch.full((2, 3, 4), 0.2, dtype=torch.float64)
+    shifted = (torch.randn(2, 3, 20, x.shape[2], generator=torch.Generator().manual_seed(2)) / 40 * SCALE).half()
+    moved, _ = multiply(group, unit, rhs, transpose, "fp16", Shift(parts, 2.0, shifted))
+    assert ((moved.double() + 0.4 * shifted.double() / SCALE - product).abs() <= 2.0**-9 * size).all()
 
 
 def test_combine_with_tf32x3_products_is_within_its_bound(monkeypatch):
@@ -487,10 +517,9 @@ def test_a_merged_tensor_written_without_its_mask_is_caught(tmp_path, monkeypatc
 def test_precision_is_never_lower_than_asked_for():
     order = ["bf16", "tf32", "tf32x3", "ieee"]
     for target in launch.TARGETS:
-        for dtype in DTYPES[:3]:
-            for asked in order:
-                for aligned in (True, False):
-                    config = launch.residual_matmul(target, dtype, torch.float32, asked, aligned, 3)
-                    assert order.index(config.precision) >= order.index(asked)
-                    assert target != "gfx942" or config.precision in ("bf16", "ieee")  # ROCm has no tf32
-    assert launch.residual_matmul("sm_90", torch.float64, torch.float64, "tf32", True, 3).precision == "ieee"
+        for asked in order:
+            for aligned in (True, False):
+                config = launch.residual_matmul(target, torch.float32, asked, aligned, 3)
+                assert order.index(config.precision) >= order.index(asked)
+                assert target != "gfx942" or config.precision == "ieee"  # ROCm has no tf32
+    assert launch.residual_matmul("sm_90", torch.float64, "tf32", True, 3).precision == "ieee"

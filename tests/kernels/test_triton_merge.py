@@ -48,20 +48,30 @@ def error_of(factors, matrix):
 
 
 WIDE, TALL = (512, 528), (520, 512)
-# Minutes in the interpreter: one small case, then each spectrum once, one of them in both orientations.
+# Minutes in the interpreter: one small case, then each spectrum once, tall or wide.
 QUALITY = [("k^-1/2", (320, 336))] + [
     pytest.param(*case, marks=SLOW)
-    for case in (("k^-1/2", WIDE), ("k^-1/2", TALL), ("linear", WIDE), ("k^-1", TALL), ("16 spikes", TALL))
+    for case in (("k^-1/2", WIDE), ("linear", WIDE), ("k^-1", TALL), ("16 spikes", TALL), (1.3e-3, TALL))
 ]
 
 
+def spikes_before(share, size, rank):
+    """Singular values of which the optimum leaves out a share of the energy: spikes, and a bulk a fifth as long."""
+    index, spikes = torch.arange(1, size + 1, dtype=torch.float64), rank * 3 // 4
+    values = torch.where(index <= spikes, 1 + (spikes + 1 - index) / spikes, torch.linspace(0.2, 0.01, size).double())
+    rest, bulk = values[rank:].square().sum(), values[spikes:].square().sum()
+    values[:spikes] *= ((rest / share - bulk) / values[:spikes].square().sum()).sqrt()
+    return values
+
+
 @pytest.mark.parametrize(("kind", "shape"), QUALITY)
-def test_truncation_with_tf32_products_is_within_2_per_cent_of_the_optimum(monkeypatch, kind, shape):
+def test_truncation_is_within_2_per_cent_of_the_optimum(monkeypatch, kind, shape):
     multiply_in_tf32(monkeypatch)
-    values = spectrum(kind, min(shape))
-    matrix = matrix_with(values, *shape)
     rank = truncation_rank(0.1, shape)
+    values = spectrum(kind, min(shape)) if isinstance(kind, str) else spikes_before(kind, min(shape), rank)
+    matrix = matrix_with(values, *shape)
     factors = factors_of(matrix, rank)
+    assert factors.method == "shifted"
     assert factors.left.shape == (1, shape[0], rank)
     assert factors.right.shape == (1, rank, shape[1])
     optimum = float(values[rank:].norm())
@@ -92,16 +102,14 @@ def test_steep_spectra_are_left_to_the_careful_method(monkeypatch, kind):
     assert error <= 1.05 * float(values[24:].norm()) + 2e-6 * float(values.norm())
 
 
-# Emulated at 1024 x 1024: 1.08 of the optimum where 1.15e-3 of the energy is cut off, 1.0115 where 5.6e-3 is.
-@pytest.mark.parametrize(("share", "method"), [(1.3e-3, "textbook"), (3.5e-3, "textbook"), (5e-3, "shifted")])
-def test_nearly_steep_spectra_are_left_to_the_careful_method(monkeypatch, share, method):
+# Operands that were cut off after so many bits, as tf32's are, lost 8 per cent at 1.15e-3, and 2 at 2.4e-3.
+@pytest.mark.parametrize(
+    ("share", "method"), [(5e-4, "textbook"), (1.3e-3, "shifted"), pytest.param(5e-3, "shifted", marks=SLOW)]
+)
+def test_nearly_steep_spectra_are_within_the_bound_too(monkeypatch, share, method):
     multiply_in_tf32(monkeypatch)
     monkeypatch.setattr(truncate, "EXTRA_STEPS", ())
-    index = torch.arange(1, 121, dtype=torch.float64)
-    values = torch.where(index <= 9, 1 + (10.0 - index) / 9, torch.linspace(0.2, 0.01, 120).double())
-    rest = values[12:].square().sum()
-    # The spikes have what makes ``share`` of all energy lie beyond the rank.
-    values[:9] *= ((rest / share - values[9:].square().sum()) / values[:9].square().sum()).sqrt()
+    values = spikes_before(share, 120, 12)
     matrix = matrix_with(values, 130, 120)
     factors = factors_of(matrix, 12)
     assert factors.method == method

@@ -1,0 +1,96 @@
+"""Rows of left factors weighed by their residuals' lengths (README §6), by one launch a group."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._stream.blocks import empty_rows
+from . import launch
+from .addresses import ELEMENT_TYPES, padded_rows
+from .lengths import DEPTH
+
+
+@triton.jit(do_not_specialize=["m", "rank", "count", "stride", "out_stride"])
+def weigh_rows_kernel(
+    left,
+    lengths,
+    numbers,
+    shares,
+    out,
+    m,
+    rank,
+    count,
+    stride,
+    out_stride,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """out[l, i] = left[l, i] with row r times W_ri ∝ w_i (s_i lengths[l, i, r])^p, Σ_i W_ri = 1.
+
+    left and out (L, N, rank, m), lengths (L, N, m); numbers, float64: weights, scales (N each) and power; shares: room
+    for (L, N, m). A program has some rows of all experts.
+    """
+    tensor = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < m
+    shares += tensor * count * m + rows
+    power = tl.load(numbers + 2 * count)
+    longest = tl.zeros((BLOCK,), tl.float64)
+    for i in range(count):
+        length = tl.load(lengths + (tensor * count + i) * m + rows, mask=inside, other=0.0)
+        length *= tl.load(numbers + count + i)
+        tl.store(shares + i * m, length, mask=inside)
+        longest = tl.where(length <= longest, longest, length)
+    tl.debug_barrier()
+    total = tl.zeros((BLOCK,), tl.float64)
+    for i in range(count):
+        # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
+        relative = tl.load(shares + i * m, mask=inside, other=0.0) / tl.where(longest == 0.0, 1.0, longest)
+        raised = tl.where(relative == 0.0, 0.0, tl.exp2(power * tl.log2(tl.where(relative == 0.0, 1.0, relative))))
+        raised = tl.where(longest == 0.0, 1.0, tl.where(power == 0.0, 1.0, raised))
+        share = tl.load(numbers + i) * raised
+        tl.store(shares + i * m, share, mask=inside)
+        total += share
+    tl.debug_barrier()
+    for i in range(count):
+        share = (tl.load(shares + i * m, mask=inside, other=0.0) / total).to(COMPUTE)
+        of_left, of_out = left + (tensor * count + i) * rank * stride, out + (tensor * count + i) * rank * out_stride
+        for start in range(0, rank, DEPTH):
+            depth = start + tl.arange(0, DEPTH)
+            here = (depth < rank)[:, None] & inside[None, :]
+            block = tl.load(of_left + depth[:, None] * stride + rows[None, :], mask=here, other=0.0)
+            tl.store(of_out + depth[:, None] * out_stride + rows[None, :], block * share[None, :], mask=here)
+
+
+def weigh_rows(left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+    """See :class:`r2m_kernels._interface.Operators`."""
+    size, count, m, rank = left.shape
+    rows, out = padded_rows(left.mT), empty_rows((size, count, rank), m, left.dtype, left.device)
+    if out.numel() == 0:
+        return out.mT
+    config = launch.sums()
+    numbers = torch.cat([weights.double(), scales.double(), weights.new_tensor([power], dtype=torch.float64)])
+    shares = torch.empty(size, count, m, dtype=torch.float64, device=left.device)
+    launch.start(
+        weigh_rows_kernel,
+        (-(-m // config.block), size),
+        config,
+        rows,
+        lengths.contiguous(),
+        numbers.to(left.device, non_blocking=True),
+        shares,
+        out,
+        m,
+        rank,
+        count,
+        rows.stride(-2),
+        out.stride(-2),
+        COMPUTE=ELEMENT_TYPES[left.dtype],
+        BLOCK=config.block,
+        DEPTH=DEPTH,
+    )
+    return out.mT
