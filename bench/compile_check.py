@@ -44,7 +44,7 @@ from triton.runtime.driver import driver
 
 from bench.gpu.cases import cases
 from r2m_kernels import _backends, _triton
-from r2m_kernels._interface import Effort
+from r2m_kernels._interface import Effort, ResidualGroup
 from r2m_kernels._triton import ahead, launch
 
 CPU = torch.device("cpu")
@@ -150,9 +150,9 @@ def situations() -> Iterator[Callable[[], object]]:
                 yield from (case.call for case in cases(shape, dtype, count, CPU))
                 for sides in (shape, shape[::-1]):  # and those kernels that truncation alone launches
                     base, mixing = torch.zeros(sides, dtype=dtype), torch.eye(count, dtype=torch.float64)
-                    numbers = (mixing, torch.zeros(1, dtype=torch.int64), torch.ones(1, count, dtype=torch.float64))
-                    group = ([base], [[base]] * count, *numbers, 16, Effort(2, 0, None))
-                    yield functools.partial(_triton.shifted_truncation, *group)
+                    numbers = (torch.zeros(1, dtype=torch.int64), torch.ones(1, count, dtype=torch.float64))
+                    group = ResidualGroup([base], [[base]] * count, *numbers, 16)
+                    yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None))
 
 
 def launches(target: str) -> list[Launch]:

@@ -177,27 +177,32 @@ class Pace(NamedTuple):
     panels: int
 
 
+class ResidualGroup(NamedTuple):
+    """Matrices of one shape whose residuals are to be truncated.
+
+    Attributes:
+        bases, experts: L tensors of two dimensions or more, with a short side of more than ``rank``, and N of each.
+        keys: (L,) int64, what the random numbers of each tensor are made from.
+        energies: (L, N) float64, ‖X_li‖² from the task Gram.
+        rank: r.
+    """
+
+    bases: Sequence[Tensor]
+    experts: Sequence[Sequence[Tensor]]
+    keys: Tensor
+    energies: Tensor
+    rank: int
+
+
 class ShiftedTruncation(Protocol):
     """A backend's fast method for step 3 (README §4)."""
 
-    def __call__(
-        self,
-        bases: Sequence[Tensor],
-        experts: Sequence[Sequence[Tensor]],
-        mixing: Tensor,
-        keys: Tensor,
-        energies: Tensor,
-        rank: int,
-        effort: Effort,
-    ) -> ShiftedFactors:
-        """Near-optimal rank-r approximations of X_li = Σ_j mixing[j, i] τ_lj; none depends on the rest of the group.
+    def __call__(self, groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
+        """Near-optimal rank-r approximations of X_li = Σ_j mixing[j, i] τ_lj; none depends on other tensors or groups.
 
         Args:
-            bases, experts: tensors of one shape with two dimensions or more, and a short side of more than ``rank``.
+            groups: each of a shape of its own, all of one dtype.
             mixing: (N, N).
-            keys: (L,) int64, what the random numbers of each tensor are made from.
-            energies: (L, N) float64, ‖X_li‖² from the task Gram.
-            rank: r.
             effort: how hard to try.
         """
         ...

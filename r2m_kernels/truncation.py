@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import low_rank
-from ._interface import Operators, Pace, ShiftedFactors, spans
+from ._interface import Operators, Pace, ResidualGroup, ShiftedFactors, spans
 from ._stream.blocks import as_matrix, long_panels
 from ._stream.budget import Inputs, Memory, effort_of, pace_of, truncation_bytes
 from ._stream.factors import Factors, GroupFactors, Side
@@ -93,17 +93,37 @@ def truncate(
     grams: Sequence[Tensor] | None = None,
 ) -> GroupFactors:
     """See :func:`truncate_residuals`; whether the result can be trusted is still to be asked."""
-    names, bases, experts = inputs
-    method = _method(as_matrix(bases[0]).shape, rank, config, operators)
-    if method == "exact":
-        # What maps spectra further works in float64: the conditions of its problems are its own.
-        return exact(inputs, mixing, rank, operators, keep_float64=config.spectrum != "truncate")
-    if method == "textbook":
-        return textbook(inputs, mixing, rank, config, operators)
-    known = operators.task_gram(bases, experts).tasks.cpu() if grams is None else torch.stack(list(grams))
-    keys = torch.tensor([tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)])
-    made = operators.shifted_truncation(bases, experts, mixing, keys, _energies(known, mixing), rank, effort_of(config))
-    return _fast(made, bases[0].shape)
+    return truncate_several([inputs], mixing, [rank], config, operators, [grams])[0]
+
+
+def truncate_several(
+    several: Sequence[Truncatable[Tensor]],
+    mixing: Tensor,
+    ranks: Sequence[int],
+    config: MergeConfig,
+    operators: Operators,
+    grams: Sequence[Sequence[Tensor] | None],
+) -> list[GroupFactors]:
+    """The same of groups of one shape each, and one dtype: those of the fast method share its small launches."""
+    made: dict[int, GroupFactors] = {}
+    fast: dict[int, ResidualGroup] = {}
+    for place, (inputs, rank, known) in enumerate(zip(several, ranks, grams, strict=True)):
+        names, bases, experts = inputs
+        method = _method(as_matrix(bases[0]).shape, rank, config, operators)
+        if method == "exact":
+            # What maps spectra further works in float64: the conditions of its problems are its own.
+            made[place] = exact(inputs, mixing, rank, operators, keep_float64=config.spectrum != "truncate")
+        elif method == "textbook":
+            made[place] = textbook(inputs, mixing, rank, config, operators)
+        else:
+            tasks = operators.task_gram(bases, experts).tasks.cpu() if known is None else torch.stack(list(known))
+            keys = [tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)]
+            fast[place] = ResidualGroup(bases, experts, torch.tensor(keys), _energies(tasks, mixing), rank)
+    if fast:
+        found = operators.shifted_truncation(list(fast.values()), mixing, effort_of(config))
+        for place, one in zip(fast, found, strict=True):
+            made[place] = _fast(one, several[place].bases[0].shape)
+    return [made[place] for place in range(len(several))]
 
 
 def _energies(grams: Tensor, mixing: Tensor) -> Tensor:
@@ -165,6 +185,7 @@ def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pa
         workspace=workspace,
         by_factors=lambda tensor: tensor.factored,
         base_by_factors=False,
+        of_any_shape=lambda tensor: not tensor.factored,
     )
 
 
@@ -194,9 +215,21 @@ class TruncationStep(Step):
             return [self._in_store(group.tensors, exact)]
         if self._single is not None and (single := self._with_kept(self._single, group)) is not None:
             return [self._in_store(group.tensors, single)]
-        inputs, operators = Truncatable(group.names, group.bases, group.experts), self._run.backend.operators
-        rank, known = group.tensors[0].rank, [self._grams[name] for name in group.names]
-        factors = truncate(inputs, self._mixing, rank, self._config, operators, known)
+        alike = group.of_one_shape()
+        several = [Truncatable(one.names, one.bases, one.experts) for one in alike]
+        ranks = [one.tensors[0].rank for one in alike]
+        grams = [[self._grams[name] for name in one.names] for one in alike]
+        operators = self._run.backend.operators
+        found = truncate_several(several, self._mixing, ranks, self._config, operators, grams)
+        found.reverse()
+        made: list[Made] = []
+        for one, inputs in zip(alike, several, strict=True):
+            made += self._of_one_shape(one, inputs, found)
+        return made
+
+    def _of_one_shape(self, group: Group, inputs: Truncatable[Tensor], found: list[GroupFactors]) -> list[Made]:
+        """Of a group what was ``found`` last, which nobody else holds on to."""
+        factors, operators, rank = found.pop(), self._run.backend.operators, group.tensors[0].rank
         # Steep residuals are left for later, but where to know them takes no wait or mapping their spectra takes one.
         later = operators.traits.groups_tensors and self._config.spectrum == "truncate"
         steep = [] if later else untrusted(factors.trusted)

@@ -88,6 +88,23 @@ class Group:
         base, experts = self.inputs(index)
         return replace(self, tensors=[self.tensors[index]], bases=[base], experts=[[expert] for expert in experts])
 
+    def of_one_shape(self) -> list[Group]:
+        """As groups of one shape and rank each."""
+        places: dict[object, list[int]] = {}
+        for place, tensor in enumerate(self.tensors):
+            places.setdefault((tensor.spec.shape, tensor.rank), []).append(place)
+        if len(places) == 1:
+            return [self]
+        return [
+            replace(
+                self,
+                tensors=[self.tensors[place] for place in some],
+                bases=[self.bases[place] for place in some],
+                experts=[[expert[place] for place in some] for expert in self.experts],
+            )
+            for some in places.values()
+        ]
+
     def in_rows(self, outs: Sequence[Tensor]) -> tuple[Group, Sequence[Tensor]]:
         """A part of a matrix, which is whole rows then, and what is written of it, as rows; whole ones as they are."""
         if self.part is None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._interface import FEW, Effort, Pace, ShiftedFactors, sketch_rows
+from .._interface import FEW, Effort, Pace, ResidualGroup, ShiftedFactors, sketch_rows
 from .._stream import parallel
 from .._stream.blocks import long_panels
 from .._stream.factors import RATE, left_to_gain, row_squares, stacked
@@ -48,24 +48,26 @@ NOTHING_LOST = {torch.float32: 1e-12, torch.float64: 1e-26}
 
 
 def shifted_truncation(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
+    groups: Sequence[ResidualGroup],
     mixing: Tensor,
-    keys: Tensor,
-    energies: Tensor,
-    rank: int,
     effort: Effort,
     residuals: Callable[..., Residuals] = Residuals.of,
-) -> ShiftedFactors:
-    """See :class:`r2m_kernels._interface.ShiftedTruncation`; where ``energies`` may be rounding they are measured here.
+) -> list[ShiftedFactors]:
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; where energies may be rounding they are measured here.
 
     ``residuals`` makes a tensor's: another backend's may form blocks and sketches faster.
     """
-    of_tensors = []
-    for index, key in enumerate(keys.tolist()):
-        of_tensor = residuals(bases[index], [expert[index] for expert in experts], mixing)
-        found = _subspace(of_tensor, key, energies[index], rank, effort)
-        of_tensors.append(_factors(found, range(len(experts)), rank))
+    return [_truncated(group, mixing, effort, residuals) for group in groups]
+
+
+def _truncated(
+    group: ResidualGroup, mixing: Tensor, effort: Effort, residuals: Callable[..., Residuals]
+) -> ShiftedFactors:
+    of_tensors, rank = [], group.rank
+    for index, key in enumerate(group.keys.tolist()):
+        of_tensor = residuals(group.bases[index], [expert[index] for expert in group.experts], mixing)
+        found = _subspace(of_tensor, key, group.energies[index], rank, effort)
+        of_tensors.append(_factors(found, range(len(group.experts)), rank))
     left, right, trusted, gap = (stacked(each) for each in zip(*of_tensors, strict=True))
     return ShiftedFactors(left, right, rank < FEW, None, trusted, gap)
 

@@ -1,20 +1,21 @@
 """Orthonormal bases of blocks of vectors: CholeskyQR twice, all blocks at once (Fukaya et al. 2014; README §4).
 
 The Gram matrices and their factors are float64, so that the first pass survives any conditioning that float32 vectors
-can have; the second removes what rounding the product to float32 left. Every step is one launch for all blocks, and a
-block's numbers are its own: libraries choose another algorithm for single matrices than for batches of them.
+can have; the second removes what rounding the product to float32 left. Every step is one launch for all blocks, of as
+many sorts as there are, and a block's numbers are its own: libraries choose another algorithm for single matrices than
+for batches of them.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._stream.blocks import empty_rows
+from .._stream.blocks import padded
 from . import launch
 from .addresses import ELEMENT_TYPES, known_multiple, padded_rows, vectors_fit
 from .sums import sum_tiles
@@ -24,19 +25,37 @@ from .sums import sum_tiles
 RELATIVE_SHIFT = 1e-11
 
 
-@triton.jit(do_not_specialize=["length", "k", "stride", "pairs"])
+SORT = 6  # numbers of a sort in the table of :class:`Blocks`
+
+
+@triton.jit
+def sort_of(sorts, index, SORT: tl.constexpr):
+    """A block's place in its sort, k, the length, and where vectors, squares and rows of the sort start."""
+    first, last = index * 0, tl.load(sorts)
+    while index >= last:
+        first = last
+        sorts += SORT
+        last = tl.load(sorts)
+    k, length = tl.load(sorts + 1).to(tl.int32), tl.load(sorts + 2).to(tl.int32)
+    return index - first, k, length, tl.load(sorts + 3), tl.load(sorts + 4), tl.load(sorts + 5)
+
+
+@triton.jit(do_not_specialize=["pairs"])
 def vectors_gram_kernel(
-    vectors, gram, length, k, stride, pairs, ALIGNED: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr
+    vectors, gram, sorts, pairs, SORT: tl.constexpr, ALIGNED: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr
 ):
     """gram[b] = vectors[b] vectors[b]ᵀ, float64, (k, length) → (k, k): a tile of the lower triangle a program."""
-    block, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
+    pair = tl.program_id(0) % pairs
+    block, k, length, of_vectors, of_squares, _ = sort_of(sorts, (tl.program_id(0) // pairs).to(tl.int64), SORT)
     row, column = pair * 0, pair
     while column > row:
         row += 1
         column -= row
-    stride = known_multiple(stride, 16)
+    stride = known_multiple(length + 15, 16)  # as empty_rows lays them
+    vectors, gram = vectors + known_multiple(of_vectors, 16), gram + of_squares
     if ALIGNED:
         length = known_multiple(length, 4)
+    length = tl.where(row * SIDE < k, length, 0)  # others of the launch have more tiles
     rows, columns = row * SIDE + tl.arange(0, SIDE), column * SIDE + tl.arange(0, SIDE)
     of_rows = vectors + (block * k + rows[:, None]) * stride
     of_columns = vectors + (block * k + columns[:, None]) * stride
@@ -82,15 +101,21 @@ def add_product(matrix, rows, columns, k, left, right):
     tl.store(matrix + where, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["k"])
-def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, SIDE: tl.constexpr):
+@triton.jit
+def inverse_factor_kernel(
+    gram, lengths, out, sorts, SORT: tl.constexpr, SHIFT: tl.constexpr, SMALLEST: tl.constexpr, SIDE: tl.constexpr
+):
     """out[b] = T with T gram[b] Tᵀ = I, lower triangular: a matrix a program, by blocks of SIDE rows and columns.
 
-    The matrix of unit vectors, ``shift`` on its diagonal, is eliminated in place, and out[b] with it, which begins as
-    what made them unit vectors: lengths[b], which are 0 for vectors whose square is not above SMALLEST.
+    The matrix of unit vectors, a shift on its diagonal, is eliminated in place, and out[b] with it, which begins as
+    what made them unit vectors: lengths[b], which are 0 for vectors whose square is not above SMALLEST. The shift is
+    SHIFT, or four times the matrix's rounding.
     """
-    matrix = tl.program_id(0).to(tl.int64)
-    gram, out, lengths = gram + matrix * k * k, out + matrix * k * k, lengths + matrix * k
+    matrix, k, length, _, of_squares, of_rows = sort_of(sorts, tl.program_id(0).to(tl.int64), SORT)
+    matrix_at = of_squares + matrix * k * k
+    gram, out, lengths = gram + matrix_at, out + matrix_at, lengths + of_rows + matrix * k
+    shift = 4.0 * tl.sqrt(length.to(tl.float64)) * k.to(tl.float64) * 2.0**-53
+    shift = tl.where(shift > SHIFT, shift, SHIFT)
     places, blocks = tl.arange(0, SIDE), tl.cdiv(k, SIDE)
     for i in range(blocks):
         rows = i * SIDE + places
@@ -108,7 +133,7 @@ def inverse_factor_kernel(gram, lengths, out, k, shift, SMALLEST: tl.constexpr, 
             if j <= i:
                 right = tl.load(lengths + columns, mask=columns < k, other=0.0)
                 unit = tl.load(gram + where, mask=inside, other=0.0) * left[:, None] * right[None, :]
-                # In this order: arguments are float32, where 1 + shift would be 1. A NaN stays one.
+                # A NaN stays one.
                 tl.store(gram + where, tl.where(same, unit * 0.0 + 1.0 + shift, unit), mask=inside)
             tl.store(out + where, tl.where(same, left[:, None], 0.0), mask=inside)
     tl.debug_barrier()
@@ -197,16 +222,15 @@ def factor_products_kernel(
     tl.store(of_tensor + (j * count + i) * tiles * tiles, total)
 
 
-@triton.jit(do_not_specialize=["length", "k", "stride", "row_tiles", "column_tiles"])
+@triton.jit(do_not_specialize=["row_tiles", "column_tiles"])
 def triangular_product_kernel(
     triangle,
     vectors,
     out,
-    length,
-    k,
-    stride,
+    sorts,
     row_tiles,
     column_tiles,
+    SORT: tl.constexpr,
     SCALE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -217,13 +241,16 @@ def triangular_product_kernel(
 ):
     """out[b] = SCALE · triangle[b] vectors[b]: (k, k) lower triangular times (k, length); what is zero is not read."""
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    row_tile, block = rest % row_tiles, (rest // row_tiles).to(tl.int64)
-    stride = known_multiple(stride, 16)
+    row_tile = rest % row_tiles
+    block, k, length, of_vectors, of_squares, _ = sort_of(sorts, (rest // row_tiles).to(tl.int64), SORT)
+    stride, of_vectors = known_multiple(length + 15, 16), known_multiple(of_vectors, 16)
+    vectors, out, triangle = vectors + of_vectors, out + of_vectors, triangle + of_squares
     if ALIGNED:
         length = known_multiple(length, 4)
+    k = tl.where(column_tile * COLUMNS < length, k, 0)  # others of the launch have more tiles
     rows, columns = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
-    for start in range(0, tl.minimum(k, (row_tile + 1) * ROWS), INNER):
+    for start in range(0, tl.where(row_tile * ROWS < k, tl.minimum(k, (row_tile + 1) * ROWS), 0), INNER):
         depth = start + tl.arange(0, INNER)
         inside = (rows < k)[:, None] & (depth < k)[None, :]
         left = tl.load(triangle + (block * k + rows[:, None]) * k + depth[None, :], mask=inside, other=0.0)
@@ -245,23 +272,132 @@ def orthonormalize(y: Tensor, *, overwrite: bool = False) -> Tensor:
     return orthonormal_rows(rows).reshape(*leading, k, m).transpose(-1, -2)
 
 
-def orthonormal_rows(vectors: Tensor, passes: int = 2, half: float | None = None) -> Tensor:
-    """Orthonormal rows spanning those of every block: (B, k, length) → the same; rows left with nothing are zero.
+class Blocks:
+    """How blocks of vectors of several sorts lie in one piece of memory, one sort after another.
 
-    One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
-
-    Args:
-        vectors: float32 or float64.
-        passes: of CholeskyQR.
-        half: the result is float16, times this.
+    Attributes:
+        sorts: (how many, k, their length) of each.
+        table: (sorts, SORT) int64 on the device: the number of blocks up to its last one, k, the length, and where its
+            vectors, their k × k numbers and their k numbers start.
     """
-    vectors = padded_rows(vectors)
-    # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
-    smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
-    for index in range(passes):
-        triangle = _inverse_factor(vectors_gram(vectors), smallest, vectors.shape[-1])
-        vectors = _triangular_product(triangle, vectors, half if index == passes - 1 else None)
-    return vectors
+
+    def __init__(self, sorts: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+        self.sorts, self.device, rows = sorts, device, []
+        self.count = self._vectors = self._squares = self._rows = 0
+        for count, k, length in sorts:
+            self.count += count
+            rows.append([self.count, k, length, self._vectors, self._squares, self._rows])
+            self._vectors += count * k * padded(length)
+            self._squares += count * k * k
+            self._rows += count * k
+        self.table = torch.tensor(rows).to(device, non_blocking=True)
+        self._starts = [row[3] for row in rows]
+
+    def vectors(self, dtype: torch.dtype) -> Tensor:
+        """Memory for all vectors."""
+        return torch.empty(self._vectors, dtype=dtype, device=self.device)
+
+    def of_sorts(self, vectors: Tensor) -> list[Tensor]:
+        """Each sort's, (B, k, length), rows as :func:`.blocks.empty_rows` lays them."""
+        return [
+            vectors.as_strided((count, k, length), (k * padded(length), padded(length), 1), start)
+            for (count, k, length), start in zip(self.sorts, self._starts, strict=True)
+        ]
+
+    def grams(self, vectors: Tensor) -> Tensor:
+        """The k × k Gram matrices of all blocks, one after another, float64; a block's numbers are its own."""
+        config = launch.vectors_gram(launch.target_of(self.device), self._aligned)
+        gram = torch.empty(self._squares, dtype=torch.float64, device=self.device)
+        tiles = self._tiles(1, config.rows)
+        pairs = tiles * (tiles + 1) // 2
+        launch.start(
+            vectors_gram_kernel,
+            (pairs * self.count,),
+            config,
+            vectors,
+            gram,
+            self.table,
+            pairs,
+            SORT=SORT,
+            ALIGNED=config.aligned,
+            SIDE=config.rows,
+            INNER=config.inner,
+        )
+        return gram
+
+    def orthonormal(self, vectors: Tensor, passes: int, half: float | None = None) -> Tensor:
+        """Orthonormal rows spanning those of every block; rows left with nothing are zero.
+
+        One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
+
+        Args:
+            vectors: float32 or float64, as :meth:`vectors`.
+            passes: of CholeskyQR.
+            half: the result is float16, times this.
+        """
+        # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
+        smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
+        for index in range(passes):
+            triangle = self._inverse_factors(self.grams(vectors), smallest)
+            vectors = self._triangular_products(triangle, vectors, half if index == passes - 1 else None)
+        return vectors
+
+    def _inverse_factors(self, gram: Tensor, smallest: float) -> Tensor:
+        """T with T G Tᵀ = I, lower triangular; the Gram matrices are overwritten."""
+        out, config = torch.empty_like(gram), launch.inverse_factor()
+        launch.start(
+            inverse_factor_kernel,
+            (self.count,),
+            config,
+            gram,
+            torch.empty(self._rows, dtype=torch.float64, device=gram.device),
+            out,
+            self.table,
+            SORT=SORT,
+            SHIFT=RELATIVE_SHIFT,
+            SMALLEST=smallest,
+            SIDE=config.block,
+        )
+        return out
+
+    def _triangular_products(self, triangle: Tensor, vectors: Tensor, half: float | None) -> Tensor:
+        config = launch.triangular_product(launch.target_of(self.device), vectors.dtype, self._aligned)
+        out = self.vectors(vectors.dtype if half is None else torch.float16)
+        row_tiles, column_tiles = self._tiles(1, config.rows), self._tiles(2, config.columns)
+        launch.start(
+            triangular_product_kernel,
+            (row_tiles * column_tiles * self.count,),
+            config,
+            triangle,
+            vectors,
+            out,
+            self.table,
+            row_tiles,
+            column_tiles,
+            SORT=SORT,
+            SCALE=1.0 if half is None else half,
+            COMPUTE=ELEMENT_TYPES[vectors.dtype],
+            PRECISION=config.input_precision,
+            ALIGNED=config.aligned,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            INNER=config.inner,
+        )
+        return out
+
+    @property
+    def _aligned(self) -> bool:
+        return all(vectors_fit(length) for _, _, length in self.sorts)
+
+    def _tiles(self, field: int, size: int) -> int:
+        """Of the largest k (1) or length (2)."""
+        return -(-max(sort[field] for sort in self.sorts) // size)
+
+
+def orthonormal_rows(vectors: Tensor) -> Tensor:
+    """:meth:`Blocks.orthonormal` of one sort, twice: (B, k, length) → the same."""
+    blocks = Blocks([(len(vectors), vectors.shape[1], vectors.shape[2])], vectors.device)
+    return blocks.of_sorts(blocks.orthonormal(padded_rows(vectors), passes=2))[0]
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
@@ -295,70 +431,4 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
 def vectors_gram(vectors: Tensor) -> Tensor:
     """(B, k, length), rows as :func:`padded_rows` lays them: (B, k, k) float64, a block's numbers its own."""
     count, k, length = vectors.shape
-    config = launch.vectors_gram(launch.target_of(vectors.device), vectors_fit(length))
-    gram = torch.empty(count, k, k, dtype=torch.float64, device=vectors.device)
-    tiles = -(-k // config.rows)
-    pairs = tiles * (tiles + 1) // 2
-    launch.start(
-        vectors_gram_kernel,
-        (pairs * count,),
-        config,
-        vectors,
-        gram,
-        length,
-        k,
-        vectors.stride(-2),
-        pairs,
-        ALIGNED=config.aligned,
-        SIDE=config.rows,
-        INNER=config.inner,
-    )
-    return gram
-
-
-def _inverse_factor(gram: Tensor, smallest: float, length: int) -> Tensor:
-    """T with T G Tᵀ = I, lower triangular, (B, k, k) float64; the Gram matrices of vectors so long are overwritten."""
-    count, k, _ = gram.shape
-    out, config = torch.empty_like(gram), launch.inverse_factor()
-    launch.start(
-        inverse_factor_kernel,
-        (count,),
-        config,
-        gram,
-        torch.empty(count, k, dtype=torch.float64, device=gram.device),
-        out,
-        k,
-        max(RELATIVE_SHIFT, 4 * math.sqrt(length) * k * 2.0**-53),
-        SMALLEST=smallest,
-        SIDE=config.block,
-    )
-    return out
-
-
-def _triangular_product(triangle: Tensor, vectors: Tensor, half: float | None) -> Tensor:
-    count, k, length = vectors.shape
-    config = launch.triangular_product(launch.target_of(vectors.device), vectors.dtype, vectors_fit(length))
-    dtype = vectors.dtype if half is None else torch.float16
-    out = empty_rows((count, k), length, dtype, vectors.device)
-    row_tiles, column_tiles = -(-k // config.rows), -(-length // config.columns)
-    launch.start(
-        triangular_product_kernel,
-        (row_tiles * column_tiles * count,),
-        config,
-        triangle,
-        vectors,
-        out,
-        length,
-        k,
-        vectors.stride(-2),
-        row_tiles,
-        column_tiles,
-        SCALE=1.0 if half is None else half,
-        COMPUTE=ELEMENT_TYPES[vectors.dtype],
-        PRECISION=config.input_precision,
-        ALIGNED=config.aligned,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        INNER=config.inner,
-    )
-    return out
+    return Blocks([(count, k, length)], vectors.device).grams(vectors).view(count, k, k)

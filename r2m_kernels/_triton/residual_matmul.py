@@ -229,14 +229,15 @@ def matrix_group(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]]) -
     return Group(bases, experts, row=math.prod(bases[0].shape[1:]))
 
 
-def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool) -> Tensor:
+def sketch(group: Group, mixing: Tensor, keys: Tensor, k: int, transpose: bool, out: Tensor | None = None) -> Tensor:
     """X_li times k columns of random signs, the same for all experts, as rows: (L, N, k, m), (L, N, k, n) transposed.
 
     Args:
         mixing: (N, N), or (L, N, N) with one for each tensor, so that no number of X_li is above 1.
         keys: (L,) int64.
+        out: takes the result.
     """
-    return _launch(group, mixing, keys.to(group.device, non_blocking=True), k, transpose, "fp16")[0]
+    return _launch(group, mixing, keys.to(group.device, non_blocking=True), k, transpose, "fp16", out=out)[0]
 
 
 def multiply(
@@ -248,6 +249,7 @@ def multiply(
     shift: Shift | None = None,
     lengths: Tensor | None = None,
     half: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch: (X_li rhs_liᵀ)ᵀ, shifted, as rows, and the sums of squares of its tiles before that.
 
@@ -258,6 +260,7 @@ def multiply(
         shift: what is subtracted.
         lengths: (L, N) in the compute dtype, what the result is multiplied with at last.
         half: the result is float16, times :data:`SCALE`.
+        out: takes the result, which is not ``half`` then.
 
     Returns:
         (L, N, k, m) ((L, N, k, n) with ``transpose``) and (L, N, tiles) float64, both on the device.
@@ -265,7 +268,7 @@ def multiply(
     if rhs.dtype != torch.float16:
         wide = torch.promote_types(group.compute_dtype, rhs.dtype) == torch.float64
         rhs = rhs.to(group.device, torch.float64 if wide else torch.float32, non_blocking=True)
-    return _launch(group, mixing, padded_rows(rhs), rhs.shape[2], transpose, precision, shift, lengths, half)
+    return _launch(group, mixing, padded_rows(rhs), rhs.shape[2], transpose, precision, shift, lengths, half, out)
 
 
 def _launch(
@@ -278,13 +281,15 @@ def _launch(
     shift: Shift | None = None,
     lengths: Tensor | None = None,
     half: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     signs, scaled = rhs.dtype == torch.int64, rhs.dtype == torch.float16
     dtype = group.compute_dtype if signs or scaled else rhs.dtype
     size, count = len(group.bases), len(group.experts)
     m, n = group.bases[0].shape[0], math.prod(group.bases[0].shape[1:])
     outer = n if transpose else m
-    out = empty_rows((size, count, k), outer, torch.float16 if half else dtype, group.device)
+    if out is None:
+        out = empty_rows((size, count, k), outer, torch.float16 if half else dtype, group.device)
     if out.numel() == 0 or m * n == 0:
         return out.zero_(), torch.zeros(size, count, 1, dtype=torch.float64, device=group.device)
     target = launch.target_of(group.device)

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._interface import Effort, ShiftedFactors
+from .._interface import Effort, ResidualGroup, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import launch
-from .addresses import on_device
-from .orthonormalize import inner_products, orthonormal_rows
+from .addresses import on_device, tensor_at, vectors_fit
+from .orthonormalize import Blocks, inner_products
 from .residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
 from .sums import summed
 
@@ -35,38 +35,46 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 STEEP = 1e-3
 
 
-@triton.jit(do_not_specialize=["tiles", "final_tiles"])
+JUDGED = 6  # numbers of a group in the table of :func:`judge_kernel`
+
+
+@triton.jit
 def judge_kernel(
     energies,
-    before,
-    last,
-    final,
+    groups,
     kept,
     trusted,
     gap,
-    tiles,
-    final_tiles,
     STEEP: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
+    JUDGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """kept, trusted and gap of each residual, see :class:`r2m_kernels._interface.ShiftedFactors`.
 
-    energies (L, N) of the residuals; before, last and final: sums of squares of tiles, (L, N, tiles), as shares of
-    them, of the products of the last two steps (KNOWN: there were two) and of the one that became a factor.
+    energies of all residuals, group after group. A row of ``groups``: the number of residuals up to its last one;
+    addresses of sums of squares of tiles, as shares of the energies, of the products of the last two steps (KNOWN:
+    there were two) and of the one that became a factor; and how many tiles a residual has in the former and the latter.
     """
     residual = tl.program_id(0).to(tl.int64)
+    first, last = residual * 0, tl.load(groups)
+    while residual >= last:
+        first = last
+        groups += JUDGED
+        last = tl.load(groups)
+    place, tiles, final_tiles = residual - first, tl.load(groups + 4).to(tl.int32), tl.load(groups + 5).to(tl.int32)
+    final = tensor_at(groups + 3, True, tl.float64, False) + place * final_tiles
     energy = tl.load(energies + residual)
-    reached = energy * summed(final + residual * final_tiles, final_tiles, BLOCK)
+    reached = energy * summed(final, final_tiles, BLOCK)
     tl.store(kept + residual, reached)
     beyond = tl.where(energy - reached >= STEEP * energy, 1, 0)  # a NaN is not
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
     if KNOWN:
         # What further steps would add: the last three energies continued as a geometric series (Aitken).
-        first = energy * summed(before + residual * tiles, tiles, BLOCK)
-        second = energy * summed(last + residual * tiles, tiles, BLOCK)
+        first = energy * summed(tensor_at(groups + 1, True, tl.float64, False) + place * tiles, tiles, BLOCK)
+        second = energy * summed(tensor_at(groups + 2, True, tl.float64, False) + place * tiles, tiles, BLOCK)
         former, growth = second - first, reached - second
         growth = tl.where(growth < 0.0, 0.0, growth)
         ratio = growth / tl.where(former < 1e-300, 1e-300, former)
@@ -75,72 +83,136 @@ def judge_kernel(
     tl.store(gap + residual, left_to_gain)
 
 
-def shifted_truncation(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    mixing: Tensor,
-    keys: Tensor,
-    energies: Tensor,
-    rank: int,
-    effort: Effort,
-) -> ShiftedFactors:
-    """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order."""
-    group = matrix_group(bases, experts)
-    m = bases[0].shape[0]
-    n = bases[0].numel() // m
-    tall, half = m >= n, group.compute_dtype == torch.float32
-    outside = min(m, n) - rank
-    # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
-    present = energies > SMALLEST_ENERGY
-    unit = mixing.to(energies) * torch.where(present, energies, torch.inf).rsqrt().unsqueeze(1)  # columns are experts
-    lengths = torch.where(present, energies, 0.0).sqrt()
-    numbers = [unit.to(group.compute_dtype), lengths.to(group.compute_dtype), energies, keys]
-    unit, lengths, energies, keys = on_device(numbers, group.device)
-    steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
-    # Only the span of a basis matters to what follows it, but for the last one.
-    basis = _orthonormal(sketch(group, unit, keys, rank, transpose=tall), steps == 0, half)
-    kept: list[Tensor] = []
+def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
+    """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
+
+    Groups of as many steps go together: what makes their vectors orthonormal is small, and one launch serves them all.
+    """
+    together: dict[tuple[bool, int], list[int]] = {}
+    for place, group in enumerate(groups):
+        sides = len(group.bases[0]), group.bases[0].numel() // len(group.bases[0])
+        steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if group.rank < below), 0)
+        together.setdefault((vectors_fit(min(sides)), steps), []).append(place)
+    made: dict[int, ShiftedFactors] = {}
+    for (_, steps), places in together.items():
+        found = _in_lock_step([groups[place] for place in places], mixing, steps, effort.products)
+        made.update(zip(places, found, strict=True))
+    return [made[place] for place in range(len(groups))]
+
+
+class _Residuals:
+    """Those of one shape at work.
+
+    Attributes:
+        unit, lengths: (L, N, N) mixing to norm 1, columns are experts, and (L, N) norms.
+        keys: (L,) int64.
+        kept: squares of what each step's first product kept, and the last one.
+    """
+
+    def __init__(self, group: ResidualGroup) -> None:
+        self.inputs, self.rank = matrix_group(group.bases, group.experts), group.rank
+        m = len(group.bases[0])
+        self.sides = m, group.bases[0].numel() // m
+        self.tall, self.short = self.sides[0] >= self.sides[1], min(self.sides)
+        self.shape = len(group.bases), len(group.experts)
+        self.unit = self.lengths = self.keys = torch.empty(0)
+        self.kept: list[Tensor] = []
+
+    @property
+    def sort(self) -> tuple[int, int, int]:
+        """Of the blocks of its vectors."""
+        return self.shape[0] * self.shape[1], self.rank, self.short
+
+    def sketched(self, rows: Tensor) -> None:
+        """The sketch on the short side, into ``rows``."""
+        sketch(self.inputs, self.unit, self.keys, self.rank, self.tall, rows)
+
+    def step(self, basis: Tensor, rows: Tensor, half: bool) -> None:
+        """AᵀA of a basis, shifted, into ``rows``."""
+        outside = self.short - self.rank
+        product, squares = multiply(self.inputs, self.unit, basis, not self.tall, "fp16", half=half)
+        self.kept.append(squares)
+        shift = Shift(squares, SHIFT / outside, basis)
+        multiply(self.inputs, self.unit, product, self.tall, "fp16", shift, out=rows)
+
+    def factors(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both sides, as rows."""
+        product, squares = multiply(self.inputs, self.unit, basis, not self.tall, "fp16", lengths=self.lengths)
+        self.kept.append(squares)
+        return (product, basis) if self.tall else (basis, product)
+
+
+def _in_lock_step(groups: Sequence[ResidualGroup], mixing: Tensor, steps: int, products: bool) -> list[ShiftedFactors]:
+    work = [_Residuals(group) for group in groups]
+    device, dtype = work[0].inputs.device, work[0].inputs.compute_dtype
+    half = dtype == torch.float32
+    numbers = [torch.cat([group.energies.flatten() for group in groups])]
+    for group in groups:
+        # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
+        present = group.energies > SMALLEST_ENERGY
+        scales = torch.where(present, group.energies, torch.inf).rsqrt()
+        unit = mixing.to(scales) * scales.unsqueeze(1)  # columns are experts
+        numbers += [unit.to(dtype), torch.where(present, group.energies, 0.0).sqrt().to(dtype), group.keys]
+    energies, *numbers = on_device(numbers, device)
+    for place, one in enumerate(work):
+        one.unit, one.lengths, one.keys = numbers[3 * place : 3 * place + 3]
+    blocks = Blocks([one.sort for one in work], device)
+
+    def of_each(vectors: Tensor) -> list[Tensor]:
+        return [
+            rows.view(*one.shape, *rows.shape[1:]) for one, rows in zip(work, blocks.of_sorts(vectors), strict=True)
+        ]
+
+    def orthonormal(vectors: Tensor, last: bool) -> list[Tensor]:
+        # Only the span of a basis matters to what follows it, but for the last one.
+        passes, scale = (2, None) if last else (1, SCALE if half else None)
+        return of_each(blocks.orthonormal(vectors, passes, scale))
+
+    vectors = blocks.vectors(dtype)
+    for one, rows in zip(work, of_each(vectors), strict=True):
+        one.sketched(rows)
+    bases = orthonormal(vectors, steps == 0)
     for step in range(steps):
-        product, squares = multiply(group, unit, basis, not tall, "fp16", half=half)
-        kept.append(squares)
-        basis, _ = multiply(group, unit, product, tall, "fp16", Shift(squares, SHIFT / outside, basis))
-        basis = _orthonormal(basis, step + 1 == steps, half)
-    product, squares = multiply(group, unit, basis, not tall, "fp16", lengths=lengths)
-    left, right = (product, basis) if tall else (basis, product)
-    products = inner_products(left, right) if effort.products else None
-    reached, trusted, gap = _judged(energies, kept, squares)
-    return ShiftedFactors(left.transpose(-1, -2), right, False, products, trusted, gap, reached)
+        vectors = blocks.vectors(dtype)
+        for one, basis, rows in zip(work, bases, of_each(vectors), strict=True):
+            one.step(basis, rows, half)
+        bases = orthonormal(vectors, step + 1 == steps)
+    sides = [one.factors(basis) for one, basis in zip(work, bases, strict=True)]
+    return [
+        ShiftedFactors(left.transpose(-1, -2), right, False, inner_products(left, right) if products else None, *judged)
+        for (left, right), judged in zip(sides, _judged(work, energies), strict=True)
+    ]
 
 
-def _judged(energies: Tensor, kept: list[Tensor], final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies of truncations, whether they can be relied on, and their gaps: (L, N) each."""
-    before, last = kept[-2:] if len(kept) > 1 else (energies, energies)
+def _judged(work: Sequence[_Residuals], energies: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each group whether truncations can be relied on, their gaps, and their energies: (L, N) each."""
     reached, gap = torch.empty_like(energies), torch.empty_like(energies)
     trusted, config = torch.empty_like(energies, dtype=torch.int8), launch.sums()
+    rows, count = [], 0
+    known = len(work[0].kept) > 2
+    for one in work:
+        count += one.shape[0] * one.shape[1]
+        before, last, final = one.kept[-3:] if known else (one.kept[-1],) * 3
+        addresses = [squares.data_ptr() for squares in (before, last, final)]
+        rows.append([count, *addresses, last.shape[-1], final.shape[-1]])
     launch.start(
         judge_kernel,
-        (energies.numel(),),
+        (count,),
         config,
         energies,
-        before,
-        last,
-        final,
+        torch.tensor(rows).to(energies.device, non_blocking=True),
         reached,
         trusted,
         gap,
-        last.shape[-1],
-        final.shape[-1],
         STEEP=STEEP,
         SLOWEST=SLOWEST,
-        KNOWN=len(kept) > 1,
+        KNOWN=known,
+        JUDGED=JUDGED,
         BLOCK=config.block,
     )
-    return reached, trusted.view(torch.bool), gap
-
-
-def _orthonormal(rows: Tensor, last: bool, half: bool) -> Tensor:
-    """Each (k, length) block of (L, N, k, length): the last ones well, others as operands of the next product."""
-    size, count = rows.shape[:2]
-    passes, scale = (2, None) if last else (1, SCALE if half else None)
-    basis = orthonormal_rows(rows.flatten(0, 1), passes, scale)
-    return basis.view(size, count, *basis.shape[1:])
+    sizes, shapes = [one.shape[0] * one.shape[1] for one in work], [one.shape for one in work]
+    each = [torch.split(numbers, sizes) for numbers in (trusted.view(torch.bool), gap, reached)]
+    return [
+        (some.view(shape), of_gap.view(shape), of_energy.view(shape))
+        for some, of_gap, of_energy, shape in zip(*each, shapes, strict=True)
+    ]

@@ -260,7 +260,7 @@ COMBINES = [
 BASES = [{"m": 136, "n": 8, "tensors": 1, "experts": 2, "k": 70, "dtype_bytes": 4}]
 PRODUCTS = [{**MATRIX, "experts": 3, "k": 36, "dtype_bytes": 4, "tensors": 2}]
 # One number each, or N × N of them: not worth a term in the model.
-NOT_COUNTED = ("table", "runs", "outputs", "mixing", "energies", "core", "scale")
+NOT_COUNTED = ("table", "runs", "sorts", "outputs", "mixing", "energies", "core", "scale")
 
 
 def loads(count, *without):

@@ -19,7 +19,8 @@ from triton.runtime import interpreter
 
 from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
-from r2m_kernels._triton import launch
+from r2m_kernels._interface import Effort, ResidualGroup
+from r2m_kernels._triton import launch, truncate
 from r2m_kernels._triton.residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
 
 COUNTS = [1, 3, 8, 13]  # of four that a kernel takes at once; twice as many; and a part of the fourth four
@@ -247,6 +248,27 @@ def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
     q = _triton.orthonormalize(y)
     assert torch.equal(q[4], _triton.orthonormalize(y[4]))
     assert torch.equal(q[4, 1], _triton.orthonormalize(y[4, 1]))
+
+
+def test_groups_of_other_shapes_beside_a_group_change_no_bit_of_its_truncation(monkeypatch):
+    monkeypatch.setattr(truncate, "EXTRA_STEPS", ())
+    groups = []
+    # Of other ranks, lengths and numbers of tensors; wide; and one whose vectors do not end at 16 bytes.
+    for seed, (shape, rank, size) in enumerate(
+        [((24, 20), 6, 2), ((20, 36), 5, 1), ((40, 36), 6, 1), ((22, 18), 4, 2)]
+    ):
+        bases, experts, tau = inputs(shape, torch.float32, 3, tensors=size, seed=seed)
+        energies = torch.einsum("ji,lje->lie", mixing_of(3), tau).square().sum(2)
+        groups.append(ResidualGroup(bases, experts, torch.arange(size) + seed, energies, rank))
+    effort = Effort(2, 0, None)
+    together = _triton.shifted_truncation(groups, mixing_of(3), effort)
+    for group, found in zip(groups, together, strict=True):
+        (alone,) = _triton.shifted_truncation([group], mixing_of(3), effort)
+        assert found.left.shape == (len(group.bases), 3, len(group.bases[0]), group.rank)
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        exact = (found.left.double() @ found.right.double()).square().sum((2, 3))
+        assert torch.allclose(found.energies, exact, rtol=1e-5, atol=0)
 
 
 class OfAGroup:

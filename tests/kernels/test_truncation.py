@@ -45,9 +45,9 @@ def test_the_backends_method_is_told_every_residuals_energy_and_a_key_of_each_te
     mixing = torch.randn(3, 3, generator=generator).double()
     told = {}
 
-    def shifted_truncation(bases, experts, mixing, keys, energies, rank, effort):
-        told.update(keys=keys.tolist(), energies=energies)
-        return _torch.shifted_truncation(bases, experts, mixing, keys, energies, rank, effort)
+    def shifted_truncation(groups, mixing, effort):
+        told.update(keys=groups[0].keys.tolist(), energies=groups[0].energies)
+        return _torch.shifted_truncation(groups, mixing, effort)
 
     operators = SimpleNamespace(**{**vars(_torch), "shifted_truncation": shifted_truncation})
     group = (["a", "b"], list(base), [list(expert) for expert in experts])
