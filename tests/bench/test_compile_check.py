@@ -117,7 +117,7 @@ launch.table = lambda: table
 chosen = [
     found for found in compile_check.launches(target)
     if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "fp16" and found.config.inputs
-    and found.constants["SIGNS"] and not found.constants["TRANSPOSE"]
+    and found.constants["SIGNS"] and not found.constants["TRANSPOSE"] and found.constants["TYPE"].name == "fp32"
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
 """
