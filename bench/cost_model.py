@@ -9,7 +9,7 @@ host link, busy at its rate throughout. All of it is predicted, nothing measured
 ``bytes_read`` is compulsory: every distinct byte once, as if caches were perfect. ``fetched_bytes`` is what programs
 fetch of the inputs: each reads a byte once, but several may want the same one, which the L2 cache then usually has; the
 table's "uncached" is the floor if every tile that a second program reads came from memory again. ``loaded_bytes`` is
-what load instructions ask for, inputs and factors, all of which passes from the L2 cache to the multiprocessors.
+what load instructions ask for, inputs, kept residuals and factors: it passes from the L2 cache to the multiprocessors.
 Matrices are taken to be sketched; arithmetic beside the loads (mixing, differences) is not counted.
 
 On an H200 (bench/results/gpu_operators.json) Gram matrices, products and inner products take what these roofs and
@@ -25,7 +25,6 @@ import argparse
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import torch
 
@@ -37,11 +36,8 @@ from bench.shapes import Shapes as Shapes
 from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton import launch
+from r2m_kernels._triton import launch, residuals
 from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
-
-# A product with a residual: as it is, with random signs made in registers, less the shift, or in full precision.
-Variant = Literal["fast", "signs", "shifted", "full"]
 
 NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
@@ -67,9 +63,9 @@ class Job:
     def __str__(self) -> str:
         return f"N={self.experts} {str(self.dtype).removeprefix('torch.')}"
 
-    def product(self, full: bool) -> launch.MatmulConfig:
-        """Of products with residuals: ``full`` precision, or a truncation's."""
-        precision = launch.full_precision(self.target) if full else "fp16"
+    def product(self) -> launch.MatmulConfig:
+        """Of a product with residuals that are not kept, in full precision."""
+        precision = launch.full_precision(self.target)
         return launch.residual_matmul(self.target, torch.float32, precision, self.aligned, self.experts)
 
     def plane(self, elements: int) -> int:
@@ -149,34 +145,46 @@ def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
     return StepCost("task Gram", "fp64", flops, read, written, inputs, fetched, loaded, launches=2)
 
 
-def residual_matmul_cost(
-    step: str,
-    m: int,
-    n: int,
-    tensors: int,
-    k: int,
-    job: Job,
-    transpose: bool,
-    variant: Variant = "fast",
-    half: bool = False,
-) -> StepCost:
-    """One pass: X, or Xᵀ, times k columns for every expert; ``half``: vectors between passes are float16.
-
-    That is what comes, and what is subtracted, and what goes where nothing is.
-    """
-    config = job.product(variant == "full")
+def residual_matmul_cost(step: str, m: int, n: int, tensors: int, k: int, job: Job, transpose: bool) -> StepCost:
+    """X, or Xᵀ, times k columns for every expert, in full precision, no residual kept."""
+    config = job.product()
     outer, inner = (n, m) if transpose else (m, n)
     row_tiles, column_tiles = _tiles(outer, config.rows), _tiles(k, config.columns)
     times = _tiles(job.experts, config.experts) * column_tiles  # that a tile of the inputs is read
     inputs = (job.experts + 1) * job.plane(m * n * tensors)
-    numbers = job.experts * k * tensors  # of all vectors of length 1
-    come, go = numbers * (HALF_BYTES if half else FACTOR_BYTES), numbers * FACTOR_BYTES
-    squares = job.experts * row_tiles * column_tiles * SUM_BYTES * tensors
-    right, subtracted = (0 if variant == "signs" else come * inner), come * outer * (variant == "shifted")
-    read, loaded = inputs + right + subtracted, inputs * times + right * row_tiles + subtracted
-    flops = 2 * m * n * k * job.experts * tensors
-    written = (come if variant == "fast" else go) * outer + squares
+    column = job.experts * k * tensors * FACTOR_BYTES  # of all vectors of length 1
+    read, loaded = inputs + column * inner, inputs * times + column * inner * row_tiles
+    flops, written = 2 * m * n * k * job.experts * tensors, column * outer
     return StepCost(step, _kind(config), flops, read, written, inputs, inputs * times, loaded, launches=1)
+
+
+def form_residuals_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
+    """Every residual as float16; the inputs are fetched again for every block of experts."""
+    inputs, times = (job.experts + 1) * job.plane(m * n * tensors), _tiles(job.experts, residuals.EXPERTS)
+    written = job.experts * m * n * tensors * HALF_BYTES
+    return StepCost("form residuals", "fp32", 0, inputs, written, inputs, inputs * times, inputs * times, launches=1)
+
+
+def residual_product_cost(
+    step: str, m: int, n: int, tensors: int, k: int, job: Job, across: bool, signs: bool = False, last: bool = False
+) -> StepCost:
+    """Vectors times a residual that is kept, onto its long side, or ``across``; the ``last`` product is a factor.
+
+    Random ``signs`` are made in registers; other vectors come as float16, and go so onto the long side, but the last.
+    """
+    config = launch.residual_product(job.target, torch.float32, job.aligned)
+    long, short = max(m, n), min(m, n)
+    outer, inner = (short, long) if across else (long, short)
+    row_tiles, column_tiles = _tiles(k, config.rows), _tiles(outer, config.columns)
+    column = job.experts * k * tensors  # numbers of all vectors of length 1
+    kept = job.experts * m * n * tensors * HALF_BYTES
+    come = 0 if signs else column * inner * (FACTOR_BYTES if last else HALF_BYTES)
+    subtracted = column * outer * HALF_BYTES if across and not signs else 0
+    squares = 0 if across else job.experts * tensors * row_tiles * column_tiles * SUM_BYTES
+    read, loaded = kept + come + subtracted, kept * row_tiles + come * column_tiles + subtracted
+    written = column * outer * (FACTOR_BYTES if across or last else HALF_BYTES) + squares
+    flops = 2 * m * n * k * job.experts * tensors
+    return StepCost(step, _kind(config), flops, read, written, loaded_bytes=loaded, launches=1)
 
 
 def vectors_gram_cost(step: str, k: int, length: int, blocks: int, job: Job) -> StepCost:
@@ -298,18 +306,26 @@ def merge_costs(
     vectors = [(elements, size) for elements, count in model.vectors for size in groups(elements, count)]
     costs = [StepCost("transfer", "fp32", bytes_written=inputs, link_bytes=inputs)]
     costs += [task_gram_cost(*flat, job) for flat in [(m * n, count) for m, n, count in matrices] + vectors]
+    taken = group_bytes or inputs
     for m, n, count in matrices:
-        k, tall = truncation_rank(rank, (m, n)), n <= m  # A is X where tall, else Xᵀ: V lies on the short side
-        multiply = functools.partial(residual_matmul_cost, m=m, n=n, tensors=count, k=k, job=job)
-        # Once after the sketch and every step, twice at the end.
-        passes = {"passes": 2 + power_iterations, "halves": power_iterations}
-        orthonormalize = orthonormalize_costs(k, min(m, n), job.experts * count, job, **passes)
+        k, passes = truncation_rank(rank, (m, n)), {"passes": 2 + power_iterations, "halves": power_iterations}
+        product = functools.partial(residual_product_cost, m=m, n=n, tensors=count, k=k, job=job)
+        truncation = [
+            form_residuals_cost(m, n, count, job),
+            product("sketch V = AᵀS", across=True, signs=True),
+            product("steps Y = AV", across=False).times(power_iterations),
+            product("steps V = AᵀY − shift·V", across=True).times(power_iterations),
+            # Once after the sketch and every step, twice at the end.
+            *orthonormalize_costs(k, min(m, n), job.experts * count, job, **passes),
+            product("final Y = AV", across=False, last=True),
+        ]
+        taken += (job.experts + 1) * job.plane(m * n * count)
+        if taken <= (group_bytes or inputs):  # one launch serves all shapes of a pass
+            truncation = [replace(cost, launches=0) for cost in truncation]
+        else:
+            taken = (job.experts + 1) * job.plane(m * n * count)
         costs += [
-            multiply("sketch V = AᵀS", transpose=tall, variant="signs"),
-            multiply("steps Y = AV", transpose=not tall, half=True).times(power_iterations),
-            multiply("steps V = AᵀY − shift·V", transpose=tall, variant="shifted", half=True).times(power_iterations),
-            *orthonormalize,
-            multiply("final Y = AV", transpose=not tall),
+            *truncation,
             *(weigh_rows_costs(m, n, count, k, job) if by_rows else [inner_products_cost(m, n, count, k, job)]),
             combine_matrix_cost(m, n, count, k, job),
         ]

@@ -40,7 +40,7 @@ LIMITS = {
     "columns": (16, 256),
     "warps": (2, 8),
     "steps": (1, 32),
-    "block": (128, 4096),
+    "block": (32, 4096),
 }
 SMALL = {"stages": (1, 4), "experts": (1, 4)}
 # Registers that a program's sums may take, of 65,536: the rest is for operands and addresses.
@@ -60,25 +60,19 @@ class Knob:
 def knobs(target: str) -> list[Knob]:
     """What costs most comes first."""
     full = launch.full_precision(target)
-    single, half, many, many_half = (
-        Job(count, dtype, target) for count in (3, 8) for dtype in (torch.float32, torch.bfloat16)
-    )
-    products = ("product", "shifted product")
-    fast = single.product(False).precision, half.product(False).precision
-    candidates = [
-        Knob("residual_matmul", fast[0], single, products),
-        Knob("residual_matmul", full, single, ("full product",)),
+    single, half, many = Job(3, torch.float32, target), Job(3, torch.bfloat16, target), Job(8, torch.float32, target)
+    products = ("sketch", "product", "shifted product", "final product")
+    return [
+        Knob("residual_product", "fp16", single, products),
         Knob("combine_matrix", full, single, ("combine",)),
+        Knob("form_residuals", "aligned", single, ("form residuals",)),
         Knob("task_gram", "32-bit", single, ("task_gram",)),
         Knob("vectors_gram", "float64", single, ("orthonormalize",)),
         Knob("triangular_product", full, single, ("orthonormalize",)),
-        Knob("residual_matmul", fast[1], half, products),
+        Knob("residual_matmul", full, single, ("full product",)),
         Knob("task_gram", "16-bit", half, ("task_gram",)),
-        Knob("residual_matmul", fast[0] + "/many", many, products),
         Knob("residual_matmul", full + "/many", many, ("full product",)),
-        Knob("residual_matmul", fast[1] + "/many", many_half, products),
     ]
-    return list({(knob.operator, knob.variant): knob for knob in reversed(candidates)}.values())[::-1]
 
 
 def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:

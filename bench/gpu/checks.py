@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.cases import decaying, optimum
 from r2m_kernels._triton import launch
+from r2m_kernels._triton.addresses import SCALE
 
 U = 2.0**-24
 # What rounding both operands adds to |error| / (|X||rhs|). fp16 keeps 11 bits: 2⁻¹¹ each at most. tf32x3 multiplies two
@@ -103,6 +104,14 @@ def judge_product(
     forming = (count + 5 + 2 * math.sqrt(rhs.shape[1])) * U * magnitude @ double.abs()
     rounding = (1 + 2.0**-8) * OPERANDS[precision] * (x.abs() + forming.new_tensor(count * U) * magnitude)
     return worst((result.double() - x @ double).abs(), forming + rounding @ double.abs())
+
+
+def judge_residuals(kept: Tensor, base: Tensor, experts: Sequence[Tensor], mixing: Tensor, tall: bool) -> float:
+    """Residuals as float16 operands: formed with N + 1 roundings, and rounded to 11 bits, or to the least numbers."""
+    x = residuals(base, experts, mixing)
+    magnitude = (mixing.abs().to(x).T @ task_matrix(base, experts).abs()).reshape(x.shape)
+    bound = (len(experts) + 5) * U * magnitude + (2.0**-11 + 2.0**-20) * x.abs() + 2.0**-25 / SCALE
+    return worst(((kept if tall else kept.mT).double() / SCALE - x).abs(), bound)
 
 
 def judge_sketch(rows: Tensor, base: Tensor, experts: Sequence[Tensor], mixing: Tensor, transpose: bool) -> float:

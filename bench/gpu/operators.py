@@ -25,8 +25,10 @@ from bench.gpu import checks
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, copy_bandwidth, predicting_chip, table
 from r2m_kernels import _triton
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
-from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
+from r2m_kernels._triton.addresses import SCALE
+from r2m_kernels._triton.orthonormalize import Blocks, inner_products, orthonormal_rows
+from r2m_kernels._triton.residual_matmul import matrix_group
+from r2m_kernels._triton.residuals import Residuals
 
 RANK = 0.1
 
@@ -41,7 +43,7 @@ class GroupOf:
     mixing: Tensor
     k: int
     basis: Tensor  # rows: (L, N, k, short side), of length about 1
-    product: Tensor  # rows: (L, N, k, long side)
+    product: Tensor  # the same on the long side
 
     @classmethod
     def made(cls, session: Session, shape: tuple[int, int], job: Job, size: int) -> GroupOf:
@@ -53,7 +55,7 @@ class GroupOf:
             torch.randn(size, job.experts, k, side, generator=source, device=session.device)
             for side in (min(shape), max(shape))
         )
-        basis /= min(shape) ** 0.5
+        basis, product = basis / min(shape) ** 0.5, product / max(shape) ** 0.5
         bases, experts = [base for base, _ in pairs], [[others[j] for _, others in pairs] for j in range(job.experts)]
         return cls(job, bases, experts, checks.mixing_of(job.experts), k, basis, product)
 
@@ -81,54 +83,14 @@ def operators(group: GroupOf) -> Iterator[Timed]:
     size, job, k = len(group.bases), group.job, group.k
     m, n = group.bases[0].shape
     tall = m >= n
-    inputs = matrix_group(group.bases, group.experts)
-    mixing = group.mixing.to(inputs.device)
-    cost = functools.partial(cost_model.residual_matmul_cost, m=m, n=n, tensors=size, k=k, job=job)
-
-    def product(step: str, transpose: bool, variant: cost_model.Variant) -> Timed:
-        rhs, other = (group.product, group.basis) if transpose == tall else (group.basis, group.product)
-        half = torch.full((size, job.experts, 1), 0.5, dtype=torch.float64, device=inputs.device)
-        shift = Shift(half, 0.5, other) if variant == "shifted" else None  # by a quarter of what is left beside a half
-        precision = job.product(variant == "full").precision
-
-        def judge(result: tuple[Tensor, Tensor]) -> float:
-            rows, squares = result[0].double(), result[1].sum(dim=2)
-            # Subtracting a shift rounds once more: nothing beside the rounding of the fast product's operands.
-            rows = rows if shift is None else rows + 0.25 * other.double()
-
-            def of_tensor(index: int) -> float:
-                total = rows[index].square().sum((1, 2))
-                return max(
-                    checks.judge_product(
-                        rows[index].mT, *group.tensor(index), group.mixing, rhs[index].mT, transpose, precision
-                    ),
-                    checks.worst((squares[index] - total).abs(), 1e-5 * total),
-                )
-
-            return group.worst(of_tensor)
-
-        def call() -> tuple[Tensor, Tensor]:
-            return multiply(inputs, mixing, rhs, transpose, precision, shift)
-
-        return Timed(step, call, judge, [cost(step, transpose=transpose, variant=variant)])
-
     yield Timed(
         "task_gram",
         lambda: _triton.task_gram(group.bases, group.experts),
         lambda grams: group.worst(lambda i: checks.judge_gram(grams.tasks[i], *group.tensor(i))),
         [cost_model.task_gram_cost(m * n, size, job)],
     )
-    keys = torch.arange(1, size + 1, device=inputs.device) * 0x9E3779B97F4A7
-    yield Timed(
-        "sketch",
-        lambda: sketch(inputs, mixing, keys, k, tall),
-        lambda rows: group.worst(lambda i: checks.judge_sketch(rows[i], *group.tensor(i), group.mixing, tall)),
-        [cost("sketch", transpose=tall, variant="signs")],
-    )
-    yield product("product", not tall, "fast")
-    yield product("shifted product", tall, "shifted")
-    yield product("full product", not tall, "full")
-    rows = group.product[..., : min(m, n)].contiguous().flatten(0, 1)
+    yield from products(group, tall)
+    rows = group.product[..., : min(m, n)].contiguous().flatten(0, 1) * max(m, n) ** 0.5
     yield Timed(
         "orthonormalize",
         lambda: orthonormal_rows(rows),
@@ -155,6 +117,96 @@ def operators(group: GroupOf) -> Iterator[Timed]:
 
     costs = [cost_model.combine_matrix_cost(m, n, size, k, job)]
     yield Timed("combine", combined, lambda outs: group.worst(judge_combined), costs)
+
+
+def products(group: GroupOf, tall: bool) -> Iterator[Timed]:
+    """With residuals: formed and kept, as a truncation multiplies them, and once, in full precision."""
+    size, job, k = len(group.bases), group.job, group.k
+    (m, n), (basis, product) = group.bases[0].shape, (group.basis, group.product)
+    inputs = matrix_group(group.bases, group.experts)
+    kept = Residuals([inputs], [k])
+    unit = group.mixing.to(kept.device, kept.dtype).expand(size, -1, -1).contiguous()
+    kept.form(unit)
+    halves = [(basis * SCALE).half(), (product * SCALE).half()]
+    laid = [
+        _laid(blocks.vectors(torch.float16), blocks, rows)
+        for blocks, rows in zip((kept.short, kept.long), halves, strict=True)
+    ]
+    whole = _laid(kept.short.vectors(kept.dtype), kept.short, basis)
+    basis, product = (half.double() / SCALE for half in halves)
+    shape = size, job.experts
+
+    def judged(
+        of: Callable[[Tensor], Tensor], rhs: Tensor, transpose: bool, precision: str = "fp16"
+    ) -> Callable[[Any], float]:
+        def judge(result: Any) -> float:
+            rows = of(result).double()
+            return group.worst(
+                lambda i: checks.judge_product(
+                    rows[i].mT, *group.tensor(i), group.mixing, rhs[i].double().mT, transpose, precision
+                )
+            )
+
+        return judge
+
+    def on_the_long_side(result: tuple[Tensor, Tensor]) -> Tensor:
+        return kept.long.of_sorts(result[0])[0].unflatten(0, shape)
+
+    def on_the_short_side(result: Tensor) -> Tensor:
+        return kept.short.of_sorts(result)[0].unflatten(0, shape)
+
+    cost = functools.partial(cost_model.residual_product_cost, m=m, n=n, tensors=size, k=k, job=job)
+    yield Timed(
+        "form residuals",
+        lambda: kept.form(unit),
+        lambda _: group.worst(
+            lambda i: checks.judge_residuals(kept.matrices()[0][i], *group.tensor(i), group.mixing, tall)
+        ),
+        [cost_model.form_residuals_cost(m, n, size, job)],
+    )
+    keys = torch.arange(1, size + 1, device=kept.device) * 0x9E3779B97F4A7
+    yield Timed(
+        "sketch",
+        lambda: on_the_short_side(kept.sketch(keys)),
+        lambda rows: group.worst(lambda i: checks.judge_sketch(rows[i], *group.tensor(i), group.mixing, tall)),
+        [cost("sketch", across=True, signs=True)],
+    )
+    yield Timed(
+        "product",
+        lambda: kept.along(laid[0]),
+        judged(lambda result: on_the_long_side(result) / SCALE, basis, not tall),
+        [cost("product", across=False)],
+    )
+    # By a quarter of the basis: half of what is left beside a half.
+    squares = torch.zeros_like(kept.along(laid[0])[1])
+    squares.view(*shape, -1)[..., 0] = 0.5
+    damping = 0.5 * (min(m, n) - k)
+    yield Timed(
+        "shifted product",
+        lambda: kept.across(laid[1], laid[0], squares, damping),
+        judged(lambda result: on_the_short_side(result) + 0.25 * basis, product, tall),
+        [cost("shifted product", across=True)],
+    )
+    ones = torch.ones(shape, dtype=kept.dtype, device=kept.device)
+    yield Timed(
+        "final product",
+        lambda: kept.along(whole, ones),
+        judged(on_the_long_side, group.basis, not tall),
+        [cost("final product", across=False, last=True)],
+    )
+    precision = job.product().precision
+    yield Timed(
+        "full product",
+        lambda: _triton.residual_matmul(group.bases, group.experts, group.mixing, group.basis.mT, not tall, precision),
+        judged(lambda result: result.mT, group.basis, not tall, precision),
+        [cost_model.residual_matmul_cost("full product", m, n, size, k, job, not tall)],
+    )
+
+
+def _laid(vectors: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+    """Vectors filled with rows (L, N, k, length)."""
+    blocks.of_sorts(vectors)[0].copy_(rows.flatten(0, 1))
+    return vectors
 
 
 def measured(case: Timed, stopwatch: Stopwatch, session: Session) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from .._stream.tensors import compute_dtype
 # A vector load moves this many bytes and wants an address that is a multiple of it.
 VECTOR_BYTES = 16
 
+# What numbers of a matrix or vector of norm 1, none above 1, are multiplied with before they become float16 operands:
+# the largest has room to spare, and those of a matrix of 10⁹ equal ones are still normal numbers.
+SCALE = 2.0**14
+
 ELEMENT_TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,

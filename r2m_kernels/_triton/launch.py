@@ -180,19 +180,30 @@ def task_gram(target: str, dtype: torch.dtype, count: int, aligned: bool) -> Gra
 def residual_matmul(target: str, compute: torch.dtype, precision: str, aligned: bool, count: int) -> MatmulConfig:
     """For N = ``count`` experts, computed in ``compute``; never with less precision than asked for.
 
-    Built are two: "fp16", for a truncation's products with what has a known norm (README §4), and the target's full
-    precision, which stands for every other one. Rows that are not whole 16-byte vectors, an m that is no multiple of 4,
-    and ``ieee`` on NVIDIA share the variant ``general``: no matrix units there, loads as wide as any address allows.
+    Built is the target's full precision, which stands for every other one. Rows that are not whole 16-byte vectors, an
+    m that is no multiple of 4, and ``ieee`` on NVIDIA share the variant ``general``: no matrix units there, loads as
+    wide as any address allows.
     """
     if compute == torch.float64:
         return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "float64"))
     full = full_precision(target)
     if not aligned or (precision == "ieee" and full != "ieee"):
         return MatmulConfig("ieee", False, **tiles("residual_matmul", target, "general"))
-    chosen: Precision = "fp16" if precision == "fp16" else full
     if count <= UNROLLED_INPUTS:
-        return MatmulConfig(chosen, True, inputs=UNROLLED_INPUTS, **tiles("residual_matmul", target, chosen))
-    return MatmulConfig(chosen, True, **tiles("residual_matmul", target, chosen + "/many"))
+        return MatmulConfig(full, True, inputs=UNROLLED_INPUTS, **tiles("residual_matmul", target, full))
+    return MatmulConfig(full, True, **tiles("residual_matmul", target, full + "/many"))
+
+
+def form_residuals(target: str, aligned: bool) -> VectorConfig:
+    """Tiles of ``block`` rows and columns, which are read and written once."""
+    return VectorConfig(aligned, **tiles("form_residuals", target, "aligned" if aligned else "general"))
+
+
+def residual_product(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
+    """A truncation's products with residuals that are kept as operands."""
+    if compute == torch.float64:
+        return MatmulConfig("ieee", False, **tiles("residual_product", target, "float64"))
+    return MatmulConfig("fp16", aligned, **tiles("residual_product", target, "fp16" if aligned else "general"))
 
 
 def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._stream.blocks import padded
 from . import launch
-from .addresses import ELEMENT_TYPES, known_multiple, padded_rows, vectors_fit
+from .addresses import ELEMENT_TYPES, SCALE, known_multiple, padded_rows, vectors_fit
 from .sums import sum_tiles
 
 # Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least
@@ -279,6 +279,7 @@ class Blocks:
         sorts: (how many, k, their length) of each.
         table: (sorts, SORT) int64 on the device: the number of blocks up to its last one, k, the length, and where its
             vectors, their k × k numbers and their k numbers start.
+        starts: where the vectors of each start.
     """
 
     def __init__(self, sorts: Sequence[tuple[int, int, int]], device: torch.device) -> None:
@@ -291,7 +292,7 @@ class Blocks:
             self._squares += count * k * k
             self._rows += count * k
         self.table = torch.tensor(rows).to(device, non_blocking=True)
-        self._starts = [row[3] for row in rows]
+        self.starts = [row[3] for row in rows]
 
     def vectors(self, dtype: torch.dtype) -> Tensor:
         """Memory for all vectors."""
@@ -301,7 +302,7 @@ class Blocks:
         """Each sort's, (B, k, length), rows as :func:`.blocks.empty_rows` lays them."""
         return [
             vectors.as_strided((count, k, length), (k * padded(length), padded(length), 1), start)
-            for (count, k, length), start in zip(self.sorts, self._starts, strict=True)
+            for (count, k, length), start in zip(self.sorts, self.starts, strict=True)
         ]
 
     def grams(self, vectors: Tensor) -> Tensor:
@@ -325,7 +326,7 @@ class Blocks:
         )
         return gram
 
-    def orthonormal(self, vectors: Tensor, passes: int, half: float | None = None) -> Tensor:
+    def orthonormal(self, vectors: Tensor, passes: int, operand: torch.dtype | None = None) -> Tensor:
         """Orthonormal rows spanning those of every block; rows left with nothing are zero.
 
         One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
@@ -333,13 +334,13 @@ class Blocks:
         Args:
             vectors: float32 or float64, as :meth:`vectors`.
             passes: of CholeskyQR.
-            half: the result is float16, times this.
+            operand: what the result becomes that is multiplied next; float16 times :data:`SCALE`.
         """
         # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
         smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
         for index in range(passes):
             triangle = self._inverse_factors(self.grams(vectors), smallest)
-            vectors = self._triangular_products(triangle, vectors, half if index == passes - 1 else None)
+            vectors = self._triangular_products(triangle, vectors, operand if index == passes - 1 else None)
         return vectors
 
     def _inverse_factors(self, gram: Tensor, smallest: float) -> Tensor:
@@ -360,9 +361,9 @@ class Blocks:
         )
         return out
 
-    def _triangular_products(self, triangle: Tensor, vectors: Tensor, half: float | None) -> Tensor:
+    def _triangular_products(self, triangle: Tensor, vectors: Tensor, operand: torch.dtype | None) -> Tensor:
         config = launch.triangular_product(launch.target_of(self.device), vectors.dtype, self._aligned)
-        out = self.vectors(vectors.dtype if half is None else torch.float16)
+        out = self.vectors(operand or vectors.dtype)
         row_tiles, column_tiles = self._tiles(1, config.rows), self._tiles(2, config.columns)
         launch.start(
             triangular_product_kernel,
@@ -375,7 +376,7 @@ class Blocks:
             row_tiles,
             column_tiles,
             SORT=SORT,
-            SCALE=1.0 if half is None else half,
+            SCALE=SCALE if out.dtype == torch.float16 else 1.0,
             COMPUTE=ELEMENT_TYPES[vectors.dtype],
             PRECISION=config.input_precision,
             ALIGNED=config.aligned,

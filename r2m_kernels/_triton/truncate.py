@@ -8,6 +8,7 @@ or singular value problem, which on a GPU would cost more than all the products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from .._interface import Effort, ResidualGroup, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import launch
-from .addresses import on_device, tensor_at, vectors_fit
-from .orthonormalize import Blocks, inner_products
-from .residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
+from .addresses import on_device
+from .orthonormalize import inner_products
+from .residual_matmul import matrix_group
+from .residuals import SHAPE, Residuals, fits, tiles_of
 from .sums import summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
@@ -35,46 +37,39 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 STEEP = 1e-3
 
 
-JUDGED = 6  # numbers of a group in the table of :func:`judge_kernel`
-
-
 @triton.jit
 def judge_kernel(
     energies,
-    groups,
+    before,
+    last,
+    final,
+    shapes,
     kept,
     trusted,
     gap,
+    count,
+    SHAPE: tl.constexpr,
     STEEP: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
-    JUDGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """kept, trusted and gap of each residual, see :class:`r2m_kernels._interface.ShiftedFactors`.
 
-    energies of all residuals, group after group. A row of ``groups``: the number of residuals up to its last one;
-    addresses of sums of squares of tiles, as shares of the energies, of the products of the last two steps (KNOWN:
-    there were two) and of the one that became a factor; and how many tiles a residual has in the former and the latter.
+    energies of all residuals; sums of squares of tiles, as shares of the energies, of the products of the last two
+    steps (KNOWN: there were two) and of the one that became a factor.
     """
     residual = tl.program_id(0).to(tl.int64)
-    first, last = residual * 0, tl.load(groups)
-    while residual >= last:
-        first = last
-        groups += JUDGED
-        last = tl.load(groups)
-    place, tiles, final_tiles = residual - first, tl.load(groups + 4).to(tl.int32), tl.load(groups + 5).to(tl.int32)
-    final = tensor_at(groups + 3, True, tl.float64, False) + place * final_tiles
-    energy = tl.load(energies + residual)
-    reached = energy * summed(final, final_tiles, BLOCK)
+    first_tensor, tiles, start = tiles_of(shapes, residual, count, SHAPE)
+    energy, place = tl.load(energies + residual), start + (residual - first_tensor * count) * tiles
+    reached = energy * summed(final + place, tiles, BLOCK)
     tl.store(kept + residual, reached)
     beyond = tl.where(energy - reached >= STEEP * energy, 1, 0)  # a NaN is not
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
     if KNOWN:
         # What further steps would add: the last three energies continued as a geometric series (Aitken).
-        first = energy * summed(tensor_at(groups + 1, True, tl.float64, False) + place * tiles, tiles, BLOCK)
-        second = energy * summed(tensor_at(groups + 2, True, tl.float64, False) + place * tiles, tiles, BLOCK)
+        first, second = energy * summed(before + place, tiles, BLOCK), energy * summed(last + place, tiles, BLOCK)
         former, growth = second - first, reached - second
         growth = tl.where(growth < 0.0, 0.0, growth)
         ratio = growth / tl.where(former < 1e-300, 1e-300, former)
@@ -86,133 +81,75 @@ def judge_kernel(
 def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
-    Groups of as many steps go together: what makes their vectors orthonormal is small, and one launch serves them all.
+    Groups of as many steps go together: one launch serves them all.
     """
     together: dict[tuple[bool, int], list[int]] = {}
+    inputs = [matrix_group(group.bases, group.experts) for group in groups]
     for place, group in enumerate(groups):
-        sides = len(group.bases[0]), group.bases[0].numel() // len(group.bases[0])
         steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if group.rank < below), 0)
-        together.setdefault((vectors_fit(min(sides)), steps), []).append(place)
+        together.setdefault((fits(inputs[place]), steps), []).append(place)
     made: dict[int, ShiftedFactors] = {}
     for (_, steps), places in together.items():
-        found = _in_lock_step([groups[place] for place in places], mixing, steps, effort.products)
+        residuals = Residuals([inputs[place] for place in places], [groups[place].rank for place in places])
+        found = _in_lock_step([groups[place] for place in places], residuals, mixing, steps, effort.products)
         made.update(zip(places, found, strict=True))
     return [made[place] for place in range(len(groups))]
 
 
-class _Residuals:
-    """Those of one shape at work.
+def _in_lock_step(
+    groups: Sequence[ResidualGroup], residuals: Residuals, mixing: Tensor, steps: int, products: bool
+) -> list[ShiftedFactors]:
+    energies = torch.cat([group.energies for group in groups])
+    # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
+    present = energies > SMALLEST_ENERGY
+    unit = mixing.to(energies) * torch.where(present, energies, torch.inf).rsqrt().unsqueeze(1)  # columns are experts
+    lengths, keys = torch.where(present, energies, 0.0).sqrt(), torch.cat([group.keys for group in groups])
+    numbers = energies, unit.to(residuals.dtype), lengths.to(residuals.dtype), keys
+    energies, unit, lengths, keys = on_device(numbers, residuals.device)
 
-    Attributes:
-        unit, lengths: (L, N, N) mixing to norm 1, columns are experts, and (L, N) norms.
-        keys: (L,) int64.
-        kept: squares of what each step's first product kept, and the last one.
-    """
-
-    def __init__(self, group: ResidualGroup) -> None:
-        self.inputs, self.rank = matrix_group(group.bases, group.experts), group.rank
-        m = len(group.bases[0])
-        self.sides = m, group.bases[0].numel() // m
-        self.tall, self.short = self.sides[0] >= self.sides[1], min(self.sides)
-        self.shape = len(group.bases), len(group.experts)
-        self.unit = self.lengths = self.keys = torch.empty(0)
-        self.kept: list[Tensor] = []
-
-    @property
-    def sort(self) -> tuple[int, int, int]:
-        """Of the blocks of its vectors."""
-        return self.shape[0] * self.shape[1], self.rank, self.short
-
-    def sketched(self, rows: Tensor) -> None:
-        """The sketch on the short side, into ``rows``."""
-        sketch(self.inputs, self.unit, self.keys, self.rank, self.tall, rows)
-
-    def step(self, basis: Tensor, rows: Tensor, half: bool) -> None:
-        """AᵀA of a basis, shifted, into ``rows``."""
-        outside = self.short - self.rank
-        product, squares = multiply(self.inputs, self.unit, basis, not self.tall, "fp16", half=half)
-        self.kept.append(squares)
-        shift = Shift(squares, SHIFT / outside, basis)
-        multiply(self.inputs, self.unit, product, self.tall, "fp16", shift, out=rows)
-
-    def factors(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Of both sides, as rows."""
-        product, squares = multiply(self.inputs, self.unit, basis, not self.tall, "fp16", lengths=self.lengths)
-        self.kept.append(squares)
-        return (product, basis) if self.tall else (basis, product)
-
-
-def _in_lock_step(groups: Sequence[ResidualGroup], mixing: Tensor, steps: int, products: bool) -> list[ShiftedFactors]:
-    work = [_Residuals(group) for group in groups]
-    device, dtype = work[0].inputs.device, work[0].inputs.compute_dtype
-    half = dtype == torch.float32
-    numbers = [torch.cat([group.energies.flatten() for group in groups])]
-    for group in groups:
-        # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
-        present = group.energies > SMALLEST_ENERGY
-        scales = torch.where(present, group.energies, torch.inf).rsqrt()
-        unit = mixing.to(scales) * scales.unsqueeze(1)  # columns are experts
-        numbers += [unit.to(dtype), torch.where(present, group.energies, 0.0).sqrt().to(dtype), group.keys]
-    energies, *numbers = on_device(numbers, device)
-    for place, one in enumerate(work):
-        one.unit, one.lengths, one.keys = numbers[3 * place : 3 * place + 3]
-    blocks = Blocks([one.sort for one in work], device)
-
-    def of_each(vectors: Tensor) -> list[Tensor]:
-        return [
-            rows.view(*one.shape, *rows.shape[1:]) for one, rows in zip(work, blocks.of_sorts(vectors), strict=True)
-        ]
-
-    def orthonormal(vectors: Tensor, last: bool) -> list[Tensor]:
+    def orthonormal(vectors: Tensor, last: bool) -> Tensor:
         # Only the span of a basis matters to what follows it, but for the last one.
-        passes, scale = (2, None) if last else (1, SCALE if half else None)
-        return of_each(blocks.orthonormal(vectors, passes, scale))
+        return residuals.short.orthonormal(vectors, 2 if last else 1, None if last else residuals.operand)
 
-    vectors = blocks.vectors(dtype)
-    for one, rows in zip(work, of_each(vectors), strict=True):
-        one.sketched(rows)
-    bases = orthonormal(vectors, steps == 0)
+    residuals.form(unit)
+    basis, kept = orthonormal(residuals.sketch(keys), steps == 0), list[Tensor]()
     for step in range(steps):
-        vectors = blocks.vectors(dtype)
-        for one, basis, rows in zip(work, bases, of_each(vectors), strict=True):
-            one.step(basis, rows, half)
-        bases = orthonormal(vectors, step + 1 == steps)
-    sides = [one.factors(basis) for one, basis in zip(work, bases, strict=True)]
-    return [
-        ShiftedFactors(left.transpose(-1, -2), right, False, inner_products(left, right) if products else None, *judged)
-        for (left, right), judged in zip(sides, _judged(work, energies), strict=True)
-    ]
+        product, squares = residuals.along(basis)
+        kept.append(squares)
+        basis = orthonormal(residuals.across(product, basis, squares, SHIFT), step + 1 == steps)
+    product, squares = residuals.along(basis, lengths)
+    kept.append(squares)
+    residuals.forget()
+    judged = _judged(residuals, energies, kept)
+    found, first = [], 0
+    for group, long, short in zip(
+        groups, residuals.long.of_sorts(product), residuals.short.of_sorts(basis), strict=True
+    ):
+        size, (m, *rest) = len(group.bases), group.bases[0].shape
+        sides = [rows.view(size, -1, *rows.shape[1:]) for rows in (long, short)]
+        left, right = sides if m >= math.prod(rest) else sides[::-1]
+        trusted, gap, reached = (numbers[first : first + size] for numbers in judged)
+        together = inner_products(left, right) if products else None
+        found.append(ShiftedFactors(left.mT, right, False, together, trusted, gap, reached))
+        first += size
+    return found
 
 
-def _judged(work: Sequence[_Residuals], energies: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each group whether truncations can be relied on, their gaps, and their energies: (L, N) each."""
+def _judged(residuals: Residuals, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each truncation can be relied on, their gaps, and their energies: (tensors, N) each."""
     reached, gap = torch.empty_like(energies), torch.empty_like(energies)
-    trusted, config = torch.empty_like(energies, dtype=torch.int8), launch.sums()
-    rows, count = [], 0
-    known = len(work[0].kept) > 2
-    for one in work:
-        count += one.shape[0] * one.shape[1]
-        before, last, final = one.kept[-3:] if known else (one.kept[-1],) * 3
-        addresses = [squares.data_ptr() for squares in (before, last, final)]
-        rows.append([count, *addresses, last.shape[-1], final.shape[-1]])
+    trusted, config, known = torch.empty_like(energies, dtype=torch.int8), launch.sums(), len(kept) > 2
     launch.start(
         judge_kernel,
-        (count,),
+        (energies.numel(),),
         config,
         energies,
-        torch.tensor(rows).to(energies.device, non_blocking=True),
-        reached,
-        trusted,
-        gap,
+        *(kept[-3:] if known else kept[-1:] * 3),
+        *(residuals.table, reached, trusted, gap, residuals.count),
+        SHAPE=SHAPE,
         STEEP=STEEP,
         SLOWEST=SLOWEST,
         KNOWN=known,
-        JUDGED=JUDGED,
         BLOCK=config.block,
     )
-    sizes, shapes = [one.shape[0] * one.shape[1] for one in work], [one.shape for one in work]
-    each = [torch.split(numbers, sizes) for numbers in (trusted.view(torch.bool), gap, reached)]
-    return [
-        (some.view(shape), of_gap.view(shape), of_energy.view(shape))
-        for some, of_gap, of_energy, shape in zip(*each, shapes, strict=True)
-    ]
+    return trusted.view(torch.bool), gap, reached

@@ -39,9 +39,11 @@ def choosable(target):
     for aligned in (True, False):
         found.add(("combine_vector_kernel", launch.combine_vector(target, aligned)))
         found.add(("combine_rows_kernel", launch.combine_vector(target, aligned)))
+        found.add(("form_residuals_kernel", launch.form_residuals(target, aligned)))
         found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
         found.add(("factor_products_kernel", launch.factor_products(target, aligned)))
         for compute in (torch.float32, torch.float64):
+            found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned)))
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
             found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
         for dtype in DTYPES:
@@ -49,7 +51,7 @@ def choosable(target):
             for count in range(1, 17):
                 found.add(("task_gram_kernel", launch.task_gram(target, dtype, count, aligned)))
                 found.add(("row_grams_kernel", launch.task_gram(target, dtype, count, aligned)))
-                for precision in ("fp16", "tf32x3", "ieee"):
+                for precision in ("tf32x3", "ieee"):
                     config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
@@ -112,12 +114,12 @@ from bench import compile_check
 from r2m_kernels._triton import launch
 from bench import compile_check
 target, tiles, table = sys.argv[1], json.loads(sys.argv[2]), copy.deepcopy(launch.table())
-table["residual_matmul"][target]["fp16"].update(tiles)
+table["residual_product"][target]["fp16"].update(tiles)
 launch.table = lambda: table
 chosen = [
     found for found in compile_check.launches(target)
-    if found.kernel.__name__ == "residual_matmul_kernel" and found.config.precision == "fp16" and found.config.inputs
-    and found.constants["SIGNS"] and not found.constants["TRANSPOSE"] and found.constants["TYPE"].name == "fp32"
+    if found.kernel.__name__ == "residual_product_kernel" and found.config.precision == "fp16" and found.config.aligned
+    and not found.constants["ACROSS"]
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
 """

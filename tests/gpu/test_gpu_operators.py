@@ -9,7 +9,8 @@ from gpu_cases import SENTINEL, framed, mixing_of, residuals, same_bits, tensors
 from bench.gpu.cases import cases
 from r2m_kernels import MergeConfig, _triton, ops
 from r2m_kernels._triton import launch
-from r2m_kernels._triton.residual_matmul import matrix_group, sketch
+from r2m_kernels._triton.residual_matmul import matrix_group
+from r2m_kernels._triton.residuals import Residuals
 from r2m_kernels.truncation import truncate_residuals
 
 OFFSETS = [pytest.param(0, id="aligned"), pytest.param(1, id="off by one")]
@@ -48,15 +49,17 @@ def test_sketch_multiplies_with_signs(device, offset):
     # X is the identity: what comes back is the signs themselves, exact in every precision.
     side = 80
     base, eye = framed(torch.zeros(side, side, device=device), offset), framed(torch.eye(side, device=device), offset)
-    group = matrix_group([base], [[eye]])
-    found = [sketch(group, torch.eye(1), torch.tensor([key]), 32, transpose=True).cpu() for key in (5, 5, 2**62 + 5)]
-    assert found[0].shape == (1, 1, 32, side)
+    kept = Residuals([matrix_group([base], [[eye]])], [32])
+    kept.form(torch.ones(1, 1, 1, device=device))
+    keys = [torch.tensor([key], device=device) for key in (5, 5, 2**62 + 5)]
+    found = [kept.short.of_sorts(kept.sketch(key))[0].cpu() for key in keys]
+    assert found[0].shape == (1, 32, side)
     assert (found[0].abs() == 1).all()
     assert same_bits(found[0], found[1])
     assert not same_bits(found[0], found[2])
     # 2560 fair signs: their sum stays within four standard deviations, the rows' products within five of √80.
     assert abs(float(found[0].sum())) <= 4 * (32 * side) ** 0.5
-    products = found[0][0, 0] @ found[0][0, 0].T - side * torch.eye(32)
+    products = found[0][0] @ found[0][0].T - side * torch.eye(32)
     assert float(products.abs().max()) <= 5 * side**0.5
 
 

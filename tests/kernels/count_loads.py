@@ -18,8 +18,10 @@ from triton.runtime.interpreter import InterpreterBuilder
 from r2m_kernels import _triton
 from r2m_kernels._triton import launch
 from r2m_kernels._triton.orthonormalize import inner_products
-from r2m_kernels._triton.residual_matmul import Shift, matrix_group, multiply, sketch
+from r2m_kernels._triton.residual_matmul import matrix_group
+from r2m_kernels._triton.residuals import Residuals
 
+KEPT = ("form", "sketch", "along", "across", "last")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -87,8 +89,9 @@ class Counter:
                 for name, value in zip(names, arguments, strict=False)
                 if isinstance(value, torch.Tensor)
             ]
-            # Outputs of `combine` lie behind a table too.
+            # Outputs of `combine` lie behind a table too, and a group's table behind that of all shapes.
             self.arguments += [("outputs", extent(tensor)) for tensor in self.outputs]
+            self.arguments += [("table", extent(tensor)) for tensor in self.tables]
             self.launches.append({"kernel": kernel.fn.__name__, "grid": grid, "config": dataclasses.asdict(config)})
             start(kernel, grid, config, *arguments, **constants)
             self.end_program()
@@ -123,20 +126,30 @@ def counted(case):
     counter.outputs = outs = [torch.empty_like(base) for base in bases]
     # Times 2⁻⁵: float16 operands want residuals whose numbers are 1 at most.
     mixing, size = (torch.eye(count, dtype=torch.float64) - 1 / count) / 32, len(bases)
+    operator, kept, counter.tables = case["operator"], None, []
+    if operator in KEPT:
+        group, unit = matrix_group(bases, experts), mixing.float().expand(size, count, count).contiguous()
+        kept, counter.tables = Residuals([group], [k]), [group.table]
+        kept.form(unit)
+        short, long = (blocks.vectors(torch.float16).zero_() for blocks in (kept.short, kept.long))
     patches = counter.installed()
     with patches[0], patches[1]:
-        operator, transpose = case["operator"], case.get("transpose", False)
-        inner, outer = (m, n) if transpose else (n, m)
+        transpose = case.get("transpose", False)
         if operator == "task_gram":
             _triton.task_gram(bases, experts)
+        elif operator == "residual_matmul":
+            rhs = random(size, count, m if transpose else n, k)
+            _triton.residual_matmul(bases, experts, mixing, rhs, transpose, "tf32x3")
+        elif operator == "form":
+            kept.form(unit)
         elif operator == "sketch":
-            sketch(matrix_group(bases, experts), mixing, torch.arange(size), k, transpose)
-        elif operator == "multiply":
-            energies = torch.zeros(size, count, 1, dtype=torch.float64)
-            vectors = torch.float16 if case.get("half") else torch.float32
-            shift = Shift(energies, 1.0, random(size, count, k, outer, dtype=vectors)) if case["shifted"] else None
-            rhs, half = random(size, count, k, inner, dtype=vectors), case.get("half", False) and shift is None
-            multiply(matrix_group(bases, experts), mixing, rhs, transpose, case["precision"], shift, half=half)
+            kept.sketch(torch.arange(size))
+        elif operator == "along":
+            kept.along(short)
+        elif operator == "across":
+            kept.across(long, short, torch.zeros(10**4, dtype=torch.float64), 1.0)
+        elif operator == "last":
+            kept.along(short.float(), torch.ones(size, count))
         elif operator == "combine":
             core = torch.ones(count, dtype=torch.float64)
             core[: case["unread"]] = 0.0

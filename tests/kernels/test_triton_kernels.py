@@ -21,7 +21,6 @@ from bench.gpu.cases import cases
 from r2m_kernels import _torch, _triton
 from r2m_kernels._interface import Effort, ResidualGroup
 from r2m_kernels._triton import launch, truncate
-from r2m_kernels._triton.residual_matmul import SCALE, Shift, matrix_group, multiply, sketch
 
 COUNTS = [1, 3, 8, 13]  # of four that a kernel takes at once; twice as many; and a part of the fourth four
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -189,44 +188,6 @@ def test_many_columns_and_vectors_of_the_result(dtype):
     result = _triton.residual_matmul(bases, experts, mixing_of(2), rhs, False, "tf32x3")
     x = torch.einsum("ji,lje->lie", mixing_of(2), tau).unflatten(2, (72, 136))
     assert (result - x @ rhs.double()).norm() <= 1e-6 * (x @ rhs.double()).norm()
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-def test_the_shift_is_subtracted_and_the_energy_is_from_before(transpose):
-    bases, experts, tau = inputs((68, 132), torch.float32, 3)
-    x = torch.einsum("ji,lje->lie", mixing_of(3), tau).unflatten(2, (68, 132))
-    x = x.mT if transpose else x
-    generator = torch.Generator().manual_seed(1)
-    rhs, shifted = (torch.randn(2, 3, 9, size, generator=generator) for size in (x.shape[3], x.shape[2]))
-    energies = torch.tensor([[1.0, 0.5, 1.5], [0.0, 0.75, 0.9]], dtype=torch.float64)
-    parts = torch.stack([energies / 4] * 4, dim=2)  # as many tiles
-    group = matrix_group(bases, experts)
-    rows, squares = multiply(group, mixing_of(3), rhs, transpose, "tf32x3", Shift(parts, 3.0, shifted))
-    product, shift = rhs.double() @ x.mT, (3.0 * (1.0 - energies)).clamp_min(0)
-    assert torch.allclose(rows.double(), product - shift[..., None, None] * shifted, rtol=0, atol=1e-4)
-    assert torch.allclose(squares.sum(2), product.square().sum((2, 3)), rtol=1e-5)
-
-
-def test_the_sketch_is_the_residual_times_random_signs():
-    # The residual of one expert over a zero base, with mixing 1, is the expert itself: the identity shows the signs.
-    identity = [torch.eye(192)]
-    group = matrix_group([torch.zeros(192, 192)], [identity])
-    one = torch.eye(1, dtype=torch.float64)
-
-    def signs(key, k=96, transpose=False):
-        return sketch(group, one, torch.tensor([key]), k, transpose)[0, 0].double()
-
-    rows = signs(2**40 + 3)
-    assert set(rows.unique().tolist()) == {-1.0, 1.0}
-    assert torch.equal(rows, signs(2**40 + 3, transpose=True))
-    assert torch.equal(rows[:16], signs(2**40 + 3, k=16))  # column c does not depend on how many there are
-    for other in (2**40 + 4, 3, 2**41 + 3):
-        assert abs(float((rows * signs(other)).mean())) < 0.03  # 4 standard deviations of 18432 coins
-    # Neither rows nor columns favour a sign, or one another: six standard deviations.
-    assert float(rows.mean(0).abs().max()) < 6 / math.sqrt(96)
-    assert float(rows.mean(1).abs().max()) < 6 / math.sqrt(192)
-    products = rows @ rows.T / 192 - torch.eye(96)
-    assert float(products.abs().max()) < 6 / math.sqrt(192)
 
 
 def test_a_tensor_has_the_same_bits_alone_and_in_a_group():
@@ -465,31 +426,6 @@ def residuals(transpose):
     bases, experts, tau = inputs((68, 136), torch.float32, 3)
     x = torch.einsum("ji,lje->lie", mixing_of(3), tau).unflatten(2, (68, 136))
     return bases, experts, x.mT if transpose else x
-
-
-# Both operands are rounded to 11 bits, and a result that is kept as float16 too.
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-def test_float16_products_are_within_two_to_the_minus_ten(transpose, half):
-    bases, experts, x = residuals(transpose)
-    unit = mixing_of(3) / x.square().sum((2, 3)).sqrt().unsqueeze(1)  # a mixing for each tensor, columns are experts
-    x = x / x.square().sum((2, 3), keepdim=True).sqrt()
-    exact = torch.randn(2, 3, 20, x.shape[3], generator=torch.Generator().manual_seed(1)) / 40
-    rhs = (exact * SCALE).half() if half else exact
-    lengths = None if half else torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])
-    group = matrix_group(bases, experts)
-    rows, squares = multiply(group, unit, rhs, transpose, "fp16", lengths=lengths, half=half)
-    assert rows.dtype == (torch.float16 if half else torch.float32)
-    reached = rows.double() / SCALE if half else rows.double() / lengths[..., None, None]
-    product, size = exact.double() @ x.mT, exact.double().abs() @ x.abs().mT
-    error = float(((reached - product).abs() / size).max())
-    assert 2.0**-16 < error <= 2.0**-10 + 2.0**-20 + (2.0**-11 if half else 0)  # the first: operands are rounded
-    assert torch.allclose(squares.sum(2), product.square().sum((2, 3)), rtol=1e-3)
-    # What is subtracted may be float16 as well.
-    parts = torch.full((2, 3, 4), 0.2, dtype=torch.float64)
-    shifted = (torch.randn(2, 3, 20, x.shape[2], generator=torch.Generator().manual_seed(2)) / 40 * SCALE).half()
-    moved, _ = multiply(group, unit, rhs, transpose, "fp16", Shift(parts, 2.0, shifted))
-    assert ((moved.double() + 0.4 * shifted.double() / SCALE - product).abs() <= 2.0**-9 * size).all()
 
 
 def test_combine_with_tf32x3_products_is_within_its_bound(monkeypatch):

@@ -1,0 +1,427 @@
+"""The residuals of groups at work, formed once and kept as operands, and products with them (README §4).
+
+A residual X_i = Σ_j mixing[j, i] (θ_j − θ₀) that is multiplied half a dozen times costs less to keep than to form
+again: as float16 2 bytes a number are read, where the inputs have 4 for each of N + 1 tensors. What is kept is A, which
+is X, or Xᵀ where X is wide: A is tall, and every step is one grouped product on the matrix units, of all shapes.
+
+Operands are float16 where inputs have at most 32 bits. They are rounded, where matrix units cut tf32 ones off after as
+many bits, cost half of what tf32 does, and are half the traffic. What is rounded has a norm that is known, so that a
+power of two brings it into float16's range. float64 stays float64.
+
+The sketch multiplies with random signs that are made in registers. ±1 is exact in every operand precision, and the pass
+waits for memory, not for the matrix units: a sparse test matrix would save nothing here and would need atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._stream.blocks import padded
+from . import launch
+from .addresses import ELEMENT_TYPES, SCALE, Group, known_multiple, tensor_at
+from .orthonormalize import Blocks
+from .sums import summed
+
+# What numbers of the last basis are multiplied with, which is kept as it is and rounded where it is read.
+BASIS_SCALE = 2.0**8
+
+# Residuals of one tensor that a program forms.
+EXPERTS = 4
+# Numbers of a shape in the table of :class:`Residuals`; the first three count programs, of kernels that form residuals,
+# and of those whose products lie on the long and on the short side.
+SHAPE, FORMING, LONG, SHORT = 14, 0, 1, 2
+
+
+@triton.jit
+def shape_of(shapes, COUNTS: tl.constexpr, SHAPE: tl.constexpr):
+    """The row of a program's shape, and its place among the shape's programs."""
+    program = tl.program_id(0).to(tl.int64)
+    first, last = program * 0, tl.load(shapes + COUNTS)
+    while program >= last:
+        first = last
+        shapes += SHAPE
+        last = tl.load(shapes + COUNTS)
+    return shapes, program - first
+
+
+@triton.jit
+def tiles_of(shapes, residual, count, SHAPE: tl.constexpr):
+    """Of one of all residuals: its shape's first tensor, its tiles on the long side, and where the shape's start."""
+    while residual // count >= tl.load(shapes + 13):
+        shapes += SHAPE
+    return tl.load(shapes + 6), tl.load(shapes + 11).to(tl.int32), tl.load(shapes + 12)
+
+
+@triton.jit
+def sides_of(shapes, ALIGNED: tl.constexpr):
+    """m, n, k and the index of the first tensor: of a row of the table."""
+    m, n, k = tl.load(shapes + 3).to(tl.int32), tl.load(shapes + 4).to(tl.int32), tl.load(shapes + 5).to(tl.int32)
+    if ALIGNED:
+        m, n = known_multiple(m, 8), known_multiple(n, 8)
+    return m, n, k, tl.load(shapes + 6)
+
+
+@triton.jit
+def row_stride(length):
+    """From a row of so many numbers to the next, as :func:`r2m_kernels._stream.blocks.empty_rows` lays them."""
+    return known_multiple(length + 15, 16)
+
+
+@triton.jit
+def mixed_bits(x):
+    """A 32-bit hash: every input bit changes half of the output's (two rounds of xor-shift and odd multiplier)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_signs(key, rows, columns):
+    """±1 for every (row, column), independent for all practical purposes; a function of the 64-bit key and the two."""
+    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+    bits = mixed_bits(mixed_bits(rows.to(tl.uint32) ^ low) + columns.to(tl.uint32) * 0x9E3779B1 + high)
+    return 1.0 - 2.0 * (bits >> 31).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["count"])
+def form_residuals_kernel(
+    shapes,
+    mixing,
+    out,
+    count,
+    SHAPE: tl.constexpr,
+    TYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """out[l, i] = SCALE · X_li, or its transpose where that is tall: a tile of X, of EXPERTS experts, a program.
+
+    mixing (tensors, N, N). What serves other experts is a neighbour, and finds the inputs in the L2 cache.
+    """
+    shapes, place = shape_of(shapes, 0, SHAPE)
+    m, n, _, first_tensor = sides_of(shapes, ALIGNED)
+    blocks, column_tiles = tl.cdiv(count, EXPERTS), tl.cdiv(n, SIDE)
+    programs = tl.cdiv(m, SIDE) * column_tiles * blocks
+    tensor, rest = place // programs, (place % programs).to(tl.int32)
+    tile, first = rest // blocks, rest % blocks * EXPERTS
+    rows = tile // column_tiles * SIDE + tl.arange(0, SIDE)
+    columns = tile % column_tiles * SIDE + tl.arange(0, SIDE)
+    offsets = rows[:, None].to(tl.int64) * n + columns[None, :]
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+
+    slots = tensor_at(shapes + 7, True, tl.int64, False) + tensor * (count + 1)
+    mixing += (first_tensor + tensor) * count * count
+    theta = tl.load(tensor_at(slots, True, TYPE, ALIGNED) + offsets, mask=inside, other=0.0).to(COMPUTE)
+    residuals = ()
+    for _ in tl.static_range(EXPERTS):
+        residuals += (tl.zeros((SIDE, SIDE), COMPUTE),)
+    for j in range(count):
+        expert = tensor_at(slots + 1 + j, True, TYPE, ALIGNED)
+        tau = tl.load(expert + offsets, mask=inside, other=0.0).to(COMPUTE) - theta
+        mixed = ()
+        for i in tl.static_range(EXPERTS):
+            weight = tl.load(mixing + j * count + first + i, mask=first + i < count, other=0.0) * SCALE
+            mixed += (residuals[i] + weight * tau,)
+        residuals = mixed
+
+    long, stride = tl.maximum(m, n).to(tl.int64), row_stride(tl.minimum(m, n))
+    out += known_multiple(tl.load(shapes + 8), 16) + (tensor * count + first) * long * stride
+    for i in tl.static_range(EXPERTS):
+        if first + i < count:
+            kept = residuals[i].to(out.dtype.element_ty)
+            matrix = out + i * long * stride
+            if m < n:
+                there = matrix + columns[:, None].to(tl.int64) * stride + rows[None, :]
+                tl.store(there, tl.trans(kept), mask=(columns < n)[:, None] & (rows < m)[None, :])
+            else:
+                tl.store(matrix + rows[:, None].to(tl.int64) * stride + columns[None, :], kept, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def residual_product_kernel(
+    residuals,
+    vectors,
+    out,
+    squares,
+    shifted,
+    lengths,
+    shapes,
+    count,
+    SHAPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    DAMPING: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    VECTOR_SCALE: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    SHIFTED_SCALE: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """out[b] = vectors[b] A_bᵀ, k rows on the long side, for every block b: residual i of tensor l.
+
+    ACROSS: out[b] = vectors[b] A_b on the short side, less shift_b · shifted[b] where DAMPING is not 0. With SIGNS
+    vectors holds a key for each tensor instead, and vector c is the random signs of column c.
+
+    squares has the sum of squares of every tile of the long side, float64, a block's one after another; shift_b =
+    DAMPING / (short side − k) · (1 − Σ squares[b]), 0 where that is negative. Vectors are given, shifted and written
+    times VECTOR_SCALE, SHIFTED_SCALE and OUT_SCALE, the last times lengths[b] with LENGTHS; DIVISOR is what operands
+    are multiplied with together.
+    """
+    shapes, place = shape_of(shapes, 2 if ACROSS else 1, SHAPE)
+    m, n, k, first_tensor = sides_of(shapes, ALIGNED)
+    long, short = tl.maximum(m, n), tl.minimum(m, n)
+    if ALIGNED:  # which a maximum loses
+        long, short = known_multiple(long, 8), known_multiple(short, 8)
+    outer, inner = (short, long) if ACROSS else (long, short)
+    # Programs that read the same tile of a residual are neighbours: all but the first find it in the L2 cache.
+    row_tiles = tl.cdiv(k, ROWS)
+    tiles = tl.cdiv(outer, COLUMNS) * row_tiles
+    block, tile = place // tiles, (place % tiles).to(tl.int32)
+    rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+    columns = tile // row_tiles * COLUMNS + tl.arange(0, COLUMNS)
+
+    stride = row_stride(short)
+    matrix = residuals + known_multiple(tl.load(shapes + 8), 16) + block * long * stride
+    of_long = known_multiple(tl.load(shapes + 9), 16) + block * k * row_stride(long)
+    of_short = known_multiple(tl.load(shapes + 10), 16) + block * k * stride
+    of_outer, of_inner = (of_short, of_long) if ACROSS else (of_long, of_short)
+    total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    for start in range(0, inner, INNER):
+        depth = start + tl.arange(0, INNER)
+        if ACROSS:
+            where = depth[:, None].to(tl.int64) * stride + columns[None, :]
+            right = tl.load(matrix + where, mask=(depth < inner)[:, None] & (columns < outer)[None, :], other=0.0)
+        else:
+            where = columns[:, None].to(tl.int64) * stride + depth[None, :]
+            right = tl.load(matrix + where, mask=(columns < outer)[:, None] & (depth < inner)[None, :], other=0.0)
+            right = tl.trans(right)
+        if SIGNS:
+            left = random_signs(tl.load(vectors + first_tensor + block // count), depth[None, :], rows[:, None])
+        else:
+            where = of_inner + rows[:, None].to(tl.int64) * row_stride(inner) + depth[None, :]
+            left = tl.load(vectors + where, mask=(rows < k)[:, None] & (depth < inner)[None, :], other=0.0)
+            if VECTOR_SCALE != 1.0:
+                left = left.to(COMPUTE) * VECTOR_SCALE
+        left, right = left.to(OPERAND).to(DOT), right.to(DOT)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=COMPUTE)
+
+    total *= 1.0 / DIVISOR
+    here = (rows < k)[:, None] & (columns < outer)[None, :]
+    where = of_outer + rows[:, None].to(tl.int64) * row_stride(outer) + columns[None, :]
+    if ACROSS:
+        if DAMPING != 0.0:
+            tiles_of_block, sums = tl.load(shapes + 11).to(tl.int32), squares + tl.load(shapes + 12)
+            left_out = 1.0 - summed(sums + block * tiles_of_block, tiles_of_block, 32)
+            amount = left_out * DAMPING / (short - k).to(tl.float64)
+            amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
+            total -= amount * (tl.load(shifted + where, mask=here, other=0.0).to(COMPUTE) * SHIFTED_SCALE)
+    else:
+        # In the compute type, for want of registers: residuals are scaled to norm 1.
+        inside = tl.where(here, total, 0.0)
+        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(inside * inside, axis=1).to(tl.float64)))
+        if LENGTHS:
+            total *= tl.load(lengths + first_tensor * count + block)
+    tl.store(out + where, (total * OUT_SCALE).to(out.dtype.element_ty), mask=here)
+
+
+def sides_of_group(inputs: Group) -> tuple[int, int]:
+    """Rows and columns of its matrices."""
+    m = len(inputs.bases[0])
+    return m, inputs.bases[0].numel() // m
+
+
+def fits(inputs: Group) -> bool:
+    """Whether rows and columns of residuals, and vectors on either side, are whole vectors of operands."""
+    return inputs.aligned and all(side % 8 == 0 for side in sides_of_group(inputs))
+
+
+class Residuals:
+    """Those of all experts, of groups of one dtype and as many experts, one group after another.
+
+    Attributes:
+        short, long: how blocks of vectors on either side lie, a block for each residual.
+    """
+
+    def __init__(self, inputs: Sequence[Group], ranks: Sequence[int]) -> None:
+        """Nothing is formed yet.
+
+        Args:
+            inputs: groups of matrices, of rows as the matrices'.
+            ranks: of each how many vectors are multiplied.
+        """
+        self.inputs, self.device, self.dtype = inputs, inputs[0].device, inputs[0].compute_dtype
+        self.count, half = len(inputs[0].experts), inputs[0].compute_dtype != torch.float64
+        self.operand, self._scale = (torch.float16, SCALE) if half else (torch.float64, 1.0)
+        self._basis_scale = BASIS_SCALE if half else 1.0
+        sides, self._aligned = [sides_of_group(of) for of in inputs], all(map(fits, inputs))
+        target = launch.target_of(self.device)
+        self._form = launch.form_residuals(target, self._aligned)
+        self._product = launch.residual_product(target, self.dtype, self._aligned)
+        blocks = [len(of.bases) * self.count for of in inputs]
+        self.short, self.long = (
+            Blocks([(size, k, side(both)) for size, k, both in zip(blocks, ranks, sides, strict=True)], self.device)
+            for side in (min, max)
+        )
+        self._numbers, self._programs, tensors, rows = 0, [0, 0, 0], 0, []
+        for place, (of, k, (m, n), size) in enumerate(zip(inputs, ranks, sides, blocks, strict=True)):
+            long, short = max(m, n), min(m, n)
+            row_tiles = -(-k // self._product.rows)
+            tiles = [row_tiles * -(-side // self._product.columns) for side in (long, short)]
+            forming = -(-m // self._form.block) * -(-n // self._form.block) * -(-self.count // EXPERTS)
+            first = self._programs[LONG]
+            for counted, more in (
+                (FORMING, len(of.bases) * forming),
+                (LONG, size * tiles[0]),
+                (SHORT, size * tiles[1]),
+            ):
+                self._programs[counted] += more
+            starts = self._numbers, self.long.starts[place], self.short.starts[place]
+            last = tensors + len(of.bases)
+            rows.append([*self._programs, m, n, k, tensors, of.table.data_ptr(), *starts, tiles[0], first, last])
+            self._numbers, tensors = self._numbers + size * long * padded(short), last
+        self.table = torch.tensor(rows).to(self.device, non_blocking=True)
+        self._kept = torch.empty(0)
+
+    def form(self, unit: Tensor) -> None:
+        """Keep them, each scaled to norm 1.
+
+        Args:
+            unit: (tensors, N, N) in the compute dtype, mixing and scaling: columns are experts.
+        """
+        self._kept = torch.empty(self._numbers, dtype=self.operand, device=self.device)
+        launch.start(
+            form_residuals_kernel,
+            (self._programs[FORMING],),
+            self._form,
+            *(self.table, unit, self._kept, self.count),
+            SHAPE=SHAPE,
+            TYPE=ELEMENT_TYPES[self.inputs[0].dtype],
+            COMPUTE=ELEMENT_TYPES[self.dtype],
+            SCALE=self._scale,
+            ALIGNED=self._aligned,
+            EXPERTS=EXPERTS,
+            SIDE=self._form.block,
+        )
+
+    def matrices(self) -> list[Tensor]:
+        """What is kept: of each group (L, N, long side, short side), times :data:`SCALE` where it is float16."""
+        views, start = [], 0
+        for inputs in self.inputs:
+            size, (short, long) = len(inputs.bases) * self.count, sorted(sides_of_group(inputs))
+            rows = self._kept.as_strided((size, long, short), (long * padded(short), padded(short), 1), start)
+            views.append(rows.view(-1, self.count, long, short))
+            start += size * long * padded(short)
+        return views
+
+    def forget(self) -> None:
+        """Give their memory back."""
+        self._kept = torch.empty(0)
+
+    def sketch(self, keys: Tensor) -> Tensor:
+        """Random signs times A, on the short side; the same signs for all experts of a tensor.
+
+        Args:
+            keys: (tensors,) int64, on the device.
+        """
+        out = self.short.vectors(self.dtype)
+        self._multiply(keys, out, across=True, signs=True, divisor=self._scale)
+        return out
+
+    def along(self, basis: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A times a basis, on the long side, and the sums of squares of its tiles before lengths.
+
+        Args:
+            basis: on the short side, as operands, times :data:`SCALE`, and what is made of it is that, too; or, with
+                lengths, in the compute dtype.
+            lengths: (tensors, N) in the compute dtype, what the last products are multiplied with.
+
+        Returns:
+            Vectors, and float64 sums, a block's one after another.
+        """
+        last = lengths is not None
+        given, rounding = (1.0, self._basis_scale) if last else (self._scale, 1.0)
+        out = self.long.vectors(self.dtype if last else self.operand)
+        squares = torch.empty(self._programs[LONG], dtype=torch.float64, device=self.device)
+        self._multiply(
+            *(basis, out, squares),
+            lengths=lengths,
+            vector_scale=rounding,
+            divisor=self._scale * given * rounding,
+            out_scale=1.0 if last else self._scale,
+        )
+        return out, squares
+
+    def across(self, product: Tensor, basis: Tensor, squares: Tensor, damping: float) -> Tensor:
+        """Aᵀ times what :meth:`along` made of a basis, less a shift of the basis, on the short side.
+
+        The shift is ``damping`` of the mean energy of what the basis leaves out.
+        """
+        out = self.short.vectors(self.dtype)
+        self._multiply(
+            *(product, out, squares, basis),
+            across=True,
+            damping=damping,
+            divisor=self._scale * self._scale,
+            shifted_scale=1.0 / self._scale,
+        )
+        return out
+
+    def _multiply(
+        self,
+        vectors: Tensor,
+        out: Tensor,
+        squares: Tensor | None = None,
+        shifted: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        divisor: float,
+        across: bool = False,
+        signs: bool = False,
+        damping: float = 0.0,
+        vector_scale: float = 1.0,
+        shifted_scale: float = 1.0,
+        out_scale: float = 1.0,
+    ) -> None:
+        operand, config = ELEMENT_TYPES[self.operand], self._product
+        launch.start(
+            residual_product_kernel,
+            (self._programs[SHORT if across else LONG],),
+            config,
+            *(self._kept, vectors, out),
+            *(out if one is None else one for one in (squares, shifted, lengths)),
+            *(self.table, self.count),
+            SHAPE=SHAPE,
+            COMPUTE=ELEMENT_TYPES[self.dtype],
+            OPERAND=operand,
+            # The interpreter would sum products of float16 operands in float16: there they are rounded and widened.
+            DOT=ELEMENT_TYPES[self.dtype] if launch.INTERPRETED else operand,
+            PRECISION=config.input_precision,
+            ACROSS=across,
+            SIGNS=signs,
+            DAMPING=damping,
+            LENGTHS=lengths is not None,
+            VECTOR_SCALE=vector_scale,
+            DIVISOR=divisor,
+            SHIFTED_SCALE=shifted_scale,
+            OUT_SCALE=out_scale,
+            ALIGNED=config.aligned,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            INNER=config.inner,
+        )
