@@ -83,7 +83,7 @@ print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) fo
 
 def test_every_entry_of_the_table_is_reachable_and_well_formed():
     table = launch.table()
-    sizes = {"task_gram": launch.GramConfig, "combine_vector": launch.VectorConfig}
+    sizes = {"task_gram": launch.GramConfig, **dict.fromkeys(("combine_vector", "form_residuals"), launch.VectorConfig)}
     for operator, targets in table.items():
         assert tuple(targets) == launch.TARGETS
         known = {field.name for field in fields(sizes.get(operator, launch.MatmulConfig))}
@@ -100,8 +100,8 @@ def test_every_entry_of_the_table_is_reachable_and_well_formed():
 @pytest.mark.parametrize(
     ("target", "tiles", "failure"),
     [
-        ("sm_80", {"experts": 4, "rows": 128}, "spills"),
-        ("sm_90", {"inner": 64, "stages": 6}, "bytes of shared memory"),
+        ("sm_80", {"columns": 256, "warps": 4}, "spills"),
+        ("sm_90", {"stages": 8}, "bytes of shared memory"),
         ("sm_100", {"rows": 32}, "has no matrix instruction"),  # its unit wants 64 rows
         ("sm_90", {"rows": 32}, "matrix instruction of single warps"),  # as a warp group's does
         ("sm_90", {"inner": 16, "rows": 16, "columns": 32}, "has no 128-bit load"),
