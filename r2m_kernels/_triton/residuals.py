@@ -256,6 +256,11 @@ class Residuals:
 
     Attributes:
         short, long: how blocks of vectors on either side lie, a block for each residual.
+        operand: what residuals are kept as, and vectors between steps.
+        table: (groups, SHAPE) int64 on the device. A row: programs up to its last one, that form residuals, and whose
+            products lie on the long, and on the short side; m, n and k; its first tensor; the address of its inputs'
+            table; where its residuals and its vectors on the long and on the short side start; tiles of a block on
+            the long side, and the shape's first; and the tensor after its last one.
     """
 
     def __init__(self, inputs: Sequence[Group], ranks: Sequence[int]) -> None:
@@ -280,17 +285,13 @@ class Residuals:
         )
         self._numbers, self._programs, tensors, rows = 0, [0, 0, 0], 0, []
         for place, (of, k, (m, n), size) in enumerate(zip(inputs, ranks, sides, blocks, strict=True)):
-            long, short = max(m, n), min(m, n)
+            long, short, first = max(m, n), min(m, n), self._programs[LONG]
             row_tiles = -(-k // self._product.rows)
             tiles = [row_tiles * -(-side // self._product.columns) for side in (long, short)]
             forming = -(-m // self._form.block) * -(-n // self._form.block) * -(-self.count // EXPERTS)
-            first = self._programs[LONG]
-            for counted, more in (
-                (FORMING, len(of.bases) * forming),
-                (LONG, size * tiles[0]),
-                (SHORT, size * tiles[1]),
-            ):
-                self._programs[counted] += more
+            self._programs[FORMING] += len(of.bases) * forming
+            self._programs[LONG] += size * tiles[0]
+            self._programs[SHORT] += size * tiles[1]
             starts = self._numbers, self.long.starts[place], self.short.starts[place]
             last = tensors + len(of.bases)
             rows.append([*self._programs, m, n, k, tensors, of.table.data_ptr(), *starts, tiles[0], first, last])
