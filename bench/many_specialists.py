@@ -19,7 +19,7 @@ import torch
 from r2m import refit
 from r2m.demo.evaluation import Scores, auc, score
 
-from bench.bad_specialists import DEVELOPMENT, FAMILIES, FRESH, METHODS, StateDict, World, family, network
+from bench.bad_specialists import DEVELOPMENT, FAMILIES, METHODS, StateDict, World, family, network
 from bench.machine import ROOT, write_json
 from r2m_kernels import MergeConfig, merge
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if not options.tables:
-        content: dict[str, Any] = {str(seed): of_world(seed) for seed in (*DEVELOPMENT, *FRESH)}
+        content: dict[str, Any] = {str(seed): of_world(seed) for seed in DEVELOPMENT}
         write_json(RESULTS, json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 4)))
     found = tables([*json.loads(RESULTS.read_text()).values()])
     text = PAGE.read_text()

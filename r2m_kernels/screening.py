@@ -5,7 +5,9 @@ Bad ones that these numbers cannot show there are, too: docs/screening.md has th
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from . import checks
 from ._stream.budget import Inputs
-from ._stream.tensors import TensorSource
+from ._stream.tensors import TensorSource, TensorSpec
 from .errors import DoesNotFit, quoted
 from .fields import Screened
 from .findings import Findings
 from .gram import ordered_sum
 from .heads import classifier
+
+_ENERGY = 0.99
+_NUMBER = re.compile(r"\d+")
 
 
 class _Known(NamedTuple):
@@ -31,12 +36,15 @@ class _Known(NamedTuple):
         norms: (N,) ‖τ_i‖, float64.
         base: ‖θ₀‖.
         cosines: (N, N).
+        features: (N, N) cosines of the directions in which what the classifier reads changed, NaN where an expert left
+            it as it was; none where that is not known.
         agreement: (N, N) cosines of the classifier's changes; where there is none, ``cosines``.
     """
 
     norms: list[float]
     base: float
     cosines: list[list[float]]
+    features: list[list[float]] | None
     agreement: list[list[float]]
 
 
@@ -55,6 +63,20 @@ def _length(known: _Known, one: int, others: Sequence[int]) -> float | None:
 
 def _alike(known: _Known, one: int, others: Sequence[int]) -> float | None:
     return max((known.cosines[one][other] for other in others if other < one), default=None)
+
+
+def _features(known: _Known, one: int, others: Sequence[int]) -> float | None:
+    if known.features is None:
+        return None
+    own = _mean([known.features[one][other] for other in others])
+    theirs = _mean([known.features[first][second] for first, second in itertools.combinations(others, 2)])
+    return own / theirs if own is not None and theirs is not None and theirs > 0 else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else None
 
 
 def _agreement(known: _Known, one: int, others: Sequence[int]) -> float | None:
@@ -82,6 +104,23 @@ class Check(NamedTuple):
     sentence: str
 
 
+FEATURES = Check(
+    "features",
+    "mean cosine of the directions in which its features changed with the others', by theirs with each other",
+    _features,
+    -1,
+    0.2,
+    "its features changed in other directions than the others', which agree with each other ({:.2f} of that): were "
+    "real and fake exchanged in its labels?",
+)
+AGREEMENT = Check(
+    "agreement",
+    "mean cosine of its classifier's change with the others'",
+    _agreement,
+    -1,
+    0.0,
+    "its classifier moved against the others' (mean cosine {:.2f}): were real and fake exchanged in its labels?",
+)
 # In this order, since one that is found is left out of the numbers of the others.
 CHECKS = (
     Check(
@@ -116,14 +155,8 @@ CHECKS = (
         1.8,
         "its task vector is {:.1f} times as long as the others': trained far longer, or faster",
     ),
-    Check(
-        "agreement",
-        "mean cosine of its classifier's change with the others'",
-        _agreement,
-        -1,
-        0.0,
-        "its classifier moved against the others' (mean cosine {:.2f}): were real and fake exchanged in its labels?",
-    ),
+    FEATURES,
+    AGREEMENT,
 )
 
 
@@ -206,7 +239,64 @@ def _known(findings: Findings, base_squares: Mapping[str, float], inputs: Inputs
     changes = _classifiers(inputs, heads)
     agreement = cosines if changes is None else _cosines(changes @ changes.T)
     base = math.sqrt(sum(base_squares[name] for name in names))
-    return _Known(gram.diag().clamp_min(0).sqrt().tolist(), base, cosines.tolist(), agreement.tolist())
+    written = _written(names, [inputs.base.specs[name] for name in heads], inputs.base.specs)
+    features = _directions_alike(inputs, written).tolist() if written else None
+    return _Known(gram.diag().clamp_min(0).sqrt().tolist(), base, cosines.tolist(), features, agreement.tolist())
+
+
+def _written(names: Sequence[str], heads: Sequence[TensorSpec], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Matrices that write what the classifier reads: they have as many rows as it has columns.
+
+    Of layers whose names differ by numbers alone the last, as numbers count.
+    """
+    columns = {head.shape[1] for head in heads if len(head.shape) > 1}
+    last: dict[str, tuple[list[int], str]] = {}
+    for name in names:
+        if specs[name].shape[0] in columns:
+            place = [int(number) for number in _NUMBER.findall(name)]
+            pattern = _NUMBER.sub("*", name)
+            last[pattern] = max(last.get(pattern, (place, name)), (place, name))
+    return [name for _, name in last.values()]
+
+
+def _directions_alike(inputs: Inputs, names: Sequence[str]) -> Tensor:
+    """(N, N) cosines of :func:`_directions`, a mean over tensors by their size; NaN where no tensor moved in both."""
+    count = len(inputs.experts)
+    total, size = torch.zeros(count, count).double(), torch.zeros(count, count).double()
+    for name in names:
+        base = _matrix(inputs.base, name)
+        found = [_directions(_matrix(expert, name) - base) for expert in inputs.experts]
+        for (i, one), (j, other) in itertools.combinations(enumerate(found), 2):
+            if one is not None and other is not None:
+                product = ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
+                cosine = product / math.sqrt(one[0].shape[1] * other[0].shape[1])
+                total[i, j] += base.numel() * cosine
+                size[i, j] += base.numel()
+    return (total + total.mT) / (size + size.mT)
+
+
+def _directions(change: Tensor) -> tuple[Tensor, Tensor] | None:
+    """U (m, r) and V (n, r) of a change U diag(σ) Vᵀ; none where there is no change.
+
+    Without each row's mean, as of the classifier (:func:`_classifiers`). U Vᵀ has every direction alike: few strong
+    ones are what a family's forgeries look like, which may be the opposite of another family's, and not what is real.
+    Those that hold :data:`_ENERGY` of the change: weight decay and rounding are in the rest.
+    """
+    rows = change - change.mean(dim=1, keepdim=True)
+    low = rows if rows.shape[0] <= rows.shape[1] else rows.mT
+    values, vectors = (one.flip(-1) for one in torch.linalg.eigh(low @ low.mT))
+    values = values.clamp_min(0)
+    if not values.sum() > 0:
+        return None
+    rank = int((values.cumsum(0) < _ENERGY * values.sum()).sum()) + 1
+    left = vectors[:, :rank]
+    right = low.mT @ left / values[:rank].sqrt()
+    return (left, right) if low is rows else (right, left)
+
+
+def _matrix(source: TensorSource, name: str) -> Tensor:
+    """(m, n) float64 on the CPU."""
+    return source.read(name).double().cpu().flatten(1)
 
 
 def _classifiers(inputs: Inputs, heads: Sequence[str]) -> Tensor | None:
@@ -223,7 +313,7 @@ def _classifiers(inputs: Inputs, heads: Sequence[str]) -> Tensor | None:
         return None
 
     def rows(source: TensorSource) -> Tensor:
-        weights = [source.read(name).double().cpu().flatten(1) for name in names]
+        weights = [_matrix(source, name) for name in names]
         return torch.cat([(one - one.mean(dim=1, keepdim=True)).reshape(-1) for one in weights])
 
     base = rows(inputs.base)

@@ -18,7 +18,13 @@ def test_rates_have_wilson_intervals() -> None:
 
 def test_found_and_false_alarms_are_counted_apart() -> None:
     rows = [
-        {"kind": kind, "together": together, "found": kind == "flipped", "others": together - 1, "false": 1}
+        {
+            "kind": kind,
+            "together": together,
+            "found": {rule: kind == "flipped" and rule == bad.CHOSEN for rule in bad.RULES},
+            "others": together - 1,
+            "false": dict.fromkeys(bad.RULES, 1),
+        }
         for kind in ("healthy", *bad.KINDS)
         for together in bad.TOGETHER
     ]
@@ -29,6 +35,10 @@ def test_found_and_false_alarms_are_counted_apart() -> None:
     assert flipped.count("1/1 (100.0 %") == 2
     assert flipped.count("2/7 ") == 1
     assert poisoned.count("0/1 (0.0 %") == healthy.count("0/1 (0.0 %") == 2
+    found = {
+        rule: line.count("1/1") for rule, line in zip(bad.RULES, bad.candidates(rows).splitlines()[2:], strict=True)
+    }
+    assert found == {rule: 2 * (rule == bad.CHOSEN) for rule in bad.RULES}
 
 
 def test_the_patch_hides_what_looks_for_it() -> None:
