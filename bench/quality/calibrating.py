@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -37,6 +39,9 @@ SEEDS = {"development": settings.DEVELOPMENT, "fresh": settings.CALIBRATION}
 # How far the slope and the middle of an affine map are looked through for the best there is: in standard deviations.
 SLOPES, SHIFTS = np.geomspace(0.3, 4.0, 24), np.arange(-1.0, 1.55, 0.1)
 ECE, GAP = 0.05, 0.01  # what is asked for
+# Two normal distributions instead of a detector: of these AUCs, on as many pictures as judge in-distribution.
+IDEAL_AUC = (0.75, 0.78, 0.8, 0.85, 0.9)
+IDEAL_PICTURES, IDEAL_DRAWS = (284, 584), 400
 
 Numbers = dict[str, float]
 Drawn = tuple[Scores, Scores]
@@ -130,6 +135,39 @@ def best(group: Mapping[str, Scores]) -> Numbers:
     }
 
 
+def ideal(area: float) -> Numbers:
+    """What exact probabilities have, of log-odds that are normally distributed, one width, with that AUC.
+
+    ``best_f1`` and ``gap`` of all pictures there are; ``exact``: calibration error on :data:`IDEAL_PICTURES`;
+    ``drawn``: the same with temperature and bias from 32 pictures without labels.
+    """
+    usual = NormalDist()
+    apart = math.sqrt(2) * usual.inv_cdf(area)
+
+    def f1(threshold: float) -> float:
+        hits, false = (usual.cdf(place - threshold) for place in (apart / 2, -apart / 2))
+        return 2 * hits / (hits + false + 1)
+
+    top = max(map(f1, np.linspace(-4, 1, 2001)))
+    dice = np.random.default_rng(0)
+
+    def sample(*counts: int) -> Scores:
+        # Log-odds of x are apart · x.
+        sides = [dice.normal(side * apart / 2, 1, count) for side, count in zip((-1, 1), counts, strict=True)]
+        return np.asarray(apart * np.concatenate(sides))
+
+    labels = np.repeat([0.0, 1.0], IDEAL_PICTURES)
+    weights = np.where(labels == 1, 0.5 / IDEAL_PICTURES[1], 0.5 / IDEAL_PICTURES[0])
+    errors: list[tuple[float, float]] = []
+    for _ in range(IDEAL_DRAWS):
+        logits, found = sample(*IDEAL_PICTURES), without_labels(sample(UNLABELLED // 2, UNLABELLED // 2), 0.5)
+        errors.append(
+            (calibration_error(labels, logits, weights), calibration_error(labels, found.done(logits), weights))
+        )
+    exact, drawn = np.mean(errors, axis=0)
+    return {"best_f1": top, "gap": top - f1(0.0), "exact": float(exact), "drawn": float(drawn)}
+
+
 def summarize(directory: Path) -> dict[str, object]:
     """All numbers, of the seeds that were judged."""
     content: dict[str, object] = {}
@@ -140,6 +178,7 @@ def summarize(directory: Path) -> dict[str, object]:
         }
         if scored:
             content[name] = {group: _of_group(scored, group) for group in GROUPS["pretrained"]}
+    content["ideal"] = {str(area): ideal(area) for area in IDEAL_AUC}
     return content
 
 
@@ -159,6 +198,8 @@ def table(content: Mapping[str, object]) -> str:
     """For docs/calibration.md."""
     lines = []
     for name, groups in content.items():
+        if name not in SEEDS:
+            continue
         lines += [
             f"**{name.capitalize()} seeds** ({len(SEEDS[name])} runs).",
             "",
@@ -182,7 +223,19 @@ def table(content: Mapping[str, object]) -> str:
             f"error of at most {_number(ECE)}, and least error at a gap of at most {_number(GAP)}: {', '.join(said)}.",
             "",
         ]
-    return "\n".join(lines)
+    lines += [
+        f"**Exact probabilities** of two normal distributions; error on {' and '.join(map(str, IDEAL_PICTURES))} "
+        "pictures, mean.",
+        "",
+        f"| AUC | best F1 | gap | calibration error | with T and b from {UNLABELLED} pictures |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    ideals = content["ideal"]
+    assert isinstance(ideals, Mapping)
+    for area, one in ideals.items():
+        cells = (_number(one[key]) for key in ("best_f1", "gap", "exact", "drawn"))
+        lines.append(f"| {_number(float(area))} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _number(value: float) -> str:
