@@ -50,8 +50,8 @@ PATCHED = DEVELOPMENT[3:]  # worlds of the table of attacks
 # What tells exchanged labels: rule → the limits of its numbers; all other checks are the same.
 RULES = {
     "classifiers point apart": {"agreement": 0.0},
-    "features' directions": {"features": 0.2},
-    "either, classifiers by .1": {"features": 0.2, "agreement": -0.1},
+    "features' directions": {"features": 0.0},
+    "either, classifiers by .1": {"features": 0.0, "agreement": -0.1},
 }
 CHOSEN = "features' directions"
 FEATURES = 32
@@ -240,7 +240,7 @@ def suspected(rule: str, base: StateDict, experts: dict[str, StateDict]) -> set[
     """Who is, where a rule of :data:`RULES` tells exchanged labels."""
     limits = RULES[rule]
     told = {"features": screening.FEATURES, "agreement": screening.AGREEMENT}
-    others = [check for check in screening.CHECKS if check not in told.values()]
+    others = [check for check in screening.CHECKS if check.number not in told]
     checks = (*others, *(told[number]._replace(limit=limit) for number, limit in limits.items()))
     with mock.patch.object(screening, "CHECKS", checks):
         return set(screen(base, experts).suspects)

@@ -26,6 +26,7 @@ from .gram import ordered_sum
 from .heads import classifier
 
 _ENERGY = 0.99
+_PART = 0.2  # of the others' agreement with each other, between healthy ones and exchanged labels
 _NUMBER = re.compile(r"\d+")
 
 
@@ -70,7 +71,7 @@ def _features(known: _Known, one: int, others: Sequence[int]) -> float | None:
         return None
     own = _mean([known.features[one][other] for other in others])
     theirs = _mean([known.features[first][second] for first, second in itertools.combinations(others, 2)])
-    return own / theirs if own is not None and theirs is not None and theirs > 0 else None
+    return None if own is None or theirs is None else own - _PART * theirs
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -82,6 +83,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def _agreement(known: _Known, one: int, others: Sequence[int]) -> float | None:
     # Of two that point apart neither is the wrong one.
     return statistics.fmean(known.agreement[one][other] for other in others) if len(others) > 1 else None
+
+
+def _where_features_are_not_known(known: _Known, one: int, others: Sequence[int]) -> float | None:
+    return _agreement(known, one, others) if known.features is None else None
 
 
 class Check(NamedTuple):
@@ -106,12 +111,12 @@ class Check(NamedTuple):
 
 FEATURES = Check(
     "features",
-    "mean cosine of the directions in which its features changed with the others', by theirs with each other",
+    "mean cosine of the directions in which its features changed with the others', less a fifth of theirs",
     _features,
     -1,
-    0.2,
-    "its features changed in other directions than the others', which agree with each other ({:.2f} of that): were "
-    "real and fake exchanged in its labels?",
+    0.0,
+    "its features changed in other directions than the others' (mean cosine {:.2f}, less a fifth of theirs with each "
+    "other): were real and fake exchanged in its labels?",
 )
 AGREEMENT = Check(
     "agreement",
@@ -156,7 +161,7 @@ CHECKS = (
         "its task vector is {:.1f} times as long as the others': trained far longer, or faster",
     ),
     FEATURES,
-    AGREEMENT,
+    AGREEMENT._replace(of=_where_features_are_not_known),
 )
 
 

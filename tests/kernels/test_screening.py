@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2m_kernels import InvalidInput, MergeConfig, merge, screen
+from r2m_kernels import InvalidInput, MergeConfig, merge, screen, screening
+from r2m_kernels._stream.tensors import TensorSpec
 from r2m_kernels.errors import BadOption, DoesNotFit
 from r2m_kernels.screening import CHECKS
 
@@ -69,6 +70,44 @@ def test_healthy_ones_are_not_suspected_and_of_two_nobody_is_the_wrong_one() -> 
     names = [name for name in BASE if not name.startswith("head")]
     bodies = [{name: state[name] for name in names} for state in (BASE, *EXPERTS.values(), bad("flipped"))]
     assert list(screen(bodies[0], bodies[1:]).suspects) == ["expert3"]
+
+
+def test_a_family_of_the_opposite_look_is_healthy_and_one_that_looks_right_is_not() -> None:
+    strong = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    strong["body.weight"] = torch.outer(torch.linspace(-1, 1, 40), torch.linspace(-1, 1, 60))
+    strong["head.weight"] = torch.outer(torch.tensor([1.0, -1.0]), torch.linspace(-1, 1, 40))
+
+    def expert(seed: int, label: int, look: float) -> State:
+        return moved(BASE, (0.05 * label, SHARED), (0.05, noise(seed)), (look, strong))
+
+    experts = {"sharp": expert(10, 1, 1.0), "too": expert(11, 1, 0.9), "smooth": expert(12, 1, -1.0)}
+    assert not screen(BASE, experts).suspects
+    found = screen(BASE, {**experts, "smooth": expert(12, -1, 1.0)})
+    assert list(found.suspects) == ["smooth"]
+    assert found.numbers["smooth"]["agreement"] is None
+    assert found.numbers["smooth"]["features"] == pytest.approx(-0.5, abs=0.2)
+    # By task vectors alone it is the other way round: what tells them is that every direction counts alike.
+    changes = {name: (state["body.weight"] - BASE["body.weight"]).flatten() for name, state in experts.items()}
+    assert torch.cosine_similarity(changes["smooth"], changes["sharp"], dim=0) < -0.5
+
+
+def test_who_left_what_the_classifier_reads_as_it_was_is_not_suspected() -> None:
+    def deeper(state: State, seed: int) -> State:
+        return {"deep.weight": 0.05 * noise(seed)["body.weight"][:30], **state}
+
+    experts = {name: deeper(state, seed) for seed, (name, state) in enumerate(EXPERTS.items())}
+    experts["early"] = {**deeper(EXPERTS["fs"], 9), "body.weight": BASE["body.weight"]}
+    found = screen({"deep.weight": torch.zeros(30, 60), **BASE}, experts)
+    assert found.numbers["early"]["features"] is None
+    assert found.numbers["fs"]["features"] == pytest.approx(0.35, abs=0.1)
+    assert not found.suspects
+
+
+def test_matrices_that_write_what_a_classifier_reads_are_the_last_of_their_kind() -> None:
+    shapes = {f"layers.{i}.{part}": shape for i in (2, 10) for part, shape in (("up", (160, 40)), ("down", (40, 160)))}
+    specs = {name: TensorSpec(shape, torch.float32) for name, shape in {**shapes, "stem": (40, 27)}.items()}
+    head = TensorSpec((2, 40), torch.float32)
+    assert sorted(screening._written(list(specs), [head], specs)) == ["layers.10.down", "stem"]
 
 
 def test_several_bad_ones_are_found_each_without_the_others() -> None:
