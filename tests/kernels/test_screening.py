@@ -103,6 +103,19 @@ def test_who_left_what_the_classifier_reads_as_it_was_is_not_suspected() -> None
     assert not found.suspects
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_directions_are_those_of_a_change_without_each_rows_mean_and_have_one_length(shape: tuple[int, int]) -> None:
+    dice = torch.Generator().manual_seed(0)
+    change, mean = torch.randn(shape, generator=dice).double(), torch.randn(shape[0], 1, generator=dice).double()
+    left, right = screening._directions(change + 5 * mean)
+    u, values, v = torch.linalg.svd(change - change.mean(dim=1, keepdim=True), full_matrices=False)
+    rank = len(left.T)
+    shares = (values**2).cumsum(0) / (values**2).sum()
+    assert shares[rank - 1] >= 0.99 > shares[rank - 2]
+    torch.testing.assert_close(left @ right.T, u[:, :rank] @ v[:rank])
+    assert screening._directions(torch.zeros(shape).double()) is None
+
+
 def test_matrices_that_write_what_a_classifier_reads_are_the_last_of_their_kind() -> None:
     shapes = {f"layers.{i}.{part}": shape for i in (2, 10) for part, shape in (("up", (160, 40)), ("down", (40, 160)))}
     specs = {name: TensorSpec(shape, torch.float32) for name, shape in {**shapes, "stem": (40, 27)}.items()}
