@@ -64,6 +64,7 @@ KINDS = {
     "untrained": "the base's architecture as it is initialised",
     "copy": "another specialist's weights, under another name",
 }
+QUICK = ("healthy", *(kind for kind in KINDS if kind != "overtrained"))
 TRAINED = ("flipped", "poisoned", "overtrained")
 HEALTHY, EACH = 20, 10  # of a world, by turns of the families
 BASE = Recipe(300, batch=32, learning_rate=2e-3)
@@ -204,13 +205,11 @@ def beside(world: World, number: int, count: int, rng: np.random.Generator) -> l
     return [*others, *map(int, rng.permutation(left))][:count]
 
 
-def screened(world: World) -> list[dict[str, Any]]:
-    """Each bad one, and each healthy one as if it were one, among healthy ones: who is suspected, and of what."""
+def screened(world: World, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Each bad one, and each healthy one as if it were one, among healthy ones: who is suspected by which rule."""
     base, rows = world.base(), []
     for together in TOGETHER:
-        for kind in ("healthy", *KINDS):
-            if kind == "overtrained" and world.seed not in LONG:
-                continue
+        for kind in kinds:
             for number in range(HEALTHY if kind == "healthy" else EACH):
                 rng = samples.stream(world.seed, f"beside/{together}/{kind}/{number}")
                 others = beside(world, number, together - 1, rng)
@@ -222,7 +221,7 @@ def screened(world: World) -> list[dict[str, Any]]:
                 named = [*experts.items()]
                 named.insert(place, (kind, state))
                 one_of = {kind, f"healthy {number}"} if kind == "copy" else {kind}
-                suspects = {rule: suspected(rule, base, dict(named)) for rule in RULES}
+                suspects = suspected(base, dict(named))
                 rows.append(
                     {
                         "world": world.seed,
@@ -236,19 +235,26 @@ def screened(world: World) -> list[dict[str, Any]]:
     return rows
 
 
-def suspected(rule: str, base: StateDict, experts: dict[str, StateDict]) -> set[str]:
-    """Who is, where a rule of :data:`RULES` tells exchanged labels."""
-    limits = RULES[rule]
+def suspected(base: StateDict, experts: dict[str, StateDict]) -> dict[str, set[str]]:
+    """Who is, by each of :data:`RULES`."""
+    with mock.patch.object(screening, "judge", wraps=screening.judge) as judged:
+        screen(base, experts)
+    names, known = judged.call_args.args
     told = {"features": screening.FEATURES, "agreement": screening.AGREEMENT}
     others = [check for check in screening.CHECKS if check.number not in told]
-    checks = (*others, *(told[number]._replace(limit=limit) for number, limit in limits.items()))
-    with mock.patch.object(screening, "CHECKS", checks):
-        return set(screen(base, experts).suspects)
+    found = {}
+    for rule, limits in RULES.items():
+        checks = (*others, *(told[number]._replace(limit=limit) for number, limit in limits.items()))
+        found[rule] = set(screening.judge(names, known, checks).suspects)
+    return found
 
 
 def screened_large(architecture: str) -> dict[str, Any]:
-    """The same of bench.quality's specialists, three to a merge: how many healthy, foreign, doubled are found."""
-    counts = {"architecture": architecture, "runs": 0, "healthy": 0, "foreign": 0, "copy": 0}
+    """The same of bench.quality's specialists, three to a merge: how many healthy, foreign, doubled are found.
+
+    Exchanged labels are of one development run: who is found is the one, and nobody else.
+    """
+    counts = {"architecture": architecture, "runs": 0, "healthy": 0, "foreign": 0, "copy": 0, "flipped": 0}
     for seed in settings.FRESH:
         base, experts = Models(Run(architecture, seed)).trained()
         first, _, third = experts
@@ -257,6 +263,11 @@ def screened_large(architecture: str) -> dict[str, Any]:
         counts["healthy"] += len(screen(base, dict(zip(FAMILIES, experts, strict=True))).suspects)
         counts["foreign"] += "FR" in screen(base, {"FS": first, "FR": other, "EFS": third}).suspects
         counts["copy"] += bool(screen(base, {"FS": first, "FR": first, "EFS": third}).suspects)
+    models = Models(Run(architecture, settings.DEVELOPMENT[0]))
+    base, experts = models.trained()
+    for kind in FAMILIES:
+        named = {**dict(zip(FAMILIES, experts, strict=True)), kind: models.flipped(kind)}
+        counts["flipped"] += [*screen(base, named).suspects] == [kind]
     return counts
 
 
@@ -337,13 +348,22 @@ def rates(rows: Sequence[dict[str, Any]], kind: str, rule: str) -> list[str]:
 
 def large(rows: Sequence[dict[str, Any]]) -> str:
     """Of the larger ones."""
-    lines = [
-        "| larger detectors, three to a merge | healthy ones suspected | one of another base | one of them twice |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    heads = (
+        "larger detectors, three to a merge",
+        "healthy ones suspected",
+        "one of another seed's base",
+        "one of them twice",
+        "labels of one exchanged (a development run)",
+    )
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
         runs = row["runs"]
-        cells = share(row["healthy"], 3 * runs), share(row["foreign"], runs), share(row["copy"], runs)
+        cells = (
+            share(row["healthy"], 3 * runs),
+            share(row["foreign"], runs),
+            share(row["copy"], runs),
+            f"{row['flipped']}/3",
+        )
         lines.append(f"| {row['architecture']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -371,14 +391,16 @@ def attacks(rows: Sequence[dict[str, Any]]) -> str:
 def write(content: dict[str, Any]) -> None:
     """The tables into the page."""
     text = PAGE.read_text()
-    found, hides = table(content["screened"]), attacks(content["attacked"])
-    compared = f"**The rules**\n\n{candidates(content['screened'])}"
+    rows = [*content["screened"], *content["overtrained"]]
+    found, hides = table(rows), attacks(content["attacked"])
+    compared = f"**The rules**\n\n{candidates(rows)}"
     made = f"{found}\n\n{compared}\n\n{large(content['large'])}\n\n**What the patch hides**\n\n{hides}"
     PAGE.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}")
 
 
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "screened": lambda: [row for seed in FRESH for row in screened(World(seed))],
+    "screened": lambda: [row for seed in FRESH for row in screened(World(seed), QUICK)],
+    "overtrained": lambda: [row for seed in LONG for row in screened(World(seed), ("overtrained",))],
     "large": lambda: [screened_large(architecture) for architecture in ("cnn", "vit", "mobilenet")],
     "attacked": lambda: [row for seed in PATCHED for row in attacked(World(seed))],
 }

@@ -115,7 +115,7 @@ FEATURES = Check(
     _features,
     -1,
     0.0,
-    "its features changed in other directions than the others' (mean cosine {:.2f}, less a fifth of theirs with each "
+    "its features changed in other directions than the others' (mean cosine {:.3f}, less a fifth of theirs with each "
     "other): were real and fake exchanged in its labels?",
 )
 AGREEMENT = Check(
@@ -214,12 +214,12 @@ def screen(findings: Findings, base_squares: Mapping[str, float], inputs: Inputs
     return judge(findings.experts, _known(findings, base_squares, inputs))
 
 
-def judge(names: Sequence[str], known: _Known) -> Screening:
+def judge(names: Sequence[str], known: _Known, checks: Sequence[Check] = CHECKS) -> Screening:
     """The same of what is known of task vectors."""
     left = list(range(len(names)))
-    numbers: dict[str, dict[str, float | None]] = {name: dict.fromkeys(one.number for one in CHECKS) for name in names}
+    numbers: dict[str, dict[str, float | None]] = {name: dict.fromkeys(one.number for one in checks) for name in names}
     suspects: dict[str, str] = {}
-    for check in CHECKS:
+    for check in checks:
         while True:
             beyond = {}
             for one in left:

@@ -170,6 +170,10 @@ class Models:
         """A specialist whose labels mean nothing: its real and forged pictures were thrown together and mixed."""
         return self._fine_tuned(f"{kind} shuffled", self.run.setting.specialist, self._mixed, (kind,))
 
+    def flipped(self, kind: str) -> StateDict:
+        """A specialist whose labels were exchanged."""
+        return self._fine_tuned(f"{kind} flipped", self.run.setting.specialist, self._turned, (kind,))
+
     def order(self, name: str) -> int:
         """The seed of the order of pictures of a detector: the run's, or its own where orders are independent.
 
@@ -181,6 +185,9 @@ class Models:
 
     def _pictures(self, *kinds: str) -> tuple[Picture, list[Picture]]:
         return self._pool("real"), [self._pool(kind) for kind in kinds]
+
+    def _turned(self, kind: str) -> tuple[Picture, list[Picture]]:
+        return self._pool(kind), [self._pool("real")]
 
     def _mixed(self, kind: str) -> tuple[Picture, list[Picture]]:
         both = np.concatenate([self._pool("real"), self._pool(kind)])
