@@ -116,7 +116,7 @@ FEATURES = Check(
     -1,
     0.0,
     "its features changed in other directions than the others' (mean cosine {:.3f}, less a fifth of theirs with each "
-    "other): were real and fake exchanged in its labels?",
+    "other): were real and fake exchanged in its labels, or did its classifier begin as another?",
 )
 AGREEMENT = Check(
     "agreement",
@@ -267,36 +267,33 @@ def _written(names: Sequence[str], heads: Sequence[TensorSpec], specs: Mapping[s
 def _directions_alike(inputs: Inputs, names: Sequence[str]) -> Tensor:
     """(N, N) cosines of :func:`_directions`, a mean over tensors by their size; NaN where no tensor moved in both."""
     count = len(inputs.experts)
-    total, size = torch.zeros(count, count).double(), torch.zeros(count, count).double()
+    total, size = torch.zeros(count, count), torch.zeros(count, count)
     for name in names:
         base = _matrix(inputs.base, name)
-        found = [_directions(_matrix(expert, name) - base) for expert in inputs.experts]
-        for (i, one), (j, other) in itertools.combinations(enumerate(found), 2):
-            if one is not None and other is not None:
-                product = ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
-                cosine = product / math.sqrt(one[0].shape[1] * other[0].shape[1])
-                total[i, j] += base.numel() * cosine
-                size[i, j] += base.numel()
-    return (total + total.mT) / (size + size.mT)
+        every = torch.stack([_directions(_matrix(expert, name) - base).flatten() for expert in inputs.experts])
+        there = every.any(dim=1).float()
+        total += base.numel() * (every @ every.T)
+        size += base.numel() * torch.outer(there, there)
+    return total / size
 
 
-def _directions(change: Tensor) -> tuple[Tensor, Tensor] | None:
-    """U (m, r) and V (n, r) of a change U diag(σ) Vᵀ; none where there is no change.
+def _directions(change: Tensor) -> Tensor:
+    """U Vᵀ / √r, (m, n) float32, of a change U diag(σ) Vᵀ of rank r: of length one, or zero where there is no change.
 
-    Without each row's mean, as of the classifier (:func:`_classifiers`). U Vᵀ has every direction alike: few strong
-    ones are what a family's forgeries look like, which may be the opposite of another family's, and not what is real.
-    Those that hold :data:`_ENERGY` of the change: weight decay and rounding are in the rest.
+    Without each row's mean, as of the classifier (:func:`_classifiers`). Every direction counts alike: few strong ones
+    are what a family's forgeries look like, which may be the opposite of another family's, and not what is real. Those
+    that hold :data:`_ENERGY` of the change: weight decay and rounding are in the rest.
     """
     rows = change - change.mean(dim=1, keepdim=True)
     low = rows if rows.shape[0] <= rows.shape[1] else rows.mT
     values, vectors = (one.flip(-1) for one in torch.linalg.eigh(low @ low.mT))
     values = values.clamp_min(0)
     if not values.sum() > 0:
-        return None
+        return torch.zeros(change.shape)
     rank = int((values.cumsum(0) < _ENERGY * values.sum()).sum()) + 1
     left = vectors[:, :rank]
-    right = low.mT @ left / values[:rank].sqrt()
-    return (left, right) if low is rows else (right, left)
+    made = (left / (rank * values[:rank]).sqrt()) @ (left.mT @ low)
+    return (made if low is rows else made.mT).float()
 
 
 def _matrix(source: TensorSource, name: str) -> Tensor:
