@@ -79,3 +79,13 @@ def test_what_a_calibration_can_do_is_bounded_by_the_detector() -> None:
     found = calibrating.of_rule(group(1.0), "32 pictures, no labels", 0)
     assert found["ece"] == pytest.approx(0.06, abs=0.03)
     assert found["auc"] == pytest.approx(0.76, abs=0.03)
+
+
+def test_exact_probabilities_are_behind_the_best_f1_at_this_auc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "IDEAL_DRAWS", 20)
+    weak, strong = calibrating.ideal(0.78), calibrating.ideal(0.95)
+    # F1 is at its best where an exact probability is half of it: with t = log(F/(2 − F)) F = 2h/(h + f + 1) at t/d'.
+    assert weak["best_f1"] == pytest.approx(0.730, abs=0.001)
+    assert weak["gap"] == pytest.approx(0.0228, abs=0.001)
+    assert strong["gap"] < 0.002
+    assert 0.02 < weak["exact"] < weak["drawn"] < 0.07
