@@ -206,11 +206,16 @@ def beside(world: World, number: int, count: int, rng: np.random.Generator) -> l
 
 
 def screened(world: World, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Each bad one, and each healthy one as if it were one, among healthy ones: who is suspected by which rule."""
+    """Each bad one, and each healthy one as if it were one, among healthy ones: how many are suspected by which rule.
+
+    ``false`` counts the healthy ones beside it that are, of ``others``.
+    """
     base, rows = world.base(), []
     for together in TOGETHER:
         for kind in kinds:
-            for number in range(HEALTHY if kind == "healthy" else EACH):
+            found, false, others_looked_at = dict.fromkeys(RULES, 0), dict.fromkeys(RULES, 0), 0
+            looks = HEALTHY if kind == "healthy" else EACH
+            for number in range(looks):
                 rng = samples.stream(world.seed, f"beside/{together}/{kind}/{number}")
                 others = beside(world, number, together - 1, rng)
                 if kind == "copy":
@@ -221,17 +226,12 @@ def screened(world: World, kinds: Sequence[str]) -> list[dict[str, Any]]:
                 named = [*experts.items()]
                 named.insert(place, (kind, state))
                 one_of = {kind, f"healthy {number}"} if kind == "copy" else {kind}
-                suspects = suspected(base, dict(named))
-                rows.append(
-                    {
-                        "world": world.seed,
-                        "together": together,
-                        "kind": kind,
-                        "found": {rule: bool(names & one_of) for rule, names in suspects.items()},
-                        "others": together - len(one_of),
-                        "false": {rule: len(names - one_of) for rule, names in suspects.items()},
-                    }
-                )
+                others_looked_at += together - len(one_of)
+                for rule, names in suspected(base, dict(named)).items():
+                    found[rule] += bool(names & one_of)
+                    false[rule] += len(names - one_of)
+            row = {"world": world.seed, "together": together, "kind": kind, "looks": looks, "found": found}
+            rows.append({**row, "others": others_looked_at, "false": false})
     return rows
 
 
@@ -322,6 +322,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for kind, meaning in KINDS.items():
         of = [row for row in rows if row["kind"] == kind]
+        if not of:  # a part that was not made
+            continue
         false = share(sum(row["false"][CHOSEN] for row in of), sum(row["others"] for row in of))
         lines.append(f"| **{kind}**: {meaning} | {' | '.join(rates(rows, kind, CHOSEN))} | {false} |")
     lines.append(f"| healthy, all of them (false alarms) | {' | '.join(rates(rows, 'healthy', CHOSEN))} | |")
@@ -342,8 +344,8 @@ def candidates(rows: Sequence[dict[str, Any]]) -> str:
 
 def rates(rows: Sequence[dict[str, Any]], kind: str, rule: str) -> list[str]:
     """Of a kind, how many are suspected, by how many are together."""
-    of = [[row["found"][rule] for row in rows if (row["kind"], row["together"]) == (kind, n)] for n in TOGETHER]
-    return [share(sum(found), len(found)) for found in of]
+    of = [[row for row in rows if (row["kind"], row["together"]) == (kind, count)] for count in TOGETHER]
+    return [share(sum(row["found"][rule] for row in each), sum(row["looks"] for row in each)) for each in of]
 
 
 def large(rows: Sequence[dict[str, Any]]) -> str:

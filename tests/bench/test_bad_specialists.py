@@ -21,6 +21,7 @@ def test_found_and_false_alarms_are_counted_apart() -> None:
         {
             "kind": kind,
             "together": together,
+            "looks": 1,
             "found": {rule: kind == "flipped" and rule == bad.CHOSEN for rule in bad.RULES},
             "others": together - 1,
             "false": dict.fromkeys(bad.RULES, 1),
