@@ -69,6 +69,7 @@ TRAINED = ("flipped", "poisoned", "overtrained")
 HEALTHY, EACH = 20, 10  # of a world, by turns of the families
 BASE = Recipe(300, batch=32, learning_rate=2e-3)
 SPECIALIST = Recipe(120, batch=32, learning_rate=2e-3)
+TURNED = FAMILIES[:2]  # of whom a larger one with exchanged labels is trained
 DRAWS = 3
 PATCH = 6  # pixels on a side, in a corner
 TOGETHER = (3, 6)  # specialists of a merge, the bad one among them
@@ -265,7 +266,7 @@ def screened_large(architecture: str) -> dict[str, Any]:
         counts["copy"] += bool(screen(base, {"FS": first, "FR": first, "EFS": third}).suspects)
     models = Models(Run(architecture, settings.DEVELOPMENT[0]))
     base, experts = models.trained()
-    for kind in FAMILIES:
+    for kind in TURNED:
         named = {**dict(zip(FAMILIES, experts, strict=True)), kind: models.flipped(kind)}
         counts["flipped"] += [*screen(base, named).suspects] == [kind]
     return counts
@@ -364,7 +365,7 @@ def large(rows: Sequence[dict[str, Any]]) -> str:
             share(row["healthy"], 3 * runs),
             share(row["foreign"], runs),
             share(row["copy"], runs),
-            f"{row['flipped']}/3",
+            f"{row['flipped']}/{len(TURNED)}",
         )
         lines.append(f"| {row['architecture']} | {' | '.join(cells)} |")
     return "\n".join(lines)
