@@ -292,7 +292,7 @@ def _directions(change: Tensor) -> Tensor:
         return torch.zeros(change.shape)
     rank = int((values.cumsum(0) < _ENERGY * values.sum()).sum()) + 1
     left = vectors[:, :rank]
-    made = (left / (rank * values[:rank]).sqrt()) @ (left.mT @ low)
+    made: Tensor = (left / (rank * values[:rank]).sqrt()) @ (left.mT @ low)
     return (made if low is rows else made.mT).float()
 
 
