@@ -60,7 +60,8 @@ def _of(studies: Content, architecture: str, what: str) -> list[Any]:
 
 def _several(studies: Content, architecture: str) -> dict[str, Any]:
     """Mean AUC over six families by the number of specialists."""
-    merges = [one for of in _of(studies, architecture, "many") for one in of]
+    runs = _of(studies, architecture, "many")
+    merges = [one for of in runs for one in of]
     counts = sorted({len(one["experts"]) for one in merges})
     rows = [
         [bold(row)]
@@ -70,7 +71,7 @@ def _several(studies: Content, architecture: str) -> dict[str, Any]:
         ]
         for row in (merges[0]["auc"] if merges else ())
     ]
-    return {"header": ["specialists", *map(str, counts)], "rows": rows}
+    return {"header": ["specialists", *map(str, counts)], "rows": rows, "runs": _count(runs)}
 
 
 def _wrong(studies: Content, architecture: str) -> dict[str, Any]:
@@ -81,7 +82,11 @@ def _wrong(studies: Content, architecture: str) -> dict[str, Any]:
         [case, *(short(_mean(run[case][row]["in-distribution"] for run in runs)) for row in methods)]
         for case in (runs[0] if runs else ())
     ]
-    return {"header": ["case", *methods], "rows": rows, "runs": len(runs)}
+    return {"header": ["case", *map(bold, methods)], "rows": rows, "runs": _count(runs)}
+
+
+def _count(runs: Sequence[Any]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
 
 
 def _features(studies: Content, architecture: str) -> dict[str, Any]:

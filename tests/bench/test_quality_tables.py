@@ -11,7 +11,7 @@ from r2m.demo.detectors import SPECIALISTS
 from sklearn.metrics import roc_auc_score
 
 from bench.machine import output
-from bench.quality import docs, judging, protocol, settings, store, tables
+from bench.quality import docs, judging, protocol, settings, store, study_pages, tables
 from bench.quality.methods import all_methods, key
 from r2m_kernels import MergeConfig
 
@@ -283,6 +283,25 @@ def test_the_page_says_where_decorrelated_and_default_change_places(results):
     assert "In every run, code, decorrelated is ahead at no length, behind at no length." in page
     assert "At 5.0 % that is not asked: the average is hardly above chance" in page
     assert "Not run yet.\n" in docs.pages(results[1])[docs.DOCS / "quality-studies.md"]
+
+
+def test_studies_say_of_how_many_runs_they_are():
+    def merge(count, value):
+        return {"experts": ["FS"] * count, "auc": {tables.DEFAULT: {"six families": value}}}
+
+    case = {"as trained": {tables.DEFAULT: {"in-distribution": 0.8}}}
+    runs = {"cnn-0": {"many": [merge(1, 0.5), merge(2, 0.6), merge(1, 0.7), merge(2, 0.7)], "robustness": case}}
+    runs["cnn-1"], runs["cnn-2"] = {"robustness": {"as trained": {tables.DEFAULT: {"in-distribution": 0.7}}}}, {}
+    several, wrong = study_pages._several(runs, "cnn"), study_pages._wrong(runs, "cnn")
+    assert several == {
+        "header": ["specialists", "1", "2"],
+        "rows": [["**R2M, the default**", ".600", ".650"]],
+        "runs": "1 run",
+    }
+    assert wrong["runs"] == "2 runs"
+    assert wrong["header"] == ["case", "**R2M, the default**"]
+    assert wrong["rows"] == [["as trained", ".750"]]
+    assert not study_pages._several(runs, "vit")["rows"]
 
 
 def test_pages_are_what_the_summary_gives():
