@@ -27,6 +27,7 @@ from .heads import classifier
 
 _ENERGY = 0.99
 _PART = 0.2  # of the others' agreement with each other, between healthy ones and exchanged labels
+_FEW = 1 / 8  # of a matrix's directions: an adapter's, which are those of its random factors
 _NUMBER = re.compile(r"\d+")
 
 
@@ -38,7 +39,7 @@ class _Known(NamedTuple):
         base: ‖θ₀‖.
         cosines: (N, N).
         features: (N, N) cosines of the directions in which what the classifier reads changed, NaN where an expert left
-            it as it was; none where that is not known.
+            it as it was, or changed few; none where that is not known.
         agreement: (N, N) cosines of the classifier's changes; where there is none, ``cosines``.
     """
 
@@ -86,7 +87,7 @@ def _agreement(known: _Known, one: int, others: Sequence[int]) -> float | None:
 
 
 def _where_features_are_not_known(known: _Known, one: int, others: Sequence[int]) -> float | None:
-    return _agreement(known, one, others) if known.features is None else None
+    return _agreement(known, one, others) if _features(known, one, others) is None else None
 
 
 class Check(NamedTuple):
@@ -265,7 +266,7 @@ def _written(names: Sequence[str], heads: Sequence[TensorSpec], specs: Mapping[s
 
 
 def _directions_alike(inputs: Inputs, names: Sequence[str]) -> Tensor:
-    """(N, N) cosines of :func:`_directions`, a mean over tensors by their size; NaN where no tensor moved in both."""
+    """(N, N) cosines of :func:`_directions`, a mean over tensors by their size; NaN where none has any in both."""
     count = len(inputs.experts)
     total, size = torch.zeros(count, count), torch.zeros(count, count)
     for name in names:
@@ -278,7 +279,7 @@ def _directions_alike(inputs: Inputs, names: Sequence[str]) -> Tensor:
 
 
 def _directions(change: Tensor) -> Tensor:
-    """U Vᵀ / √r, (m, n) float32, of a change U diag(σ) Vᵀ of rank r: of length one, or zero where there is no change.
+    """U Vᵀ / √r, (m, n) float32, of a change U diag(σ) Vᵀ of rank r: of length one, or zero where r is small.
 
     Without each row's mean, as of the classifier (:func:`_classifiers`). Every direction counts alike: few strong ones
     are what a family's forgeries look like, which may be the opposite of another family's, and not what is real. Those
@@ -288,9 +289,9 @@ def _directions(change: Tensor) -> Tensor:
     low = rows if rows.shape[0] <= rows.shape[1] else rows.mT
     values, vectors = (one.flip(-1) for one in torch.linalg.eigh(low @ low.mT))
     values = values.clamp_min(0)
-    if not values.sum() > 0:
-        return torch.zeros(change.shape)
     rank = int((values.cumsum(0) < _ENERGY * values.sum()).sum()) + 1
+    if not values[0] > 0 or rank < _FEW * len(values):
+        return torch.zeros(change.shape)
     left = vectors[:, :rank]
     made: Tensor = (left / (rank * values[:rank]).sqrt()) @ (left.mT @ low)
     return (made if low is rows else made.mT).float()

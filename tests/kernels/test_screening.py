@@ -103,6 +103,20 @@ def test_who_left_what_the_classifier_reads_as_it_was_is_not_suspected() -> None
     assert not found.suspects
 
 
+def test_adapters_whose_few_directions_are_random_are_told_by_their_classifiers() -> None:
+    def adapter(seed: int, label: int) -> State:
+        dice = torch.Generator().manual_seed(seed)
+        change = torch.randn(40, 4, generator=dice) @ torch.randn(4, 60, generator=dice)
+        body = {"body.weight": BASE["body.weight"] + 0.05 * change}
+        return {**moved(BASE, (0.1 * label, SHARED), (0.05, noise(seed))), **body}
+
+    experts = {name: adapter(seed, 1) for seed, name in enumerate(EXPERTS)}
+    found = screen(BASE, experts)
+    assert not found.suspects
+    assert all(one["features"] is None and one["agreement"] is not None for one in found.numbers.values())
+    assert list(screen(BASE, {**experts, "bad": adapter(9, -1)}).suspects) == ["bad"]
+
+
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
 def test_directions_are_those_of_a_change_without_each_rows_mean_and_have_one_length(shape: tuple[int, int]) -> None:
     dice = torch.Generator().manual_seed(0)
