@@ -25,9 +25,9 @@ from .config import MergeConfig
 from .errors import BadOption, quoted
 from .findings import Findings
 from .progress import Progress, ProgressEvent
+from .residual_factors import ResidualFactors
 from .row_weights import row_shares
 from .terms import ByRows, Linear, LowRank, Term, Terms, Unchanged, kind_of
-from .truncation import ResidualFactors
 
 # What makes a tensor something else than a sum of core and residuals.
 NOT_SUMS = ("scale", "elementwise", "core_spectrum", "descent_steps")

@@ -49,6 +49,7 @@ from .findings import Findings, Residuals, Truncated
 from .overrides import Overrides
 from .progress import Progress
 from .real_subspace import real_subspace
+from .residual_factors import ResidualFactors
 from .screening import Screening
 from .summary import Report
 from .terms import Terms
@@ -236,7 +237,7 @@ class Analysis:
     """
 
     def __init__(self, run: Run, findings: Findings) -> None:
-        self._run, self._findings, self._factors = run, findings, truncation.ResidualFactors(findings, run)
+        self._run, self._findings, self._factors = run, findings, ResidualFactors(findings, run)
         self.config, self.experts, self.plan = findings.config, findings.experts, findings.plan
         self.real_subspace, self.gram, self.grams = findings.real, findings.real.gram, dict(findings.grams)
         self.matrix_gram, self.vector_gram = findings.matrix_gram, findings.vector_gram
