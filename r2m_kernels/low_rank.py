@@ -144,7 +144,7 @@ class Products(NamedTuple):
     def squares(self) -> Tensor:
         """(L, N, N) float64, of which each tensor's add up to its square."""
         both = torch.outer(self.scale, self.scale).double().to(self.left.device)
-        return inner_products(self.left, self.right, ordered=False) * both
+        return inner_products(self.left, self.right, orthogonal=False) * both
 
 
 def columns(

@@ -281,7 +281,7 @@ class TruncationStep(Step):
             last, numbers = self._placed(tensor, again, compute_dtype(inputs))
         store.complete(tensor.name, last)
         if config.row_power == 0:
-            numbers = (store.inner_products(tensor.name, last.ordered).unsqueeze(0), *numbers[1:])
+            numbers = (store.inner_products(tensor.name, last.orthogonal).unsqueeze(0), *numbers[1:])
         return [Made([tensor], numbers, last.method)]
 
     def _placed(

@@ -61,6 +61,11 @@ class Factors:
         return replace(self, left=left, right=right, ordered=True)
 
     @property
+    def orthogonal(self) -> bool:
+        """Whether the vectors of one side are, to the compute dtype's rounding."""
+        return self.ordered or self.basis is not None
+
+    @property
     def orthogonal_rows(self) -> bool:
         """Whether the rows of each right factor are orthogonal."""
         return self.ordered or self.basis == "right"
@@ -71,7 +76,7 @@ class Factors:
 
     def inner_products(self) -> Tensor:
         """⟨F_i, F_j⟩: (N, N) float64 on the CPU."""
-        return inner_products(self.left.unsqueeze(0), self.right.unsqueeze(0), self.ordered)[0].cpu()
+        return inner_products(self.left.unsqueeze(0), self.right.unsqueeze(0), self.orthogonal)[0].cpu()
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,14 @@ class GroupFactors:
 
     def inner_products(self) -> Tensor:
         """⟨F_li, F_lj⟩: (L, N, N) float64."""
-        return inner_products(self.left, self.right, self.ordered) if self.products is None else self.products
+        orthogonal = self.ordered or self.basis is not None
+        return inner_products(self.left, self.right, orthogonal) if self.products is None else self.products
 
 
 def energies(left: Tensor, right: Tensor, ordered: bool, basis: Side | None) -> Tensor:
     """‖F_li‖² from the factors alone: (L, N) float64 where they are; beside a basis the other side's own."""
     if basis is None:
-        return inner_products(left, right, ordered).diagonal(dim1=1, dim2=2)
+        return inner_products(left, right, orthogonal=ordered).diagonal(dim1=1, dim2=2)
     return row_squares(right if basis == "left" else left.mT).sum(dim=-1)
 
 
@@ -147,9 +153,14 @@ def left_to_gain(before: Tensor, last: Tensor, kept: Tensor) -> Tensor:
     return growth * ratio / (1 - ratio)
 
 
-def inner_products(left: Tensor, right: Tensor, ordered: bool) -> Tensor:
-    """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are."""
-    return product_of_sides(row_blocks(left), row_blocks(right.mT), ordered)
+def inner_products(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+    """⟨F_li, F_lj⟩ from the factors alone: (L, N, N) float64 where they are.
+
+    Args:
+        left, right: (L, N, m, r) and (L, N, r, n).
+        orthogonal: the vectors of one side are, to the compute dtype's rounding.
+    """
+    return product_of_sides(row_blocks(left), row_blocks(right.mT), orthogonal)
 
 
 def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
@@ -212,16 +223,16 @@ def row_blocks(factor: Tensor) -> Iterator[Tensor]:
     return (factor[:, :, start : start + step] for start in range(0, length, step))
 
 
-def product_of_sides(left: Iterable[Tensor], right: Iterable[Tensor], ordered: bool) -> Tensor:
+def product_of_sides(left: Iterable[Tensor], right: Iterable[Tensor], orthogonal: bool) -> Tensor:
     """:func:`inner_products` of factors that come in blocks of rows, the right ones transposed."""
-    (left_pairs, left_lengths), (right_pairs, right_lengths) = _cross(left, ordered), _cross(right, ordered)
+    (left_pairs, left_lengths), (right_pairs, right_lengths) = _cross(left, orthogonal), _cross(right, orthogonal)
     size, count, rank = left_lengths.shape
     products = left_lengths.new_empty(size, count, count)
     # In float64, since residuals may nearly cancel; one expert with all that follow, which is half of the pairs.
-    # Components that come by size are orthogonal on both sides to float32's rounding: of ‖F_i‖² that leaves the
-    # squares of their own lengths, and products of two roundings.
-    first = 1 if ordered else 0
-    if ordered:
+    # Where the vectors of one side are orthogonal, ‖F_i‖² is the squares of components' own lengths, and products of a
+    # rounding with what the other side's have in common.
+    first = 1 if orthogonal else 0
+    if orthogonal:
         products.diagonal(dim1=1, dim2=2).copy_((left_lengths * right_lengths).square().sum(2))
     for i, (pairs, others) in enumerate(zip(left_pairs, right_pairs, strict=True)):
         pairs *= others
@@ -231,15 +242,17 @@ def product_of_sides(left: Iterable[Tensor], right: Iterable[Tensor], ordered: b
     return products
 
 
-def _cross(blocks: Iterable[Tensor], ordered: bool) -> tuple[list[Tensor], Tensor]:
-    """Products of each expert's components with those of all that follow, and their own lengths if ordered."""
+def _cross(blocks: Iterable[Tensor], orthogonal: bool) -> tuple[list[Tensor], Tensor]:
+    """Products of each expert's components with those of all that follow, and their own lengths if orthogonal."""
     pairs: list[Tensor] = []
     lengths: Tensor | None = None
     for block in blocks:
         side = block.mT
-        own = torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) if ordered else side.new_empty(side.shape[:3])
+        own = (
+            torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) if orthogonal else side.new_empty(side.shape[:3])
+        )
         columns = side.double()
-        followers = enumerate(range(1 if ordered else 0, columns.shape[1]))
+        followers = enumerate(range(1 if orthogonal else 0, columns.shape[1]))
         products = [columns[:, i] @ columns[:, first:].flatten(1, 2).mT for i, first in followers]
         if lengths is None:
             pairs, lengths = products, own

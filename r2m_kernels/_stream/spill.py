@@ -161,12 +161,12 @@ class FactorStore:
 
         return torch.stack([of_one(expert) for expert in range(count)])
 
-    def inner_products(self, name: str, ordered: bool) -> Tensor:
-        """⟨F_i, F_j⟩ of a tensor, (N, N) float64, with little of the factors in memory."""
+    def inner_products(self, name: str, orthogonal: bool) -> Tensor:
+        """⟨F_i, F_j⟩ of a tensor, (N, N) float64, with little of the factors in memory; see :func:`inner_products`."""
         key = ("factors", name)
         if key in self._held:
             left, right = self._held[key]
-            return inner_products(left.unsqueeze(0), right.unsqueeze(0), ordered)[0]
+            return inner_products(left.unsqueeze(0), right.unsqueeze(0), orthogonal)[0]
 
         def blocks(spilled: _Spilled, side: int) -> Iterator[Tensor]:
             """Components side by side, as in factors that come at once: a product may be rounded otherwise."""
@@ -177,7 +177,7 @@ class FactorStore:
                     yield self._load(spilled, slice(None), some).mT.unsqueeze(0)
 
         spilled_left, spilled_right = self._spilled[key]
-        return product_of_sides(blocks(spilled_left, 1), blocks(spilled_right, 2), ordered)[0]
+        return product_of_sides(blocks(spilled_left, 1), blocks(spilled_right, 2), orthogonal)[0]
 
     def put_rows(self, name: str, rows: Tensor) -> None:
         """Keep the (P, m) Gram matrices of one tensor's rows."""

@@ -238,6 +238,20 @@ def test_inner_products_come_from_the_factors():
     assert torch.allclose(factors.inner_products(), explicit @ explicit.T, rtol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=str)
+def test_lengths_of_residuals_beside_one_another_need_an_orthogonal_side_alone(shape):
+    generator = torch.Generator().manual_seed(0)
+    experts = [torch.randn(shape, generator=generator) for _ in range(3)]
+    factors = truncated("x", experts, 70)
+    assert not factors.ordered
+    explicit = (factors.left.double() @ factors.right.double()).flatten(1)
+    expected, found = explicit @ explicit.T, factors.inner_products()
+    lengths = expected.diag().sqrt()
+    # Rows that Cholesky made orthonormal are so to some roundings of float32, and ‖F_i‖² is a sum over them.
+    assert ((found - expected).abs() <= 1e-6 * torch.outer(lengths, lengths)).all()
+    assert torch.allclose(found.diag(), factors.energies(), rtol=1e-6)
+
+
 def test_the_test_matrix_depends_on_seed_and_name():
     x = matrix_with(spectrum("linear", 300), 300, 300).float()
 
