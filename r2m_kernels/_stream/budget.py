@@ -258,9 +258,9 @@ def truncation_bytes(tensor: PlannedTensor, inputs: Inputs, config: MergeConfig,
         # The bases, once more in the type of fast products, their sums, and those of each panel.
         stepped = int((2.5 + pace.panels) * subspaces) + pace.panels * (read + block)
     if effort.from_gram(tensor.rank, tensor.matrix_shape):
-        # Of each that is turned its Gram in the type of fast products, its basis, a product and their copies.
-        one = short**2 * size // 2 + 4 * width * short * size
-        stepped = max(stepped, formed, grams + 2 * subspaces + pace.panels * one)
+        # Beside Grams, of each that is turned its basis, a product and their copies.
+        turned_at_once = pace.panels * 4 * width * short * size
+        stepped = max(stepped, formed, 3 * grams // 2, grams + 2 * subspaces + turned_at_once)
     turned = 2 * subspaces + 2 * pace.panels * width * short * size  # a QR of one copies it
     rotated = subspaces + (width + tensor.rank) * long * size + pace.panels * (read + 2 * run * size)
     # Some rows of all factors as they are read, wanted and widened, and products of components on both sides.

@@ -78,7 +78,7 @@ def _mild(unit: Residuals, key: int, rank: int) -> list[int]:
 def _sketched(matrix: Tensor, signs: SignMatrix, unit: Residuals) -> Tensor:
     """A sketch of a matrix that is there, as residuals of ``unit``'s kind are sketched."""
     nothing = matrix.new_zeros(1, matrix.shape[1]).expand_as(matrix)
-    sketches, _ = type(unit)(nothing, [matrix], matrix.new_ones(1, 1)).sketch(signs)
+    sketches, _ = type(unit)(nothing, [matrix], unit.mixing.new_ones(1, 1)).sketch(signs)
     return sketches[0]
 
 
@@ -90,9 +90,8 @@ def _of_gram(gram: Tensor, signs: SignMatrix, steps: int, unit: Residuals) -> Fo
     if basis is None:
         return None
     kept: list[Tensor] = []
-    quick = gram.to(unit.fast_dtype)
     for left in reversed(range(steps)):
-        product = (basis.to(quick.dtype) @ quick).to(basis.dtype)
+        product = (basis.to(gram.dtype) @ gram).to(basis.dtype)
         energies = torch.linalg.vecdot(product, basis).double().cpu()
         kept.append(energies.sum())
         outside = (1 - kept[-1]).clamp_min(0) / (len(gram) - len(basis))
@@ -102,7 +101,7 @@ def _of_gram(gram: Tensor, signs: SignMatrix, steps: int, unit: Residuals) -> Fo
 
 
 def grams(residuals: Residuals, dtype: torch.dtype) -> Tensor:
-    """A_iᵀA_i of A = X or Xᵀ, tall: (E, short side, short side), of operands and products of one run in ``dtype``."""
+    """A_iᵀA_i of A = X or Xᵀ, tall: (E, short side, short side) in ``dtype``, as operands and products of a run are."""
     (m, n), short = residuals.shape, min(residuals.shape)
     columns = [slice(start, start + GRAM_COLUMNS) for start in range(0, short, GRAM_COLUMNS)]
     together = residuals.dtype.itemsize // dtype.itemsize  # runs of narrower operands, in as many bytes as one
@@ -123,6 +122,9 @@ def grams(residuals: Residuals, dtype: torch.dtype) -> Tensor:
         return (total,)
 
     (found,) = parallel.ordered_sum(of_panel, long_panels(m, n), residuals.panels)
+    whole = found if dtype == found.dtype else torch.empty_like(found, dtype=dtype)
     for some in columns:
-        found[:, some, some.stop :] = found[:, some.stop :, some].mT
-    return found
+        if whole is not found:
+            whole[:, some.start :, some] = found[:, some.start :, some]
+        whole[:, some, some.stop :] = whole[:, some.stop :, some].mT
+    return whole

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
+from .._interface import ROWS_MULTIPLE
+
 # Columns of a block that are widened to float64 or turned at once.
 PRODUCT_COLUMNS = 1024
-# Blocks of rows of a Gram matrix of rows, of which those above the diagonal are left out.
-GRAM_BLOCKS = 4
+# Rows of a Gram matrix of rows that is one product; of more, halves and what is below the diagonal are.
+GRAM_ROWS = 64
 # Smallest diagonal entry of the Cholesky factor of a Gram of rows of length 1 that will do: CLEAR for rows that are
 # orthonormal to float32's rounding, and for a sketch whose products may be rounded to bfloat16 as they are; ROUGH where
 # only the span matters and how much energy is in it (orthonormal to 1e-4).
@@ -65,10 +65,7 @@ def orthonormal(rows: Tensor, least: float | None = None) -> Tensor:
 
 def by_cholesky(rows: Tensor, least: float) -> Tensor | None:
     """L⁻¹ rows, LLᵀ their Gram; ``None`` where an entry of L's diagonal is below ``least`` times its row's length."""
-    gram = rows.new_zeros(len(rows), len(rows))  # its lower triangle, but for the blocks on the diagonal
-    edges = [len(rows) * place // GRAM_BLOCKS for place in range(GRAM_BLOCKS + 1)]
-    for first, last in itertools.pairwise(edges):
-        torch.mm(rows[first:last], rows[:last].T, out=gram[first:last, :last])
+    gram = _lower_gram(rows, rows.new_zeros(len(rows), len(rows)))
     lengths = gram.diagonal().sqrt()
     inverse = lengths.reciprocal()
     factor, failed = torch.linalg.cholesky_ex(gram.mul_(inverse).mul_(inverse.unsqueeze(1)))
@@ -78,3 +75,14 @@ def by_cholesky(rows: Tensor, least: float) -> Tensor | None:
     factor *= lengths.unsqueeze(1)
     basis: Tensor = torch.linalg.solve_triangular(factor.T, rows.T, upper=True, left=False)
     return basis.T
+
+
+def _lower_gram(rows: Tensor, gram: Tensor) -> Tensor:
+    """Products of rows below the diagonal and in small blocks on it; the rest stays as it is."""
+    if len(rows) <= GRAM_ROWS:
+        return torch.mm(rows, rows.T, out=gram)
+    half = -(-len(rows) // 2 // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    _lower_gram(rows[:half], gram[:half, :half])
+    _lower_gram(rows[half:], gram[half:, half:])
+    torch.mm(rows[half:], rows[:half].T, out=gram[half:, :half])
+    return gram
