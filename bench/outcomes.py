@@ -90,6 +90,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 TINY: dict[str, tuple[int, ...]] = {"a.weight": (40, 68), "c.weight": (40, 68), "b.weight": (68, 35), "a.bias": (40,)}
 # Larger than the blocks and panels in which tensors are cut.
 LARGE: dict[str, tuple[int, ...]] = SHAPES | {"a.weight": (1100, 1000), "c.weight": (300, 900), "a.bias": (600_000,)}
+# So much of them is kept of so small a side that a truncation starts from AᵀA.
+SMALL_SIDES: dict[str, tuple[int, ...]] = {"a.weight": (300, 600), "b.weight": (600, 200), "a.bias": (300,)}
 BACKENDS = ("torch", "native")
 
 
@@ -108,7 +110,7 @@ def checkpoint(shapes: dict[str, tuple[int, ...]], index: int, dtype: torch.dtyp
             value = value + 0.05 * normal(50 + place, shape) + 0.03 * index * own * (rows if shape else 1)
         found[name] = (value.abs() if name.endswith("var") else value).to(dtype)
     found["steps"] = torch.arange(5)
-    if shapes is not TINY:
+    if shapes not in (TINY, SMALL_SIDES):
         found["tied.weight"] = found["b.weight"]
         found["t.weight"] = found["a.weight"].T  # strides of its own
     if index and extra:
@@ -157,6 +159,9 @@ def python_cases() -> Iterator[Case]:
             budgets = (None, 3_000_000, 20_000_000) if name in SOME else (3_000_000,)
             for budget in budgets if name not in ("star", "tsv_m", "iso_c") else ():
                 yield Case(name, METHODS[name], backend, shapes="LARGE", budget=budget, threads=1 if budget else 2)
+        for name, budget in itertools.product(("r2m", "r2m_truncated"), (None, 3_000_000)):
+            config = METHODS[name] | {"rank": 0.4}
+            yield Case(name, config, backend, shapes="SMALL_SIDES", budget=budget, threads=1 if budget else 2)
 
 
 def triton_cases() -> Iterator[Case]:
@@ -182,7 +187,7 @@ def contents(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def in_python(case: Case) -> dict[str, Any]:
     """Merged and reported, in one call and by an analysis that is used again."""
     torch.set_num_threads(case.threads)
-    shapes = {"SHAPES": SHAPES, "TINY": TINY, "LARGE": LARGE}[case.shapes]
+    shapes = {"SHAPES": SHAPES, "TINY": TINY, "LARGE": LARGE, "SMALL_SIDES": SMALL_SIDES}[case.shapes]
     extra = case.config["extra"] != "error"
     base, *experts = checkpoints(shapes, case.count, DTYPES[case.dtype], extra)
     config = MergeConfig(**case.config)
