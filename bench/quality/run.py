@@ -81,7 +81,11 @@ def _cost(out: Path) -> dict[str, Any] | None:
     if not judged or any("cpu_seconds" not in one.about for one in judged.values()):
         return None
     runs = {name: {"models": len(one.logits), "cpu_seconds": one.about["cpu_seconds"]} for name, one in judged.items()}
-    return {"machine": machine(), "cpu_seconds": sum(one["cpu_seconds"] for one in runs.values()), "runs": runs}
+    return {
+        "machine": machine(),
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in runs.values()), 1),
+        "runs": runs,
+    }
 
 
 class Judging(NamedTuple):
@@ -189,7 +193,7 @@ def judge(run: Run, rows: Mapping[str, Candidate], judging: Judging, whole: bool
             twin = None if row in anew else next(twins, None)
             judged.add(row, judged.logits[twin] if twin else pictures.scores(run, states()), made_from)
             taken = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
-            judged.about = {**about, **{name: before + round(taken[name]) for name, before in spent.items()}}
+            judged.about = {**about, **{name: round(before + taken[name], 1) for name, before in spent.items()}}
             store.save(judged, path)
 
     trained = {"base": base, **dict(zip(SPECIALISTS.values(), experts, strict=True)), "joint training": models.joint()}
