@@ -33,7 +33,10 @@ PARTS: dict[str, dict[str, str]] = {"python": {}, "command": {}, "triton": {"TRI
 EXPECTED: dict[str, str] = {
     "*SMALL_SIDES*": "younger than the commit, which did not start from AᵀA",
     **dict.fromkeys(
-        ("*r2m_truncated*", "*truncated,*", "*r2m_paper*", "*cart*", "*tsv_m*", "*r2m, ranks*", "*r2m sweep*"),
+        (
+            *("python: r2m_truncated*", "python: truncated,*", "python: r2m_paper*", "python: cart*", "python: tsv_m*"),
+            *("python: r2m, ranks*", "command: r2m merge, r2m_truncated*", "command: r2m sweep*"),
+        ),
         "Gram matrices of rows in other blocks; the energy of truncated residuals from the lengths of their components",
     ),
 }
