@@ -152,7 +152,9 @@ def situations() -> Iterator[Callable[[], object]]:
                     base, mixing = torch.zeros(sides, dtype=dtype), torch.eye(count, dtype=torch.float64)
                     numbers = (torch.zeros(1, dtype=torch.int64), torch.ones(1, count, dtype=torch.float64))
                     group = ResidualGroup([base], [[base]] * count, *numbers, 16)
-                    yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None))
+                    for few in (False, True):
+                        effort = Effort(2, 0, None, few_directions=few)
+                        yield functools.partial(_triton.shifted_truncation, [group], mixing, effort)
 
 
 def launches(target: str) -> list[Launch]:

@@ -118,6 +118,9 @@ class Effort(NamedTuple):
     oversampling: int
     tolerance: float | None
     products: bool = True  # whether inner products of truncated residuals are wanted, beside their energies
+    # Residuals are taken to have fewer directions than the rank: a sketch in full precision has them all, or nothing is
+    # trusted. Asked of backends that group tensors, for residuals that were too steep.
+    few_directions: bool = False
 
     def steps_on_cpu(self, rank: int, short: int) -> int:
         """Of subspace iteration, of matrices with such a short side, by a CPU's fast method.

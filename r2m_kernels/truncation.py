@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -69,9 +69,11 @@ def truncate_residuals(
     factors = [replace(made.of(i), gap=gaps[i]) for i in range(len(names))]
     steep = untrusted(made.trusted)
     if steep:
-        again = textbook(inputs.some(steep), mixing, rank, config, operators)
-        for place, index in enumerate(steep):
-            factors[index] = replace(again.of(place), gap=again.gap[place])
+        known = None if grams is None else [grams[index] for index in steep]
+        for _, places, again in truncate_again([inputs.some(steep)], mixing, [rank], config, operators, [known]):
+            gaps = again.gap.cpu()
+            for place, of_steep in enumerate(places):
+                factors[steep[of_steep]] = replace(again.of(place), gap=gaps[place])
     return factors
 
 
@@ -106,22 +108,64 @@ def truncate_several(
     made: dict[int, GroupFactors] = {}
     fast: dict[int, ResidualGroup] = {}
     for place, (inputs, rank, known) in enumerate(zip(several, ranks, grams, strict=True)):
-        names, bases, experts = inputs
-        method = _method(as_matrix(bases[0]).shape, rank, config, operators)
+        method = _method(as_matrix(inputs.bases[0]).shape, rank, config, operators)
         if method == "exact":
             # What maps spectra further works in float64: the conditions of its problems are its own.
             made[place] = exact(inputs, mixing, rank, operators, keep_float64=config.spectrum != "truncate")
         elif method == "textbook":
             made[place] = textbook(inputs, mixing, rank, config, operators)
         else:
-            tasks = operators.task_gram(bases, experts).tasks.cpu() if known is None else torch.stack(list(known))
-            keys = [tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)]
-            fast[place] = ResidualGroup(bases, experts, torch.tensor(keys), _energies(tasks, mixing), rank)
+            fast[place] = _residual_group(inputs, mixing, rank, config, operators, known)
     if fast:
         found = operators.shifted_truncation(list(fast.values()), mixing, effort_of(config))
         for place, one in zip(fast, found, strict=True):
             made[place] = _fast(one, several[place].bases[0].shape)
     return [made[place] for place in range(len(several))]
+
+
+def truncate_again(
+    several: Sequence[Truncatable[Tensor]],
+    mixing: Tensor,
+    ranks: Sequence[int],
+    config: MergeConfig,
+    operators: Operators,
+    grams: Sequence[Sequence[Tensor] | None],
+) -> Iterator[tuple[int, list[int], GroupFactors]]:
+    """Residuals too steep for the fast method: those of few directions by a sketch of all at once, others by the book.
+
+    Yields:
+        Which of ``several``, places in it, and their factors.
+    """
+    steep = {which: list(range(len(inputs.names))) for which, inputs in enumerate(several)}
+    if operators.traits.groups_tensors:
+        groups = [
+            _residual_group(inputs, mixing, rank, config, operators, known)
+            for inputs, rank, known in zip(several, ranks, grams, strict=True)
+        ]
+        found = operators.shifted_truncation(groups, mixing, effort_of(config)._replace(few_directions=True))
+        for which, trusted in enumerate(fetched([one.trusted for one in found])):
+            factors = _fast(found[which], several[which].bases[0].shape)
+            every, steep[which] = steep[which], untrusted(trusted)
+            fine = [place for place in every if place not in steep[which]]
+            if fine:
+                yield which, fine, factors if fine == every else factors.some(fine)
+    for which, places in steep.items():
+        if places:
+            yield which, places, textbook(several[which].some(places), mixing, ranks[which], config, operators)
+
+
+def _residual_group(
+    inputs: Truncatable[Tensor],
+    mixing: Tensor,
+    rank: int,
+    config: MergeConfig,
+    operators: Operators,
+    known: Sequence[Tensor] | None,
+) -> ResidualGroup:
+    names, bases, experts = inputs
+    tasks = operators.task_gram(bases, experts).tasks.cpu() if known is None else torch.stack(list(known))
+    keys = [tensor_key(config.seed, name, base.shape) for name, base in zip(names, bases, strict=True)]
+    return ResidualGroup(bases, experts, torch.tensor(keys), _energies(tasks, mixing), rank)
 
 
 def _energies(grams: Tensor, mixing: Tensor) -> Tensor:
@@ -311,18 +355,29 @@ class TruncationStep(Step):
         numbers = fetched([number for one in made for number in one.numbers])
         triples = zip(*(numbers[of_one::3] for of_one in range(3)), strict=True)
         values: dict[str, Truncated] = {}
+        steep: set[str] = set()
         for one, (products, gap, trusted) in zip(made, triples, strict=True):
-            for tensor, *known in zip(one.tensors, products, gap, strict=True):
-                values[tensor.name] = Truncated(known[0], known[1], one.method)
-            steep = [one.tensors[place] for place in untrusted(trusted)]
-            if steep:
-                group, operators = self.over.load(self._run.loader, steep), self._run.backend.operators
-                inputs = Truncatable(group.names, group.bases, group.experts)
-                factors = textbook(inputs, self._mixing, steep[0].rank, self._config, operators)
-                again = self._in_store(steep, factors)
-                for tensor, *known in zip(steep, *fetched(again.numbers[:2]), strict=True):
-                    values[tensor.name] = Truncated(known[0], known[1], again.method)
+            values |= one.values(products, gap)
+            steep |= {one.tensors[place].name for place in untrusted(trusted)}
+        again: list[Made] = []
+        for tensors, _ in found:
+            if some := [tensor for tensor in tensors if tensor.name in steep]:
+                again += self._again(some)
+        numbers = fetched([number for one in again for number in one.numbers[:2]])
+        for one, products, gap in zip(again, numbers[::2], numbers[1::2], strict=True):
+            values |= one.values(products, gap)
         return [[values[tensor.name] for tensor in tensors] for tensors, _ in found]
+
+    def _again(self, steep: Sequence[PlannedTensor]) -> list[Made]:
+        alike = self.over.load(self._run.loader, steep).of_one_shape()
+        several = [Truncatable(one.names, one.bases, one.experts) for one in alike]
+        ranks = [one.tensors[0].rank for one in alike]
+        grams = [[self._grams[name] for name in one.names] for one in alike]
+        operators = self._run.backend.operators
+        return [
+            self._in_store([alike[which].tensors[place] for place in places], factors)
+            for which, places, factors in truncate_again(several, self._mixing, ranks, self._config, operators, grams)
+        ]
 
     def _kept(
         self,
@@ -356,3 +411,8 @@ class Made(NamedTuple):
     tensors: Sequence[PlannedTensor]
     numbers: tuple[Tensor, Tensor, Tensor]
     method: str
+
+    def values(self, products: Tensor, gap: Tensor) -> dict[str, Truncated]:
+        """Of each tensor by name, with what was fetched."""
+        each = zip(self.tensors, products, gap, strict=True)
+        return {tensor.name: Truncated(of_one, left_to_gain, self.method) for tensor, of_one, left_to_gain in each}

@@ -326,7 +326,23 @@ class Blocks:
         )
         return gram
 
-    def orthonormal(self, vectors: Tensor, passes: int, operand: torch.dtype | None = None) -> Tensor:
+    def last_on_diagonal(self, squares: Tensor, count: int) -> Tensor:
+        """The smallest of the last ``count`` numbers on the diagonal of each k × k matrix, or of all k: (blocks,)."""
+        smallest, start = [], 0
+        for blocks, k, _ in self.sorts:
+            some = min(k, count)
+            ends = squares.as_strided((blocks, some), (k * k, k + 1), start + (k - some) * (k + 1))
+            smallest.append(ends.amin(dim=1))
+            start += blocks * k * k
+        return torch.cat(smallest)
+
+    def orthonormal(
+        self,
+        vectors: Tensor,
+        passes: int,
+        operand: torch.dtype | None = None,
+        triangles: list[Tensor] | None = None,
+    ) -> Tensor:
         """Orthonormal rows spanning those of every block; rows left with nothing are zero.
 
         One pass is enough where only the span matters: what rounding leaves is that of vectors of the same condition.
@@ -335,11 +351,15 @@ class Blocks:
             vectors: float32 or float64, as :meth:`vectors`.
             passes: of CholeskyQR.
             operand: what the result becomes that is multiplied next; float16 times :data:`SCALE`.
+            triangles: takes the inverse factor of each pass. What of row j the rows before it do not have is as long
+                as 1 / its number (j, j), in the first.
         """
         # Rows this short count as zero: their reciprocal length would overflow the vectors' type.
         smallest = (1e3 * torch.finfo(vectors.dtype).tiny) ** 2
         for index in range(passes):
             triangle = self._inverse_factors(self.grams(vectors), smallest)
+            if triangles is not None:
+                triangles.append(triangle)
             vectors = self._triangular_products(triangle, vectors, operand if index == passes - 1 else None)
         return vectors
 

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interface import Effort, ResidualGroup, ShiftedFactors
+from .._stream.blocks import empty_rows
 from .._stream.factors import SLOWEST
 from . import launch
 from .addresses import on_device
-from .orthonormalize import inner_products
-from .residual_matmul import matrix_group
-from .residuals import SHAPE, Residuals, fits, tiles_of
+from .orthonormalize import Blocks, inner_products
+from .residual_matmul import matrix_group, residual_matmul
+from .residuals import SHAPE, Residuals, fits, random_signs, row_stride, tiles_of
 from .sums import summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
@@ -35,6 +36,10 @@ EXTRA_STEPS = ((32, 4), (64, 2))
 # A residual that loses less than this share of its energy has so steep a spectrum that squaring it with operands of 11
 # bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most.
 STEEP = 1e-3
+# The sketch of a residual of few directions has more rows than those: the last ones are in the span of those before.
+# What they have beside it is, squared and in the mean over random signs, the energy that the span lacks.
+WITNESSES = 4
+LACKING = 1e-9  # of the residual's energy
 
 
 @triton.jit
@@ -78,6 +83,15 @@ def judge_kernel(
     tl.store(gap + residual, left_to_gain)
 
 
+@triton.jit(do_not_specialize=["count", "k", "length", "tiles"])
+def signs_kernel(keys, out, count, k, length, tiles, BLOCK: tl.constexpr):
+    """out[l, i, column, row] = the random sign of row and column with keys[l], of every expert i: (L, N, k, length)."""
+    vector, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    signs = random_signs(tl.load(keys + vector // (count * k)), rows, vector % k)
+    tl.store(out + vector * row_stride(length) + rows, signs, mask=rows < length)
+
+
 def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
@@ -87,11 +101,16 @@ def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: 
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
     for place, group in enumerate(groups):
         steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if group.rank < below), 0)
+        steps = 0 if effort.few_directions else steps
         together.setdefault((fits(inputs[place]), steps), []).append(place)
     made: dict[int, ShiftedFactors] = {}
     for (_, steps), places in together.items():
-        residuals = Residuals([inputs[place] for place in places], [groups[place].rank for place in places])
-        found = _in_lock_step([groups[place] for place in places], residuals, mixing, steps, effort.products)
+        some = [groups[place] for place in places]
+        if effort.few_directions:
+            found = _by_one_sketch(some, mixing, effort.products)
+        else:
+            residuals = Residuals([inputs[place] for place in places], [group.rank for group in some])
+            found = _in_lock_step(some, residuals, mixing, steps, effort.products)
         made.update(zip(places, found, strict=True))
     return [made[place] for place in range(len(groups))]
 
@@ -133,6 +152,57 @@ def _in_lock_step(
         found.append(ShiftedFactors(left.mT, right, False, together, trusted, gap, reached))
         first += size
     return found
+
+
+def _by_one_sketch(groups: Sequence[ResidualGroup], mixing: Tensor, products: bool) -> list[ShiftedFactors]:
+    """Residuals of fewer directions than the rank, in full precision; trusted where the sketch shows that they are.
+
+    They are not kept: two products read the inputs.
+    """
+    device, sorts = groups[0].bases[0].device, []
+    for group in groups:
+        m = len(group.bases[0])
+        sorts.append((group.energies.numel(), group.rank, min(m, group.bases[0].numel() // m)))
+    blocks, triangles = Blocks(sorts, device), list[Tensor]()
+    energies, *keys = on_device(
+        [torch.cat([group.energies.flatten() for group in groups]), *(group.keys for group in groups)], device
+    )
+    vectors = torch.empty(0)
+    for place, (group, of_group) in enumerate(zip(groups, keys, strict=True)):
+        tall, of_signs = _tall(group), _signs(group, of_group)
+        drawn = residual_matmul(group.bases, group.experts, mixing, of_signs.mT, tall, "tf32x3").mT
+        vectors = blocks.vectors(drawn.dtype) if place == 0 else vectors
+        blocks.of_sorts(vectors)[place].copy_(drawn.flatten(0, 1))
+    bases = blocks.of_sorts(blocks.orthonormal(vectors, passes=2, triangles=triangles))
+    beside = blocks.last_on_diagonal(triangles[0], WITNESSES).square()  # reciprocal; 0: there was no residual
+    trusted = (beside == 0) | (beside * energies >= 1 / LACKING)
+    found, first, nothing = [], 0, torch.zeros_like(energies)
+    for group, basis in zip(groups, bases, strict=True):
+        shape, last = group.energies.shape, first + group.energies.numel()
+        rows = basis.view(*shape, *basis.shape[1:])
+        product = residual_matmul(group.bases, group.experts, mixing, rows.mT, not _tall(group), "tf32x3")
+        left, right = (product, rows) if _tall(group) else (rows.mT, product.mT)
+        together = inner_products(left.mT, right) if products else None
+        numbers = (each[first:last].view(shape) for each in (trusted, nothing, energies))  # nothing is left to gain
+        found.append(ShiftedFactors(left, right, False, together, *numbers))
+        first = last
+    return found
+
+
+def _tall(group: ResidualGroup) -> bool:
+    m = len(group.bases[0])
+    return m >= group.bases[0].numel() // m
+
+
+def _signs(group: ResidualGroup, keys: Tensor) -> Tensor:
+    """Random signs of a tensor's key, the same for all experts: (L, N, k, long side) float32."""
+    (size, count), m = group.energies.shape, len(group.bases[0])
+    length, config = max(m, group.bases[0].numel() // m), launch.sums()
+    out = empty_rows((size, count, group.rank), length, torch.float32, keys.device)
+    tiles = -(-length // config.block)
+    grid = (size * count * group.rank * tiles,)
+    launch.start(signs_kernel, grid, config, keys, out, count, group.rank, length, tiles, BLOCK=config.block)
+    return out
 
 
 def _judged(residuals: Residuals, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

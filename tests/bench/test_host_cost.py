@@ -15,11 +15,13 @@ from r2m_kernels import MergeConfig
 from r2m_kernels._triton import launch, sums
 from r2m_kernels.config import OFFERED
 
-# Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written.
+# Of waits, Triton launches and ATen kernels. Two waits fetch what the steps found and one what was written; merged LoRA
+# is truncated twice: what can be relied on and the second time's numbers are two more.
 BARS = {
     "ViT-L default": (3, 80, 20),
     "ViT-L rows": (2, 29, 14),
     "ViT-L average": (2, 17, 12),
+    "ViT-L lora": (5, 101, 48),
     "ViT-B default": (3, 80, 20),
     "CNN rows": (2, 18, 13),
     "CNN default": (3, 44, 17),
@@ -72,7 +74,7 @@ def test_a_group_costs_as_much_with_any_number_of_matrices(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BARS if name != "ViT-L default" and "CNN" not in name])
+@pytest.mark.parametrize("name", ["ViT-L rows", "ViT-L average", "ViT-B default"])
 def test_whole_models(name):
     """ViT-L by default has ViT-B's groups, each of twice as many matrices: that is left to the program."""
     held_to(BARS[name], JOBS[name])
@@ -88,12 +90,10 @@ def test_convolutions_cost_as_much_with_any_number_of_layers(name, layers):
 
 
 @pytest.mark.slow
-def test_a_merge_without_a_bar_is_right_while_it_is_counted():
-    """On a part of the model: truncations of merged LoRA are made twice, in minutes a block."""
+def test_merged_lora_on_a_part_of_the_model_that_has_all_shapes():
+    """Of many layers the groups are the same."""
     job = JOBS["ViT-L lora"]
-    part = dict(list(job.shapes.items())[:24])
-    _, error = counted(replace(job, shapes=part))
-    assert error <= job.bound
+    held_to(BARS["ViT-L lora"], replace(job, shapes=dict(list(job.shapes.items())[:16])))
 
 
 @pytest.mark.slow

@@ -117,6 +117,19 @@ def test_nearly_steep_spectra_are_within_the_bound_too(monkeypatch, share, metho
     assert error_of(factors, matrix) <= 1.05 * float(values[12:].norm()) + 2e-6 * float(values.norm())
 
 
+@pytest.mark.parametrize(("tail", "method"), [(0.0, "shifted"), pytest.param(1e-7, "textbook", marks=SLOW)])
+def test_residuals_of_few_directions_are_truncated_by_one_sketch_and_others_are_not(monkeypatch, tail, method):
+    multiply_in_tf32(monkeypatch)
+    monkeypatch.setattr(truncate, "EXTRA_STEPS", ())
+    values = torch.full((66,), (tail / 60) ** 0.5, dtype=torch.float64)
+    values[:3] = torch.tensor([1.0, 0.1, 1e-3])
+    matrix = 40 * matrix_with(values / values.norm(), 72, 66)
+    factors = factors_of(matrix, 9)
+    assert factors.method == method
+    # 2e-6: float32 of the input and of both factors.
+    assert error_of(factors, matrix) <= 40 * (1.05 * float(values[9:].norm()) + 2e-6)
+
+
 @pytest.mark.slow
 def test_truncation_does_not_depend_on_the_scale():
     matrix = matrix_with(spectrum("linear", 80), 80, 96)
