@@ -2,6 +2,7 @@
 
     python -m bench.files DIRECTORY [--blocks 4] [--repeats 3] [--peers .venv-peers] [--only NAME…]
 
+Each runs once before it is timed, with modules compiled and files in memory, as where it was used before.
 Prints JSON, and leaves what was merged in DIRECTORY for ``bench/run.py`` to compare. Imports nothing heavy: on Linux a
 child's peak memory starts with what its parent had when it was made.
 """
@@ -65,9 +66,10 @@ def commands(directory: Path, peers: Path | None, tsvm: bool = False) -> dict[st
 
 def timed(command: list[str], log: Path) -> dict[str, float]:
     """Wall and CPU seconds and peak bytes of one process."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)  # it is gone, and Popen did not see that
@@ -95,10 +97,12 @@ def main() -> int:
         if by_name:
             code = f"{write}; write_checkpoints(Path({str(directory)!r}), {blocks}, {EXPERTS})"
             subprocess.run([sys.executable, "-c", code], check=True)
-        for _ in range(repeats):
+        for repeat in range(1 + repeats):
             for name, command in by_name.items():
                 shutil.rmtree(directory / name.replace(" ", "_"), ignore_errors=True)  # mergekit's, of the last run
-                measured.setdefault(name, []).append(timed(command, directory / "log"))
+                found = timed(command, directory / "log")
+                if repeat:
+                    measured.setdefault(name, []).append(found)
     print(json.dumps({"blocks": options.blocks, "experts": EXPERTS, "runs": measured, "peers": peers is not None}))
     return 0
 
