@@ -36,13 +36,13 @@ OTHERS = ("mono_soup", "r2m --real-rank 0")
 def truncated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many experts each truncation was asked for."""
     counts: list[int] = []
-    truncate = truncation.truncate
+    truncate = truncation.truncate_several
 
-    def counted(inputs: Any, *arguments: Any) -> Any:
-        counts.append(len(inputs.experts))
-        return truncate(inputs, *arguments)
+    def counted(several: Any, *arguments: Any) -> Any:
+        counts.extend(len(inputs.experts) for inputs in several)
+        return truncate(several, *arguments)
 
-    monkeypatch.setattr(truncation, "truncate", counted)
+    monkeypatch.setattr(truncation, "truncate_several", counted)
     return counts
 
 
