@@ -258,11 +258,8 @@ class TruncationStep(Step):
         if self._single is not None and (single := self._with_kept(self._single, group)) is not None:
             return [self._in_store(group.tensors, single)]
         alike = group.of_one_shape()
-        several = [Truncatable(one.names, one.bases, one.experts) for one in alike]
-        ranks = [one.tensors[0].rank for one in alike]
-        grams = [[self._grams[name] for name in one.names] for one in alike]
-        operators = self._run.backend.operators
-        found = truncate_several(several, self._mixing, ranks, self._config, operators, grams)
+        asked = self._asked(alike)
+        several, found = asked[0], truncate_several(*asked)
         found.reverse()
         made: list[Made] = []
         for one, inputs in zip(alike, several, strict=True):
@@ -370,14 +367,19 @@ class TruncationStep(Step):
 
     def _again(self, steep: Sequence[PlannedTensor]) -> list[Made]:
         alike = self.over.load(self._run.loader, steep).of_one_shape()
-        several = [Truncatable(one.names, one.bases, one.experts) for one in alike]
-        ranks = [one.tensors[0].rank for one in alike]
-        grams = [[self._grams[name] for name in one.names] for one in alike]
-        operators = self._run.backend.operators
         return [
             self._in_store([alike[which].tensors[place] for place in places], factors)
-            for which, places, factors in truncate_again(several, self._mixing, ranks, self._config, operators, grams)
+            for which, places, factors in truncate_again(*self._asked(alike))
         ]
+
+    def _asked(
+        self, alike: Sequence[Group]
+    ) -> tuple[list[Truncatable[Tensor]], Tensor, list[int], MergeConfig, Operators, list[Sequence[Tensor]]]:
+        """What truncations of groups of one shape are told."""
+        several = [Truncatable(one.names, one.bases, one.experts) for one in alike]
+        ranks, operators = [one.tensors[0].rank for one in alike], self._run.backend.operators
+        grams: list[Sequence[Tensor]] = [[self._grams[name] for name in one.names] for one in alike]
+        return several, self._mixing, ranks, self._config, operators, grams
 
     def _kept(
         self,

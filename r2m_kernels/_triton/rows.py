@@ -90,6 +90,21 @@ def row_grams_kernel(
     tl.store(squares + tensor * m + rows, tl.sum(square, axis=1), mask=rows < tl.where(pair == 0, m, 0))
 
 
+@triton.jit
+def lengths_to_shares(shares, weights, power, longest, inside, m, count, BLOCK: tl.constexpr):
+    """Σ_i of what becomes of lengths of rows in ``shares``: weights_i · length^power, relative to the longest."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for i in range(count):
+        # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
+        relative = tl.load(shares + i * m, mask=inside, other=0.0) / tl.where(longest == 0.0, 1.0, longest)
+        raised = tl.where(relative == 0.0, 0.0, tl.exp2(power * tl.log2(tl.where(relative == 0.0, 1.0, relative))))
+        raised = tl.where(longest == 0.0, 1.0, tl.where(power == 0.0, 1.0, raised))
+        share = tl.load(weights + i) * raised
+        tl.store(shares + i * m, share, mask=inside)
+        total += share
+    return total
+
+
 @triton.jit(do_not_specialize=["m", "count"])
 def row_coefficients_kernel(grams, numbers, shares, out, m, count, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     """out[l, row, j] = core_j + eta Σ_i mixing_ji W_i, with W from the rows' Gram matrices; see ``ops.combine_rows``.
@@ -117,15 +132,7 @@ def row_coefficients_kernel(grams, numbers, shares, out, m, count, COMPUTE: tl.c
         tl.store(shares + i * m, length, mask=inside)
         longest = tl.where(length <= longest, longest, length)
     tl.debug_barrier()
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i in range(count):
-        # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
-        relative = tl.load(shares + i * m, mask=inside, other=0.0) / tl.where(longest == 0.0, 1.0, longest)
-        raised = tl.where(relative == 0.0, 0.0, tl.exp2(power * tl.log2(tl.where(relative == 0.0, 1.0, relative))))
-        raised = tl.where(longest == 0.0, 1.0, tl.where(power == 0.0, 1.0, raised))
-        share = tl.load(weights + i) * raised
-        tl.store(shares + i * m, share, mask=inside)
-        total += share
+    total = lengths_to_shares(shares, weights, power, longest, inside, m, count, BLOCK)
     tl.debug_barrier()
     for j in range(count):
         mixed = tl.zeros((BLOCK,), tl.float64)

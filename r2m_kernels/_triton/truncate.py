@@ -8,7 +8,6 @@ or singular value problem, which on a GPU would cost more than all the products.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -144,9 +143,9 @@ def _in_lock_step(
     for group, long, short in zip(
         groups, residuals.long.of_sorts(product), residuals.short.of_sorts(basis), strict=True
     ):
-        size, (m, *rest) = len(group.bases), group.bases[0].shape
+        size = len(group.bases)
         sides = [rows.view(size, -1, *rows.shape[1:]) for rows in (long, short)]
-        left, right = sides if m >= math.prod(rest) else sides[::-1]
+        left, right = sides if _tall(group) else sides[::-1]
         trusted, gap, reached = (numbers[first : first + size] for numbers in judged)
         together = inner_products(left, right) if products else None
         found.append(ShiftedFactors(left.mT, right, False, together, trusted, gap, reached))

@@ -11,6 +11,7 @@ from .._stream.blocks import empty_rows
 from . import launch
 from .addresses import ELEMENT_TYPES, padded_rows
 from .lengths import DEPTH
+from .rows import lengths_to_shares
 
 
 @triton.jit(do_not_specialize=["m", "rank", "count", "stride", "out_stride"])
@@ -46,15 +47,7 @@ def weigh_rows_kernel(
         tl.store(shares + i * m, length, mask=inside)
         longest = tl.where(length <= longest, longest, length)
     tl.debug_barrier()
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i in range(count):
-        # Relative to the longest, so that no power leaves float64's range; where nobody changed a row, all count.
-        relative = tl.load(shares + i * m, mask=inside, other=0.0) / tl.where(longest == 0.0, 1.0, longest)
-        raised = tl.where(relative == 0.0, 0.0, tl.exp2(power * tl.log2(tl.where(relative == 0.0, 1.0, relative))))
-        raised = tl.where(longest == 0.0, 1.0, tl.where(power == 0.0, 1.0, raised))
-        share = tl.load(numbers + i) * raised
-        tl.store(shares + i * m, share, mask=inside)
-        total += share
+    total = lengths_to_shares(shares, numbers, power, longest, inside, m, count, BLOCK)
     tl.debug_barrier()
     for i in range(count):
         share = (tl.load(shares + i * m, mask=inside, other=0.0) / total).to(COMPUTE)
