@@ -203,6 +203,7 @@ def test_a_look_that_is_known_is_not_taken_again(monkeypatch):
 def test_rates_that_are_in_the_file_are_not_judged_again(monkeypatch, tmp_path):
     judged = []
     monkeypatch.setattr(lengths, "Models", Untrained)
+    monkeypatch.setattr(Untrained, "base", lambda self: {})  # weights of ImageNet are not everywhere
     monkeypatch.setattr(Untrained, "moved", lambda self, kind, rate: (kind, rate))
     monkeypatch.setattr(Untrained, "specialist", lambda self, kind: (kind, 1))
     monkeypatch.setattr(lengths, "Pictures", lambda groups: None)
