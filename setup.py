@@ -30,7 +30,11 @@ SYSTEM, _, MACHINE = sysconfig.get_platform().partition("-")
 # Every variant is compiled for its own instructions, and chosen by what the CPU at hand has.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VARIANTS = {
-    "x86_64": {"kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "kernels_avx512.cpp": AVX512},
+    "x86_64": {
+        "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "kernels_avx512.cpp": AVX512,
+        "kernels_bfloat16.cpp": [*AVX512, "-mavx512bf16"],
+    },
     "aarch64": {"kernels_neon.cpp": []},
 }.get(MACHINE, {})
 HAS_VARIANTS = {"x86_64": ["-DR2M_X86"], "aarch64": ["-DR2M_ARM"]}.get(MACHINE, [])

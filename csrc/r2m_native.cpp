@@ -18,7 +18,7 @@ constexpr int64_t MOST_EXPERTS = int64_t{1} << 20;
 // Of numbers that are counted together: their bytes, of the widest type and a chunk beyond, stay in int64.
 constexpr int64_t MOST_NUMBERS = int64_t{1} << 58;
 
-int32_t capabilities() {
+int32_t found_capabilities() {
   int32_t found = 1 << R2M_PORTABLE;
 #if defined(R2M_X86)
   // The builtin asks the CPU and whether the operating system saves the registers.
@@ -36,8 +36,11 @@ int32_t capabilities() {
   return found;
 }
 
+// Asked once, when the library is loaded: in a virtual machine the CPU's answer takes microseconds.
+const int32_t CAPABILITIES = found_capabilities();
+
 const r2m::Kernels *kernels(int32_t variant) {
-  if (variant < 0 || variant > R2M_NEON || !(capabilities() >> variant & 1)) return nullptr;
+  if (variant < 0 || variant > R2M_NEON || !(CAPABILITIES >> variant & 1)) return nullptr;
 #if defined(R2M_X86)
   if (variant == R2M_AVX2) return &r2m::avx2::KERNELS;
   if (variant == R2M_AVX512) return &r2m::avx512::KERNELS;
@@ -83,7 +86,7 @@ int64_t compute_dtype(int32_t compute_double) { return compute_double ? R2M_FLOA
 
 int32_t r2m_abi_version(void) { return R2M_ABI_VERSION; }
 
-int32_t r2m_capabilities(void) { return capabilities(); }
+int32_t r2m_capabilities(void) { return CAPABILITIES; }
 
 int32_t r2m_task_gram(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs, int64_t first,
                       int64_t last, double *gram, double *squares) {
@@ -227,4 +230,17 @@ int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_t count,
   const r2m::Kernels *table = kernels(variant);
   if (!table) return R2M_NO_VARIANT;
   return table->weighted_sum[compute_double != 0](count, inputs, coefficients, rows, columns, out);
+}
+
+int32_t r2m_multiply_bfloat16(int32_t variant, int32_t compute_double, int64_t depth, const r2m_matrix *left,
+                              const r2m_matrix *right, int64_t rows, int64_t columns, const r2m_matrix *out) {
+  if (!countable(depth, 1) || !left || !right || !out || compute_double || !usable(*left, depth, rows) ||
+      !usable(*right, depth, columns) || !usable(*out, rows, columns) || left->dtype != R2M_BFLOAT16 ||
+      right->dtype != R2M_BFLOAT16 || out->dtype != R2M_FLOAT32)
+    return R2M_BAD_ARGUMENT;
+  if (!kernels(variant)) return R2M_NO_VARIANT;
+#if defined(R2M_X86)
+  if (CAPABILITIES & HAS_BFLOAT16_PRODUCTS) return r2m::multiply_bfloat16(depth, left, right, rows, columns, out);
+#endif
+  return R2M_NO_VARIANT;
 }

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Raised with every change of a signature, a struct or a meaning; the loader refuses any other number. */
-#define R2M_ABI_VERSION 2
+#define R2M_ABI_VERSION 3
 
 #define R2M_API __attribute__((visibility("default")))
 
@@ -120,7 +120,14 @@ R2M_API int32_t r2m_scale_columns(int32_t variant, int32_t compute_double, const
 R2M_API int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                                  const void *coefficients, int64_t rows, int64_t columns, const r2m_matrix *out);
 
-/* Every function above that a variant has its own code for. */
+/* out[row][column] = Σ_k left[k][row] right[k][column] over `depth` terms: bfloat16 operands, float sums and result.
+ *
+ * Only where bit 8 of r2m_capabilities is set, the same for every variant, and in float. Terms are added pair after
+ * pair: a sum is the same whichever rows and columns are asked for. */
+R2M_API int32_t r2m_multiply_bfloat16(int32_t variant, int32_t compute_double, int64_t depth, const r2m_matrix *left,
+                                      const r2m_matrix *right, int64_t rows, int64_t columns, const r2m_matrix *out);
+
+/* Every function above that a variant has its own code for, in float and in double. */
 #define R2M_OPERATORS(EACH) \
   EACH(task_gram)           \
   EACH(row_grams)           \

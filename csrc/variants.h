@@ -21,6 +21,10 @@ struct Kernels {
 #undef R2M_MEMBER
 };
 
+// R2M_X86 has it; see r2m_multiply_bfloat16.
+int32_t multiply_bfloat16(int64_t depth, const r2m_matrix *left, const r2m_matrix *right, int64_t rows, int64_t columns,
+                          const r2m_matrix *out);
+
 namespace portable {
 extern const Kernels KERNELS;
 }

@@ -33,6 +33,10 @@ MOST = 0.7
 FEW = 64
 FEW_RATIO = 1.4
 ROWS_MULTIPLE = 8  # BLAS runs better there
+# Where a greater share of a residual's energy than this is cut off, products may have operands in bfloat16: the last
+# one of a truncation, and that of its factors. Each rounds 2e-3 of the residual's length; the error of the truncation
+# is 1.0003 times as large at most.
+CUT_OFF = 2.0**-6
 
 
 def sketch_rows(rank: int, oversampling: int) -> int:
@@ -379,7 +383,9 @@ class Operators(Protocol):
         Args:
             bases, experts: tensors of one shape.
             coefficients: (N,), or (L, m, N) in the compute dtype: one of each row.
-            left, right, scale: (L, N, m, r), (L, N, r, n) and (N,), or None all three.
+            left, right: (L, N, m, r) and (L, N, r, n), or None both; in bfloat16, products have such operands, and sums
+                in the compute dtype.
+            scale: (N,); None where factors are to be added as they are, as those in bfloat16 have to be.
             outs: L tensors of that shape, of any dtype and layout; one may be an input of its own tensor.
             squares: takes numbers, (L, …) float64, of which each tensor's add up to ‖Σ_i scale_i · left_i right_i‖² of
                 factors that are given.

@@ -108,8 +108,9 @@ class Adapters:
         return Columns(name, sum(self._tensors[name].matrix_shape), energies)
 
     def _products(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        left, right, scale = self._term(name).products(self._run.backend.operators, self._run.device)
-        return list(zip(left[0] * scale.to(left).view(-1, 1, 1), right[0], strict=True))
+        term = self._term(name)
+        products, dtype = term.products(self._run.backend.operators, self._run.device), term.factors[0].left.dtype
+        return list(zip(products.scaled_left(dtype)[0], products.right[0].to(dtype), strict=True))
 
     def _term(self, name: str) -> LowRank:
         term = self._terms.of(Group([self._tensors[name]]))

@@ -256,10 +256,8 @@ class CombinationStep(Step):
         if first.role in ("statistic", "extra"):
             largest = self._operators.mean(group.experts, self._terms.findings.real.weights, outs)
             return outs, [(group.tensors, Written(largest))]
-        if first.role == "matrix" and self._terms.single:
-            groups = [(group.single(index), [out]) for index, out in enumerate(outs)]
-        else:
-            groups = [(group, outs)]
+        alike = self._terms.alike(group)
+        groups = [(group.some(places), [outs[place] for place in places]) for places in alike]
         return outs, [(one.tensors, self._terms.of(one).write(self._operators, one, some)) for one, some in groups]
 
     def _target(self, theta: Tensor, dtype: torch.dtype, *, reused: bool) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import norm_matching, ops, tensor_checks
+from . import low_rank, norm_matching, ops, tensor_checks
 from ._interface import Operators
 from ._stream import parallel
 from ._stream.loader import Group
@@ -147,10 +147,36 @@ def _made(term: Term, run: Run, group: Group) -> Tensor:
     if isinstance(term, Linear) or (isinstance(term, LowRank) and not term.factors):
         return ops.combine(base, experts, term.coefficients, backend=backend)
     if isinstance(term, LowRank):
-        left, right, scale = term.products(cast(Operators, _Weighing(operators)), base.device)
+        weighing = cast(Operators, _Weighing(operators))
+        left, right, scale = replace(term, rounded=False).products(weighing, base.device)
+        assert scale is not None
+        if term.rounded:
+            return _of_rounded(operators, group, term.coefficients, left, right, scale)
         return ops.combine(base, experts, term.coefficients, left[0], right[0], scale, backend=backend)
     assert isinstance(term, ByRows)
     return _by_rows(term, operators, group)
+
+
+def _of_rounded(
+    operators: Operators, group: Group, coefficients: Tensor, left: Tensor, right: Tensor, scale: Tensor
+) -> Tensor:
+    """What is added of rounded factors, with the derivatives of the same before they were rounded."""
+    base, experts = group.inputs(0)
+
+    def summed(coefficients: Tensor, left: Tensor, scale: Tensor) -> Tensor:
+        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+        given = low_rank.Products(left, right, scale).rounded()
+        operators.combine(group.bases, group.experts, coefficients, *given, [out])
+        return out
+
+    def formula(coefficients: Tensor, left: Tensor, scale: Tensor) -> Tensor:
+        theta, dtype = base.to(left.dtype), left.dtype
+        changes = torch.stack([one.to(dtype) - theta for one in experts]).flatten(1)
+        total = (coefficients.to(changes) @ changes).view(base.shape)
+        added = ((left * scale.to(left).view(-1, 1, 1)) @ right).sum(dim=(0, 1))
+        return (theta + total + added.view(base.shape)).to(base.dtype)
+
+    return _as_formula(summed, formula, coefficients, left, scale)
 
 
 class _Weighing:

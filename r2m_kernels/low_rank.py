@@ -135,16 +135,28 @@ def singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Products(NamedTuple):
-    """Σ_i scale_i · left_i right_i: (L, N, m, r), (L, N, r, n) and (N,)."""
+    """Σ_i scale_i · left_i right_i: (L, N, m, r), (L, N, r, n) and (N,); without a scale as they are."""
 
     left: Tensor
     right: Tensor
-    scale: Tensor
+    scale: Tensor | None
+
+    def scaled_left(self, dtype: torch.dtype) -> Tensor:
+        """(L, N, m, r), of each its scale in it."""
+        left = self.left.to(dtype)
+        return left if self.scale is None else left * self.scale.to(left).view(-1, 1, 1)
+
+    def rounded(self) -> Products:
+        """In bfloat16, each scale in the left factor. Elements that lie side by side stay so."""
+        rows = self.left.mT
+        left = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+        torch.mul(rows, 1.0 if self.scale is None else self.scale.to(rows).view(-1, 1, 1), out=left)
+        return Products(left.mT, self.right.to(torch.bfloat16), None)
 
     def squares(self) -> Tensor:
         """(L, N, N) float64, of which each tensor's add up to its square."""
-        both = torch.outer(self.scale, self.scale).double().to(self.left.device)
-        return inner_products(self.left, self.right, orthogonal=False) * both
+        products = inner_products(self.left, self.right, orthogonal=False)
+        return products if self.scale is None else products * torch.outer(self.scale, self.scale).to(products)
 
 
 def columns(
@@ -174,8 +186,7 @@ def columns(
     lefts = [change[:, wanted] * weight for change, weight in zip(changes, weights, strict=True)]
     rights = [change[:, m:][:, some or slice(None)].mT for change in changes]
     if products is not None:
-        scaled = products.left.to(device, dtype) * products.scale.to(device, dtype).view(-1, 1, 1)
-        lefts += list(scaled.unbind(1))
+        lefts += list(products.scaled_left(dtype).to(device).unbind(1))
         rights += list(products.right.to(device, dtype).unbind(1))
     if not sum(left.shape[2] for left in lefts):
         lefts.append(lefts[0].new_zeros(*lefts[0].shape[:2], 1))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import descent, elements, low_rank, spectra
-from ._interface import Operators
+from . import descent, elements, low_rank, spectra, truncation
+from ._interface import CUT_OFF, Operators
 from ._stream.blocks import BLOCK_ELEMENTS, product_height, row_block_elements
 from ._stream.budget import COMPUTE_BYTES
 from ._stream.factors import Factors, stacked
@@ -121,6 +121,7 @@ class LowRank(Term):
         scale: (N,).
         rows: how rows of left factors are weighted; ``None``: all alike.
         lengths: (N, m) of all rows of a tensor's residuals, where it comes in parts; else they are worked out here.
+        rounded: whether what is added is the product of factors in bfloat16.
     """
 
     coefficients: Tensor
@@ -128,6 +129,7 @@ class LowRank(Term):
     scale: Tensor
     rows: RowWeights | None
     lengths: Tensor | None = None
+    rounded: bool = False
 
     @staticmethod
     def block_elements(tensor: PlannedTensor) -> int | None:
@@ -148,7 +150,7 @@ class LowRank(Term):
         return Written(found, Measured(squares, _as_they_are) if squares else None)
 
     def products(self, operators: Operators, device: torch.device, rows: slice | None = None) -> low_rank.Products:
-        """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted; there are some.
+        """Σ_i scale_i · left_i right_i of all L tensors, rows of left factors weighted, and rounded; there are some.
 
         Args:
             operators: who weighs them.
@@ -168,7 +170,8 @@ class LowRank(Term):
             else:
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
             left = operators.weigh_rows(left, lengths, self.rows.weights, self.rows.scales, self.rows.power)
-        return low_rank.Products(left, right, self.scale)
+        products = low_rank.Products(left, right, self.scale)
+        return products.rounded() if self.rounded else products
 
 
 def _as_they_are(squares: Tensor) -> Tensor:
@@ -419,13 +422,33 @@ class Terms:
         apart = self.apart and tensor.role == "matrix" and (self.truncated or not tensor.unchanged)
         return replace(self.findings.at(tensor, self.config), apart=apart)
 
-    @property
-    def single(self) -> bool:
-        """Whether every matrix has a term of its own, since its change is scaled by a number of its own."""
-        return self.config.scale == "layer"
+    def alike(self, group: Group) -> list[list[int]]:
+        """Places of those tensors of a group that have one term.
+
+        Where their changes are scaled by numbers of their own each has its own; else all, but for whether what is added
+        of them is rounded.
+        """
+        places = range(len(group.tensors))
+        if self.config.scale == "layer" and group.tensors[0].role == "matrix":
+            return [[place] for place in places]
+        rounded = [self.rounded(tensor) for tensor in group.tensors]
+        return [[place for place in places if rounded[place] == kind] for kind in sorted(set(rounded))]
+
+    def rounded(self, tensor: PlannedTensor) -> bool:
+        """Whether a tensor's truncated residuals are added as products of factors in bfloat16.
+
+        Where a fast truncation cut off far more than that rounds, of every expert: merge and adapters take the same.
+        """
+        if unmatched(tensor, self.config) is not LowRank or tensor.factored:
+            return False
+        near = self.config.svd == "randomized" and not truncation.exactly(tensor.matrix_shape, tensor.rank, self.config)
+        if not near or self.config.spectrum != "truncate":
+            return False
+        whole, kept = self.findings.residual_gram(tensor.name).diag(), self.residuals.energies.get(tensor.name)
+        return kept is not None and bool((kept <= (1 - CUT_OFF) * whole).all())
 
     def of(self, group: Group) -> Term:
-        """The term of tensors of one role, shape and rank; of a single one where :attr:`single` says so."""
+        """The term of tensors of one role, shape and rank that are :meth:`alike`."""
         first, strength = group.tensors[0], self.residuals.strength
         lengthened = self.lengthened(first)
         term = self._plain(group, lengthened * strength.core_scale, lengthened * strength.eta)
@@ -467,4 +490,5 @@ class Terms:
         factors = [one for tensor in wanted if (one := self.factors(tensor, group.rows, group.columns)) is not None]
         lengths = self.lengths(first) if factors and rows is not None and group.part is not None else None
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
-        return LowRank(coefficients, factors, scale, rows, lengths)
+        single = bool(factors) and factors[0].left.dtype == torch.float32
+        return LowRank(coefficients, factors, scale, rows, lengths, single and self.rounded(first))

@@ -183,10 +183,17 @@ def _fast(made: ShiftedFactors, shape: Sequence[int]) -> GroupFactors:
 def _method(shape: Sequence[int], rank: int, config: MergeConfig, operators: Operators) -> Method:
     """Who truncates matrices of a shape."""
     by_the_book = config.svd == "textbook" or (config.tolerance is not None and not operators.traits.takes_tolerance)
-    short, exact = min(shape), config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM
     if by_the_book:
+        short, exact = min(shape), config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM
         return "exact" if exact or short <= max(sketch_width(rank, config), EXACT_UP_TO) else "textbook"
-    return "exact" if exact or short <= EXACT_UP_TO or spans(rank, config.oversampling, short) else "shifted"
+    return "exact" if exactly(shape, rank, config) else "shifted"
+
+
+def exactly(shape: Sequence[int], rank: int, config: MergeConfig) -> bool:
+    """Whether matrices of a shape are truncated exactly, where nothing asks for the textbook's method."""
+    short = min(shape)
+    asked = config.svd == "exact" or config.spectrum in WHOLE_SPECTRUM
+    return asked or short <= EXACT_UP_TO or spans(rank, config.oversampling, short)
 
 
 def truncation_pass(plan: Plan, config: MergeConfig, operators: Operators) -> Pass:

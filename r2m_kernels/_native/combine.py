@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -16,6 +17,7 @@ from .._torch.combine import norm_square, side_by_side
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
 
 COMBINE = declare("r2m_combine", LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER)
+MULTIPLY = declare("r2m_multiply_bfloat16", LONG, POINTER, POINTER, LONG, LONG, POINTER)
 T = TypeVar("T")
 
 
@@ -56,8 +58,8 @@ def _combine(
         return torch.zeros((), dtype=torch.float64)
     library, dtype = loaded(), compute_dtype([base, *experts])
     low_rank = None
-    if left is not None and right is not None and scale is not None:
-        low_rank = side_by_side(left, right, scale, dtype)
+    if left is not None and right is not None:
+        low_rank = side_by_side(left, right, scale, _dtype_of_products(left, dtype))
     by_rows = coefficients.ndim == 2
     read = list(range(len(experts))) if by_rows else [j for j, one in enumerate(coefficients.tolist()) if one != 0.0]
     weights = weights_of(coefficients if by_rows else coefficients[read], dtype)
@@ -82,7 +84,7 @@ def _combine(
         squares: list[Tensor] = []  # in any order: who asks for them adds them up exactly
 
         def of_block(block: tuple[slice, slice]) -> float:
-            product = left_rows[block[0]] @ right_rows[:, block[1]]
+            product = _product(left_rows[block[0]], right_rows[:, block[1]])
             if of_blocks is not None:
                 squares.append(norm_square(product))
             return of_rows(*block, product)
@@ -97,6 +99,23 @@ def _combine(
     if target is not out:
         out.copy_(target)
     return largest
+
+
+def _dtype_of_products(left: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of the operands: bfloat16 where factors are, if the CPU multiplies that."""
+    fast = left.dtype == torch.bfloat16 and dtype == torch.float32 and loaded().multiplies_bfloat16
+    return torch.bfloat16 if fast else dtype
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of an (m, k) view of (k, m) memory and (k, n)."""
+    if left.dtype != torch.bfloat16:
+        return left @ right
+    product = torch.empty(left.shape[0], right.shape[1])
+    terms = matrices([left.T, right, product])
+    where = (len(right), *(ctypes.byref(one) for one in terms[:2]), *product.shape, ctypes.byref(terms[2]))
+    loaded().call(MULTIPLY, torch.float32, *where)
+    return product
 
 
 def over(panels: Iterable[list[T]], write: Callable[[T], float], out: Tensor) -> Tensor:

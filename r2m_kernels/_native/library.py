@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, BadOption
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 POLICIES = ("auto", "require", "off")
 # By the bit of r2m_capabilities, of each kind of machine the slowest first.
 VARIANTS = ("portable", "avx2", "avx512", "neon")

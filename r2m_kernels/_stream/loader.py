@@ -83,27 +83,23 @@ class Group:
         """One tensor's: the base's and the experts'."""
         return self.bases[index], [expert[index] for expert in self.experts]
 
-    def single(self, index: int) -> Group:
-        """A group of one of its tensors, with its inputs."""
-        base, experts = self.inputs(index)
-        return replace(self, tensors=[self.tensors[index]], bases=[base], experts=[[expert] for expert in experts])
+    def some(self, places: Sequence[int]) -> Group:
+        """A group of the tensors at some places, with their inputs."""
+        if len(places) == len(self.tensors):
+            return self
+        return replace(
+            self,
+            tensors=[self.tensors[place] for place in places],
+            bases=[self.bases[place] for place in places if self.bases],
+            experts=[[expert[place] for place in places] for expert in self.experts],
+        )
 
     def of_one_shape(self) -> list[Group]:
         """As groups of one shape and rank each."""
         places: dict[object, list[int]] = {}
         for place, tensor in enumerate(self.tensors):
             places.setdefault((tensor.spec.shape, tensor.rank), []).append(place)
-        if len(places) == 1:
-            return [self]
-        return [
-            replace(
-                self,
-                tensors=[self.tensors[place] for place in some],
-                bases=[self.bases[place] for place in some],
-                experts=[[expert[place] for place in some] for expert in self.experts],
-            )
-            for some in places.values()
-        ]
+        return [self.some(each) for each in places.values()]
 
     def in_rows(self, outs: Sequence[Tensor]) -> tuple[Group, Sequence[Tensor]]:
         """A part of a matrix, which is whole rows then, and what is written of it, as rows; whole ones as they are."""

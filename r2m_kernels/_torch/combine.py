@@ -56,7 +56,7 @@ def _combine(
 ) -> Tensor:
     dtype = compute_dtype([base, *experts])
     low_rank = None
-    if left is not None and right is not None and scale is not None:
+    if left is not None and right is not None:
         low_rank = side_by_side(left, right, scale, dtype)
     by_rows = coefficients.ndim == 2
     # Tensors without a low-rank part have no rows to speak of: they are walked through as one column.
@@ -107,9 +107,13 @@ def norm_square(block: Tensor) -> Tensor:
     return norm.square()
 
 
-def side_by_side(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def side_by_side(left: Tensor, right: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Σ_i s_i L_i R_i as one product: (m, N·r), as truncations leave left factors, and (N·r, n)."""
     count, m, rank = left.shape
-    scaled = torch.empty(count, rank, m, dtype=dtype, device=left.device)
-    torch.mul(left.to(dtype).mT, scale.to(left.device, dtype).view(count, 1, 1), out=scaled)
-    return scaled.view(count * rank, m).T, right.to(dtype).reshape(count * rank, right.shape[2])
+    if scale is None:
+        scaled = left.to(dtype).mT.reshape(count * rank, m)
+    else:
+        scaled = torch.empty(count, rank, m, dtype=dtype, device=left.device)
+        torch.mul(left.to(dtype).mT, scale.to(left.device, dtype).view(count, 1, 1), out=scaled)
+        scaled = scaled.view(count * rank, m)
+    return scaled.T, right.to(dtype).reshape(count * rank, right.shape[2])

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._interface import FEW, Effort, Pace, ResidualGroup, ShiftedFactors, sketch_rows
+from .._interface import CUT_OFF, FEW, Effort, Pace, ResidualGroup, ShiftedFactors, sketch_rows
 from .._stream import parallel
 from .._stream.blocks import long_panels
 from .._stream.factors import RATE, left_to_gain, row_squares, stacked
@@ -38,9 +38,6 @@ SHIFT = 0.8
 # Rows of a product in bfloat16 that is made beside the sum it goes to. It is as fast as whole, and up to twice where
 # what the library sums in, float32 of the same size, fits the cache.
 PRODUCT_ROWS = 256
-# Where a greater share of the energy than this is cut off, what bfloat16 rounds in the last product, 2e-3 of a
-# residual's length, makes the error 1.0002 times as large at most.
-CUT_OFF = 2.0**-6
 # A step knows the energy that is kept to this times the machine epsilon of its operands (measured: 1/30 on k^-1).
 KEPT_ERROR = 1 / 32
 # Where the block holds all of A, its smaller Ritz values are rounding: what is cut off has less than this share.

@@ -153,6 +153,79 @@ def test_float64_is_rounded_once(variant):
     assert torch.equal(converted(values, torch.float16).float(), torch.tensor([1.0, 1 + 2.0**-10, 1.0, 0.0]))
 
 
+def multiplied(left, right, out):
+    depth, rows = left.shape
+    matrices = [library.matrices([one]) for one in (left, right, out)]
+    library.load().call("r2m_multiply_bfloat16", torch.float32, depth, *matrices[:2], rows, right.shape[1], matrices[2])
+    return out
+
+
+multiplies = pytest.mark.skipif(
+    not library.load().multiplies_bfloat16, reason="this CPU has no instructions for bfloat16 products"
+)
+
+
+@multiplies
+@pytest.mark.parametrize("around", [fenced, padded], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(
+    ("depth", "rows", "columns"),
+    [(1, 1, 1), (2, 12, 32), (3, 13, 33), (7, 1, 65), (64, 30, 5), (1023, 25, 47), (1024, 12, 64), (2051, 40, 70)],
+)
+def test_products_of_bfloat16_have_float_sums(depth, rows, columns, around):
+    generator = torch.Generator().manual_seed(depth)
+    left, right = (around(torch.randn(depth, size, generator=generator).to(torch.bfloat16)) for size in (rows, columns))
+    buffer = torch.full((rows + 2, columns + 3), 7.0)
+    found = multiplied(left, right, buffer[1:-1, 1 : columns + 1])
+    exact, magnitude = left.double().T @ right.double(), left.double().abs().T @ right.double().abs()
+    # Of a product nothing is rounded.
+    assert ((found - exact).abs() <= depth * 2.0**-24 * magnitude).all()
+    found.fill_(7.0)
+    assert (buffer == 7.0).all()
+    assert multiplied(left, right * math.nan, buffer[1:-1, 1 : columns + 1]).isnan().all()
+
+
+@multiplies
+def test_a_product_of_some_rows_and_columns_has_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(1100, size, generator=generator).to(torch.bfloat16) for size in (70, 130))
+    whole = multiplied(left, right, torch.empty(70, 130))
+    for rows, columns in ((slice(5, 6), slice(64, 97)), (slice(11, 70), slice(1, 130)), (slice(0, 13), slice(0, 31))):
+        size = rows.stop - rows.start, columns.stop - columns.start
+        assert torch.equal(multiplied(left[:, rows], right[:, columns], torch.empty(size)), whole[rows, columns])
+    # More terms that are zero change nothing either: an odd number is one of pairs.
+    longer = [torch.cat([one, torch.zeros(1, one.shape[1], dtype=one.dtype)]) for one in (left, right)]
+    assert torch.equal(multiplied(*longer, torch.empty(70, 130)), whole)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["of bfloat16", "widened"])
+@pytest.mark.parametrize("around", [fenced, padded], ids=["contiguous", "strided"])
+def test_factors_in_bfloat16(fast, around, monkeypatch):
+    if fast and not library.load().multiplies_bfloat16:
+        pytest.skip("this CPU has no instructions for bfloat16 products")
+    monkeypatch.setattr(library.load(), "multiplies_bfloat16", fast)
+    (m, n), rank = (300, 1100), 37
+    base, experts = inputs((m, n), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.stack([around(0.1 * torch.randn(size, generator=generator).to(torch.bfloat16)) for _ in range(3)])
+        for size in ((rank, m), (rank, n))
+    )
+    core = torch.tensor([0.5, 0.0, 0.25], dtype=torch.float64)
+    tau = torch.stack([expert.double() - base.double() for expert in experts])
+    out, squares = torch.empty(m, n, dtype=torch.float64), []
+    operators = _backends.choose("native", CPU).operators
+    operators.combine([base], [[one] for one in experts], core, left.mT[None], right[None], None, [out], squares)
+    products = left.double().mT @ right.double()
+    exact = base.double() + torch.tensordot(core, tau, 1) + products.sum(0)
+    magnitude = (
+        base.double().abs()
+        + torch.tensordot(core, tau.abs(), 1)
+        + (left.abs().double().mT @ right.abs().double()).sum(0)
+    )
+    assert ((out - exact).abs() <= (3 * rank + 8) * 2.0**-24 * magnitude).all()
+    assert float(squares[0].sum()) == pytest.approx(float(products.sum(0).square().sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"svd": "exact"}, {"svd": "textbook"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_merge_is_the_torch_backends(options, dtype, monkeypatch):
@@ -390,6 +463,9 @@ def test_what_writes_tells_of_nan_and_inf(variant, bad):
     assert float(_native.combine([large], [[2 * large]], torch.ones(1).double(), None, None, None, [half])) == math.inf
 
 
+HALVES = torch.zeros(8, 8, dtype=torch.bfloat16)
+
+
 def calls_with(size, matrices, numbers):
     """Arguments of each function that read nothing, and whose offsets in bytes int64 does not hold."""
     run = (size, size)
@@ -405,6 +481,7 @@ def calls_with(size, matrices, numbers):
         "r2m_mean": (1, matrices, numbers, *run, matrices, numbers),
         "r2m_scale_columns": (matrices, matrices, numbers, 0, size, matrices, numbers),
         "r2m_weighted_sum": (1, matrices, numbers, 0, size, matrices),
+        "r2m_multiply_bfloat16": (size, *[library.matrices([HALVES])] * 2, 0, 0, matrices),
         # These would read or write: in a process whose tests are all done it would end.
         "r2m_column_squares": (2**20, matrices, 0, size, matrices, numbers),
         "r2m_sketch": (1, matrices, numbers, 0, 0, 0, 0, size, 0, numbers, numbers, matrices, numbers),
