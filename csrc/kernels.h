@@ -238,7 +238,20 @@ static int32_t row_grams(int64_t count, const r2m_matrix *inputs, int64_t rows, 
   return R2M_OK;
 }
 
-// squares_i = m_iᵀ G_r m_i; shares relative to the longest residual, so that no power leaves double's range.
+// Scaled lengths of one row become unnormalised shares w_i (s_i ‖row‖)^p; returns their sum. Relative to the longest,
+// so that no power leaves double's range; where nobody has a residual all count.
+static inline double to_shares(int64_t count, const double *weights, double power, double *share) {
+  double longest = 0, sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (!(share[i] <= longest)) longest = share[i];
+  for (int64_t i = 0; i < count; ++i) {
+    share[i] = weights[i] * (longest > 0 || longest != longest ? pow(share[i] / longest, power) : 1.0);
+    sum += share[i];
+  }
+  return sum;
+}
+
+// squares_i = m_iᵀ G_r m_i.
 template <typename T>
 static int32_t row_coefficients(int64_t count, const double *grams, int64_t stride, int64_t rows, const double *core,
                                 const double *mixing, const double *weights, const double *scales, double eta,
@@ -249,7 +262,6 @@ static int32_t row_coefficients(int64_t count, const double *grams, int64_t stri
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0, pair = 0; i < count; ++i)
       for (int64_t j = 0; j <= i; ++j, ++pair) gram[i * count + j] = gram[j * count + i] = grams[pair * stride + row];
-    double longest = 0, sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       double square = 0;
       for (int64_t j = 0; j < count; ++j) {
@@ -258,17 +270,41 @@ static int32_t row_coefficients(int64_t count, const double *grams, int64_t stri
         square += mixing[j * count + i] * product;
       }
       share[i] = scales[i] * sqrt(square > 0 ? square : square == square ? 0 : square);
-      if (!(share[i] <= longest)) longest = share[i];
     }
-    for (int64_t i = 0; i < count; ++i) {
-      share[i] = weights[i] * (longest > 0 || longest != longest ? pow(share[i] / longest, power) : 1.0);
-      sum += share[i];
-    }
+    const double sum = to_shares(count, weights, power, share);
     for (int64_t j = 0; j < count; ++j) {
       double mixed = 0;
       for (int64_t i = 0; i < count; ++i) mixed += mixing[j * count + i] * (share[i] / sum);
       ((T *)out)[row * count + j] = (T)(core[j] + eta * mixed);
     }
+  }
+  return R2M_OK;
+}
+
+template <typename T>
+static int32_t weigh_rows(int64_t count, const double *lengths, int64_t stride, int64_t rows, const double *weights,
+                          const double *scales, double power, const double *factors, int64_t rank,
+                          const r2m_matrix *left, const r2m_matrix *out) {
+  Workspace shares(count * (int64_t)sizeof(double)), of_rows(count * rows * (int64_t)sizeof(T)),
+      chunks(2 * CHUNK * (int64_t)sizeof(T));
+  if (!shares.memory || !of_rows.memory || !chunks.memory) return R2M_NO_MEMORY;
+  double *share = (double *)shares.memory;
+  T *all = (T *)of_rows.memory, *weighed = (T *)chunks.memory, *scratch = weighed + CHUNK;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < count; ++i) share[i] = scales[i] * lengths[i * stride + row];
+    const double sum = to_shares(count, weights, power, share);
+    for (int64_t i = 0; i < count; ++i) all[i * rows + row] = (T)(share[i] / sum);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const T factor = (T)factors[i];
+    for (int64_t component = 0; component < rank; ++component)
+      for (int64_t row = 0; row < rows; row += CHUNK) {
+        const int64_t length = smaller(CHUNK, rows - row);
+        const T *R2M_RESTRICT numbers = read(left[i], component, row, length, scratch);
+        const T *R2M_RESTRICT of_row = all + i * rows + row;
+        for (int64_t k = 0; k < length; ++k) weighed[k] = numbers[k] * of_row[k] * factor;
+        write(weighed, out[i], component, row, length);
+      }
   }
   return R2M_OK;
 }

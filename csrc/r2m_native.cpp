@@ -117,6 +117,18 @@ int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, int64_t co
                                                       power, out);
 }
 
+int32_t r2m_weigh_rows(int32_t variant, int32_t compute_double, int64_t count, const double *lengths, int64_t stride,
+                       int64_t rows, const double *weights, const double *scales, double power, const double *factors,
+                       int64_t rank, const r2m_matrix *left, const r2m_matrix *out) {
+  if (count < 1 || count > MOST_EXPERTS || !lengths || rows < 0 || stride < rows || !countable(count, stride) ||
+      !weights || !scales || !factors || !usable(count, left, rank, rows) || !usable(count, out, rank, rows))
+    return R2M_BAD_ARGUMENT;
+  const r2m::Kernels *table = kernels(variant);
+  if (!table) return R2M_NO_VARIANT;
+  return table->weigh_rows[compute_double != 0](count, lengths, stride, rows, weights, scales, power, factors, rank,
+                                                left, out);
+}
+
 int32_t r2m_residual(int32_t variant, int32_t compute_double, int64_t count, const r2m_matrix *inputs,
                      const void *weights, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
                      const r2m_matrix *out) {

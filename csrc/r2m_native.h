@@ -56,6 +56,13 @@ R2M_API int32_t r2m_row_coefficients(int32_t variant, int32_t compute_double, in
                                      int64_t stride, int64_t rows, const double *core, const double *mixing,
                                      const double *weights, const double *scales, double eta, double power, void *out);
 
+/* out[i][component][row] = left[i][component][row] W_i factors_i, each product rounded to the compute type, with the W
+ * of r2m_row_coefficients from lengths[i][row] = ‖row of residual i‖, `stride` apart. left and out: `count` matrices of
+ * rank × rows each, left of the compute type, out of that or bfloat16; the rest are doubles. */
+R2M_API int32_t r2m_weigh_rows(int32_t variant, int32_t compute_double, int64_t count, const double *lengths,
+                               int64_t stride, int64_t rows, const double *weights, const double *scales, double power,
+                               const double *factors, int64_t rank, const r2m_matrix *left, const r2m_matrix *out);
+
 /* out[i] = X_i[rows, columns], as float, bfloat16 (rounded to nearest, ties to even) or the compute type.
  *
  * weights: count × count of the compute type. out: `count` matrices whose first element is (first_row, first_column).
@@ -132,6 +139,7 @@ R2M_API int32_t r2m_multiply_bfloat16(int32_t variant, int32_t compute_double, i
   EACH(task_gram)           \
   EACH(row_grams)           \
   EACH(row_coefficients)    \
+  EACH(weigh_rows)          \
   EACH(residual)            \
   EACH(sketch)              \
   EACH(combine)             \

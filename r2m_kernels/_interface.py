@@ -352,16 +352,27 @@ class Operators(Protocol):
         """
         ...
 
-    def weigh_rows(self, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+    def weigh_rows(
+        self,
+        left: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        power: float,
+        factors: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Left factors with row r times the share W_ri of :meth:`row_coefficients`, X_i being left_i right_i.
 
         Args:
             left: (L, N, m, r), or some of their rows.
             lengths: (L, N, m) float64, ‖row r of X_i‖ of those, of :meth:`row_lengths`.
             weights, scales, power: see there.
+            factors: (N,), what all rows of an expert are multiplied by then.
+            dtype: of the result: the factors', or bfloat16 of those in float32.
 
         Returns:
-            (L, N, m, r), in the factors' dtype.
+            (L, N, m, r).
         """
         ...
 

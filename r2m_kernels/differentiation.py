@@ -149,7 +149,7 @@ def _made(term: Term, run: Run, group: Group) -> Tensor:
     if isinstance(term, LowRank):
         weighing = cast(Operators, _Weighing(operators))
         left, right, scale = replace(term, rounded=False).products(weighing, base.device)
-        assert scale is not None
+        scale = torch.ones(len(experts), dtype=torch.float64) if scale is None else scale
         if term.rounded:
             return _of_rounded(operators, group, term.coefficients, left, right, scale)
         return ops.combine(base, experts, term.coefficients, left[0], right[0], scale, backend=backend)
@@ -180,7 +180,7 @@ def _of_rounded(
 
 
 class _Weighing:
-    """A backend's operators, of which ``weigh_rows`` has derivatives by the scales."""
+    """A backend's operators, of which ``weigh_rows`` has derivatives by scales and factors."""
 
     def __init__(self, operators: Operators) -> None:
         self._operators = operators
@@ -188,17 +188,26 @@ class _Weighing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._operators, name)
 
-    def weigh_rows(self, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+    def weigh_rows(
+        self,
+        left: Tensor,
+        lengths: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        power: float,
+        factors: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """See :class:`r2m_kernels._interface.Operators`."""
 
-        def kernel(scales: Tensor) -> Tensor:
-            return self._operators.weigh_rows(left, lengths, weights, scales, power)
+        def kernel(scales: Tensor, factors: Tensor) -> Tensor:
+            return self._operators.weigh_rows(left, lengths, weights, scales, power, factors, dtype)
 
-        def formula(scales: Tensor) -> Tensor:
-            shares = row_shares(lengths.clamp_min(TINY), weights, scales, power)
-            return left * shares.to(left.dtype).unsqueeze(-1)
+        def formula(scales: Tensor, factors: Tensor) -> Tensor:
+            shares = row_shares(lengths.clamp_min(TINY), weights, scales, power) * factors.to(lengths).view(-1, 1)
+            return (left * shares.to(left.dtype).unsqueeze(-1)).to(dtype)
 
-        return _as_formula(kernel, formula, scales)
+        return _as_formula(kernel, formula, scales, factors)
 
 
 def _by_rows(term: ByRows, operators: Operators, group: Group) -> Tensor:

@@ -148,10 +148,11 @@ class Products(NamedTuple):
 
     def rounded(self) -> Products:
         """In bfloat16, each scale in the left factor. Elements that lie side by side stay so."""
-        rows = self.left.mT
-        left = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
-        torch.mul(rows, 1.0 if self.scale is None else self.scale.to(rows).view(-1, 1, 1), out=left)
-        return Products(left.mT, self.right.to(torch.bfloat16), None)
+        left = self.left
+        if self.scale is not None:
+            left = torch.empty(left.mT.shape, dtype=torch.bfloat16, device=left.device).mT
+            torch.mul(self.left, self.scale.to(self.left).view(-1, 1, 1), out=left)
+        return Products(left.to(torch.bfloat16), self.right.to(torch.bfloat16), None)
 
     def squares(self) -> Tensor:
         """(L, N, N) float64, of which each tensor's add up to its square."""

@@ -161,6 +161,7 @@ class LowRank(Term):
         # Rows, as kernels have them; where tensors kept unlike numbers of components, with zeros below.
         lefts = [_rows(factors.left.to(device).mT, widest) for factors in self.factors]
         left, right = stacked(lefts).mT, stacked([_rows(factors.right.to(device), widest) for factors in self.factors])
+        scale: Tensor | None = self.scale
         if self.rows is not None:
             if self.lengths is None:
                 known = [factors.orthogonal_rows for factors in self.factors]
@@ -169,8 +170,12 @@ class LowRank(Term):
                 lengths = stacked([of_kind[kind][place] for place, kind in enumerate(known)])
             else:
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
-            left = operators.weigh_rows(left, lengths, self.rows.weights, self.rows.scales, self.rows.power)
-        products = low_rank.Products(left, right, self.scale)
+            rule = (self.rows.weights, self.rows.scales, self.rows.power)
+            left = operators.weigh_rows(
+                left, lengths, *rule, self.scale, torch.bfloat16 if self.rounded else left.dtype
+            )
+            scale = None
+        products = low_rank.Products(left, right, scale)
         return products.rounded() if self.rounded else products
 
 

@@ -158,7 +158,10 @@ class _Group:
             yield self.case("row_lengths", how, measured, size, torch.float64)
         lengths = _torch.row_lengths(lefts, rights, False)
         yield self.case(
-            "weigh_rows", "", lambda our: our.weigh_rows(lefts, lengths, self.weights, scale, 3.0), lefts.double().abs()
+            "weigh_rows",
+            "",
+            lambda our: our.weigh_rows(lefts, lengths, self.weights, scale, 3.0, scale, lefts.dtype),
+            lefts.double().abs(),
         )
         yield from self.writing(
             "combine",

@@ -7,7 +7,6 @@ from .._torch import orthonormalize as orthonormalize
 from .._torch import row_lengths as row_lengths
 from .._torch import sum_rows as sum_rows
 from .._torch import traits as portable
-from .._torch import weigh_rows as weigh_rows
 from .combine import combine as combine
 from .elements import add as add
 from .elements import combine_dare as combine_dare
@@ -24,5 +23,6 @@ from .task_gram import row_grams as row_grams
 from .task_gram import task_gram as task_gram
 from .truncate import shifted_truncation as shifted_truncation
 from .truncate import truncate_by_expert as truncate_by_expert
+from .weights import weigh_rows as weigh_rows
 
 traits = portable._replace(independent_pairs=True)

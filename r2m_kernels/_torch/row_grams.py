@@ -86,6 +86,15 @@ def row_coefficients(
     return coefficients.to(dtype)
 
 
-def weigh_rows(left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+def weigh_rows(
+    left: Tensor,
+    lengths: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    power: float,
+    factors: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`. By element, so that a row's numbers are its own."""
-    return left * row_shares(lengths, weights, scales, power).to(left.dtype).unsqueeze(-1)
+    weighed = left * row_shares(lengths, weights, scales, power).to(left.dtype).unsqueeze(-1)
+    return weighed.mul_(factors.to(left).view(-1, 1, 1)).to(dtype)

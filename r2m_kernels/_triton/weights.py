@@ -27,13 +27,14 @@ def weigh_rows_kernel(
     stride,
     out_stride,
     COMPUTE: tl.constexpr,
+    OUTPUT: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out[l, i] = left[l, i] with row r times W_ri ∝ w_i (s_i lengths[l, i, r])^p, Σ_i W_ri = 1.
+    """out[l, i] = factor_i left[l, i] with row r times W_ri ∝ w_i (s_i lengths[l, i, r])^p, Σ_i W_ri = 1.
 
-    left and out (L, N, rank, m), lengths (L, N, m); numbers, float64: weights, scales (N each) and power; shares: room
-    for (L, N, m). A program has some rows of all experts.
+    left and out (L, N, rank, m), lengths (L, N, m); numbers, float64: weights, scales (N each), power and factors (N);
+    shares: room for (L, N, m). A program has some rows of all experts.
     """
     tensor = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -51,22 +52,33 @@ def weigh_rows_kernel(
     tl.debug_barrier()
     for i in range(count):
         share = (tl.load(shares + i * m, mask=inside, other=0.0) / total).to(COMPUTE)
+        factor = tl.load(numbers + 2 * count + 1 + i).to(COMPUTE)
         of_left, of_out = left + (tensor * count + i) * rank * stride, out + (tensor * count + i) * rank * out_stride
         for start in range(0, rank, DEPTH):
             depth = start + tl.arange(0, DEPTH)
             here = (depth < rank)[:, None] & inside[None, :]
             block = tl.load(of_left + depth[:, None] * stride + rows[None, :], mask=here, other=0.0)
-            tl.store(of_out + depth[:, None] * out_stride + rows[None, :], block * share[None, :], mask=here)
+            weighed = block * share[None, :] * factor
+            tl.store(of_out + depth[:, None] * out_stride + rows[None, :], weighed.to(OUTPUT), mask=here)
 
 
-def weigh_rows(left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float) -> Tensor:
+def weigh_rows(
+    left: Tensor,
+    lengths: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    power: float,
+    factors: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     size, count, m, rank = left.shape
-    rows, out = padded_rows(left.mT), empty_rows((size, count, rank), m, left.dtype, left.device)
+    rows, out = padded_rows(left.mT), empty_rows((size, count, rank), m, dtype, left.device)
     if out.numel() == 0:
         return out.mT
     config = launch.sums()
-    numbers = torch.cat([weights.double(), scales.double(), weights.new_tensor([power], dtype=torch.float64)])
+    power_of_all = weights.new_tensor([power], dtype=torch.float64)
+    numbers = torch.cat([weights.double(), scales.double(), power_of_all, factors.double()])
     shares = torch.empty(size, count, m, dtype=torch.float64, device=left.device)
     launch.start(
         weigh_rows_kernel,
@@ -83,6 +95,7 @@ def weigh_rows(left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, p
         rows.stride(-2),
         out.stride(-2),
         COMPUTE=ELEMENT_TYPES[left.dtype],
+        OUTPUT=ELEMENT_TYPES[dtype],
         BLOCK=config.block,
         DEPTH=DEPTH,
     )

@@ -30,6 +30,7 @@ CASES = [(backend, shape, dtype) for backend in ("torch", "native") for shape in
 CASES += [("triton", shape, dtype) for shape, dtype in OF_TRITON]
 EVERYWHERE = pytest.mark.parametrize(("backend", "shape", "dtype"), CASES, ids=str)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+FACTORS = torch.tensor([0.7, 1.0, -1.9], dtype=torch.float64)
 
 
 def operators(backend):
@@ -141,14 +142,22 @@ def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, 
     assert found.dtype == torch.float64
     # Sums of 53 and of 25 or 5 products; where rows are said to be orthogonal, float32 ones are so to 4 u only.
     assert ((found - exact).abs() <= (4 * UNIT[dtype] if ordered else 40 * 2.0**-53) * exact).all()
-    weighed = operators_of.weigh_rows(left, found, WEIGHTS, scales, power)
+    weighed = operators_of.weigh_rows(left, found, WEIGHTS, scales, power, FACTORS, dtype)
     assert weighed.dtype == dtype
     lengths = exact * scales.view(1, 3, 1)
     shares = WEIGHTS.view(1, 3, 1) * lengths**power
-    shares = (shares / shares.sum(1, keepdim=True)).nan_to_num(0.0).unsqueeze(3)
+    shares = (shares / shares.sum(1, keepdim=True)).nan_to_num(0.0) * FACTORS.view(1, 3, 1)
+    expected = shares.unsqueeze(3) * left.double()
     # Squares of lengths are known to 30 roundings in what the Gram is summed in, which is no less than the dtype.
-    bound = (30 * power + 4) * UNIT[dtype] * shares * left.double().abs()
-    assert ((weighed.double() - shares * left.double()).abs() <= bound).all()
+    bound = (30 * power + 6) * UNIT[dtype] * expected.abs()
+    assert ((weighed.double() - expected).abs() <= bound).all()
+    if dtype == torch.float32:  # rounded once, to what these numbers are in bfloat16
+        rounded = operators_of.weigh_rows(left, found, WEIGHTS, scales, power, FACTORS, torch.bfloat16)
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(rounded, weighed.to(torch.bfloat16))
+    some = slice(3, 20)
+    of_some = operators_of.weigh_rows(left[:, :, some], found[:, :, some], WEIGHTS, scales, power, FACTORS, dtype)
+    assert torch.equal(of_some, weighed[:, :, some])
 
 
 @EVERYWHERE

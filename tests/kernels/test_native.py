@@ -473,6 +473,7 @@ def calls_with(size, matrices, numbers):
         "r2m_task_gram": (1, matrices, *run, numbers, numbers),
         "r2m_row_grams": (1, matrices, 0, size, numbers, 0, numbers),
         "r2m_row_coefficients": (1, numbers, size, 0, numbers, numbers, numbers, numbers, 1.0, 1.0, numbers),
+        "r2m_weigh_rows": (1, numbers, size, 0, numbers, numbers, 1.0, numbers, size, matrices, matrices),
         "r2m_residual": (1, matrices, numbers, size, 0, 0, 0, matrices),
         "r2m_combine": (1, matrices, numbers, 0, 0, size, None, matrices, numbers),
         "r2m_count_magnitudes": (1, matrices, *run, None, numbers),

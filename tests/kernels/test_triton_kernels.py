@@ -254,7 +254,7 @@ class OfAGroup:
         found["sum_rows"] = _triton.sum_rows(found["row_grams"])
         for orthogonal in (True, False):
             found[f"row_lengths {orthogonal}"] = lengths = _triton.row_lengths(left, right, orthogonal)
-        found["weigh_rows"] = _triton.weigh_rows(left, lengths, third, third, 3.0)
+        found["weigh_rows"] = _triton.weigh_rows(left, lengths, third, third, 3.0, third, left.dtype)
         found["weighted_sum"] = _triton.weighted_sum(bases, experts, third, torch.float64)
         found["row_coefficients"] = _triton.row_coefficients(
             found["row_grams"], third, mixing_of(3), third, third, 0.7, 3.0, torch.float32
