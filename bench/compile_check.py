@@ -6,8 +6,8 @@ The operators themselves are run, on small CPU tensors, over all situations that
 launches are caught and compiled for each target instead. So what is built here is what a GPU would be given: the same
 arguments, alignments and constants. The machine code is then inspected: registers, spills, shared memory, matrix
 instructions, 128-bit loads. Exit code 1 if a kernel spills, needs more shared memory than the chip has, lacks the
-matrix instruction that its configuration declares, has float16 operands and uses a slower one, or, where everything is
-aligned, has no 128-bit load.
+matrix instruction that its configuration declares, has operands of 16 bits and uses a slower one, or, where everything
+is aligned, has no 128-bit load.
 
 With ``--json`` nothing is compiled for a target that the file says passed with these very sources and this Triton.
 Otherwise Triton's own cache makes the second run quick: it is keyed by source, target and options.
@@ -123,7 +123,7 @@ class Launch:
 
 # Constants that a configuration names too.
 _CONFIGURED = {"PRECISION", "DOT", "ROWS", "INNER", "COLUMNS", "EXPERTS", "INPUTS", "ALIGNED", "STEPS", "BLOCK"}
-_CONFIGURED |= {"DIAGONAL", "SIDE"}
+_CONFIGURED |= {"DIAGONAL", "SIDE", "PIECES"}
 
 
 class CompileOnly:
@@ -286,7 +286,7 @@ def failures(row: dict[str, Any]) -> list[str]:
         problems.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
     if row["declares_mma"] and not row["mma"]:
         problems.append("has no matrix instruction")
-    if row["warp_mma"] and row["config"].get("precision") == "fp16":
+    if row["warp_mma"] and row["config"].get("precision") in ("fp16", "bf16"):
         problems.append("leaves products to the matrix instruction of single warps")
     if row["config"]["aligned"] and not row["wide_loads"]:
         problems.append("has no 128-bit load")

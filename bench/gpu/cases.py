@@ -163,6 +163,21 @@ class _Group:
             lambda our: our.weigh_rows(lefts, lengths, self.weights, scale, 3.0, scale, lefts.dtype),
             lefts.double().abs(),
         )
+        shares = torch.linspace(-0.2, 0.7, self.count, dtype=torch.float64)
+        halves = (lefts.mT.bfloat16().mT, rights.bfloat16(), None)
+        summed = torch.einsum("imr,irn->mn", halves[0][0].double().abs(), halves[1][0].double().abs())
+        for how, coefficients in (("", shares), ("by rows ", rows)):
+
+            def rounded(our: Operators, outs: list[Tensor], coefficients: Tensor = coefficients) -> Tensor:
+                return our.combine(self.bases, self.experts, coefficients, *halves, outs)
+
+            # Products are exact: what is rounded are the sums of all experts' components.
+            yield from self.writing(
+                "combine",
+                f"{how}with bfloat16 factors",
+                rounded,
+                self.size + (8 + 2 * (self.count * left.shape[2]) ** 0.5) * summed.flatten(),
+            )
         yield from self.writing(
             "combine",
             "by rows with factors",

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..errors import BackendUnavailable
 
-Precision = Literal["fp16", "tf32x3", "ieee"]
+Precision = Literal["fp16", "bf16", "tf32x3", "ieee"]
 
 # Targets with tile sizes of their own; other GPUs use those of the nearest: see `target_of`.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -76,11 +76,12 @@ class MatmulConfig:
     stages: int
     experts: int = 1
     inputs: int = 0
+    pieces: int = 1
 
     @property
     def input_precision(self) -> str:
-        """What ``tl.dot`` is told: float16 operands have no choice left."""
-        return "ieee" if self.precision == "fp16" else self.precision
+        """What ``tl.dot`` is told: operands of 16 bits have no choice left."""
+        return "ieee" if self.precision in ("fp16", "bf16") else self.precision
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,14 @@ def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulCo
         return MatmulConfig("ieee", False, **tiles("combine_matrix", target, "float64"))
     full = full_precision(target)
     return MatmulConfig(full, aligned, **tiles("combine_matrix", target, full if aligned else "general"))
+
+
+def combine_rounded(target: str, aligned: bool, count: int) -> MatmulConfig:
+    """For bfloat16 factors of N = ``count`` experts, and float32 sums."""
+    inputs = UNROLLED_INPUTS if count <= UNROLLED_INPUTS else 0
+    return MatmulConfig(
+        "bf16", aligned, inputs=inputs, **tiles("combine_rounded", target, "bf16" if aligned else "general")
+    )
 
 
 def combine_vector(target: str, aligned: bool) -> VectorConfig:

@@ -25,16 +25,23 @@ def magnitude_bits(values, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def write_tile(values, out, offsets, inside, OUTPUT: tl.constexpr, COMPUTE: tl.constexpr):
+    """A block of one or two dimensions into the tensor at ``out``; the magnitudes of it by their bits."""
+    if COMPUTE.primitive_bitwidth == 64 and OUTPUT.primitive_bitwidth == 16:
+        values = values.to(tl.float32)  # as PyTorch does; Triton's interpreter knows no other way
+    rounded = values.to(OUTPUT)
+    tl.store(out + offsets, rounded, mask=inside)
+    return tl.where(inside, magnitude_bits(rounded.to(COMPUTE), COMPUTE), 0)
+
+
+@triton.jit
 def write_rounded(
     values, outputs, largest, offsets, inside, OUTPUT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """A program's tile of out[l], a block of one or two dimensions; largest[l, tile] by its bits."""
     tensor = tl.program_id(1).to(tl.int64)
-    if COMPUTE.primitive_bitwidth == 64 and OUTPUT.primitive_bitwidth == 16:
-        values = values.to(tl.float32)  # as PyTorch does; Triton's interpreter knows no other way
-    rounded = values.to(OUTPUT)
-    tl.store(tensor_at(outputs + tensor, True, OUTPUT, ALIGNED) + offsets, rounded, mask=inside)
-    bits = tl.where(inside, magnitude_bits(rounded.to(COMPUTE), COMPUTE), 0)
+    out = tensor_at(outputs + tensor, True, OUTPUT, ALIGNED)
+    bits = write_tile(values, out, offsets, inside, OUTPUT, COMPUTE)
     if len(bits.shape) == 2:
         bits = tl.max(bits, axis=1)
     tl.store(largest + tensor * tl.num_programs(0) + tl.program_id(0), tl.max(bits, axis=0))
