@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["fp64", "fp64 dot", "fp32", "tf32", "tf32x3", "fp16"]
+Kind = Literal["fp64", "fp64 dot", "fp32", "tf32", "tf32x3", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Chip:
     fp64_dot: float  # products: matrix units
     fp32: float  # products as Triton compiles "ieee": vector units on NVIDIA, matrix units on AMD
     tf32: float | None  # None where tl.dot has none
-    fp16: float
+    fp16: float  # and bfloat16
     host_link: float  # in one direction
     l2: float | None  # from the L2 cache to the multiprocessors; no datasheet has it, None: not measured
     target: str  # its entry in _triton/launch.json
@@ -29,7 +29,8 @@ class Chip:
             if self.tf32 is None:
                 raise ValueError(f"{self.name} has no {kind} products: plan with kinds that it has")
             return self.tf32 / (3 if kind == "tf32x3" else 1)
-        return {"fp64": self.fp64, "fp64 dot": self.fp64_dot, "fp32": self.fp32, "fp16": self.fp16}[kind]
+        rates = {"fp64": self.fp64, "fp64 dot": self.fp64_dot, "fp32": self.fp32, "fp16": self.fp16, "bf16": self.fp16}
+        return rates[kind]
 
 
 # What kernels of this package load on an H200 at most, but for single ones; an H100 has the same multiprocessors.

@@ -10,7 +10,8 @@ host link, busy at its rate throughout. All of it is predicted, nothing measured
 fetch of the inputs: each reads a byte once, but several may want the same one, which the L2 cache then usually has; the
 table's "uncached" is the floor if every tile that a second program reads came from memory again. ``loaded_bytes`` is
 what load instructions ask for, inputs, kept residuals and factors: it passes from the L2 cache to the multiprocessors.
-Matrices are taken to be sketched; arithmetic beside the loads (mixing, differences) is not counted.
+Matrices are taken to be sketched, and truncations to cut off so much that factors are rounded to bfloat16 (README §6)
+before they are combined; arithmetic beside the loads (mixing, differences) is not counted.
 
 On an H200 (bench/results/gpu_operators.json) Gram matrices, products and inner products take what these roofs and
 :data:`START` say, within 15 per cent, and tests/kernels/test_cost_model.py holds the model to that. Longer take what
@@ -43,8 +44,8 @@ NOTE = "predicted, not measured"
 REFERENCE = "vit_l_14"
 RANK, BY_ROWS = float(MergeConfig().rank), MergeConfig().row_power > 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Sketches and factors are float32 whatever the inputs are, and float16 what goes from one product to the next; Gram
-# matrices and partial sums are float64.
+# Sketches and factors are float32 whatever the inputs are, float16 what goes from one product to the next, and bfloat16
+# factors that are rounded; Gram matrices and partial sums are float64.
 FACTOR_BYTES, HALF_BYTES, SUM_BYTES = 4, 2, 8
 # A kernel's start and end, when few of its programs run: what small groups take longer than the roofs say on an H200.
 START = 6e-6
@@ -241,7 +242,7 @@ def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> St
     return StepCost("inner products", "fp64 dot", flops, vectors + sums, sums + total, loaded_bytes=loaded, launches=2)
 
 
-def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job) -> list[StepCost]:
+def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job, rounded: bool = False) -> list[StepCost]:
     """Lengths of rows, by squares of the right factors' components or their Gram matrices; then the left factors."""
     side, blocks = launch.inverse_factor().block, job.experts * tensors
     lefts, rights, found = blocks * rank * m * FACTOR_BYTES, blocks * rank * n * FACTOR_BYTES, blocks * m * SUM_BYTES
@@ -256,18 +257,31 @@ def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job) -> list[
         mixed = StepCost("weigh rows: lengths by Gram", "fp64 dot", flops, read, found, loaded_bytes=loaded, launches=1)
         costs = [gram, mixed]
     # Shares are written twice and read twice in between.
-    read, written, loaded = lefts + found, lefts + 2 * found, lefts + 3 * found
+    read, loaded = lefts + found, lefts + 3 * found
+    written = blocks * rank * m * (HALF_BYTES if rounded else FACTOR_BYTES) + 2 * found
     return [*costs, StepCost("weigh rows", "fp32", blocks * rank * m, read, written, loaded_bytes=loaded, launches=1)]
 
 
-def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
-    """Merged matrices; every factor is read once a tile of the other side."""
+def round_factors_cost(n: int, tensors: int, rank: int, job: Job) -> StepCost:
+    """Right factors, by PyTorch; left ones are rounded where their rows are weighed."""
+    numbers = job.experts * tensors * rank * n
+    read, written = numbers * FACTOR_BYTES, numbers * HALF_BYTES
+    return StepCost("round right factors", "fp32", 0, read, written, loaded_bytes=read, launches=1)
+
+
+def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job, rounded: bool = False) -> StepCost:
+    """Merged matrices; every factor is read once a tile of the other side, in whole vectors of those in bfloat16."""
     inputs = (job.experts + 1 - job.unread) * job.plane(m * n * tensors)
-    column = job.experts * tensors * rank * FACTOR_BYTES  # bytes of all factors of one column
-    config = launch.combine_matrix(job.target, torch.float32, job.aligned)
+    # Bytes of all factors of one column.
+    column = job.experts * tensors * rank * (HALF_BYTES if rounded else FACTOR_BYTES)
+    if rounded:
+        config = launch.combine_rounded(job.target, job.aligned, job.experts)
+        lefts, rights = (8 * _tiles(side, 8) for side in (m, n))
+    else:
+        config, lefts, rights = launch.combine_matrix(job.target, torch.float32, job.aligned), m, n
     flops = 2 * m * n * rank * job.experts * tensors
     read, written = inputs + column * (m + n), job.plane(m * n * tensors)
-    loaded = inputs + column * (m * _tiles(n, config.columns) + n * _tiles(m, config.rows))
+    loaded = inputs + column * (lefts * _tiles(n, config.columns) + rights * _tiles(m, config.rows))
     return StepCost("combine: matrices", _kind(config), flops, read, written, inputs, inputs, loaded, launches=1)
 
 
@@ -285,6 +299,7 @@ def merge_costs(
     power_iterations: int = 2,
     group_bytes: int | None = None,
     by_rows: bool = BY_ROWS,
+    rounded: bool = True,
 ) -> list[StepCost]:
     """The steps of a merge in their order, each over all tensors and repetitions.
 
@@ -295,6 +310,7 @@ def merge_costs(
         power_iterations: of the sketch.
         group_bytes: inputs that one launch serves, at most; ``None``: all tensors of a shape.
         by_rows: rows are weighted, and no inner products wanted.
+        rounded: factors are combined in bfloat16.
     """
     inputs = (job.experts + 1) * job.plane(model.elements)
 
@@ -326,8 +342,13 @@ def merge_costs(
             taken = (job.experts + 1) * job.plane(m * n * count)
         costs += [
             *truncation,
-            *(weigh_rows_costs(m, n, count, k, job) if by_rows else [inner_products_cost(m, n, count, k, job)]),
-            combine_matrix_cost(m, n, count, k, job),
+            *(
+                weigh_rows_costs(m, n, count, k, job, rounded)
+                if by_rows
+                else [inner_products_cost(m, n, count, k, job)]
+            ),
+            *([round_factors_cost(n, count, k, job)] if rounded else []),
+            combine_matrix_cost(m, n, count, k, job, rounded),
         ]
     costs += [combine_vector_cost(elements, count, job) for elements, count in vectors]
     merged: dict[str, StepCost] = {}

@@ -41,6 +41,7 @@ LIMITS = {
     "warps": (2, 8),
     "steps": (1, 32),
     "block": (32, 4096),
+    "pieces": (1, 8),
 }
 SMALL = {"stages": (1, 4), "experts": (1, 4)}
 # Registers that a program's sums may take, of 65,536: the rest is for operands and addresses.
@@ -64,6 +65,7 @@ def knobs(target: str) -> list[Knob]:
     products = ("sketch", "product", "shifted product", "final product")
     return [
         Knob("residual_product", "fp16", single, products),
+        Knob("combine_rounded", "bf16", single, ("combine, default rank, bfloat16 factors",)),
         Knob("combine_matrix", full, single, ("combine",)),
         Knob("form_residuals", "aligned", single, ("form residuals",)),
         Knob("task_gram", "32-bit", single, ("task_gram",)),

@@ -149,18 +149,22 @@ def judge_combined(
     right: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> float:
-    """Against README §6: ½ ulp + (20 + 2√r)u of the terms' magnitudes: products in tf32x3."""
+    """Against README §6: ½ ulp + (20 + 2√r)u of the terms' magnitudes: products in tf32x3.
+
+    Products of bfloat16 factors are exact; a sum of K = N·r of them costs a rounding each at most, whatever its order.
+    """
     tau = task_matrix(base, experts)
     weights = core.to(tau)
     exact = base.double() + (weights @ tau).reshape(base.shape)
     magnitude = base.double().abs() + (weights.abs() @ tau.abs()).reshape(base.shape)
-    rank = 0
-    if left is not None and right is not None and scale is not None:
-        rank = left.shape[2]
-        each = scale.to(tau).view(-1, 1, 1)
+    roundings = 20.0
+    if left is not None and right is not None:
+        count, _, rank = left.shape
+        roundings = 8.0 + count * rank if left.dtype == torch.bfloat16 else 20 + 2 * math.sqrt(rank)
+        each = (torch.ones(count) if scale is None else scale).to(tau).view(-1, 1, 1)
         exact += (each * (left.double() @ right.double())).sum(0)
         magnitude += (each.abs() * (left.double().abs() @ right.double().abs())).sum(0)
-    bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + (20 + 2 * math.sqrt(rank)) * U * magnitude
+    bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + roundings * U * magnitude
     if out.dtype == torch.float16:
         bound = bound + 2.0**-25  # half a subnormal
     return worst((out.double() - exact).abs(), bound)

@@ -117,6 +117,27 @@ def operators(group: GroupOf) -> Iterator[Timed]:
 
     costs = [cost_model.combine_matrix_cost(m, n, size, k, job)]
     yield Timed("combine", combined, lambda outs: group.worst(judge_combined), costs)
+    yield rounded_combination(group, core, outs)
+
+
+def rounded_combination(group: GroupOf, core: Tensor, outs: list[Tensor]) -> Timed:
+    """As a default merge has it: the default rank, and factors in bfloat16, rows as truncations leave them."""
+    size, job, (m, n) = len(group.bases), group.job, group.bases[0].shape
+    k, source = truncation_rank(cost_model.RANK, (m, n)), checks.generator(outs[0].device, seed=m + job.experts)
+    left, right = (
+        (torch.randn(size, job.experts, k, side, generator=source, device=source.device) / side**0.5).bfloat16()
+        for side in (m, n)
+    )
+
+    def combined() -> list[Tensor]:
+        _triton.combine(group.bases, group.experts, core, left.mT, right, None, outs)
+        return outs
+
+    def judge(i: int) -> float:
+        return checks.judge_combined(outs[i], *group.tensor(i), core, left[i].mT, right[i])
+
+    costs = [cost_model.combine_matrix_cost(m, n, size, k, job, rounded=True)]
+    return Timed("combine, default rank, bfloat16 factors", combined, lambda outs: group.worst(judge), costs)
 
 
 def products(group: GroupOf, tall: bool) -> Iterator[Timed]:

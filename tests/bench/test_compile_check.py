@@ -42,6 +42,8 @@ def choosable(target):
         found.add(("form_residuals_kernel", launch.form_residuals(target, aligned)))
         found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
         found.add(("factor_products_kernel", launch.factor_products(target, aligned)))
+        for count in range(1, 17):
+            found.add(("combine_rounded_kernel", launch.combine_rounded(target, aligned, count)))
         for compute in (torch.float32, torch.float64):
             found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned)))
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))

@@ -154,15 +154,17 @@ def counted(case):
             core = torch.ones(count, dtype=torch.float64)
             core[: case["unread"]] = 0.0
             left, right = (random(size, count, m, k), random(size, count, k, n)) if k else (None, None)
-            _triton.combine(bases, experts, core, left, right, core if k else None, outs)
+            scale = core if k else None
+            if case.get("rounded"):
+                left, right, scale = left.bfloat16(), right.bfloat16(), None
+            _triton.combine(bases, experts, core, left, right, scale, outs)
         elif operator == "orthonormalize":
             _triton.orthonormalize(random(count * size, m, k))
         elif operator == "weigh_rows":
             weights = torch.full((count,), 1 / count, dtype=torch.float64)
             left, right = random(size, count, k, m).mT, random(size, count, k, n)
-            _triton.weigh_rows(
-                left, _triton.row_lengths(left, right, n <= m), weights, weights, 3.0, weights, left.dtype
-            )
+            dtype = torch.bfloat16 if case.get("rounded") else left.dtype
+            _triton.weigh_rows(left, _triton.row_lengths(left, right, n <= m), weights, weights, 3.0, weights, dtype)
         elif operator == "inner_products":
             inner_products(random(size, count, k, m), random(size, count, k, n))
     names = ("loads", "stores", "dot_flops", "distinct_input_bytes", "launches")

@@ -69,8 +69,15 @@ def test_the_reference_job_costs_what_was_worked_out_by_hand():
         0.2e-3, rel=0.02
     )
     assert combine.input_bytes + combine.bytes_written == pytest.approx(6.0e9, rel=0.01)
-    factors = 3 * 111 * 4 * (96 * 2048 + 48 * 5120)
+    factors = 3 * 111 * 2 * (96 * 2048 + 48 * 5120)
     assert combine.bytes_read == inputs + factors
+    assert costs["round right factors"].bytes_read == 3 * 111 * 4 * (96 * 1024 + 24 * 1024 + 24 * 4096)
+    whole = by_step(merge_costs(LAYERS, Job(3), rank=111, rounded=False))
+    assert whole["combine: matrices"].bytes_read == inputs + 2 * factors
+    assert whole["weigh rows"].bytes_written - costs["weigh rows"].bytes_written == 3 * 111 * 2 * 96 * 1024 + (
+        3 * 111 * 2 * 24 * (4096 + 1024)
+    )
+    assert "round right factors" not in whole
     assert costs["transfer"].floor_seconds(MEASURED_BY_OTHERS) == pytest.approx(88e-3, rel=0.01)
     # Without weights 4 + 1 inputs of 16 bytes for a Gram, to form and to combine, and six reads of 6 bytes: 88, some of
     # them twice, in vectors.
@@ -260,6 +267,10 @@ COMBINES = [
     {**MATRIX, "experts": 3, "k": 20, "dtype_bytes": 4, "unread": 0},
     {**MATRIX, "experts": 3, "k": 40, "dtype_bytes": 2, "unread": 1},
     {**MATRIX, "experts": 3, "k": 0, "dtype_bytes": 4, "unread": 1},
+    {**MATRIX, "experts": 3, "k": 30, "dtype_bytes": 4, "unread": 1, "rounded": True},
+    {**MATRIX, "experts": 5, "k": 20, "dtype_bytes": 2, "unread": 0, "rounded": True},
+    # Four tiles; what a second one reads again of a row beyond the 20 or 12 that are written is a whole vector.
+    {"m": 132, "n": 268, "tensors": 2, "experts": 2, "k": 20, "dtype_bytes": 4, "unread": 0, "rounded": True},
 ]
 BASES = [{"m": 136, "n": 8, "tensors": 1, "experts": 2, "k": 70, "dtype_bytes": 4}]
 PRODUCTS = [{**MATRIX, "experts": 3, "k": 36, "dtype_bytes": 4, "tensors": 2}]
@@ -350,13 +361,18 @@ def test_kept_residuals_move_and_multiply_what_is_predicted(case):
 @pytest.mark.parametrize("case", COMBINES, ids=str)
 def test_the_combination_moves_and_multiplies_what_is_predicted(case):
     count, job, m, n, k = counted({"operator": "combine", **case}), job_of(case), case["m"], case["n"], case["k"]
-    config, again = count["launches"][0]["config"], 0
+    config, again, rounded = count["launches"][0]["config"], 0, case.get("rounded", False)
     if k:
-        cost = combine_matrix_cost(m, n, case["tensors"], k, job)
+        cost = combine_matrix_cost(m, n, case["tensors"], k, job, rounded)
         rows, columns = tiles((m, config["rows"])), tiles((n, config["columns"]))
-        products, programs = case["experts"] * tiles((k, config["inner"])), rows * columns
-        assert count["dot_flops"] == products * programs * tile_flops(config) > cost.flops
-        again = case["experts"] * k * 4 * (m * (columns - 1) + n * (rows - 1))
+        # Components of all experts are those of one product where factors are rounded.
+        depths = (
+            tiles((case["experts"] * k, config["inner"])) if rounded else case["experts"] * tiles((k, config["inner"]))
+        )
+        programs = rows * columns
+        assert count["dot_flops"] == depths * programs * case["tensors"] * tile_flops(config) > cost.flops
+        width, (lefts, rights) = (2, (-(-side // 8) * 8 for side in (m, n))) if rounded else (4, (m, n))
+        again = case["tensors"] * case["experts"] * k * width * (lefts * columns - m + rights * rows - n)
     else:
         cost, programs = combine_vector_cost(m * n, case["tensors"], job), tiles((m * n, config["block"]))
     assert count["loads"]["inputs"] == cost.fetched_bytes == count["distinct_input_bytes"]
@@ -395,11 +411,17 @@ def test_orthonormalization_moves_and_multiplies_what_is_predicted(case):
 
 
 @pytest.mark.parametrize(
-    "case", [{**MATRIX, "experts": 2, "k": 36, "dtype_bytes": 4, "m": m, "n": 40} for m in (76, 36)]
+    "case",
+    [
+        {**MATRIX, "experts": 2, "k": 36, "dtype_bytes": 4, "m": m, "n": 40, "rounded": rounded}
+        for m in (76, 36)
+        for rounded in (False, True)
+    ],
+    ids=str,
 )
 def test_weighing_rows_moves_what_is_predicted(case):
     count, job = counted({"operator": "weigh_rows", **case}), job_of(case)
-    costs = weigh_rows_costs(case["m"], case["n"], case["tensors"], case["k"], job)
+    costs = weigh_rows_costs(case["m"], case["n"], case["tensors"], case["k"], job, case["rounded"])
     assert loads(count) - count["loads"]["numbers"] == sum(cost.loaded_bytes for cost in costs)
     written = sum(cost.bytes_written for cost in costs)
     if case["n"] <= case["m"]:

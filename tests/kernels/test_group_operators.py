@@ -71,6 +71,49 @@ class Outputs:
             assert float(largest[index]) == float(out.double().abs().max())
 
 
+def halves(shape, rank, strided, size=2, count=3):
+    """Factors in bfloat16, (L, N, m, r) and (L, N, r, n): rows as truncations leave them, or amid NaN in any layout."""
+    generator, (m, n) = torch.Generator().manual_seed(rank), (shape[0], math.prod(shape[1:]))
+    left = torch.randn(size, count, rank, m, generator=generator).bfloat16().mT
+    right = torch.randn(size, count, rank, n, generator=generator).bfloat16()
+    return (padded(left.contiguous()), padded(right.mT.contiguous()).mT) if strided else (left, right)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("strided", [False, True])
+def test_combine_multiplies_factors_in_bfloat16_exactly(backend, shape, dtype, strided):
+    bases, experts = group(shape, dtype)
+    rank, core = 5 if strided else 23, torch.tensor([0.5, 0.0, -0.2], dtype=torch.float64)
+    left, right = halves(shape, rank, strided)
+    outputs, squares = Outputs(shape, dtype), []
+    largest = operators(backend).combine(bases, experts, core, left, right, None, outputs.outs, squares)
+    products = (left.double() @ right.double()).sum(1)
+    sizes = (left.double().abs() @ right.double().abs()).sum(1)
+    exact, bound = [], []
+    for index, product in enumerate(products):
+        base, others = of_tensor(bases, experts, index)
+        tau = task_matrix(base, others)
+        exact.append(base.double() + (core @ tau).view(shape) + product.view(shape))
+        changed = base.double().abs() + (core.abs() @ tau.abs()).view(shape)
+        # Nothing is rounded of a product of two bfloat16 numbers: of K = N r of them the sum is, K times at most.
+        bound.append(UNIT[dtype] * (8 * changed + (8 + 3 * rank) * sizes[index].view(shape)))
+    outputs.check(exact, bound, largest)
+    (found,) = squares
+    # A float32 sum of squares is within their number's roundings; a few hundred at most are summed so.
+    assert torch.allclose(found.flatten(1).sum(1).cpu(), products.square().sum((1, 2)), rtol=1e-4, atol=0)
+
+
+@EVERYWHERE
+def test_factors_without_a_scale_are_added_as_they_are(backend, shape, dtype):
+    bases, experts = group(shape, dtype)
+    left, right = (factor.to(UNIT_DTYPE[dtype]) for factor in halves(shape, 5, strided=False))
+    core = torch.tensor([0.5, 0.0, -0.2], dtype=torch.float64)
+    plain, ones = Outputs(shape, dtype), Outputs(shape, dtype)
+    for outputs, scale in ((plain, None), (ones, torch.ones(3, dtype=torch.float64))):
+        operators(backend).combine(bases, experts, core, left, right, scale, outputs.outs)
+    assert all(torch.equal(one, other) for one, other in zip(plain.outs, ones.outs, strict=True))
+
+
 @EVERYWHERE
 def test_row_grams_are_the_products_of_rows_and_each_row_is_on_its_own(backend, shape, dtype):
     (bases, experts), backend = group(shape, dtype), operators(backend)

@@ -123,6 +123,49 @@ def check_combine(combine, shape, dtype, count, offset, rank):
         assert int((buffer == SENTINEL).sum()) == buffer.numel() - out.numel()
 
 
+def check_combine_rounded(combine, shape, dtype, count, offset, rank, by_row):
+    bases, experts, tau = inputs(shape, dtype, count, offset)
+    generator, wide = torch.Generator().manual_seed(2), torch.promote_types(dtype, torch.float32)
+    core = torch.rand(len(bases), shape[0], count, generator=generator).to(wide) - 0.3
+    if not by_row:
+        core = core[0, 0].double()
+        core[0] = 0.0
+    # Rows amid NaN: where they are padded and beyond the last one.
+    left, right = (
+        embedded_rows(torch.randn(len(bases), count, rank, side, generator=generator).bfloat16()) for side in shape
+    )
+    products = torch.einsum("lirm,lirn->lmn", left.double(), right.double())
+    sizes = torch.einsum("lirm,lirn->lmn", left.double().abs(), right.double().abs())
+    buffers = [torch.full((math.prod(shape) + 2 * MARGIN,), SENTINEL, dtype=dtype) for _ in bases]
+    outs = [buffer[MARGIN + offset :][: math.prod(shape)].view(shape) for buffer in buffers]
+    squares = []
+    largest = combine(bases, experts, core, left.mT, right, None, outs, squares)
+    (parts,) = squares
+    assert torch.allclose(parts.sum(1), products.square().sum((1, 2)), rtol=1e-5, atol=0)
+    each = core.double() if by_row else core.expand(len(bases), shape[0], count)
+    changes, magnitudes = (
+        torch.einsum("lmi,limn->lmn", each, tau.unflatten(2, shape)),
+        torch.einsum("lmi,limn->lmn", each.abs(), tau.abs().unflatten(2, shape)),
+    )
+    half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+    for index, (base, out, buffer) in enumerate(zip(bases, outs, buffers, strict=True)):
+        exact = base.double() + changes[index] + products[index]
+        # Of a product nothing is rounded, and of a sum of N · rank of them no more than that many numbers.
+        size = (4 + count) * (base.double().abs() + magnitudes[index]) + (4 + count * rank) * sizes[index]
+        bound = half_ulp[dtype] * exact.abs() * (1 + 1e-6) + UNIT[dtype] * size
+        assert ((out.double() - exact).abs() <= bound + (2.0**-25 if dtype == torch.float16 else 0)).all()
+        assert int((buffer == SENTINEL).sum()) == buffer.numel() - out.numel()
+        assert float(largest[index]) == float(out.double().abs().max())
+
+
+def embedded_rows(rows):
+    """The same numbers, laid out as truncations leave them, with NaN wherever nothing is."""
+    *leading, length = rows.shape
+    buffer = rows.new_full((*leading[:-1], leading[-1], -(-length // 16) * 16), math.nan)
+    buffer = embedded(buffer)[..., :length]
+    return buffer.copy_(rows)
+
+
 # The interpreter is slow: with many experts `make test` takes thirteen in two dtypes, and `make test-all` the rest.
 def quick(dtype, count, offset):
     return count <= 3 or (count == 13 and (dtype, offset) in FEW)
@@ -165,6 +208,19 @@ def test_residual_matmul_for_any_number_of_experts(monkeypatch, dtype, count, of
 def test_combine_for_any_number_of_experts(dtype, count, offset, rank):
     for shape in SHAPES:
         check_combine(_triton.combine, shape, dtype, count, offset, rank)
+
+
+@pytest.mark.parametrize(("dtype", "count", "offset", "by_row"), pairwise(False, True))
+def test_combine_with_bfloat16_factors_for_any_number_of_experts(dtype, count, offset, by_row):
+    for shape in SHAPES:
+        check_combine_rounded(_triton.combine, shape, dtype, count, offset, 7, by_row)
+
+
+@pytest.mark.parametrize(("dtype", "by_row"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_many_tiles_and_components_of_bfloat16_factors(dtype, by_row):
+    # More than one tile of 128 rows, of 256 columns and of 64 components; the last of each is no whole one.
+    check_combine_rounded(_triton.combine, (140, 272), dtype, 3, 0, 30, by_row)
+    check_combine_rounded(_triton.combine, (133, 271), dtype, 3, 0, 30, by_row)
 
 
 def test_dtypes_mixed_between_experts_are_computed_in_the_widest():
@@ -264,6 +320,9 @@ class OfAGroup:
             "by rows": lambda outs: _triton.combine(bases, experts, rows, None, None, None, outs),
             "factors": lambda outs: _triton.combine(bases, experts, third, left, right, third, outs),
             "both": lambda outs: _triton.combine(bases, experts, rows, left, right, third, outs),
+            "halves": lambda outs: _triton.combine(
+                bases, experts, third, left.bfloat16(), right.bfloat16(), None, outs
+            ),
             "ties": lambda outs: _triton.combine_ties(bases, experts, third, 0.7, thresholds, outs),
             "dare": lambda outs: _triton.combine_dare(bases, experts, third, 0.7, 0.5, keys, 0, outs),
             "mean": lambda outs: _triton.mean(experts, third, outs),
@@ -316,6 +375,23 @@ def test_some_rows_meet_the_kernels_of_the_whole_and_have_its_bits(monkeypatch, 
         assert torch.equal(part[0], outs[0][rows])
         assert torch.equal(_triton.row_grams(some, thetas).rows, whole[:, :, rows])
     assert len(configurations) == known
+
+
+@pytest.mark.parametrize(("height", "width"), [(36, 72), (35, 67)])
+def test_parts_with_bfloat16_factors_have_the_bits_of_the_whole(height, width):
+    bases, experts, _ = inputs((height, width), torch.float32, 3, tensors=1)
+    generator, third = torch.Generator().manual_seed(4), torch.full((3,), 1 / 3, dtype=torch.float64)
+    # Whole numbers, whose sums are exact in any order: that of numpy's product depends on where a row lies.
+    left, right = (torch.randint(-9, 9, (1, 3, 40, side), generator=generator).bfloat16() for side in (height, width))
+    outs = [torch.empty_like(bases[0])]
+    _triton.combine(bases, experts, third, left.mT, right, None, outs)
+    parts = [(rows, slice(0, width)) for rows in (slice(0, 17), slice(17, 33), slice(33, height))]
+    parts += [(slice(0, height), columns) for columns in (slice(0, 40), slice(40, width))]
+    for rows, columns in parts:
+        some, thetas = [bases[0][rows, columns]], [[expert[0][rows, columns]] for expert in experts]
+        part = [torch.empty(some[0].shape)]
+        _triton.combine(some, thetas, third, left[..., rows].mT, right[..., columns], None, part)
+        assert torch.equal(part[0], outs[0][rows, columns])
 
 
 def test_a_group_of_more_tensors_than_a_grid_takes_is_launched_in_parts(monkeypatch):
@@ -462,6 +538,21 @@ def test_a_product_without_its_masks_is_caught(tmp_path, monkeypatch, original):
     module = mutant(tmp_path, "residual_matmul", original, everywhere[original[0]])
     with pytest.raises(AssertionError):
         check_residual_matmul(module, monkeypatch, (68, 136), torch.float32, 2, 0, transpose=False)
+
+
+@pytest.mark.parametrize(
+    ("original", "changed"),
+    [
+        ("inside = (depth < rank)[:, None]", "inside = (depth < rank + INNER)[:, None]"),
+        ("known_multiple(m + 7, 8)", "m - 1"),
+        ("(rows < m)[:, None] & (some < n)[None, :]", "(rows < m)[:, None] & (some < n + 1)[None, :]"),
+        ("(columns < n)[None, :], total, 0.0)", "(columns < n + 1)[None, :], total, 0.0)"),
+    ],
+)
+def test_a_product_of_bfloat16_factors_with_another_mask_is_caught(tmp_path, original, changed):
+    module = mutant(tmp_path, "combine", original, changed)
+    with pytest.raises(AssertionError):
+        check_combine_rounded(module.combine, (37, 53), torch.float32, 2, 0, 7, by_row=False)
 
 
 @pytest.mark.parametrize("rank", [0, 7])
