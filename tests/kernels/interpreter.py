@@ -72,6 +72,23 @@ def round_to_bf16_as_hardware_does(monkeypatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
+def sum_alike_wherever_it_lies(monkeypatch) -> None:
+    """tl.dot of float32 operands, a tile's rows and columns alike as on matrix units: summed in float64, rounded once.
+
+    numpy's BLAS adds up rows at the edge of a tile in another order than others, on some CPUs and not on others.
+    """
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self, a, b, accumulator, *rest):
+        if not a.data.dtype == b.data.dtype == accumulator.data.dtype == numpy.float32:
+            return multiply(self, a, b, accumulator, *rest)
+        with numpy.errstate(over="ignore", invalid="ignore"):  # what is masked may be anything
+            product = numpy.matmul(a.data, b.data, dtype=numpy.float64).astype(numpy.float32)
+        return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
 def multiply_in_tf32(monkeypatch) -> None:
     """tl.dot with tf32x3 operands, emulated: the interpreter multiplies in full precision whatever is asked.
 
