@@ -202,6 +202,8 @@ def seen(tracer: Tracer) -> Iterator[None]:
             mock.patch.object(triton_truncate, "EXTRA_STEPS", ()),  # more of the same
             mock.patch.object(launch, "start", tracer.kernel(launch.start)),
             mock.patch.object(library.Library, "call", tracer.kernel(library.Library.call)),
+            # The page is that of any CPU.
+            mock.patch.object(library.load(), "multiplies_bfloat16", False),
             tracer,
         ):
             yield
