@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._interface import Grams, Operators
-from ._stream.blocks import as_matrix, element_panels, product_panels
+from ._stream.blocks import as_matrix, element_panels, empty_rows, product_panels
 from ._stream.factors import GroupFactors, inner_products, stacked
 
 
@@ -152,7 +152,10 @@ class Products(NamedTuple):
         if self.scale is not None:
             left = torch.empty(left.mT.shape, dtype=torch.bfloat16, device=left.device).mT
             torch.mul(self.left, self.scale.to(self.left).view(-1, 1, 1), out=left)
-        return Products(left.to(torch.bfloat16), self.right.to(torch.bfloat16), None)
+        right = self.right
+        if right.device.type != "cpu":  # padded there as kernels want rows, or they are copied once more
+            right = empty_rows(right.shape[:-1], right.shape[-1], torch.bfloat16, right.device).copy_(right)
+        return Products(left.to(torch.bfloat16), right.to(torch.bfloat16), None)
 
     def squares(self) -> Tensor:
         """(L, N, N) float64, of which each tensor's add up to its square."""

@@ -50,6 +50,16 @@ def test_the_default_on_the_matrices_of_half_a_block():
     held_to((3, 34, 14), job)
 
 
+def test_the_default_on_the_same_where_factors_are_rounded():
+    """What truncations cut off is 1/64 and more of every residual: right factors are rounded by a call a shape."""
+    shapes = {name: shape for name, shape in vit(1, SKETCHED).items() if name.split(".")[-2] in ("q_proj", "fc1")}
+    job = replace(JOBS["ViT-L default"], shapes=shapes, noise=0.3, bound=6e-2)
+    counts, _ = counted(job)
+    held_to((3, 34, 15), job)
+    assert any("combine_rounded_kernel" in line for line in counts.lines["triton_launches"])
+    assert not any("combine_matrix_kernel" in line for line in counts.lines["triton_launches"])
+
+
 GROUP_BAR = 60  # ATen kernels of a group of equal shapes
 VARIANTS = {"rows alike": {"row_power": 0.0}, "column": {"scale": "column"}, "textbook": {"svd": "textbook"}}
 QUICK = {"weight_average", "ties", "dare", "iso_c"}
