@@ -240,10 +240,10 @@ def _border(group: str, every: Sequence[Moved]) -> str:
     good = [moved for moved in every if moved.good and moved.whole]
     past = list(takewhile(lambda moved: max(moved.minus(MOVED[0], DEFAULT, group)) < 0, reversed(good)))
     if not past:
-        return f"{group} there is no length from which on decorrelated is behind in every run"
+        return f"{group}, from no length on"
     if len(past) == len(good):
-        return f"{group} it is behind in every run at every length, the usual one too"
-    return f"{group} it is behind in every run from {past[-1].percent()} on"
+        return f"{group}, at every length, the usual one too"
+    return f"{group}, from {past[-1].percent()} on"
 
 
 def _mean(values: Iterable[float]) -> float:
