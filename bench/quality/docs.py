@@ -17,8 +17,9 @@ from typing import Any
 
 from bench.machine import ROOT
 from bench.markdown import put, render, update
-from bench.quality import study_pages, tables
+from bench.quality import settings, study_pages, tables
 from bench.quality.groups import UNSEEN
+from bench.quality.models import runs_of
 from bench.quality.store import STORE
 from bench.quality.tables import AVERAGE, CALIBRATION, DEFAULT, ENSEMBLE, SCALED, bold, difference, named, short, shown
 
@@ -50,6 +51,8 @@ MAIN = (
 )
 GOAL = {"ensemble": 0.8, "joint training": 0.5}
 """Shares of their gain over the average that one merged model was to make on the pretrained base."""
+GOAL_MINUTES, GOAL_CORES = 45, 2
+"""That judging all fresh runs from trained detectors was to take."""
 
 
 def pages(content: Content) -> dict[Path, str]:
@@ -94,7 +97,29 @@ def _names(content: Content) -> dict[str, Any]:
         "readme": _readme(sections),
         "elsewhere": _elsewhere(sections),
         "ahead": _ahead(content, sections),
+        "cost": _cost(content.get("cost", {})),
         **study_pages.names(content),
+    }
+
+
+def _cost(cost: Content) -> dict[str, Any]:
+    """What judging all fresh runs takes, and of which that was measured; nothing where it was not."""
+    if not cost.get("fresh"):
+        return {}
+    fresh = [run.name for run in runs_of(settings.fresh_of)]
+    measured = {name: run for name, run in cost["runs"].items() if name in fresh}
+    rows = [
+        [name, f"{run['models']}", f"{run['pictures']}", f"{run['cpu_seconds'] / 60:.1f}"]
+        for name, run in measured.items()
+    ]
+    return {
+        "rows": rows,
+        "runs": len(fresh),
+        "measured": len(rows),
+        "minutes": f"{cost['fresh']['cpu_seconds'] / 60:.0f}",
+        "goal": GOAL_MINUTES * GOAL_CORES,
+        "goal_words": f"{GOAL_MINUTES} minutes on {GOAL_CORES} cores",
+        "machine": cost["machine"],
     }
 
 

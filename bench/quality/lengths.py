@@ -1,18 +1,19 @@
-"""How long task vectors may be for R²M decorrelated: specialists fine-tuned at other rates, on development seeds.
+"""How long task vectors may be for R²M decorrelated: specialists fine-tuned longer or faster, on development seeds.
 
     python -m bench.quality.lengths [--out FILE]
 
 Fine-tuned gently, a pretrained network moves by a hundredth of its length, and one trained from nothing by a quarter;
-rules that gain on one side lose on the other. Between lies the border past which the package warns. It is looked for
-with one backbone, so that only the length differs. What is in the file is not judged again.
+rules that gain on one side lose on the other. The border between is looked for with one backbone, so that only the
+length differs: with more steps at the usual rate, which leaves specialists good, and at higher rates, which does not.
+What is in the file is not judged again, so that the study can be stopped at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +50,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = parser.parse_args(arguments).out
     torch.set_num_threads(1)
     found: dict[str, list[Numbers]] = json.loads(out.read_text()) if out.exists() else {}
-    for seed in settings.MOVED:
-        run = Run("mobilenet", seed)
-        known = found.setdefault(run.name, [])
-        for one in study(run, [entry["rate"] for entry in known]):
-            known.append(json.loads(json.dumps(one), parse_float=rounded))
-            write_json(out, found)
-            print(run.name, json.dumps(known[-1]), flush=True)
+    pictures = cache(lambda run: Pictures(groups_of(run)))
+    for run, how, times in _missing(found):
+        one = {how: times, **study(run, how, times, pictures(run))}
+        found.setdefault(run.name, []).append(json.loads(json.dumps(one), parse_float=rounded))
+        write_json(out, found)
+        print(run.name, json.dumps(found[run.name][-1]), flush=True)
     print(out)
     return 0
 
 
-def study(run: Run, known: Sequence[int] = ()) -> Iterator[Numbers]:
-    """One entry for each rate but ``known``, the usual one first: lengths, and AUC of every row in every group."""
-    models, pictures = Models(run), Pictures(groups_of(run))
-    base = models.base()
-    for rate in (1, *settings.RATES):
-        if rate not in known:
-            made = models.specialist if rate == 1 else partial(models.moved, rate=rate)
-            yield {"rate": rate, **_judged(run, base, [made(kind) for kind in settings.MAIN], pictures)}
+def _missing(found: Mapping[str, Sequence[Numbers]]) -> list[tuple[Run, str, int]]:
+    """What is to be judged: usual specialists first, then way after way to move them farther, each on every seed."""
+    ways = [("rate", 1), *(("steps", times) for times in settings.STEPS), *(("rate", rate) for rate in settings.RATES)]
+    runs = [Run("mobilenet", seed) for seed in settings.MOVED]
+    return [
+        (run, how, times)
+        for how, times in ways
+        for run in runs
+        if not any(entry.get(how) == times for entry in found.get(run.name, ()))
+    ]
+
+
+def study(run: Run, how: str, times: int, pictures: Pictures) -> Numbers:
+    """Lengths, and AUC of every row in every group, of specialists with ``times`` the usual ``rate`` or ``steps``."""
+    models = Models(run)
+    make = models.longer if how == "steps" else models.moved
+    experts = [models.specialist(kind) if times == 1 else make(kind, times) for kind in settings.MAIN]
+    return _judged(run, models.base(), experts, pictures)
 
 
 def _judged(run: Run, base: StateDict, experts: Sequence[StateDict], pictures: Pictures) -> Numbers:

@@ -156,9 +156,13 @@ class Models:
 
     def overtrained(self, kind: str) -> StateDict:
         """A specialist trained ten times as long."""
+        return self.longer(kind, 10)
+
+    def longer(self, kind: str, times: int) -> StateDict:
+        """A specialist trained ``times`` as long, at the usual rate."""
         recipe = self.run.setting.specialist
-        longer = replace(recipe, steps=10 * recipe.steps)
-        return self._fine_tuned(f"{kind} overtrained", longer, self._pictures, (kind,))
+        name = f"{kind} overtrained" + f" by {times}" * (times != 10)  # ten times has the name that caches know
+        return self._fine_tuned(name, replace(recipe, steps=times * recipe.steps), self._pictures, (kind,))
 
     def moved(self, kind: str, rate: int) -> StateDict:
         """A specialist whose backbone was trained at ``rate`` times the learning rate, and its head as ever."""

@@ -6,7 +6,9 @@
 Stages, in order: ``choices``: candidates on the validation people of the development seeds; ``protocol``: what
 protocol.json names, on the fresh seeds; ``fresh``: all other rows there; ``studies``: further looks at development
 seeds. After them come tables: bench/results/quality/summary.json, pictures beside it, and the pages in docs/.
-What judging took is in cost.json, where nothing was judged before that was noted.
+What judging took is in cost.json, where nothing was judged before that was noted, and what judging all fresh runs
+takes, where one of each architecture was. Training counts where it was needed, so for that train first, then judge into
+an empty directory with validated.json.
 ``--tables`` makes tables alone, from what was judged. One more stage runs only where it is named: ``development``, all
 rows on the development seeds, for who looks for another rule. ``--quick``: one seed of each architecture at a part of
 the training, into build/quality/quick; its numbers show how it runs and not more. Trained detectors stay in
@@ -28,6 +30,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from r2m.demo.detectors import SPECIALISTS
 
@@ -62,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             every = runs_of(settings.fresh_of) if stage in ("protocol", "fresh") else _development(options.quick)
             runs = [run for run in every if fnmatch(run.name, options.runs)]
             STAGES[stage](pool, Judging(out, tuple(options.again)), runs)
+        if stages and (cost := _cost(out)):
+            write_json(out / "cost.json", cost)
         content = tables.summarize(out, pool.map)
-    if stages and (cost := _cost(out)):
-        write_json(out / "cost.json", cost)
     content = json.loads(json.dumps(content), parse_float=tables.rounded)
     write_json(out / "summary.json", content)
     pictures.draw_all(content, out)
@@ -76,15 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cost(out: Path) -> dict[str, Any] | None:
-    """CPU time of judging all that there is; None where some was judged before that was noted."""
+    """CPU time of judging all that there is; None where some was judged before that was noted.
+
+    ``fresh``: of judging all fresh runs, from the mean of those of each architecture that are there, one or all: they
+    judge as many models on as many pictures. None where an architecture has none.
+    """
     judged = {path.stem: store.load(path) for path in sorted((out / "logits").glob("*.npz"))}
     if not judged or any("cpu_seconds" not in one.about for one in judged.values()):
         return None
-    runs = {name: {"models": len(one.logits), "cpu_seconds": one.about["cpu_seconds"]} for name, one in judged.items()}
+    runs = {
+        name: {
+            "models": len(one.logits),
+            "pictures": len(next(iter(one.logits.values()))),
+            "cpu_seconds": one.about["cpu_seconds"],
+        }
+        for name, one in judged.items()
+    }
+    fresh = runs_of(settings.fresh_of)
+    taken: dict[str, list[float]] = {architecture: [] for architecture in settings.REGIMES}
+    for run in fresh:
+        if run.name in runs:
+            taken[run.architecture].append(runs[run.name]["cpu_seconds"])
     return {
         "machine": machine(),
         "cpu_seconds": round(sum(one["cpu_seconds"] for one in runs.values()), 1),
         "runs": runs,
+        "fresh": {
+            "runs": len(fresh),
+            "cpu_seconds": round(sum(float(np.mean(taken[run.architecture])) for run in fresh), 1),
+        }
+        if all(taken.values())
+        else None,
     }
 
 

@@ -23,8 +23,9 @@ LATER = tuple(range(120, 130))
 SECOND_BASE = FRESH[:2]
 # Where up to six specialists are merged, and where something is wrong with one of them.
 MANY = (0, 1)
-# Where specialists are fine-tuned at other rates, for task vectors of 1 to 20 % of a pretrained base.
+# Where specialists are fine-tuned longer or at other rates, for task vectors of 1 to 20 % of a pretrained base.
 MOVED = (0, 1)
+STEPS = (10, 3, 30)  # times the steps, at the usual rate; what tells most comes first
 RATES = (3, 6, 12, 24)  # times the learning rate of the backbone
 MAIN, FURTHER = TRAINED, tuple(FURTHER_FORGERIES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,68 +121,129 @@ def _features(studies: Content, architecture: str) -> dict[str, Any]:
 
 MOVED = ("R2M decorrelated", "R2M decorrelated, by tensor", "TSV-M × 1", DEFAULT)
 """What is followed to longer task vectors, beside the ensemble."""
-
-
 LOST = 0.6
 """AUC in-distribution below which nothing of an average is left that others could be compared with."""
+GOOD = 0.02
+"""Specialists are still good where they lack no more than this on their own families, of what usual ones have (AUC)."""
+LENGTH_GROUPS = ("in-distribution", "code")
+
+
+class Moved(NamedTuple):
+    """The runs of one way to move specialists."""
+
+    times: int  # the usual steps or rate
+    length: float  # ‖τ‖/‖θ₀‖, mean
+    own: float  # AUC of specialists on their own families, mean
+    good: bool  # beside the usual ones of the same runs
+    entries: Sequence[Content]
+    whole: bool  # every run of the study is there
+
+    def minus(self, row: str, other: str, group: str) -> list[float]:
+        """Difference in AUC, each run."""
+        return [one["auc"][row][group] - one["auc"][other][group] for one in self.entries]
+
+    def mean(self, row: str, group: str) -> float:
+        """AUC over the runs."""
+        return _mean(one["auc"][row][group] for one in self.entries)
+
+    def percent(self) -> str:
+        """Its length."""
+        return f"{100 * self.length:.1f} %"
+
+    def place(self) -> list[str]:
+        """The first two cells of a row."""
+        return [f"{self.times}{'' if self.whole else _only(self.entries)}", self.percent()]
+
+    def words(self) -> str:
+        """Its length in a sentence, with what its specialists know."""
+        return f"{self.percent()} (own family {short(self.own)}{'' if self.whole else _only(self.entries)})"
+
+
+def _only(entries: Sequence[Content]) -> str:
+    return f", {_count(entries)} only"
 
 
 def _lengths(studied: Content) -> dict[str, Any]:
-    """By learning rate, over the runs: ‖τ‖/‖θ₀‖, AUC, differences to the average; decorrelated minus the default.
-
-    Who is ahead in every run is told of lengths at which the average still detects.
-
-    Returns:
-        What the template names; nothing where the study was not run.
-    """
+    """What came out with more steps, and at higher rates; nothing where the study was not run."""
     if not studied:
         return {}
-    groups = ("in-distribution", "code")
-    by_rate = list(zip(*studied.values(), strict=True))
-    tables: dict[str, Rows] = {group: [] for group in groups}
-    turned: Rows = []
-    ahead: dict[str, list[str]] = {group: [] for group in groups}
-    behind: dict[str, list[str]] = {group: [] for group in groups}
-    lost: list[str] = []
-    for of in by_rate:
-        moved = [length for one in of for length in one["relative_to_base"]]
-        place = [f"{of[0]['rate']}", f"{100 * float(np.mean(moved)):.1f} %"]
-
-        def minus(row: str, other: str, group: str, of: Sequence[Content] = of) -> list[float]:
-            return [one["auc"][row][group] - one["auc"][other][group] for one in of]
-
-        own = short(_mean(auc for one in of for auc in one["own_families"]))
-        for group in groups:
-            average = short(_mean(one["auc"][AVERAGE][group] for one in of))
-            gains = [short(_mean(minus(row, AVERAGE, group)), True) for row in (ENSEMBLE, *MOVED)]
-            tables[group].append([*place, own, average, *gains])
-        apart = {group: minus(MOVED[0], DEFAULT, group) for group in groups}
-        turned.append([*place, *(" ".join(short(one, True) for one in gains) for gains in apart.values())])
-        if _mean(one["auc"][AVERAGE][groups[0]] for one in of) < LOST:
-            lost.append(place[1])
-            continue
-        for group, gains in apart.items():
-            ahead[group] += [place[1]] if min(gains) > 0 else []
-            behind[group] += [place[1]] if max(gains) < 0 else []
-    start = ["rate", "‖τ‖/‖θ₀‖"]
+    ways = {how: _moved(studied, how) for how in ("steps", "rate")}
     return {
         "runs": len(studied),
-        "header": [*start, "own family", AVERAGE, ENSEMBLE, *map(bold, MOVED)],
-        "tables": tables,
-        "turned": turned,
-        "rows_span": f"{turned[0][1]} to {turned[-1][1]}",
-        "lost": ", ".join(lost),
-        "words": " ".join(_turn(group, ahead[group], behind[group]) for group in groups),
-        "turned_header": [*start, *groups],
+        "good": short(GOOD),
+        "luck": 2 ** len(studied),
+        "ways": {how: _way(how, moved) for how, moved in ways.items() if len(moved) > 1},
     }
 
 
-def _turn(group: str, ahead: Sequence[str], behind: Sequence[str]) -> str:
+def _moved(studied: Content, how: str) -> list[Moved]:
+    """The usual specialists, and those with more ``steps`` or a higher ``rate``."""
+
+    def at(entry: Content) -> int | None:
+        return entry.get(how, 1 if entry.get("rate") == 1 else None)
+
+    usual = {run: one for run, of in studied.items() for one in of if at(one) == 1}
+    found = []
+    for times in sorted({at(one) for of in studied.values() for one in of} - {None}):
+        of_run = {run: one for run, of in studied.items() for one in of if at(one) == times and run in usual}
+        entries = list(of_run.values())
+        own, before = (
+            _mean(auc for one in ones for auc in one["own_families"]) for ones in (entries, map(usual.get, of_run))
+        )
+        length = _mean(one for entry in entries for one in entry["relative_to_base"])
+        found.append(Moved(times, length, own, own >= before - GOOD, entries, len(of_run) == len(studied)))
+    return found
+
+
+def _way(how: str, every: Sequence[Moved]) -> dict[str, Any]:
+    """Lengths, AUC, differences to the average; decorrelated minus the default, and where it is ahead in every run.
+
+    Who is ahead is told of lengths at which the average still detects.
+    """
+    tables: dict[str, Rows] = {group: [] for group in LENGTH_GROUPS}
+    turned: Rows = []
+    for moved in every:
+        for group in LENGTH_GROUPS:
+            gains = [short(_mean(moved.minus(row, AVERAGE, group)), True) for row in (ENSEMBLE, *MOVED)]
+            tables[group].append([*moved.place(), short(moved.own), short(moved.mean(AVERAGE, group)), *gains])
+        apart = (moved.minus(MOVED[0], DEFAULT, group) for group in LENGTH_GROUPS)
+        turned.append([*moved.place(), *(" ".join(short(one, True) for one in gains) for gains in apart)])
+    lost = [moved for moved in every if moved.mean(AVERAGE, LENGTH_GROUPS[0]) < LOST]
+    asked = [moved for moved in every if moved not in lost]
+    start = [how, "‖τ‖/‖θ₀‖"]
+    return {
+        "most": every[-1].times,
+        "header": [*start, "own family", AVERAGE, ENSEMBLE, *map(bold, MOVED)],
+        "tables": tables,
+        "turned": turned,
+        "turned_header": [*start, *LENGTH_GROUPS],
+        "rows_span": f"{every[0].percent()} to {every[-1].percent()}",
+        "lost": ", ".join(moved.percent() for moved in lost),
+        "words": " ".join(_turn(group, asked) for group in LENGTH_GROUPS),
+        "border": "; ".join(_border(group, asked) for group in LENGTH_GROUPS),
+    }
+
+
+def _turn(group: str, every: Sequence[Moved]) -> str:
     """Where one rule is ahead of the other in every run, and where behind."""
+    gains = [(moved, moved.minus(MOVED[0], DEFAULT, group)) for moved in every]
+    ahead = [moved.words() for moved, of in gains if min(of) > 0]
+    behind = [moved.words() for moved, of in gains if max(of) < 0]
     return (
-        f"In every run, {group}, decorrelated is ahead at {' and '.join(ahead) or 'no length'}, "
-        f"behind at {' and '.join(behind) or 'no length'}."
+        f"In every run, {group}, decorrelated is ahead at {', '.join(ahead) or 'no length'}; "
+        f"behind at {', '.join(behind) or 'no length'}."
     )
+
+
+def _border(group: str, every: Sequence[Moved]) -> str:
+    """From which length on one rule is behind the other in every run, of good specialists of all runs."""
+    good = [moved for moved in every if moved.good and moved.whole]
+    past = list(takewhile(lambda moved: max(moved.minus(MOVED[0], DEFAULT, group)) < 0, reversed(good)))
+    if not past:
+        return f"{group}, from no length on"
+    if len(past) == len(good):
+        return f"{group}, at every length, the usual one too"
+    return f"{group}, from {past[-1].percent()} on"
 
 
 def _mean(values: Iterable[float]) -> float:

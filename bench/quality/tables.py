@@ -37,7 +37,8 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
     """Everything that pages and pictures show, from the files of the runs.
 
     Args:
-        directory: with ``logits/``, and ``validated.json``, ``studies.json``, ``lengths.json`` where these were made.
+        directory: with ``logits/``, and ``validated.json``, ``studies.json``, ``lengths.json``, ``cost.json`` where
+            these were made.
         each: as ``map``: one that works on several runs at once.
     """
     paths = sorted(directory.glob("logits/*.npz"), key=lambda path: order(path.stem))
@@ -49,6 +50,7 @@ def summarize(directory: Path, each: Callable[..., Iterable[Any]] = map) -> dict
         "chosen": choose(validated),
         "studies": _read(directory / "studies.json"),
         "lengths": _read(directory / "lengths.json"),
+        "cost": _read(directory / "cost.json"),
         "about": {name: run["about"] for name, run in runs.items()},
         "sections": {},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,17 @@ def test_a_specialist_that_moves_farther_has_the_head_of_the_others(monkeypatch,
         assert recipe.learning_rate == pytest.approx(rate * 1e-4)
         assert recipe.learning_rate * recipe.head_rate == pytest.approx(usual.learning_rate * usual.head_rate)
         assert recipe.steps == usual.steps
+
+
+def test_a_specialist_that_is_trained_longer_has_the_usual_rates_and_a_file_of_its_own(monkeypatch, tmp_path):
+    recipes = {}
+    monkeypatch.setattr(Models, "_get", lambda self, name, recipe, train: recipes.setdefault(name, recipe))
+    made = Models(Run("mobilenet", 3), tmp_path)
+    usual = made.specialist("FS")
+    longer = {times: made.longer("FS", times) for times in settings.STEPS}
+    assert len(recipes) == 1 + len(settings.STEPS)
+    assert longer == {times: replace(usual, steps=times * usual.steps) for times in settings.STEPS}
+    assert made.overtrained("FS") is recipes["FS overtrained"] is longer[10]  # the name that caches know
 
 
 def test_groups_share_no_people_and_one_array_of_real_pictures(monkeypatch):

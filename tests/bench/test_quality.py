@@ -14,7 +14,7 @@ from r2m.demo.detectors import SPECIALISTS
 from r2m.demo.faces import split_people
 from r2m.demo.samples import Group
 
-from bench.quality import choosing, groups, judging, lengths, methods, models, run, settings, store, studies
+from bench.quality import choosing, groups, judging, lengths, methods, models, run, settings, store, studies, tables
 from bench.quality.models import Models, Run
 from bench.quality.networks import new_network
 from bench.quality.study_pages import RULES
@@ -200,29 +200,76 @@ def test_a_look_that_is_known_is_not_taken_again(monkeypatch):
     assert studies.study(Run("cnn", 4), {}).keys() == {"features", "diagnosis"}  # no further specialists
 
 
-def test_rates_that_are_in_the_file_are_not_judged_again(monkeypatch, tmp_path):
+def test_lengths_that_are_in_the_file_are_not_judged_again(monkeypatch, tmp_path):
     judged = []
     monkeypatch.setattr(lengths, "Models", Untrained)
     monkeypatch.setattr(Untrained, "base", lambda self: {})  # weights of ImageNet are not everywhere
-    monkeypatch.setattr(Untrained, "moved", lambda self, kind, rate: (kind, rate))
-    monkeypatch.setattr(Untrained, "specialist", lambda self, kind: (kind, 1))
-    monkeypatch.setattr(lengths, "Pictures", lambda groups: None)
-    monkeypatch.setattr(lengths, "groups_of", lambda run: {})
-    monkeypatch.setattr(lengths, "_judged", lambda run, base, experts, _: judged.append(experts) or {"third": 1 / 3})
-    known = {"mobilenet-0": [{"rate": 1}, {"rate": 3}]}
+    monkeypatch.setattr(Untrained, "specialist", lambda self, kind: (self.run.seed, "rate", 1, kind))
+    monkeypatch.setattr(Untrained, "moved", lambda self, kind, rate: (self.run.seed, "rate", rate, kind))
+    monkeypatch.setattr(Untrained, "longer", lambda self, kind, times: (self.run.seed, "steps", times, kind))
+    monkeypatch.setattr(lengths, "Pictures", lambda groups: groups)
+    monkeypatch.setattr(lengths, "groups_of", lambda run: f"of {run.name}")
+
+    def noted(run, base, experts, pictures):
+        assert pictures == f"of {run.name}"
+        assert [expert[3] for expert in experts] == list(settings.MAIN)
+        judged.append(experts[0][:3])
+        return {"third": 1 / 3}
+
+    monkeypatch.setattr(lengths, "_judged", noted)
+    known = {"mobilenet-0": [{"rate": 1}, {"rate": 3}, {"steps": settings.STEPS[0]}]}
     out = tmp_path / "lengths.json"
     out.write_text(json.dumps(known))
     assert lengths.main(["--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    rates = [1, *settings.RATES]
-    assert (
-        [entry["rate"] for entry in found["mobilenet-0"]] == [entry["rate"] for entry in found["mobilenet-1"]] == rates
-    )
+    ways = [("rate", 1), *(("steps", times) for times in settings.STEPS), *(("rate", rate) for rate in settings.RATES)]
+    for run_of in ("mobilenet-0", "mobilenet-1"):
+        had = [next((how, entry[how]) for how in ("rate", "steps") if how in entry) for entry in found[run_of]]
+        assert sorted(had) == sorted(ways)
     assert found["mobilenet-1"][0] == {"rate": 1, "third": 0.33333}
-    assert [experts[0][1] for experts in judged] == [*rates[2:], *rates]
+    missing = {0: set(ways) - {("rate", 1), ("rate", 3), ("steps", settings.STEPS[0])}, 1: set(ways)}
+    # One way on every seed before the next, so that what is there at any time compares.
+    assert judged == [(seed, *way) for way in ways for seed in settings.MOVED if way in missing[seed]]
     assert lengths.main(["--out", str(out)]) == 0
     assert json.loads(out.read_text()) == found
-    assert len(judged) == len(rates) + len(rates) - 2
+    assert len(judged) == 2 * len(ways) - 3
+
+
+def test_what_judging_all_takes_is_scaled_from_runs_of_each_architecture(tmp_path):
+    def judge(name, seconds, **about):
+        judged = store.Judged({}, about={**about, **({"cpu_seconds": seconds} if seconds else {})})
+        for row in ("base", "weight average"):
+            judged.add(row, np.zeros(5), "made of")
+        store.save(judged, store.logits_of(name, tmp_path))
+
+    assert run._cost(tmp_path) is None
+    for name, seconds in {
+        "cnn-100": 10.0,
+        "cnn-101": 20.0,
+        "cnn-0": 99.0,
+        "vit-100": 2.0,
+        "mobilenet-100": 50.0,
+    }.items():
+        judge(name, seconds)
+    known = run._cost(tmp_path)
+    assert known["runs"]["cnn-101"] == {"models": 2, "pictures": 5, "cpu_seconds": 20.0}
+    assert known["cpu_seconds"] == 181.0
+    assert known["fresh"] is None  # no lite0
+    judge("lite0-101", 30.0)
+    fresh = {name: len(settings.fresh_of(name)) for name in settings.REGIMES}
+    whole = 15.0 * fresh["cnn"] + 2.0 * fresh["vit"] + 50.0 * fresh["mobilenet"] + 30.0 * fresh["lite0"]
+    assert run._cost(tmp_path)["fresh"] == {"runs": sum(fresh.values()), "cpu_seconds": whole}
+    judge("lite0-100", None)
+    assert run._cost(tmp_path) is None
+
+
+def test_all_runs_of_an_architecture_judge_as_many_models_on_as_many_pictures():
+    for architecture in settings.REGIMES:
+        judged = [
+            store.load(store.logits_of(f"{architecture}-{seed}", store.STORE))
+            for seed in settings.fresh_of(architecture)
+        ]
+        assert len({np.stack(list(one.logits.values())).shape for one in judged}) == 1  # or cost.json scales wrongly
 
 
 def test_a_fresh_seed_is_refused_without_a_committed_protocol(judging_here, monkeypatch, tmp_path):
@@ -262,6 +309,8 @@ def test_a_quick_run_prints_its_table_and_draws_and_does_it_again(tmp_path, monk
     models = cost["runs"]["cnn-0-quick"]["models"]
     assert models == len(["base", *SPECIALISTS, "joint training"]) + len(A_QUICK_RUNS)
     assert 0 < cost["runs"]["cnn-0-quick"]["cpu_seconds"] == cost["cpu_seconds"]
+    assert first["cost"] == json.loads(json.dumps(cost), parse_float=tables.rounded)
+    assert cost["fresh"] is None
     _, again = quick(tmp_path / "two")
     assert {key: first[key] for key in ("sections", "validated", "chosen")} == {
         key: again[key] for key in ("sections", "validated", "chosen")

@@ -257,32 +257,102 @@ def test_shares_are_of_the_ensembles_and_of_joint_trainings_gain(results):
     assert "pretrained | +.032 | – | 64 % | +.032 | – | 64 % |" in docs.pages(content)[docs.DOCS / "quality.md"]
 
 
-def test_the_page_says_where_decorrelated_and_default_change_places(results):
-    def moved(rate, length, *gains):
-        rows = dict.fromkeys(("ensemble", "weight average", "TSV-M × 1", "R2M decorrelated, by tensor"), 0.7)
-        rows |= {"R2M decorrelated": 0.75, tables.DEFAULT: None}
-        groups = ("in-distribution", "code")
-        auc = {row: dict.fromkeys(groups, value) for row, value in rows.items()}
-        auc[tables.DEFAULT] = {group: 0.75 - gain for group, gain in zip(groups, gains, strict=True)}
-        return {"rate": rate, "relative_to_base": [length] * 3, "own_families": [0.9, 0.8, 0.7], "auc": auc}
+def moved(way, length, *gains, own=0.8):
+    """An entry of lengths.json: where decorrelated, at .75, is ahead of the default by ``gains``."""
+    rows = dict.fromkeys(("ensemble", "weight average", "TSV-M × 1", "R2M decorrelated, by tensor"), 0.7)
+    rows |= {"R2M decorrelated": 0.75, tables.DEFAULT: None}
+    groups = ("in-distribution", "code")
+    auc = {row: dict.fromkeys(groups, value) for row, value in rows.items()}
+    auc[tables.DEFAULT] = {group: 0.75 - gain for group, gain in zip(groups, gains, strict=True)}
+    return {**way, "relative_to_base": [length] * 3, "own_families": [own + 0.1, own, own - 0.1], "auc": auc}
 
-    runs = {
-        "mobilenet-0": [moved(1, 0.01, 0.02, 0.01), moved(6, 0.05, 0.01, -0.02)],
-        "mobilenet-1": [moved(1, 0.012, 0.03, -0.01), moved(6, 0.05, -0.01, -0.03)],
-    }
+
+def page_of_lengths(results, runs):
     page = docs.pages({**results[1], "lengths": runs})[docs.DOCS / "quality-studies.md"]
+    return page.partition("## How far specialists may move")[2]
+
+
+def test_the_page_says_where_decorrelated_and_default_change_places(results):
+    runs = {
+        "mobilenet-0": [moved({"rate": 1}, 0.01, 0.02, 0.01), moved({"rate": 6}, 0.05, 0.01, -0.02)],
+        "mobilenet-1": [moved({"rate": 1}, 0.012, 0.03, -0.01), moved({"rate": 6}, 0.05, -0.01, -0.03)],
+    }
+    page = page_of_lengths(results, runs)
     assert "vectors of 1.1 % to 5.0 % of the base's length." in page
     assert "| 1 | 1.1 % | .800 | .700 | +.000 | +.050 | +.000 | +.000 | +.025 |" in page
     assert "| 6 | 5.0 % | +.010 -.010 | -.020 -.030 |" in page
-    assert "In every run, in-distribution, decorrelated is ahead at 1.1 %, behind at no length." in page
-    assert "In every run, code, decorrelated is ahead at no length, behind at 5.0 %." in page
+    assert (
+        "In every run, in-distribution, decorrelated is ahead at 1.1 % (own family .800); behind at no length." in page
+    )
+    assert "In every run, code, decorrelated is ahead at no length; behind at 5.0 % (own family .800)." in page
     assert "that is not asked" not in page
+    assert "### More steps" not in page
     for run in runs.values():
         run[1]["auc"]["weight average"]["in-distribution"] = 0.55
-    page = docs.pages({**results[1], "lengths": runs})[docs.DOCS / "quality-studies.md"]
-    assert "In every run, code, decorrelated is ahead at no length, behind at no length." in page
+    page = page_of_lengths(results, runs)
+    assert "In every run, code, decorrelated is ahead at no length; behind at no length." in page
     assert "At 5.0 % that is not asked: the average is hardly above chance" in page
     assert "Not run yet.\n" in docs.pages(results[1])[docs.DOCS / "quality-studies.md"]
+
+
+def test_the_page_says_from_which_length_on_decorrelated_is_behind(results):
+    # In the order in which they were judged, and as far as the study has come.
+    runs = {
+        "mobilenet-0": [
+            moved({"rate": 1}, 0.01, 0.02, -0.01),
+            moved({"rate": 6}, 0.2, 0.02, -0.02, own=0.6),
+            moved({"steps": 10}, 0.05, -0.01, -0.02),
+            moved({"steps": 3}, 0.03, -0.02, -0.02, own=0.79),
+            moved({"steps": 30}, 0.08, 0.01, 0.03),
+        ],
+        "mobilenet-1": [
+            moved({"rate": 1}, 0.01, 0.02, -0.01),
+            moved({"steps": 10}, 0.05, -0.02, -0.03),
+            moved({"steps": 3}, 0.03, -0.02, -0.02, own=0.79),
+        ],
+    }
+    longer, _, faster = page_of_lengths(results, runs).partition("### Higher rates")
+    assert "Up to 30 times the usual steps, at the usual rate: task vectors of 1.0 % to 8.0 %" in longer
+    cells = [row.split(" | ")[0] for row in longer.splitlines() if row.startswith("| ")]
+    assert cells == 3 * ["| steps", "| ---", "| 1", "| 3", "| 10", "| 30, 1 run only"]
+    assert "| 30, 1 run only | 8.0 % | +.010 | +.030 |" in longer
+    assert "; behind at 3.0 % (own family .790), 5.0 % (own family .800). In every run, code," in longer
+    assert "is ahead at 8.0 % (own family .800, 1 run only); behind at 1.0 %" in longer
+    # One run is none of all, so 30 times is no way back; in code it is the usual specialists too.
+    assert "at most .020 of what usual ones have on their own families: in-distribution, from" in longer.replace(
+        "\n", " "
+    )
+    assert ": in-distribution, from 3.0 % on; code, at every length, the usual one too." in longer
+    assert "behind in all of 2 runs at one length of 4." in longer
+    assert "| 6, 1 run only | 20.0 % | .600 |" in faster
+    assert "from no length" not in longer + faster
+    # Bad specialists draw no border …
+    for entry in (runs["mobilenet-0"][3], runs["mobilenet-1"][2]):
+        entry["own_families"] = [0.7] * 3
+    longer, _, _ = page_of_lengths(results, runs).partition("### Higher rates")
+    assert ": in-distribution, from 5.0 % on;" in longer
+    # … and there is none before a length at which decorrelated is not behind.
+    runs["mobilenet-1"].append(moved({"steps": 30}, 0.08, -0.01, -0.03))
+    longer, _, _ = page_of_lengths(results, runs).partition("### Higher rates")
+    assert ": in-distribution, from no length on;" in longer
+
+
+def test_the_page_says_what_of_the_cost_was_measured(results):
+    def page(cost):
+        made = docs.pages({**results[1], "cost": cost})[docs.DOCS / "quality-protocol.md"]
+        return made.partition("## What judging costs")[2].replace("\n", " ")
+
+    assert "Not measured yet." in page({})
+    fresh = [f"{name}-{seed}" for name in settings.REGIMES for seed in settings.fresh_of(name)]
+    one = {"models": 65, "pictures": 1700, "cpu_seconds": 90.0}
+    cost = {"machine": {"cpu": "EPYC", "torch": "2"}, "runs": {fresh[0]: one, "cnn-0": one}, "fresh": None}
+    assert "Not measured yet." in page(cost)
+    cost["fresh"] = {"runs": 32, "cpu_seconds": 2700.0}
+    assert f"all {len(fresh)} fresh runs from trained detectors takes 45 CPU minutes, by scaling: the" in page(cost)
+    assert "The goal is 45 minutes on 2 cores, which have 90." in page(cost)
+    assert f"| {fresh[0]} | 65 | 1700 | 1.5 |" in page(cost)
+    assert "cnn-0 " not in page(cost)  # no fresh one
+    assert "takes 45 CPU minutes. The goal" in page({**cost, "runs": dict.fromkeys(fresh, one)})
 
 
 def test_studies_say_of_how_many_runs_they_are():
