@@ -262,13 +262,19 @@ def combine_rounded_kernel(
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
     for start in range(0, rank, INNER):
         depth = start + tl.arange(0, INNER)
-        where = tensor * rank + depth[:, None]
-        inside = (depth < rank)[:, None]
-        lefts = tl.load(left + where * left_stride + rows[None, :], mask=inside & row_inside[None, :], other=0.0)
-        rights = tl.load(
-            right + where * right_stride + columns[None, :], mask=inside & column_inside[None, :], other=0.0
+        where, inside = tensor * rank + depth, depth < rank
+        # Loaded as the operand that it is: what is transposed afterwards is not loaded ahead on sm_80.
+        lefts = tl.load(
+            left + where[None, :] * left_stride + rows[:, None],
+            mask=row_inside[:, None] & inside[None, :],
+            other=0.0,
         )
-        total = tl.dot(tl.trans(lefts.to(DOT)), rights.to(DOT), total, input_precision=PRECISION, out_dtype=COMPUTE)
+        rights = tl.load(
+            right + where[:, None] * right_stride + columns[None, :],
+            mask=inside[:, None] & column_inside[None, :],
+            other=0.0,
+        )
+        total = tl.dot(lefts.to(DOT), rights.to(DOT), total, input_precision=PRECISION, out_dtype=COMPUTE)
 
     if ALIGNED:
         n = known_multiple(n, 128 // TYPE.primitive_bitwidth)

@@ -84,7 +84,7 @@ def sum_alike_wherever_it_lies(monkeypatch) -> None:
             return multiply(self, a, b, accumulator, *rest)
         with numpy.errstate(over="ignore", invalid="ignore"):  # what is masked may be anything
             product = numpy.matmul(a.data, b.data, dtype=numpy.float64).astype(numpy.float32)
-        return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+            return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 

@@ -545,7 +545,7 @@ def test_a_product_without_its_masks_is_caught(tmp_path, monkeypatch, original):
 @pytest.mark.parametrize(
     ("original", "changed"),
     [
-        ("inside = (depth < rank)[:, None]", "inside = (depth < rank + INNER)[:, None]"),
+        ("rank + depth, depth < rank", "rank + depth, depth < rank + INNER"),
         ("known_multiple(m + 7, 8)", "m - 1"),
         ("(rows < m)[:, None] & (some < n)[None, :]", "(rows < m)[:, None] & (some < n + 1)[None, :]"),
         ("(columns < n)[None, :], total, 0.0)", "(columns < n + 1)[None, :], total, 0.0)"),
