@@ -246,9 +246,10 @@ int32_t r2m_weighted_sum(int32_t variant, int32_t compute_double, int64_t count,
 
 int32_t r2m_multiply_bfloat16(int32_t variant, int32_t compute_double, int64_t depth, const r2m_matrix *left,
                               const r2m_matrix *right, int64_t rows, int64_t columns, const r2m_matrix *out) {
-  if (!countable(depth, 1) || !left || !right || !out || compute_double || !usable(*left, depth, rows) ||
-      !usable(*right, depth, columns) || !usable(*out, rows, columns) || left->dtype != R2M_BFLOAT16 ||
-      right->dtype != R2M_BFLOAT16 || out->dtype != R2M_FLOAT32)
+  // A block of rows is packed, of 2¹⁰ terms at most.
+  if (!countable(depth, 1) || !countable(rows, 1 << 11) || !left || !right || !out || compute_double ||
+      !usable(*left, depth, rows) || !usable(*right, depth, columns) || !usable(*out, rows, columns) ||
+      left->dtype != R2M_BFLOAT16 || right->dtype != R2M_BFLOAT16 || out->dtype != R2M_FLOAT32)
     return R2M_BAD_ARGUMENT;
   if (!kernels(variant)) return R2M_NO_VARIANT;
 #if defined(R2M_X86)
