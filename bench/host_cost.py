@@ -74,7 +74,8 @@ class Job:
         shapes: of the base's tensors.
         config: how to merge.
         noise: of a task vector beside its directions, as a share of their length, so much that no residual is steep,
-            which would be truncated once more; 0: merged LoRA.
+            which would be truncated once more, and that far more is cut off than bfloat16 rounds, as of what people
+            fine-tune; 0: merged LoRA.
         bound: of the distance to the torch backend's result, relative to the update. Both round float32 sums once an
             element; where residuals are sketched, each backend by its own random numbers, a truncation may lose 2 per
             cent more than the optimum, and what is lost here is a tenth of the update at most, with more noise more.
@@ -88,12 +89,12 @@ class Job:
 
 ROWS = MergeConfig.r2m(rank=1.0, row_power=1.0)
 JOBS = {
-    "ViT-L default": Job(vit(24, SKETCHED), MergeConfig.r2m(), noise=0.2, bound=4e-2),
+    "ViT-L default": Job(vit(24, SKETCHED), MergeConfig.r2m(), noise=0.45, bound=9e-2),
     "ViT-L rows": Job(vit(24, NARROW), ROWS, bound=1e-6),
     "ViT-L average": Job(vit(24, NARROW), MergeConfig.weight_average(), bound=1e-6),
     "ViT-L lora": Job(vit(24, SKETCHED), MergeConfig.r2m(), noise=0.0),
-    "ViT-B default": Job(vit(12, SKETCHED), MergeConfig.r2m(), noise=0.2, bound=4e-2),
-    "CNN default": Job(cnn(160, SKETCHED), MergeConfig.r2m()),
+    "ViT-B default": Job(vit(12, SKETCHED), MergeConfig.r2m(), noise=0.45, bound=9e-2),
+    "CNN default": Job(cnn(160, SKETCHED), MergeConfig.r2m(), noise=0.45, bound=9e-2),
     "CNN rows": Job(cnn(160, NARROW), ROWS, bound=1e-6),
 }
 
