@@ -82,8 +82,9 @@ def test_a_group_costs_as_much_with_any_number_of_matrices(name):
     of_sizes = []
     for size in (4, 5):
         shapes = {f"{place}.weight": (SKETCHED + 8, SKETCHED) for place in range(size)}
-        # Enough noise that no spectrum is steep: such a residual is truncated once more.
-        counts, _ = counted(Job(shapes, METHODS[name], noise=0.3))
+        # Enough noise that no spectrum is steep, since such a residual is truncated once more, and that all factors are
+        # rounded: a group of which some are not takes another launch.
+        counts, _ = counted(Job(shapes, METHODS[name], noise=0.45))
         of_sizes.append({kind: counts.kinds[kind] for kind in ("waits", "triton_launches", "aten_kernels")})
     assert of_sizes[0] == of_sizes[1]
     assert of_sizes[0]["aten_kernels"] <= GROUP_BAR, counts.lines
