@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._stream import parallel
 from .._stream.blocks import as_matrix, element_panels, product_panels, row_panels
+from .._stream.factors import in_bfloat16
 from .._stream.tensors import compute_dtype
 from .._torch.combine import norm_square, side_by_side
 from .library import LONG, POINTER, declare, flat, loaded, matrices, rows_of
@@ -59,7 +60,8 @@ def _combine(
     library, dtype = loaded(), compute_dtype([base, *experts])
     low_rank = None
     if left is not None and right is not None:
-        low_rank = side_by_side(left, right, scale, _dtype_of_products(left, dtype))
+        fast = library.multiplies_bfloat16 and in_bfloat16(left, right, scale, dtype)
+        low_rank = side_by_side(left, right, scale, torch.bfloat16 if fast else dtype)
     by_rows = coefficients.ndim == 2
     read = list(range(len(experts))) if by_rows else [j for j, one in enumerate(coefficients.tolist()) if one != 0.0]
     weights = weights_of(coefficients if by_rows else coefficients[read], dtype)
@@ -99,12 +101,6 @@ def _combine(
     if target is not out:
         out.copy_(target)
     return largest
-
-
-def _dtype_of_products(left: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of the operands: bfloat16 where factors are, if the CPU multiplies that."""
-    fast = left.dtype == torch.bfloat16 and dtype == torch.float32 and loaded().multiplies_bfloat16
-    return torch.bfloat16 if fast else dtype
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -129,6 +129,11 @@ class GroupFactors:
         return inner_products(self.left, self.right, orthogonal) if self.products is None else self.products
 
 
+def in_bfloat16(left: Tensor, right: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether factors are rounded ones that are multiplied as they are, with sums in the compute dtype, float32."""
+    return scale is None and left.dtype == right.dtype == torch.bfloat16 and dtype == torch.float32
+
+
 def energies(left: Tensor, right: Tensor, ordered: bool, basis: Side | None) -> Tensor:
     """‖F_li‖² from the factors alone: (L, N) float64 where they are; beside a basis the other side's own."""
     if basis is None:

@@ -10,17 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._stream.blocks import empty_rows
+from .._stream.factors import in_bfloat16
 from . import launch
-from .addresses import (
-    Group,
-    block_of,
-    known_multiple,
-    loaded,
-    padded_rows,
-    tensor_at,
-    tile_of,
-    vectors_fit,
-)
+from .addresses import Group, block_of, known_multiple, loaded, padded_rows, tensor_at, tile_of, vectors_fit
 from .outputs import Outputs, representable, write_rounded, write_tile
 
 ROWS_OF_A_TILE = 4  # where each row has coefficients of its own
@@ -328,7 +320,7 @@ def combine(
     core = coefficients if by_row else representable(coefficients, dtype)
     core = core.to(group.device, dtype, non_blocking=True).contiguous()
     if left is not None and right is not None:
-        rounded = dtype == torch.float32 and scale is None and left.dtype == right.dtype == torch.bfloat16
+        rounded = in_bfloat16(left, right, scale, dtype)
         # Factors lie in memory as rows, (L, N, r, m) and (L, N, r, n).
         kind = torch.bfloat16 if rounded else dtype
         lefts, rights = padded_rows(left.to(group.device, kind).mT), padded_rows(right.to(group.device, kind))

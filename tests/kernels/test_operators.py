@@ -186,6 +186,26 @@ def test_combine_is_within_its_bound_and_rounded_once(backend, shape, dtype, ran
     assert rest_is_untouched()
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_of_16_bits_are_no_reason_to_round(backend, dtypes):
+    """With a scale they are numbers like others, and only what a merge has rounded is multiplied in bfloat16."""
+    base, experts = inputs((33, 40), torch.float32)
+    generator, core = torch.Generator().manual_seed(2), torch.tensor([0.5, 0.3, 0.1], dtype=torch.float64)
+    scale = torch.tensor([0.37, 0.61, 1.2], dtype=torch.float64)
+    left, right = (
+        torch.randn(3, *size, generator=generator).to(torch.bfloat16).to(dtype)
+        for size, dtype in zip(((33, 5), (5, 40)), dtypes, strict=True)
+    )
+    merged = ops.combine(base, experts, core, left, right, scale, backend=backend)
+    tau, weights = task_matrix(base, experts), scale.view(3, 1, 1)
+    exact = base.double() + (core @ tau).view(33, 40) + (weights * (left.double() @ right.double())).sum(0)
+    magnitude = base.double().abs() + (core @ tau.abs()).view(33, 40)
+    magnitude += (weights * (left.double().abs() @ right.double().abs())).sum(0)
+    bound = rounding(exact, torch.float32) + (8 + 2 * math.sqrt(5)) * 2.0**-24 * magnitude
+    assert ((merged.double() - exact).abs() <= bound).all()
+
+
 @OF_MATRICES
 def test_combine_rows_weights_residuals_by_their_lengths(backend, shape, dtype):
     base, experts = inputs(shape, dtype)
