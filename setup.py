@@ -40,7 +40,7 @@ VARIANTS = {
 HAS_VARIANTS = {"x86_64": ["-DR2M_X86"], "aarch64": ["-DR2M_ARM"]}.get(MACHINE, [])
 SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PLAIN = ["r2m_native.cpp", "kernels_portable.cpp"]
-HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "convert.h", "merged.h", "elements.h"]
+HEADERS = ["r2m_native.h", "variants.h", "kernels.h", "workspace.h", "convert.h", "merged.h", "elements.h"]
 
 wish = os.environ.get("R2M_NATIVE", "auto")
 if wish not in ("auto", "require", "off"):

@@ -49,17 +49,7 @@ static constexpr int64_t TERMS = 8;
 // Chunks whose sums in double are added up before they join the others.
 static constexpr int64_t GROUP = 64;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Memory of one call, on a cache line's edge: a register's load across one costs two.
-struct Workspace {
-  static constexpr int64_t LINE = 64;
-  void *memory;
-  explicit Workspace(int64_t bytes) : memory(aligned_alloc(LINE, (size_t)((bytes / LINE + 1) * LINE))) {}
-  ~Workspace() { free(memory); }
-  Workspace(const Workspace &) = delete;
-  Workspace &operator=(const Workspace &) = delete;
-};
+#include "workspace.h"
 
 // Begins to bring `count` elements from (row, column) on into the cache; they need not be in the matrix.
 static inline void fetch(const r2m_matrix &matrix, int64_t row, int64_t column, int64_t count) {

@@ -7,7 +7,6 @@
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "r2m_native.h"
 #include "variants.h"
@@ -21,15 +20,7 @@ constexpr int64_t TILE_ROWS = 12, TILE_VECTORS = 2, TILE_COLUMNS = TILE_VECTORS 
 // Pairs of terms that are packed at once: a tile's columns, 64 KiB, stay in the second-level cache for all rows.
 constexpr int64_t PAIRS = 512;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-struct Packed {
-  uint32_t *pairs;
-  explicit Packed(int64_t count) : pairs((uint32_t *)aligned_alloc(64, (size_t)count * sizeof(uint32_t))) {}
-  ~Packed() { free(pairs); }
-  Packed(const Packed &) = delete;
-  Packed &operator=(const Packed &) = delete;
-};
+#include "workspace.h"
 
 __mmask32 first_of(int64_t count) { return count >= 32 ? 0xffffffffu : (1u << count) - 1u; }
 
@@ -108,19 +99,20 @@ void multiply_tile(const uint32_t *left, const uint32_t *right, int64_t pairs, b
 int32_t multiply_bfloat16(int64_t depth, const r2m_matrix *left, const r2m_matrix *right, int64_t rows, int64_t columns,
                           const r2m_matrix *out) {
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, most = smaller(PAIRS, (depth + 1) / 2);
-  // Of nothing the sum is zero; a tile is whole cache lines.
-  Packed lefts(tiles * (most + 1) * TILE_ROWS / LANES * LANES + LANES), rights((most + 1) * TILE_COLUMNS);
-  if (!lefts.pairs || !rights.pairs) return R2M_NO_MEMORY;
+  constexpr int64_t PAIR = sizeof(uint32_t);
+  Workspace lefts(tiles * most * TILE_ROWS * PAIR), rights(most * TILE_COLUMNS * PAIR);
+  if (!lefts.memory || !rights.memory) return R2M_NO_MEMORY;
+  uint32_t *of_rows = (uint32_t *)lefts.memory, *of_columns = (uint32_t *)rights.memory;
   int64_t first = 0;
   do {
     const int64_t pairs = smaller(most, (depth - first + 1) / 2);
-    pack_rows(*left, first, pairs, depth, rows, lefts.pairs);
+    pack_rows(*left, first, pairs, depth, rows, of_rows);
     for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
       const int64_t width = smaller(TILE_COLUMNS, columns - column);
-      pack_columns(*right, first, pairs, depth, column, width, rights.pairs);
+      pack_columns(*right, first, pairs, depth, column, width, of_columns);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * TILE_ROWS;
-        multiply_tile(lefts.pairs + row * pairs, rights.pairs, pairs, first == 0, smaller(TILE_ROWS, rows - row), width,
+        multiply_tile(of_rows + row * pairs, of_columns, pairs, first == 0, smaller(TILE_ROWS, rows - row), width,
                       (float *)out->data + row * out->row_stride + column, out->row_stride);
       }
     }
