@@ -125,6 +125,13 @@ class Effort(NamedTuple):
     # Residuals are taken to have fewer directions than the rank: a sketch in full precision has them all, or nothing is
     # trusted. Asked of backends that group tensors, for residuals that were too steep.
     few_directions: bool = False
+    # Residuals are not to be truncated from their Gram matrices, which do not tell their small singular values from
+    # rounding. Asked of such backends, too, for what was neither trusted nor of few directions.
+    by_steps: bool = False
+
+    def more_steps(self, rank: int, short: int) -> int:
+        """Those that :data:`MORE_STEPS` adds."""
+        return sum(rank > share * short for share in MORE_STEPS)
 
     def steps_on_cpu(self, rank: int, short: int) -> int:
         """Of subspace iteration, of matrices with such a short side, by a CPU's fast method.
@@ -135,7 +142,7 @@ class Effort(NamedTuple):
         """
         if rank < FEW:
             return -(-self.iterations // 2)
-        return self.iterations + sum(rank > share * short for share in MORE_STEPS)
+        return self.iterations + self.more_steps(rank, short)
 
     def by_gram(self, rank: int, shape: Sequence[int]) -> bool:
         """Whether those steps multiply with AᵀA, formed once, and not with A and Aᵀ: where that is well less work."""

@@ -133,22 +133,27 @@ def truncate_again(
 ) -> Iterator[tuple[int, list[int], GroupFactors]]:
     """Residuals too steep for the fast method: those of few directions by a sketch of all at once, others by the book.
 
+    In between are those that are only too steep for a Gram matrix, on backends that start from it.
+
     Yields:
         Which of ``several``, places in it, and their factors.
     """
     steep = {which: list(range(len(inputs.names))) for which, inputs in enumerate(several)}
-    if operators.traits.groups_tensors:
-        groups = [
-            _residual_group(inputs, mixing, rank, config, operators, known)
-            for inputs, rank, known in zip(several, ranks, grams, strict=True)
-        ]
-        found = operators.shifted_truncation(groups, mixing, effort_of(config)._replace(few_directions=True))
-        for which, trusted in enumerate(fetched([one.trusted for one in found])):
-            factors = _fast(found[which], several[which].bases[0].shape)
-            every, steep[which] = steep[which], untrusted(trusted)
-            fine = [place for place in every if place not in steep[which]]
+    efforts = ({"few_directions": True}, {"by_steps": True}) if operators.traits.groups_tensors else ()
+    for effort in efforts:
+        left = [which for which, places in steep.items() if places]
+        groups = []
+        for which in left:
+            some, known = several[which].some(steep[which]), grams[which]
+            tasks = None if known is None else [known[place] for place in steep[which]]
+            groups.append(_residual_group(some, mixing, ranks[which], config, operators, tasks))
+        found = operators.shifted_truncation(groups, mixing, effort_of(config)._replace(**effort)) if left else []
+        for which, factors, trusted in zip(left, found, fetched([one.trusted for one in found]), strict=True):
+            made, untold = _fast(factors, several[which].bases[0].shape), untrusted(trusted)
+            every, steep[which] = steep[which], [steep[which][at] for at in untold]
+            fine = [at for at in range(len(every)) if at not in untold]
             if fine:
-                yield which, fine, factors if fine == every else factors.some(fine)
+                yield which, [every[at] for at in fine], made.some(fine) if untold else made
     for which, places in steep.items():
         if places:
             yield which, places, textbook(several[which].some(places), mixing, ranks[which], config, operators)

@@ -44,6 +44,12 @@ def known_multiple(value, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def row_stride(length):
+    """From a row of so many numbers to the next, as :func:`r2m_kernels._stream.blocks.empty_rows` lays them."""
+    return known_multiple(length + 15, 16)
+
+
+@triton.jit
 def block_of(elements, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """A program's offsets into its tensor, and which of them are inside."""
     if ALIGNED:

@@ -207,6 +207,11 @@ def residual_product(target: str, compute: torch.dtype, aligned: bool) -> Matmul
     return MatmulConfig("fp16", aligned, **tiles("residual_product", target, "fp16" if aligned else "general"))
 
 
+def residual_gram(target: str) -> MatmulConfig:
+    """Gram matrices of residuals that are kept as float16 operands, all sides whole vectors."""
+    return MatmulConfig("fp16", True, **tiles("residual_gram", target, "fp16"))
+
+
 def combine_matrix(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
     """For sums carried in ``compute``."""
     if compute == torch.float64:

@@ -15,6 +15,7 @@ waits for memory, not for the matrix units: a sparse test matrix would save noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from .._stream.blocks import padded
 from . import launch
-from .addresses import ELEMENT_TYPES, SCALE, Group, known_multiple, tensor_at
+from .addresses import ELEMENT_TYPES, SCALE, Group, known_multiple, row_stride, tensor_at
 from .orthonormalize import Blocks
+from .signs import random_signs
 from .sums import summed
 
 # What numbers of the last basis are multiplied with, which is kept as it is and rounded where it is read.
@@ -64,28 +66,6 @@ def sides_of(shapes, ALIGNED: tl.constexpr):
     if ALIGNED:
         m, n = known_multiple(m, 8), known_multiple(n, 8)
     return m, n, k, tl.load(shapes + 6)
-
-
-@triton.jit
-def row_stride(length):
-    """From a row of so many numbers to the next, as :func:`r2m_kernels._stream.blocks.empty_rows` lays them."""
-    return known_multiple(length + 15, 16)
-
-
-@triton.jit
-def mixed_bits(x):
-    """A 32-bit hash: every input bit changes half of the output's (two rounds of xor-shift and odd multiplier)."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def random_signs(key, rows, columns):
-    """±1 for every (row, column), independent for all practical purposes; a function of the 64-bit key and the two."""
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-    bits = mixed_bits(mixed_bits(rows.to(tl.uint32) ^ low) + columns.to(tl.uint32) * 0x9E3779B1 + high)
-    return 1.0 - 2.0 * (bits >> 31).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -164,6 +144,7 @@ def residual_product_kernel(
     SIGNS: tl.constexpr,
     DAMPING: tl.constexpr,
     LENGTHS: tl.constexpr,
+    PAIRED: tl.constexpr,
     VECTOR_SCALE: tl.constexpr,
     DIVISOR: tl.constexpr,
     SHIFTED_SCALE: tl.constexpr,
@@ -178,10 +159,10 @@ def residual_product_kernel(
     ACROSS: out[b] = vectors[b] A_b on the short side, less shift_b · shifted[b] where DAMPING is not 0. With SIGNS
     vectors holds a key for each tensor instead, and vector c is the random signs of column c.
 
-    squares has the sum of squares of every tile of the long side, float64, a block's one after another; shift_b =
-    DAMPING / (short side − k) · (1 − Σ squares[b]), 0 where that is negative. Vectors are given, shifted and written
-    times VECTOR_SCALE, SHIFTED_SCALE and OUT_SCALE, the last times lengths[b] with LENGTHS; DIVISOR is what operands
-    are multiplied with together.
+    squares has the sum of squares of every tile of the long side, float64, a block's one after another, or, PAIRED, of
+    products with the numbers of ``shifted`` there; shift_b = DAMPING / (short side − k) · (1 − Σ squares[b]), 0 where
+    that is negative. Vectors are given, shifted and written times VECTOR_SCALE, SHIFTED_SCALE and OUT_SCALE, the last
+    times lengths[b] with LENGTHS; DIVISOR is what operands are multiplied with together.
     """
     shapes, place = shape_of(shapes, 2 if ACROSS else 1, SHAPE)
     m, n, k, first_tensor = sides_of(shapes, ALIGNED)
@@ -234,7 +215,10 @@ def residual_product_kernel(
     else:
         # In the compute type, for want of registers: residuals are scaled to norm 1.
         inside = tl.where(here, total, 0.0)
-        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(inside * inside, axis=1).to(tl.float64)))
+        other = inside
+        if PAIRED:
+            other = tl.load(shifted + where, mask=here, other=0.0).to(COMPUTE) * SHIFTED_SCALE
+        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(inside * other, axis=1).to(tl.float64)))
         if LENGTHS:
             total *= tl.load(lengths + first_tensor * count + block)
     tl.store(out + where, (total * OUT_SCALE).to(out.dtype.element_ty), mask=here)
@@ -251,120 +235,129 @@ def fits(inputs: Group) -> bool:
     return inputs.aligned and all(side % 8 == 0 for side in sides_of_group(inputs))
 
 
-class Residuals:
-    """Those of all experts, of groups of one dtype and as many experts, one group after another.
+class Matrices(NamedTuple):
+    """Of one shape, of all experts of some tensors.
 
     Attributes:
-        short, long: how blocks of vectors on either side lie, a block for each residual.
-        operand: what residuals are kept as, and vectors between steps.
-        table: (groups, SHAPE) int64 on the device. A row: programs up to its last one, that form residuals, and whose
-            products lie on the long, and on the short side; m, n and k; its first tensor; the address of its inputs'
-            table; where its residuals and its vectors on the long and on the short side start; tiles of a block on
-            the long side, and the shape's first; and the tensor after its last one.
+        tensors: how many.
+        m, n: their sides before they were laid tall.
+        rank: how many vectors are multiplied with each.
+        source: the address of what they are formed from.
+        programs: that form them.
     """
 
-    def __init__(self, inputs: Sequence[Group], ranks: Sequence[int]) -> None:
+    tensors: int
+    m: int
+    n: int
+    rank: int
+    source: int
+    programs: int
+
+
+class Kept:
+    """Matrices of several shapes that are kept as operands, tall, one after another, and products with them.
+
+    Attributes:
+        short, long: how blocks of vectors on either side lie, a block for each matrix.
+        operand, scale: what they are kept as, and vectors between steps, and what these are multiplied with.
+        numbers: what is kept.
+        shapes, aligned: as given.
+        table: (shapes, SHAPE) int64 on the device. A row: programs up to its last one, that form its matrices, and
+            whose products lie on the long, and on the short side; m, n and k; its first tensor; the address of what it
+            is formed from; where its matrices and its vectors on the long and on the short side start; tiles of a block
+            on the long side, and the shape's first; and the tensor after its last one.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Matrices], count: int, dtype: torch.dtype, device: torch.device, aligned: bool
+    ) -> None:
         """Nothing is formed yet.
 
         Args:
-            inputs: groups of matrices, of rows as the matrices'.
-            ranks: of each how many vectors are multiplied.
+            count: N experts.
+            dtype: what is computed in.
+            device: of all.
+            aligned: whether sides are whole vectors of operands.
         """
-        self.inputs, self.device, self.dtype = inputs, inputs[0].device, inputs[0].compute_dtype
-        self.count, half = len(inputs[0].experts), inputs[0].compute_dtype != torch.float64
-        self.operand, self._scale = (torch.float16, SCALE) if half else (torch.float64, 1.0)
+        self.shapes, self.aligned, self.count, self.dtype, self.device = shapes, aligned, count, dtype, device
+        half = dtype != torch.float64
+        self.operand, self.scale = (torch.float16, SCALE) if half else (torch.float64, 1.0)
         self._basis_scale = BASIS_SCALE if half else 1.0
-        sides, self._aligned = [sides_of_group(of) for of in inputs], all(map(fits, inputs))
-        target = launch.target_of(self.device)
-        self._form = launch.form_residuals(target, self._aligned)
-        self._product = launch.residual_product(target, self.dtype, self._aligned)
-        blocks = [len(of.bases) * self.count for of in inputs]
+        self._product = launch.residual_product(launch.target_of(device), dtype, aligned)
         self.short, self.long = (
-            Blocks([(size, k, side(both)) for size, k, both in zip(blocks, ranks, sides, strict=True)], self.device)
+            Blocks([(one.tensors * count, one.rank, side(one.m, one.n)) for one in shapes], device)
             for side in (min, max)
         )
-        self._numbers, self._programs, tensors, rows = 0, [0, 0, 0], 0, []
-        for place, (of, k, (m, n), size) in enumerate(zip(inputs, ranks, sides, blocks, strict=True)):
-            long, short, first = max(m, n), min(m, n), self._programs[LONG]
-            row_tiles = -(-k // self._product.rows)
+        self.size, self._programs, tensors, rows = 0, [0, 0, 0], 0, []
+        for place, one in enumerate(shapes):
+            (short, long), first, size = sorted((one.m, one.n)), self._programs[LONG], one.tensors * count
+            row_tiles = -(-one.rank // self._product.rows)
             tiles = [row_tiles * -(-side // self._product.columns) for side in (long, short)]
-            forming = -(-m // self._form.block) * -(-n // self._form.block) * -(-self.count // EXPERTS)
-            self._programs[FORMING] += len(of.bases) * forming
+            self._programs[FORMING] += one.programs
             self._programs[LONG] += size * tiles[0]
             self._programs[SHORT] += size * tiles[1]
-            starts = self._numbers, self.long.starts[place], self.short.starts[place]
-            last = tensors + len(of.bases)
-            rows.append([*self._programs, m, n, k, tensors, of.table.data_ptr(), *starts, tiles[0], first, last])
-            self._numbers, tensors = self._numbers + size * long * padded(short), last
-        self.table = torch.tensor(rows).to(self.device, non_blocking=True)
-        self._kept = torch.empty(0)
+            starts = self.size, self.long.starts[place], self.short.starts[place]
+            last = tensors + one.tensors
+            row = [*self._programs, one.m, one.n, one.rank, tensors, one.source, *starts, tiles[0], first, last]
+            rows.append(row)
+            self.size, tensors = self.size + size * long * padded(short), last
+        self.table = torch.tensor(rows).to(device, non_blocking=True)
+        self.numbers = torch.empty(0)
 
-    def form(self, unit: Tensor) -> None:
-        """Keep them, each scaled to norm 1.
-
-        Args:
-            unit: (tensors, N, N) in the compute dtype, mixing and scaling: columns are experts.
-        """
-        self._kept = torch.empty(self._numbers, dtype=self.operand, device=self.device)
-        launch.start(
-            form_residuals_kernel,
-            (self._programs[FORMING],),
-            self._form,
-            *(self.table, unit, self._kept, self.count),
-            SHAPE=SHAPE,
-            TYPE=ELEMENT_TYPES[self.inputs[0].dtype],
-            COMPUTE=ELEMENT_TYPES[self.dtype],
-            SCALE=self._scale,
-            ALIGNED=self._aligned,
-            EXPERTS=EXPERTS,
-            SIDE=self._form.block,
-        )
+    @property
+    def forming(self) -> int:
+        """Programs that form what is kept."""
+        return self._programs[FORMING]
 
     def matrices(self) -> list[Tensor]:
-        """What is kept: of each group (L, N, long side, short side), times :data:`SCALE` where it is float16."""
+        """What is kept: of each shape (L, N, long side, short side), times :attr:`scale`."""
         views, start = [], 0
-        for inputs in self.inputs:
-            size, (short, long) = len(inputs.bases) * self.count, sorted(sides_of_group(inputs))
-            rows = self._kept.as_strided((size, long, short), (long * padded(short), padded(short), 1), start)
+        for one in self.shapes:
+            size, (short, long) = one.tensors * self.count, sorted((one.m, one.n))
+            rows = self.numbers.as_strided((size, long, short), (long * padded(short), padded(short), 1), start)
             views.append(rows.view(-1, self.count, long, short))
             start += size * long * padded(short)
         return views
 
     def forget(self) -> None:
         """Give their memory back."""
-        self._kept = torch.empty(0)
+        self.numbers = torch.empty(0)
 
-    def sketch(self, keys: Tensor) -> Tensor:
+    def sketch(self, keys: Tensor, scale: float | None = None) -> Tensor:
         """Random signs times A, on the short side; the same signs for all experts of a tensor.
 
         Args:
             keys: (tensors,) int64, on the device.
+            scale: what operands that are made of it are multiplied with; by default it comes as it is.
         """
-        out = self.short.vectors(self.dtype)
-        self._multiply(keys, out, across=True, signs=True, divisor=self._scale)
+        out = self.short.vectors(self.dtype if scale is None else self.operand)
+        self._multiply(keys, out, across=True, signs=True, divisor=self.scale, out_scale=scale or 1.0)
         return out
 
-    def along(self, basis: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def along(self, basis: Tensor, lengths: Tensor | None = None, *, paired: bool = False) -> tuple[Tensor, Tensor]:
         """A times a basis, on the long side, and the sums of squares of its tiles before lengths.
 
         Args:
-            basis: on the short side, as operands, times :data:`SCALE`, and what is made of it is that, too; or, with
-                lengths, in the compute dtype.
-            lengths: (tensors, N) in the compute dtype, what the last products are multiplied with.
+            basis: on the short side, as operands, times :attr:`scale`; or in the compute dtype.
+            lengths: (tensors, N) in the compute dtype, what products are multiplied with that come in it; without,
+                these are operands, times :attr:`scale`.
+            paired: A is symmetric, and the sums are of products with the basis: how much of A is in its span.
 
         Returns:
             Vectors, and float64 sums, a block's one after another.
         """
-        last = lengths is not None
-        given, rounding = (1.0, self._basis_scale) if last else (self._scale, 1.0)
+        last, operands = lengths is not None, basis.dtype == self.operand
+        given, rounding = (self.scale, 1.0) if operands else (1.0, self._basis_scale)
         out = self.long.vectors(self.dtype if last else self.operand)
         squares = torch.empty(self._programs[LONG], dtype=torch.float64, device=self.device)
         self._multiply(
-            *(basis, out, squares),
+            *(basis, out, squares, basis if paired else None),
             lengths=lengths,
+            paired=paired,
             vector_scale=rounding,
-            divisor=self._scale * given * rounding,
-            out_scale=1.0 if last else self._scale,
+            divisor=self.scale * given * rounding,
+            shifted_scale=1.0 / given,
+            out_scale=1.0 if last else self.scale,
         )
         return out, squares
 
@@ -378,8 +371,8 @@ class Residuals:
             *(product, out, squares, basis),
             across=True,
             damping=damping,
-            divisor=self._scale * self._scale,
-            shifted_scale=1.0 / self._scale,
+            divisor=self.scale * self.scale,
+            shifted_scale=1.0 / self.scale,
         )
         return out
 
@@ -395,28 +388,29 @@ class Residuals:
         across: bool = False,
         signs: bool = False,
         damping: float = 0.0,
+        paired: bool = False,
         vector_scale: float = 1.0,
         shifted_scale: float = 1.0,
         out_scale: float = 1.0,
     ) -> None:
-        operand, config = ELEMENT_TYPES[self.operand], self._product
+        config = self._product
         launch.start(
             residual_product_kernel,
             (self._programs[SHORT if across else LONG],),
             config,
-            *(self._kept, vectors, out),
+            *(self.numbers, vectors, out),
             *(out if one is None else one for one in (squares, shifted, lengths)),
             *(self.table, self.count),
             SHAPE=SHAPE,
             COMPUTE=ELEMENT_TYPES[self.dtype],
-            OPERAND=operand,
-            # The interpreter would sum products of float16 operands in float16: there they are rounded and widened.
-            DOT=ELEMENT_TYPES[self.dtype] if launch.INTERPRETED else operand,
+            OPERAND=ELEMENT_TYPES[self.operand],
+            DOT=self.multiplied,
             PRECISION=config.input_precision,
             ACROSS=across,
             SIGNS=signs,
             DAMPING=damping,
             LENGTHS=lengths is not None,
+            PAIRED=paired,
             VECTOR_SCALE=vector_scale,
             DIVISOR=divisor,
             SHIFTED_SCALE=shifted_scale,
@@ -425,4 +419,53 @@ class Residuals:
             ROWS=config.rows,
             COLUMNS=config.columns,
             INNER=config.inner,
+        )
+
+    @property
+    def multiplied(self) -> tl.dtype:
+        """What operands are where they meet.
+
+        The interpreter would sum products of float16 operands in float16: there they are rounded and widened.
+        """
+        return ELEMENT_TYPES[self.dtype if launch.INTERPRETED else self.operand]
+
+
+class Residuals(Kept):
+    """Those of all experts, of groups of one dtype and as many experts, one group after another."""
+
+    def __init__(self, inputs: Sequence[Group], ranks: Sequence[int]) -> None:
+        """Nothing is formed yet.
+
+        Args:
+            inputs: groups of matrices, of rows as the matrices'.
+            ranks: of each how many vectors are multiplied.
+        """
+        first, shapes, aligned = inputs[0], [], all(map(fits, inputs))
+        count, self.inputs = len(first.experts), inputs
+        self._form = launch.form_residuals(launch.target_of(first.device), aligned)
+        for of, rank in zip(inputs, ranks, strict=True):
+            (m, n), size = sides_of_group(of), len(of.bases)
+            programs = size * -(-m // self._form.block) * -(-n // self._form.block) * -(-count // EXPERTS)
+            shapes.append(Matrices(size, m, n, rank, of.table.data_ptr(), programs))
+        super().__init__(shapes, count, first.compute_dtype, first.device, aligned)
+
+    def form(self, unit: Tensor) -> None:
+        """Keep them, each scaled to norm 1.
+
+        Args:
+            unit: (tensors, N, N) in the compute dtype, mixing and scaling: columns are experts.
+        """
+        self.numbers = torch.empty(self.size, dtype=self.operand, device=self.device)
+        launch.start(
+            form_residuals_kernel,
+            (self.forming,),
+            self._form,
+            *(self.table, unit, self.numbers, self.count),
+            SHAPE=SHAPE,
+            TYPE=ELEMENT_TYPES[self.inputs[0].dtype],
+            COMPUTE=ELEMENT_TYPES[self.dtype],
+            SCALE=self.scale,
+            ALIGNED=self.aligned,
+            EXPERTS=EXPERTS,
+            SIDE=self._form.block,
         )

@@ -8,7 +8,8 @@ or singular value problem, which on a GPU would cost more than all the products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interface import Effort, ResidualGroup, ShiftedFactors
-from .._stream.blocks import empty_rows
 from .._stream.factors import SLOWEST
-from . import launch
+from . import gram_start, launch
 from .addresses import on_device
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
-from .residuals import SHAPE, Residuals, fits, random_signs, row_stride, tiles_of
+from .residuals import SHAPE, Kept, Residuals, fits, sides_of_group, tiles_of
+from .signs import signs_of
 from .sums import summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
@@ -32,6 +33,9 @@ SMALLEST_ENERGY = 1e-66
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
+# From as many columns on the sketch of a Gram matrix stands for a step (512 × 512 and smaller, four spectra, ranks .3 to
+# .45: below it up to 1.022 × the optimum).
+MANY = 256
 # A residual that loses less than this share of its energy has so steep a spectrum that squaring it with operands of 11
 # bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most.
 STEEP = 1e-3
@@ -46,22 +50,27 @@ def judge_kernel(
     energies,
     before,
     last,
+    steps,
     final,
     shapes,
+    pivots,
     kept,
     trusted,
     gap,
     count,
     SHAPE: tl.constexpr,
     STEEP: tl.constexpr,
+    MILD: tl.constexpr,
+    PIVOTS: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """kept, trusted and gap of each residual, see :class:`r2m_kernels._interface.ShiftedFactors`.
 
-    energies of all residuals; sums of squares of tiles, as shares of the energies, of the products of the last two
-    steps (KNOWN: there were two) and of the one that became a factor.
+    energies of all residuals; sums of tiles, as shares of the energies, of what the bases of the last two steps had of
+    them (KNOWN: there were two; the tiles are those of the table ``steps``), and of the product that became a factor.
+    With PIVOTS, the least of every residual's, that are to be MILD.
     """
     residual = tl.program_id(0).to(tl.int64)
     first_tensor, tiles, start = tiles_of(shapes, residual, count, SHAPE)
@@ -69,10 +78,14 @@ def judge_kernel(
     reached = energy * summed(final + place, tiles, BLOCK)
     tl.store(kept + residual, reached)
     beyond = tl.where(energy - reached >= STEEP * energy, 1, 0)  # a NaN is not
+    if PIVOTS:
+        beyond = tl.where(tl.load(pivots + residual) >= MILD, beyond, 0)
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
     if KNOWN:
         # What further steps would add: the last three energies continued as a geometric series (Aitken).
+        first_tensor, tiles, start = tiles_of(steps, residual, count, SHAPE)
+        place = start + (residual - first_tensor * count) * tiles
         first, second = energy * summed(before + place, tiles, BLOCK), energy * summed(last + place, tiles, BLOCK)
         former, growth = second - first, reached - second
         growth = tl.where(growth < 0.0, 0.0, growth)
@@ -82,40 +95,83 @@ def judge_kernel(
     tl.store(gap + residual, left_to_gain)
 
 
-@triton.jit(do_not_specialize=["count", "k", "length", "tiles"])
-def signs_kernel(keys, out, count, k, length, tiles, BLOCK: tl.constexpr):
-    """out[l, i, column, row] = the random sign of row and column with keys[l], of every expert i: (L, N, k, length)."""
-    vector, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
-    rows = tile * BLOCK + tl.arange(0, BLOCK)
-    signs = random_signs(tl.load(keys + vector // (count * k)), rows, vector % k)
-    tl.store(out + vector * row_stride(length) + rows, signs, mask=rows < length)
-
-
 def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
     Groups of as many steps go together: one launch serves them all.
     """
-    together: dict[tuple[bool, int], list[int]] = {}
+    together: dict[tuple[bool, bool, int], list[int]] = {}
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
-    for place, group in enumerate(groups):
-        steps = effort.iterations + next((extra for below, extra in EXTRA_STEPS if group.rank < below), 0)
-        steps = 0 if effort.few_directions else steps
-        together.setdefault((fits(inputs[place]), steps), []).append(place)
+    for place, (group, of) in enumerate(zip(groups, inputs, strict=True)):
+        short = min(sides_of_group(of))
+        worth_it = gram_start.worth_it(short, group.rank) and of.compute_dtype == torch.float32
+        by_gram = fits(of) and worth_it and not effort.by_steps
+        steps = 0 if effort.few_directions else _steps(effort, group.rank, short, by_gram)
+        together.setdefault((fits(of), by_gram, steps), []).append(place)
     made: dict[int, ShiftedFactors] = {}
-    for (_, steps), places in together.items():
+    for (_, by_gram, steps), places in together.items():
         some = [groups[place] for place in places]
         if effort.few_directions:
             found = _by_one_sketch(some, mixing, effort.products)
         else:
             residuals = Residuals([inputs[place] for place in places], [group.rank for group in some])
-            found = _in_lock_step(some, residuals, mixing, steps, effort.products)
+            road = _from_grams if by_gram else _by_steps
+            found = _in_lock_step(some, residuals, mixing, steps, road, effort.products)
         made.update(zip(places, found, strict=True))
     return [made[place] for place in range(len(groups))]
 
 
+def _steps(effort: Effort, rank: int, short: int, by_gram: bool) -> int:
+    """Of subspace iteration; the sketch of a Gram matrix stands for one of those that larger shares ask for."""
+    more = effort.more_steps(rank, short)
+    fewer = max(0, more - 1) if by_gram and rank >= MANY else more
+    return effort.iterations + fewer + next((extra for below, extra in EXTRA_STEPS if rank < below), 0)
+
+
+class Subspaces(NamedTuple):
+    """What truncates residuals, one group after another.
+
+    Attributes:
+        operands, basis: orthonormal rows, as operands and in the compute dtype.
+        reached: of each step how much of every residual its basis had, as sums of the tiles of ``kept``.
+        pivots: (blocks,) float32, the least of every one, where a basis is not orthonormal whatever that is.
+    """
+
+    operands: Tensor
+    basis: Tensor
+    reached: Sequence[Tensor]
+    kept: Kept
+    pivots: Tensor | None
+
+
+def _by_steps(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
+    """With A and Aᵀ, and bases that are orthonormal whatever their condition."""
+
+    def orthonormal(vectors: Tensor, last: bool) -> Tensor:
+        # Only the span of a basis matters to what follows it, but for the last one.
+        return residuals.short.orthonormal(vectors, 2 if last else 1, None if last else residuals.operand)
+
+    basis, reached = orthonormal(residuals.sketch(keys), steps == 0), list[Tensor]()
+    for step in range(steps):
+        product, squares = residuals.along(basis)
+        reached.append(squares)
+        basis = orthonormal(residuals.across(product, basis, squares, SHIFT), step + 1 == steps)
+    return Subspaces(basis, basis, reached, residuals, None)
+
+
+def _from_grams(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
+    """With AᵀA, see :mod:`.gram_start`."""
+    operands, basis, reached, pivots, grams = gram_start.subspaces(residuals, keys, steps)
+    return Subspaces(operands, basis, reached, grams, pivots)
+
+
 def _in_lock_step(
-    groups: Sequence[ResidualGroup], residuals: Residuals, mixing: Tensor, steps: int, products: bool
+    groups: Sequence[ResidualGroup],
+    residuals: Residuals,
+    mixing: Tensor,
+    steps: int,
+    road: Callable[[Residuals, Tensor, int], Subspaces],
+    products: bool,
 ) -> list[ShiftedFactors]:
     energies = torch.cat([group.energies for group in groups])
     # Scaled to norm 1: operands fit float16 then, and squares of large and small residuals fit float32.
@@ -125,32 +181,23 @@ def _in_lock_step(
     numbers = energies, unit.to(residuals.dtype), lengths.to(residuals.dtype), keys
     energies, unit, lengths, keys = on_device(numbers, residuals.device)
 
-    def orthonormal(vectors: Tensor, last: bool) -> Tensor:
-        # Only the span of a basis matters to what follows it, but for the last one.
-        return residuals.short.orthonormal(vectors, 2 if last else 1, None if last else residuals.operand)
-
     residuals.form(unit)
-    basis, kept = orthonormal(residuals.sketch(keys), steps == 0), list[Tensor]()
-    for step in range(steps):
-        product, squares = residuals.along(basis)
-        kept.append(squares)
-        basis = orthonormal(residuals.across(product, basis, squares, SHIFT), step + 1 == steps)
-    product, squares = residuals.along(basis, lengths)
-    kept.append(squares)
+    found = road(residuals, keys, steps)
+    product, squares = residuals.along(found.operands, lengths)
     residuals.forget()
-    judged = _judged(residuals, energies, kept)
-    found, first = [], 0
+    judged = _judged(residuals, energies, squares, found)
+    factors, first = [], 0
     for group, long, short in zip(
-        groups, residuals.long.of_sorts(product), residuals.short.of_sorts(basis), strict=True
+        groups, residuals.long.of_sorts(product), residuals.short.of_sorts(found.basis), strict=True
     ):
         size = len(group.bases)
         sides = [rows.view(size, -1, *rows.shape[1:]) for rows in (long, short)]
         left, right = sides if _tall(group) else sides[::-1]
         trusted, gap, reached = (numbers[first : first + size] for numbers in judged)
         together = inner_products(left, right) if products else None
-        found.append(ShiftedFactors(left.mT, right, False, together, trusted, gap, reached))
+        factors.append(ShiftedFactors(left.mT, right, False, together, trusted, gap, reached))
         first += size
-    return found
+    return factors
 
 
 def _by_one_sketch(groups: Sequence[ResidualGroup], mixing: Tensor, products: bool) -> list[ShiftedFactors]:
@@ -168,7 +215,7 @@ def _by_one_sketch(groups: Sequence[ResidualGroup], mixing: Tensor, products: bo
     )
     vectors = torch.empty(0)
     for place, (group, of_group) in enumerate(zip(groups, keys, strict=True)):
-        tall, of_signs = _tall(group), _signs(group, of_group)
+        tall, of_signs = _tall(group), signs_of(group, of_group)
         drawn = residual_matmul(group.bases, group.experts, mixing, of_signs.mT, tall, "tf32x3").mT
         vectors = blocks.vectors(drawn.dtype) if place == 0 else vectors
         blocks.of_sorts(vectors)[place].copy_(drawn.flatten(0, 1))
@@ -193,30 +240,25 @@ def _tall(group: ResidualGroup) -> bool:
     return m >= group.bases[0].numel() // m
 
 
-def _signs(group: ResidualGroup, keys: Tensor) -> Tensor:
-    """Random signs of a tensor's key, the same for all experts: (L, N, k, long side) float32."""
-    (size, count), m = group.energies.shape, len(group.bases[0])
-    length, config = max(m, group.bases[0].numel() // m), launch.sums()
-    out = empty_rows((size, count, group.rank), length, torch.float32, keys.device)
-    tiles = -(-length // config.block)
-    grid = (size * count * group.rank * tiles,)
-    launch.start(signs_kernel, grid, config, keys, out, count, group.rank, length, tiles, BLOCK=config.block)
-    return out
-
-
-def _judged(residuals: Residuals, energies: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _judged(
+    residuals: Residuals, energies: Tensor, squares: Tensor, found: Subspaces
+) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each truncation can be relied on, their gaps, and their energies: (tensors, N) each."""
     reached, gap = torch.empty_like(energies), torch.empty_like(energies)
-    trusted, config, known = torch.empty_like(energies, dtype=torch.int8), launch.sums(), len(kept) > 2
+    trusted, config, known = torch.empty_like(energies, dtype=torch.int8), launch.sums(), len(found.reached) > 1
     launch.start(
         judge_kernel,
         (energies.numel(),),
         config,
         energies,
-        *(kept[-3:] if known else kept[-1:] * 3),
-        *(residuals.table, reached, trusted, gap, residuals.count),
+        *(found.reached[-2:] if known else (squares, squares)),
+        *(found.kept.table, squares, residuals.table),
+        reached if found.pivots is None else found.pivots,
+        *(reached, trusted, gap, residuals.count),
         SHAPE=SHAPE,
         STEEP=STEEP,
+        MILD=gram_start.MILD,
+        PIVOTS=found.pivots is not None,
         SLOWEST=SLOWEST,
         KNOWN=known,
         BLOCK=config.block,

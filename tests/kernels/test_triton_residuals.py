@@ -73,7 +73,7 @@ def test_what_is_kept_is_the_residual_rounded_once(shapes, count, dtype):
         assert kept.shape == exact.shape
         assert ((kept.double() / problem.scale - exact).abs() <= bound).all()
     problem.kept.forget()
-    assert problem.kept._kept.numel() == 0
+    assert problem.kept.numbers.numel() == 0
 
 
 @pytest.mark.parametrize("shapes", [ALIGNED, ODD], ids=["aligned", "odd"])
@@ -231,7 +231,7 @@ def test_residuals_are_given_back_before_others_are_formed(monkeypatch):
     def watched(self, unit):
         form(self, unit)
         kept.add(self)
-        most.append(sum(one._kept.numel() for one in kept))
+        most.append(sum(one.numbers.numel() for one in kept))
 
     monkeypatch.setattr(Residuals, "form", watched)
     groups = []
@@ -242,4 +242,4 @@ def test_residuals_are_given_back_before_others_are_formed(monkeypatch):
     _triton.shifted_truncation(groups, mixing_of(3), Effort(0, 0, None))
     sizes = [sum(3 * size * max(shape) * padded(min(shape)) for shape, _, size in some) for some in (ALIGNED, ODD)]
     assert most == sizes
-    assert sum(one._kept.numel() for one in kept) == 0
+    assert sum(one.numbers.numel() for one in kept) == 0
