@@ -36,7 +36,8 @@ class Chip:
 # What kernels of this package load on an H200 at most, but for single ones; an H100 has the same multiprocessors.
 HOPPER_L2 = 5.1e12
 
-# Datasheets of A100 80GB SXM, H100 SXM, H200 SXM, the column HGX B200, and MI300X, whose rates are its matrix units'.
+# Datasheets of A100 80GB SXM, H100 SXM, H200 SXM, the column HGX B200, MI300X, whose rates are its matrix units', and,
+# for chips that are slow in float64, GeForce RTX 4090, whose matrix units are no faster at that.
 # NVIDIA prints matrix rates with sparsity and PCIe in both directions; both are halved here.
 CHIPS = {
     chip.name: chip
@@ -46,5 +47,6 @@ CHIPS = {
         Chip("H200", 4.8e12, 34e12, 67e12, 67e12, 494.5e12, 989.5e12, 64e9, HOPPER_L2, "sm_90"),
         Chip("B200", 7.7e12, 37e12, 37e12, 75e12, 1100e12, 2250e12, 64e9, None, "sm_100"),
         Chip("MI300X", 5.3e12, 81.7e12, 163.4e12, 163.4e12, None, 1307.4e12, 64e9, None, "gfx942"),
+        Chip("RTX 4090", 1.008e12, 1.29e12, 1.29e12, 82.6e12, 82.6e12, 165.2e12, 32e9, None, "sm_80"),
     )
 }

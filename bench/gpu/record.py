@@ -36,6 +36,7 @@ CHIP_NAMES = {
     "H200": r"\bH200\b",
     "B200": r"\bB200\b",
     "MI300X": r"\bMI300X\b",
+    "RTX 4090": r"\bGeForce RTX 4090(?! )",  # "4090 D" and "4090 Laptop GPU" are others
 }
 
 

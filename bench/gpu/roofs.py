@@ -1,7 +1,8 @@
-"""What this GPU gives: bytes a second of its memory and from its L2 cache, and rates of fp16 products of our shapes."""
+"""What this GPU gives: bytes a second of memory, L2 cache and host link, and rates of fp16 products of our shapes."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from r2m_kernels._triton import launch
 
 CACHED = 30 * 10**6  # bytes, within the L2 cache of data-centre GPUs
 PASSES = 16
+LINKED = 2**28  # bytes of pinned memory, which the link takes some milliseconds for
 # L, m, k, n of the batched products that truncated residuals of ViT-L/14's largest matrices would be: one with a kept
 # residual, and what the combination adds up of three experts' factors.
 PRODUCTS = {"XᵀY": (72, 112, 4096, 1024), "Σ LR": (24, 4096, 336, 1024)}
@@ -44,6 +46,11 @@ def measured(session: Session) -> dict[str, Any]:
     )
     assert float(out.sum()) == programs * size * passes, "every program has read everything"
     found["l2_bytes_per_second"] = None if took is None else programs * passes * source.nbytes / (took / 1e3)
+    there = torch.empty(2**10 if session.rehearsal else LINKED, dtype=torch.uint8, device=device)
+    pinned = torch.empty(there.shape, dtype=torch.uint8, pin_memory=not session.rehearsal)
+    for name, (target, given) in {"host to GPU": (there, pinned), "GPU to host": (pinned, there)}.items():
+        took = stopwatch.median(functools.partial(target.copy_, given, non_blocking=True))
+        found[f"{name} bytes_per_second"] = None if took is None else there.nbytes / (took / 1e3)
     for name, (batch, m, k, n) in PRODUCTS.items():
         if session.rehearsal:
             batch, m, k, n = 1, 4, 8, 4

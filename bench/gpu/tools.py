@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import StateDict, block_shapes
 from bench.gpu import checks
+from bench.gpu.merges import seconds
 from bench.gpu.record import Record, Session, table
 from bench.gpu.usual import MODELS, TINY
 from bench.machine import RESULTS, ROOT
@@ -31,8 +32,9 @@ from r2m_kernels import MergeConfig, merge
 
 # Of the runtime's calls: those in which the host waits.
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
-# Kernels that ncu looks at, the first launch of each, and what it counts.
-KERNELS = "task_gram|residual_matmul|combine_matrix|triangular_product|row_grams|inverse_factor"
+# Kernels that ncu looks at, the first launch of each with each grid, and what it counts.
+KERNELS = "task_gram|row_grams|form_residuals|residual_product|vectors_gram|inverse_factor|triangular_product|lengths"
+KERNELS += "|weigh_rows|combine"
 METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes.sum": "memory_bytes",
@@ -46,7 +48,7 @@ SMALL = [sys.executable, "-m", "bench.gpu.tools"]
 COUNTS = [*("ncu", "--target-processes", "all", "--clock-control", "none", "--csv"), "--metrics", ",".join(METRICS)]
 # Name → command, and seconds at most.
 TOOLS: dict[str, tuple[list[str], float]] = {
-    "ncu": ([*COUNTS, "--kernel-name", f"regex:{KERNELS}", "--launch-count", "24", *LARGE], 100),
+    "ncu": ([*COUNTS, "--kernel-name", f"regex:{KERNELS}", "--launch-count", "60", *LARGE], 100),
     "compute-sanitizer memcheck": (["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *SMALL], 60),
     "compute-sanitizer racecheck": (["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *SMALL], 60),
     "nsys": (["nsys", "profile", "--stats=true", "--force-overwrite=true", "--output=/tmp/r2m_nsys", *LARGE], 60),
@@ -57,8 +59,7 @@ def profiled(session: Session, states: list[StateDict], config: MergeConfig, cou
     """A merge's wall time, how long kernels ran in it, and what the host asked for, beside the counts without a GPU."""
     base, *experts = states
     work = functools.partial(merge, base, experts, config, backend="triton")
-    work()
-    session.synchronize()
+    wall = seconds(session, work, repeats=5)
     activities = [ProfilerActivity.CPU, *([] if session.rehearsal else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as recorded:
         work()
@@ -74,6 +75,8 @@ def profiled(session: Session, states: list[StateDict], config: MergeConfig, cou
         "passed": True,
         "busy_milliseconds": busy / 1e3 if spans else None,
         "span_milliseconds": (until - spans[0][0]) / 1e3 if spans else None,
+        "wall_milliseconds": None if wall is None else wall * 1e3,  # when nobody looks on
+        "wall_minus_busy_milliseconds": wall * 1e3 - busy / 1e3 if wall is not None and spans else None,
         "kernels": sum("memcpy" not in one.name.lower() and "memset" not in one.name.lower() for one in on_device),
         "waits": sum(name in WAITS for name in names),
         "launches": sum("LaunchKernel" in name for name in names),
@@ -107,16 +110,17 @@ def looked_at(session: Session, name: str) -> dict[str, Any]:
 
 
 def counted_by_ncu(text: str) -> list[dict[str, Any]]:
-    """The first launch of each kernel, with what :data:`METRICS` call it."""
+    """The first launch of each kernel with each grid, with what :data:`METRICS` call it."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, dict[str, Any]] = {}
-    ids: dict[str, str] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    ids: dict[tuple[str, str], str] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
-        kernel, metric = row.get("Kernel Name", ""), METRICS.get(row.get("Metric Name", ""))
-        if metric and ids.setdefault(kernel, row["ID"]) == row["ID"]:
+        kernel, grid = key = row.get("Kernel Name", ""), row.get("Grid Size", "")
+        metric = METRICS.get(row.get("Metric Name", ""))
+        if metric and ids.setdefault(key, row["ID"]) == row["ID"]:
             value = float(row["Metric Value"].replace(",", ""))
-            found.setdefault(kernel, {"kernel": kernel})[metric] = value
+            found.setdefault(key, {"kernel": kernel, "grid": grid})[metric] = value
     return list(found.values())
 
 
@@ -129,9 +133,10 @@ def run(session: Session, record: Record) -> bool:
             record.attempt(functools.partial(profiled, session, states, config, name), job=name)
     states.clear()
     session.free_cache()
-    keys = ("busy_milliseconds", "span_milliseconds", "kernels", "launches", "waits")
+    times = [f"{time}_milliseconds" for time in ("busy", "span", "wall", "wall_minus_busy")]
+    keys = (*times, "kernels", "launches", "waits")
     lines = [[row["job"], *(row.get(key) for key in keys)] for row in record.rows]
-    table(["profiled merge", "busy ms", "span ms", *keys[2:]], lines)
+    table(["profiled merge", "busy ms", "span ms", "wall ms", "wall - busy ms", *keys[len(times) :]], lines)
     for name in TOOLS:
         if record.time_for(name, 15):
             record.attempt(functools.partial(looked_at, session, name), tool=name)

@@ -223,7 +223,8 @@ def predicted_seconds(session: Session, job: Usual, shapes: list[tuple[int, ...]
     if chip is None or job.model not in ("ViT-L/14", "ViT-B/16") or (config.eta != 0 and config.rank == 1.0):
         return None
     model, how = Shapes.of(job.model, shapes), Job(job.experts, DTYPES[job.dtype], session.target)
-    costs = cost_model.merge_costs(model, how, config.rank, group_bytes=DEVICE_GROUP_BYTES)
+    by_rows = config.row_power > 0
+    costs = cost_model.merge_costs(model, how, config.rank, group_bytes=DEVICE_GROUP_BYTES, by_rows=by_rows)
     if config.eta == 0:
         flat = [(m * n, count) for m, n, count in model.matrices] + list(model.vectors)
         known = [cost for cost in costs if cost.step in ("transfer", "task Gram")]

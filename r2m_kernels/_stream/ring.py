@@ -79,8 +79,14 @@ class Ring:
             return
         current = torch.cuda.current_stream(self._device)
         ready = current.record_event()  # the runs' memory may have been another tensor's until then
-        _await([self._submit(self._bring, batch, ready) for batch in self._batches(pieces)])
-        current.wait_event(self._there.record_event())
+        brought: list[Future[None]] = []
+        try:
+            for batch in self._batches(pieces):
+                brought.append(self._submit(self._bring, batch, ready))
+            _await(brought)
+        finally:  # also where one has failed: the runs' memory is given back, and nothing may be on its way there
+            wait(brought)
+            current.wait_event(self._there.record_event())
 
     def give_back(self, pieces: Sequence[Piece]) -> None:
         """Hand runs on the device to what each piece's ``host`` reads, in threads, once the current stream is there.

@@ -88,7 +88,9 @@ def test_nan_in_an_expert_is_named(job):
         merge(base, [experts[0], broken, *experts[2:]], backend="triton")
 
 
-@pytest.mark.parametrize("options", [PLAIN, {"rank": 0.1}, {"rank": 1.0}], ids=["plain", "default", "rows"])
+@pytest.mark.parametrize(
+    "options", [PLAIN, {}, {"rank": 0.1}, {"rank": 1.0}], ids=["plain", "default", "rank 0.1", "rows"]
+)
 def test_a_small_budget_gives_the_same_bits(job, options):
     base, experts, _ = job
     whole, parts = (

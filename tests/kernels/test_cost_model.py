@@ -143,6 +143,15 @@ def test_a_floor_is_the_slowest_resource():
         step.plus(replace(step, step="another"))
 
 
+def test_a_chip_that_is_slow_in_float64_waits_for_it():
+    slow = CHIPS["RTX 4090"]
+    costs = by_step(merge_costs(LAYERS, Job(3, target=slow.target), rank=103))
+    gram = costs["orthonormalize: Gram"]
+    assert gram.floor_seconds(slow) == gram.flops / 1.29e12 > 10 * (gram.bytes_read + gram.bytes_written) / 1.008e12
+    task = costs["task Gram"]  # 12 flops an element beside 16 bytes
+    assert task.floor_seconds(slow) == (task.bytes_read + task.bytes_written) / 1.008e12
+
+
 # The record of an H200: what the model is said to reproduce, of matrices of a ViT-L/14 with so many experts.
 MEASURED = json.loads((ROOT / "bench" / "results" / "gpu_operators.json").read_text())
 MATRICES_OF_A_LAYER = {(1024, 1024): 4, (4096, 1024): 1, (1024, 4096): 1}  # in 24 layers, as in the record

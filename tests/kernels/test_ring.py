@@ -145,6 +145,19 @@ def test_what_goes_wrong_in_a_thread_is_raised_and_the_ring_goes_on(caller, way)
     assert len(taken) == 21
 
 
+def test_no_copy_is_on_its_way_to_memory_that_is_given_back(caller):
+    ring, runs = Ring(DEVICE, 4 * 4096), [late(torch.zeros(700)) for _ in range(6)]
+
+    def fails(memory):
+        raise OSError(5, "Input/output error", "in")
+
+    hosts = [fails, *[lambda memory: memory.fill_(1)] * 5]
+    with pytest.raises(OSError, match="Input/output"):
+        ring.bring(list(map(Piece, runs, hosts)))
+    caller.reach(len(caller.asked))  # whoever has the memory next
+    assert [float(run.as_subclass(torch.Tensor).sum()) for run in runs] == [0, *[700] * 5]
+
+
 class Stored:
     """A checkpoint elsewhere, that reads into memory; it tells what it read."""
 

@@ -413,6 +413,18 @@ def test_a_group_of_more_tensors_than_a_grid_takes_is_launched_in_parts(monkeypa
     assert torch.equal(group.counts(), counts)
 
 
+def test_nothing_that_other_peoples_kernels_share_is_touched():
+    """Triton's allocator is one for the process, which descriptors made on the device need; nor what is known to race.
+
+    Floating-point atomics would make bits depend on chance; TIES counts with integers.
+    """
+    sources = {path.name: path.read_text() for path in Path(launch.__file__).parent.glob("*.py")}
+    for name in ("set_allocator", "make_tensor_descriptor", "make_block_ptr", "warp_specialize"):
+        assert [file for file, text in sources.items() if name in text] == []
+    atomics = {file: text.count("tl.atomic") for file, text in sources.items()}
+    assert {file: count for file, count in atomics.items() if count} == {"elements.py": 1}
+
+
 def test_no_number_reaches_a_kernel_as_a_float_of_python(monkeypatch):
     # Triton passes it in 32 bits, and its interpreter does not.
     passed, start = [], launch.start
