@@ -94,9 +94,7 @@ def tiles_below(short, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def shift_kernel(
-    reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: tl.constexpr, BLOCK: tl.constexpr
-):
+def shift_kernel(reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: tl.constexpr, BLOCK: tl.constexpr):
     """amounts[b] = DAMPING · (1 − Σ reached[b]) / (short side − k), 0 where that is negative; reached as tiles."""
     block = tl.program_id(0).to(tl.int64)
     first_tensor, tiles, start = tiles_of(shapes, block, count, SHAPE)
