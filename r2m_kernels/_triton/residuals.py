@@ -202,6 +202,15 @@ def residual_product_kernel(
     of_short = known_multiple(tl.load(shapes + 10), 16) + block * k * stride
     of_outer, of_inner = (of_short, of_long) if ACROSS else (of_long, of_short)
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    if DAMPING != 0.0:
+        # Before the product: at its end there are no registers left for another tile.
+        tiles_of_block, sums = tl.load(shapes + 11).to(tl.int32), squares + tl.load(shapes + 12)
+        left_out = 1.0 - summed(sums + block * tiles_of_block, tiles_of_block, 32)
+        amount = left_out * DAMPING / (short - k).to(tl.float64)
+        amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE) * (SHIFTED_SCALE * DIVISOR)  # a NaN stays one
+        there = of_outer + rows[:, None].to(tl.int64) * row_stride(outer) + columns[None, :]
+        both = (rows < k)[:, None] & (columns < outer)[None, :]
+        total -= amount * tl.load(shifted + there, mask=both, other=0.0).to(COMPUTE)
     for start in range(0, inner, INNER):
         depth = start + tl.arange(0, INNER)
         if ACROSS:
@@ -224,14 +233,7 @@ def residual_product_kernel(
     total *= 1.0 / DIVISOR
     here = (rows < k)[:, None] & (columns < outer)[None, :]
     where = of_outer + rows[:, None].to(tl.int64) * row_stride(outer) + columns[None, :]
-    if ACROSS:
-        if DAMPING != 0.0:
-            tiles_of_block, sums = tl.load(shapes + 11).to(tl.int32), squares + tl.load(shapes + 12)
-            left_out = 1.0 - summed(sums + block * tiles_of_block, tiles_of_block, 32)
-            amount = left_out * DAMPING / (short - k).to(tl.float64)
-            amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
-            total -= amount * (tl.load(shifted + where, mask=here, other=0.0).to(COMPUTE) * SHIFTED_SCALE)
-    else:
+    if not ACROSS:
         # In the compute type, for want of registers: residuals are scaled to norm 1.
         inside = tl.where(here, total, 0.0)
         tl.store(squares + tl.program_id(0), tl.sum(tl.sum(inside * inside, axis=1).to(tl.float64)))
