@@ -279,7 +279,7 @@ class Residuals:
         sides, self._aligned = [sides_of_group(of) for of in inputs], all(map(fits, inputs))
         target = launch.target_of(self.device)
         self._form = launch.form_residuals(target, self._aligned)
-        self._product = launch.residual_product(target, self.dtype, self._aligned)
+        self._product = launch.residual_product(target, self.dtype, self._aligned, max(ranks))
         blocks = [len(of.bases) * self.count for of in inputs]
         self.short, self.long = (
             Blocks([(size, k, side(both)) for size, k, both in zip(blocks, ranks, sides, strict=True)], self.device)
