@@ -155,6 +155,10 @@ def situations() -> Iterator[Callable[[], object]]:
                     for few in (False, True):
                         effort = Effort(2, 0, None, few_directions=few)
                         yield functools.partial(_triton.shifted_truncation, [group], mixing, effort)
+    base, mixing = torch.zeros(144, 144), torch.eye(3, dtype=torch.float64)  # and tiles for ranks beyond 128
+    numbers = (torch.zeros(1, dtype=torch.int64), torch.ones(1, 3, dtype=torch.float64))
+    group = ResidualGroup([base], [[base]] * 3, *numbers, 136)
+    yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None))
 
 
 def launches(target: str) -> list[Launch]:

@@ -173,7 +173,7 @@ def residual_product_cost(
 
     Random ``signs`` are made in registers; other vectors come as float16, and go so onto the long side, but the last.
     """
-    config = launch.residual_product(job.target, torch.float32, job.aligned)
+    config = launch.residual_product(job.target, torch.float32, job.aligned, k)
     long, short = max(m, n), min(m, n)
     outer, inner = (short, long) if across else (long, short)
     row_tiles, column_tiles = _tiles(k, config.rows), _tiles(outer, config.columns)

@@ -115,7 +115,10 @@ class Grams(Kept):
     """AᵀA of residuals that are kept: square, times :data:`.addresses.SCALE` as they are, and none above 1."""
 
     def __init__(self, residuals: Residuals) -> None:
-        self._config = launch.residual_gram(launch.target_of(residuals.device))
+        target = launch.target_of(residuals.device)
+        self._config = launch.residual_gram(target)
+        # What pairs are summed with takes registers that a wide tile has not.
+        product = launch.residual_product(target, residuals.dtype, residuals.aligned, rank=0)
         rows, squares = self._config.rows, []
         row_bytes = SHAPE * residuals.table.element_size()
         for place, one in enumerate(residuals.shapes):
@@ -124,7 +127,7 @@ class Grams(Kept):
             programs = one.tensors * residuals.count * tiles
             source = residuals.table.data_ptr() + place * row_bytes
             squares.append(Matrices(one.tensors, short, short, one.rank, source, programs))
-        super().__init__(squares, residuals.count, residuals.dtype, residuals.device, residuals.aligned)
+        super().__init__(squares, product, residuals.count, residuals.dtype, residuals.device, residuals.aligned)
         self._of = residuals
 
     def form(self) -> None:

@@ -22,7 +22,7 @@ from . import gram_start, launch
 from .addresses import on_device
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
-from .residuals import SHAPE, Kept, Residuals, fits, sides_of_group, tiles_of
+from .residuals import SHAPE, Kept, Residuals, fits, product_config, sides_of_group, tiles_of
 from .signs import signs_of
 from .sums import summed
 
@@ -33,8 +33,8 @@ SMALLEST_ENERGY = 1e-66
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
-# From as many columns on the sketch of a Gram matrix stands for a step (512 × 512 and smaller, four spectra, ranks .3 to
-# .45: below it up to 1.022 × the optimum).
+# From as many columns on the sketch of a Gram matrix stands for a step (512 × 512 and smaller, four spectra, ranks .3
+# to .45: below it up to 1.022 × the optimum).
 MANY = 256
 # A residual that loses less than this share of its energy has so steep a spectrum that squaring it with operands of 11
 # bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most by steps.
@@ -101,16 +101,16 @@ def judge_kernel(
 def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
-    Groups of as many steps go together: one launch serves them all.
+    Groups of as many steps and tiles go together: one launch serves them all.
     """
-    together: dict[tuple[bool, bool, int], list[int]] = {}
+    together: dict[tuple[launch.MatmulConfig, bool, int], list[int]] = {}
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
     for place, (group, of) in enumerate(zip(groups, inputs, strict=True)):
         short = min(sides_of_group(of))
         worth_it = gram_start.worth_it(short, group.rank) and of.compute_dtype == torch.float32
         by_gram = fits(of) and worth_it and not effort.carefully
         steps = 0 if effort.few_directions else _steps(effort, group.rank, short, by_gram)
-        together.setdefault((fits(of), by_gram, steps), []).append(place)
+        together.setdefault((product_config(of, group.rank, fits(of)), by_gram, steps), []).append(place)
     made: dict[int, ShiftedFactors] = {}
     for (_, by_gram, steps), places in together.items():
         some = [groups[place] for place in places]

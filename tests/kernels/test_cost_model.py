@@ -267,9 +267,10 @@ PASSES = [
     for transpose in (False, True)
 ]
 EVEN = {"m": 72, "n": 136, "tensors": 2}  # rows and columns are whole vectors of float16
+SEVERAL, WIDE = {**EVEN, "m": 200}, {**EVEN, "m": 272}  # tiles, of either size
 KEPT_CASES = [
     {**sides, "operator": operator, "experts": experts, "k": k, "dtype_bytes": size}
-    for sides, experts, k, size in [(EVEN, 2, 20, 4), ({**EVEN, "m": 200}, 5, 150, 2), (ODD, 2, 20, 4)]
+    for sides, experts, k, size in [(EVEN, 2, 20, 4), (SEVERAL, 5, 100, 2), (WIDE, 2, 132, 4), (ODD, 2, 20, 4)]
     for operator in KEPT
 ]
 COMBINES = [

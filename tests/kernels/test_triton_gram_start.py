@@ -1,4 +1,4 @@
-"""Subspaces from Gram matrices of residuals that are kept: the matrices, their products, and what becomes of spectra."""
+"""Subspaces from Gram matrices of residuals that are kept: these, their products, and what becomes of spectra."""
 
 from __future__ import annotations
 
