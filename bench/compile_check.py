@@ -45,7 +45,9 @@ from triton.runtime.driver import driver
 from bench.gpu.cases import cases
 from r2m_kernels import _backends, _triton
 from r2m_kernels._interface import Effort, ResidualGroup
-from r2m_kernels._triton import ahead, launch
+from r2m_kernels._triton import ahead, launch, units
+from r2m_kernels._triton.addresses import SCALE
+from r2m_kernels._triton.orthonormalize import Blocks
 
 CPU = torch.device("cpu")
 
@@ -155,6 +157,18 @@ def situations() -> Iterator[Callable[[], object]]:
                     for few in (False, True):
                         effort = Effort(2, 0, None, few_directions=few)
                         yield functools.partial(_triton.shifted_truncation, [group], mixing, effort)
+    for length, dtype in itertools.product((64, 63), (torch.float32, torch.float16)):
+        yield functools.partial(_orthonormal_units, length, dtype)
+
+
+def _orthonormal_units(length: int, dtype: torch.dtype) -> None:
+    """Rows of length 1 of vectors, or of what is left of them, and both kinds of pass."""
+    blocks, scale = Blocks([(1, 16, length)], CPU), SCALE if dtype == torch.float16 else 1.0
+    vectors, amounts, others = blocks.vectors(dtype), torch.zeros(1), blocks.vectors(torch.float16)
+    units.unit_rows(blocks, vectors, vector_scale=scale)
+    rows = units.unit_rows(blocks, vectors, amounts, others, scale)
+    for last in (False, True):
+        units.quick_pass(blocks, rows, amounts, last)
 
 
 def launches(target: str) -> list[Launch]:
