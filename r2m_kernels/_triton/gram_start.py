@@ -22,6 +22,7 @@ from . import launch
 from .addresses import known_multiple, row_stride, tensor_at
 from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, sides_of, tiles_of
 from .sums import summed
+from .units import quick_pass, unit_rows
 
 # A pivot below which a residual is truncated with steps that have A itself as operand: of 2⁻⁸ of a row's length, which
 # leaves two bits of float16's eleven where K was rounded.
@@ -174,15 +175,15 @@ def subspaces(residuals: Residuals, keys: Tensor, steps: int) -> tuple[Tensor, T
     grams.form()
     blocks, reached = grams.short, list[Tensor]()
     pivots = torch.ones(blocks.count, device=residuals.device)
-    units = blocks.unit_rows(grams.sketch(keys, SKETCH_SCALE), SKETCH_SCALE)
-    basis, _ = blocks.quick_pass(units, pivots)
+    units = unit_rows(blocks, grams.sketch(keys, SKETCH_SCALE), vector_scale=SKETCH_SCALE)
+    basis, _ = quick_pass(blocks, units, pivots)
     for left in reversed(range(steps)):
         product, energies = grams.along(basis, paired=True)
         amounts = grams.shifts(energies, SHIFT if left else LAST_SHIFT)
-        units = blocks.unit_rows(product, grams.scale, amounts, basis)
-        basis, _ = blocks.quick_pass(units, pivots)
+        units = unit_rows(blocks, product, amounts, basis, grams.scale)
+        basis, _ = quick_pass(blocks, units, pivots)
         reached.append(energies)
     grams.forget()
-    basis, exact = blocks.quick_pass(basis, pivots, last=True)
+    basis, exact = quick_pass(blocks, basis, pivots, last=True)
     assert exact is not None
     return basis, exact, reached, pivots, grams

@@ -267,6 +267,27 @@ def triangular_product(target: str, compute: torch.dtype, aligned: bool) -> Matm
     return MatmulConfig(full, aligned, **tiles("triangular_product", target, full if aligned else "general"))
 
 
+def unit_rows(target: str, aligned: bool) -> VectorConfig:
+    """Rows divided by their lengths, the first ``block`` numbers of each in registers."""
+    return VectorConfig(aligned, **tiles("unit_rows", target, "aligned" if aligned else "general"))
+
+
+def units_gram(target: str) -> MatmulConfig:
+    """Gram matrices of unit rows, which are whole vectors whatever their length."""
+    return MatmulConfig("fp16", True, **tiles("units_gram", target, "fp16"))
+
+
+def units_factor(target: str) -> MatmulConfig:
+    """Inverse factors of those, by blocks of ``rows`` rows and columns."""
+    full = full_precision(target)
+    return MatmulConfig(full, True, **tiles("units_factor", target, full))
+
+
+def units_product(target: str) -> MatmulConfig:
+    """Triangular matrices times unit rows."""
+    return MatmulConfig("fp16", True, **tiles("units_product", target, "fp16"))
+
+
 @functools.cache
 def table() -> dict[str, Any]:
     """The content of ``launch.json``: operator → target → variant → tile sizes."""

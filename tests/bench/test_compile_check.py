@@ -42,6 +42,7 @@ def choosable(target):
         found.add(("form_residuals_kernel", launch.form_residuals(target, aligned)))
         found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
         found.add(("factor_products_kernel", launch.factor_products(target, aligned)))
+        found.add(("unit_rows_kernel", launch.unit_rows(target, aligned)))
         for count in range(1, 17):
             found.add(("combine_rounded_kernel", launch.combine_rounded(target, aligned, count)))
         for compute in (torch.float32, torch.float64):
@@ -58,6 +59,9 @@ def choosable(target):
                     config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
+    found.add(("units_gram_kernel", launch.units_gram(target)))
+    found.add(("units_factor_kernel", launch.units_factor(target)))
+    found.add(("units_product_kernel", launch.units_product(target)))
     return found | {("sum_tiles_kernel", launch.sums()), ("row_coefficients_kernel", launch.sums())}
 
 
