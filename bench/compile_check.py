@@ -45,7 +45,9 @@ from triton.runtime.driver import driver
 from bench.gpu.cases import cases
 from r2m_kernels import _backends, _triton
 from r2m_kernels._interface import Effort, ResidualGroup
-from r2m_kernels._triton import ahead, launch
+from r2m_kernels._triton import ahead, launch, units
+from r2m_kernels._triton.addresses import SCALE
+from r2m_kernels._triton.orthonormalize import Blocks
 
 CPU = torch.device("cpu")
 
