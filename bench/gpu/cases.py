@@ -149,12 +149,13 @@ class _Group:
         product = torch.einsum("i,imr,irn->mn", scale.to(self.tau), left.double().abs(), right.double().abs())
         # As if of the products themselves, whose sums of n and r terms are rounded in float64 alone.
         size = (self.shape[1] + 2 * left.shape[2]) * (lefts.double().abs() @ rights.double().abs()).norm(dim=3)
-        for known, how in ((), "any rows"), ((True,), "orthogonal rows"), ((True, True), "orthonormal rows"):
+        unit = torch.linalg.qr(rights.double().mT).Q.mT.to(rights.dtype).contiguous()
+        for known, how in ((False, False), "any"), ((True, False), "orthogonal"), ((True, True), "orthonormal"):
 
-            def measured(our: Operators, known: tuple[bool, ...] = known or (False,)) -> Tensor:
-                return our.row_lengths(lefts, rights, *known)
+            def measured(our: Operators, known: tuple[bool, bool] = known) -> Tensor:
+                return our.row_lengths(lefts, unit if known[1] else rights, *known)
 
-            yield self.case("row_lengths", how, measured, size, torch.float64)
+            yield self.case("row_lengths", f"{how} rows", measured, size, torch.float64)
         lengths = _torch.row_lengths(lefts, rights, False)
         yield self.case(
             "weigh_rows",
