@@ -77,8 +77,9 @@ def unit_rows_kernel(
         for at in range(BLOCK, length, BLOCK):
             rest = differences(vectors, subtracted, amount, at + places, length, VECTOR_SCALE, SCALE)
             square += tl.sum(rest * rest, axis=0)
-        factor = tl.where(square < float("inf"), 1.0 / tl.sqrt(tl.where(square <= SMALLEST, 1.0, square)), float("nan"))
-        factor = tl.where(square <= SMALLEST, 0.0, factor)
+        # Numbers of a row that short are zero in float16 as they are; one over the root of infinity would be zero.
+        square = tl.where(square <= SMALLEST, 1.0, square)
+        factor = tl.where(square < float("inf"), 1.0 / tl.sqrt(square), float("nan"))
         tl.store(out + places, (start * factor * SCALE).to(out.dtype.element_ty), mask=places < stride)
         for at in range(BLOCK, stride, BLOCK):
             rest = differences(vectors, subtracted, amount, at + places, length, VECTOR_SCALE, SCALE)
