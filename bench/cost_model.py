@@ -39,7 +39,8 @@ from r2m_kernels import MergeConfig
 from r2m_kernels._interface import Effort
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton import combine, gram_start, launch, residuals, truncate
+from r2m_kernels._triton import gram_start, launch, residuals, truncate
+from r2m_kernels._triton.combine import ROWS_OF_A_TILE
 from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
 
@@ -286,7 +287,7 @@ def quick_orthonormalize_costs(k: int, length: int, blocks: int, job: Job, steps
     less = StepCost("unit rows", "fp32", 0, rows * 4, rows * 2, loaded_bytes=rows * 4, launches=1).times(steps)
     square = blocks * k * k * 4
     gram = StepCost("quick: Gram", "fp16", rows * k, rows * 2, square // 2, loaded_bytes=rows * 2 * (tiles + 1), launches=1)
-    factor = StepCost("quick: factor", "tf32x3", 2 * blocks * k**3 // 3, square // 2, square // 2, loaded_bytes=blocks * _eliminated(k) * 4, launches=1)
+    factor = StepCost("quick: factor", "fp32" if job.target == "gfx942" else "tf32x3", 2 * blocks * k**3 // 3, square // 2, square // 2, loaded_bytes=blocks * _eliminated(k) * 4, launches=1)
     product = StepCost("quick: product", "fp16", rows * k, rows * 2 + square // 4, rows * 2, loaded_bytes=rows * 2 * (tiles + 1) // 2 + rows * 2, launches=1)
     last = replace(product.times(passes), bytes_written=product.bytes_written * passes + rows * 4)
     return [unit.plus(less), gram.times(passes), factor.times(passes), last]
@@ -355,7 +356,7 @@ def row_coefficients_cost(m: int, tensors: int, job: Job) -> StepCost:
 
 def combine_rows_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
     """Merged matrices of whole residuals, with coefficients for every row; each tile reads those of its rows."""
-    config, rows = launch.combine_vector(job.target, job.aligned), combine.ROWS_OF_A_TILE
+    config, rows = launch.combine_vector(job.target, job.aligned), ROWS_OF_A_TILE
     plane = job.plane(m * n * tensors)
     inputs, coefficients = (job.experts + 1) * plane, job.experts * tensors * FACTOR_BYTES
     loaded = inputs + coefficients * rows * _tiles(m, rows) * _tiles(n, config.block // rows)
