@@ -120,7 +120,12 @@ def judge_sketch(rows: Tensor, base: Tensor, experts: Sequence[Tensor], mixing: 
     The mean over the k rows of a result stays within six of its standard deviations.
     """
     x = residuals(base, experts, mixing)
-    gram = x @ x.mT if transpose else x.mT @ x
+    return judge_signs(rows, x if transpose else x.mT)
+
+
+def judge_signs(rows: Tensor, x: Tensor) -> float:
+    """The same of matrices that are known, (N, s, ·), of which every row is a sum with random signs."""
+    gram = x @ x.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
     variance = 2 * (gram.square().sum((1, 2)) - diagonal.square().sum(1))
     mean = rows.double().square().mean(1).sum(1)
