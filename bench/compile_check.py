@@ -152,9 +152,14 @@ def situations() -> Iterator[Callable[[], object]]:
                     base, mixing = torch.zeros(sides, dtype=dtype), torch.eye(count, dtype=torch.float64)
                     numbers = (torch.zeros(1, dtype=torch.int64), torch.ones(1, count, dtype=torch.float64))
                     group = ResidualGroup([base], [[base]] * count, *numbers, 16)
-                    for few in (False, True):
-                        effort = Effort(2, 0, None, few_directions=few)
+                    for again in ({}, {"few_directions": True}, {"carefully": True}):
+                        effort = Effort(2, 0, None, **again)
                         yield functools.partial(_triton.shifted_truncation, [group], mixing, effort)
+    base, mixing = torch.zeros(144, 144), torch.eye(3, dtype=torch.float64)  # and tiles for ranks beyond 128
+    numbers = (torch.zeros(1, dtype=torch.int64), torch.ones(1, 3, dtype=torch.float64))
+    group = ResidualGroup([base], [[base]] * 3, *numbers, 136)
+    for carefully in (False, True):
+        yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None, carefully=carefully))
 
 
 def launches(target: str) -> list[Launch]:

@@ -37,6 +37,7 @@ from bench.shapes import MODELS as MODELS
 from bench.shapes import Shapes as Shapes
 from r2m_kernels import MergeConfig
 from r2m_kernels._interface import Effort
+from r2m_kernels._stream.blocks import padded
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import gram_start, launch, residuals, truncate
@@ -212,7 +213,8 @@ def residual_product_cost(
     On the road ``by_gram`` the last basis comes and the sketch goes as float16, too; ``paired`` with what they become,
     vectors are read once more.
     """
-    config = launch.residual_product(job.target, torch.float32, job.aligned)
+    # What pairs are summed with takes registers that a wide tile has not.
+    config = launch.residual_product(job.target, torch.float32, job.aligned, k if last or not by_gram else 0)
     long, short = max(m, n), min(m, n)
     outer, inner = (short, long) if across else (long, short)
     row_tiles, column_tiles = _tiles(k, config.rows), _tiles(outer, config.columns)
@@ -230,7 +232,7 @@ def residual_product_cost(
 
 def shifts_cost(short: int, tensors: int, k: int, job: Job) -> StepCost:
     """What a step's basis leaves out of every residual, from the sums of its product's tiles."""
-    config, blocks = launch.residual_product(job.target, torch.float32, job.aligned), job.experts * tensors
+    config, blocks = launch.residual_product(job.target, torch.float32, job.aligned, 0), job.experts * tensors
     sums = blocks * _tiles(k, config.rows) * _tiles(short, config.columns) * SUM_BYTES
     return StepCost("steps: shifts", "fp64", 0, sums, blocks * FACTOR_BYTES, loaded_bytes=sums, launches=1)
 
@@ -278,19 +280,64 @@ def orthonormalize_costs(
     return [gram.times(passes), factor.times(passes), replace(product.times(passes), bytes_written=written)]
 
 
-def quick_orthonormalize_costs(k: int, length: int, blocks: int, job: Job, steps: int) -> list[StepCost]:
-    """STAND-IN"""
-    rows = blocks * k * length
-    tiles = _tiles(k, 128)
-    passes = steps + 2
-    unit = StepCost("unit rows", "fp32", 0, rows * 2, rows * 2, loaded_bytes=rows * 2, launches=1)
-    less = StepCost("unit rows", "fp32", 0, rows * 4, rows * 2, loaded_bytes=rows * 4, launches=1).times(steps)
-    square = blocks * k * k * 4
-    gram = StepCost("quick: Gram", "fp16", rows * k, rows * 2, square // 2, loaded_bytes=rows * 2 * (tiles + 1), launches=1)
-    factor = StepCost("quick: factor", "fp32" if job.target == "gfx942" else "tf32x3", 2 * blocks * k**3 // 3, square // 2, square // 2, loaded_bytes=blocks * _eliminated(k) * 4, launches=1)
-    product = StepCost("quick: product", "fp16", rows * k, rows * 2 + square // 4, rows * 2, loaded_bytes=rows * 2 * (tiles + 1) // 2 + rows * 2, launches=1)
-    last = replace(product.times(passes), bytes_written=product.bytes_written * passes + rows * 4)
-    return [unit.plus(less), gram.times(passes), factor.times(passes), last]
+def unit_rows_cost(
+    k: int, length: int, blocks: int, job: Job, vector_bytes: int = FACTOR_BYTES, subtracted: bool = False
+) -> StepCost:
+    """Rows divided by their lengths, and so rounded; ``subtracted`` others before that."""
+    held = min(length, launch.unit_rows(job.target, job.aligned).block)
+    each = vector_bytes + (HALF_BYTES if subtracted else 0)
+    read, loaded = blocks * k * length * each, blocks * k * (2 * length - held) * each  # the rest for both loops
+    written = blocks * k * padded(length) * HALF_BYTES
+    flops = blocks * k * length * (5 if subtracted else 3)
+    return StepCost("unit rows", "fp32", flops, read, written, loaded_bytes=loaded, launches=1)
+
+
+@functools.cache
+def _units_factor(k: int, rows: int, side: int) -> int:
+    """Numbers that an inverse factor loads: ``side`` columns at a time, each for ``rows`` rows after others."""
+    width, loads = padded(k), 0
+    for made in range(0, k, side):
+        own, columns = min(side, k - made), min(side, width - made)
+        loads += own * columns + own * made
+        for top in range(0, made, rows):  # above: no block of L
+            for start in range(top, made, side):
+                loads += (min(rows, min(start + side, made) - top) + own) * side
+        for top in range(made + side, k, rows):
+            loads += min(rows, k - top) * (made + columns) + own * made
+    return loads
+
+
+def quick_orthonormalize_costs(
+    k: int, length: int, blocks: int, job: Job, passes: int = 2, wholes: int = 1
+) -> list[StepCost]:
+    """The same of unit rows in float16, and sums in float32; ``wholes`` of the results are written in float32 too."""
+    stride, width = padded(length), padded(k)
+    units, products = blocks * k * stride * HALF_BYTES, blocks * length * k * k
+    config = launch.units_gram(job.target)
+    loaded = units * (_tiles(k, config.rows) + 1)
+    starts = range(0, k, config.rows)
+    lower = sum((k - i) * min(config.rows, width - i) for i in starts) * blocks * FACTOR_BYTES
+    gram = StepCost("units: Gram", _kind(config), products, units, lower, loaded_bytes=loaded, launches=1)
+
+    config = launch.units_factor(job.target)
+    side, cubes = config.columns, 2 * blocks * k**3 // 3
+    lower = sum((k - i) * min(side, width - i) for i in range(0, k, side)) * blocks * FACTOR_BYTES
+    loaded = blocks * _units_factor(k, config.rows, side) * FACTOR_BYTES
+    triangle = sum(min(side, k - i) * (i + min(side, width - i)) + i * min(side, width - i) for i in range(0, k, side))
+    written = blocks * (k * width * FACTOR_BYTES + triangle * HALF_BYTES)
+    factor = StepCost("units: factor", _kind(config), cubes, lower, written, loaded_bytes=loaded, launches=1)
+
+    config, triangle, depths = launch.units_product(job.target), 0, 0
+    for i in range(0, k, config.rows):  # a tile of rows meets those up to its last one, in whole steps
+        depth = _tiles(min(k, i + config.rows), config.inner) * config.inner
+        triangle, depths = triangle + min(config.rows, k - i) * min(depth, width), depths + min(depth, k)
+    triangle *= blocks * HALF_BYTES
+    loaded = triangle * _tiles(length, config.columns) + (depths + k) * stride * blocks * HALF_BYTES
+    product = StepCost(
+        "units: product", _kind(config), products, units + triangle, units, loaded_bytes=loaded, launches=1
+    ).times(passes)
+    whole = wholes * blocks * k * stride * FACTOR_BYTES
+    return [gram.times(passes), factor.times(passes), replace(product, bytes_written=product.bytes_written + whole)]
 
 
 def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> StepCost:
@@ -417,7 +464,10 @@ def truncation_costs(m: int, n: int, tensors: int, k: int, job: Job, road: Road)
         of_grams("sketch V = KS", across=True, signs=True),
         of_grams("steps KV", across=False, paired=True).times(road.steps),
         shifts_cost(short, tensors, k, job).times(road.steps),
-        *quick_orthonormalize_costs(k, short, blocks, job, road.steps),
+        unit_rows_cost(k, short, blocks, job, HALF_BYTES),
+        unit_rows_cost(k, short, blocks, job, HALF_BYTES, subtracted=True).times(road.steps),
+        # Once after the sketch and every step, and once more at the end.
+        *quick_orthonormalize_costs(k, short, blocks, job, passes=2 + road.steps),
         product("final Y = AV", m, n, across=False, last=True, by_gram=True),
     ]
 

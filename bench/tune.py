@@ -3,10 +3,11 @@
     python -m bench.tune [--seconds 500] [--out DIR] [--write]
 
 For every operator and variant that this GPU uses, one field of the current configuration is changed at a time, to its
-neighbours; what does not compile, spills, or gives a wrong result is left out, and a change stays if the median of the
-kernel's times on a group of ViT-L/14's matrices falls by more than 3 %. The proposal, ``launch.proposed.json``, goes to
-``--out`` and is written again after every gain; ``--write`` puts it in place of the table in the sources too. When the
-time is up it stops with what it has. Run ``python -m bench.compile_check`` and the tests on what you take over.
+neighbours, or rows and columns of a tile for each other; what does not compile, spills, or gives a wrong result is left
+out, and a change stays if the median of the kernel's times on a group of ViT-L/14's matrices falls by more than 3 %.
+The proposal, ``launch.proposed.json``, goes to ``--out`` and is written again after every gain; ``--write`` puts it in
+place of the table in the sources too. When the time is up it stops with what it has. Run ``python -m
+bench.compile_check`` and the tests on what you take over.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TABLE = ROOT / "r2m_kernels" / "_triton" / "launch.json"
 GAIN = 0.97
 # Smallest and largest value of a field; all but stages and experts are powers of two.
 LIMITS = {
-    "rows": (16, 128),
+    "rows": (16, 256),
     "inner": (16, 128),
     "columns": (16, 256),
     "warps": (2, 8),
@@ -64,7 +65,7 @@ def knobs(target: str) -> list[Knob]:
     single, half, many = Job(3, torch.float32, target), Job(3, torch.bfloat16, target), Job(8, torch.float32, target)
     products = ("sketch", "product", "shifted product", "final product")
     return [
-        Knob("residual_product", "fp16", single, products),
+        Knob("residual_product", "fp16/wide", single, products),
         Knob("combine_rounded", "bf16", single, ("combine, default rank, bfloat16 factors",)),
         Knob("combine_matrix", full, single, ("combine",)),
         Knob("form_residuals", "aligned", single, ("form residuals",)),
@@ -78,7 +79,9 @@ def knobs(target: str) -> list[Knob]:
 
 
 def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Configurations that differ in one field (rows and columns are one in ``vectors_gram``)."""
+    """Configurations that differ in one field (rows and columns are one in ``vectors_gram``); and the tile turned."""
+    if tiles.get("rows") != tiles.get("columns"):
+        yield {**tiles, "rows": tiles["columns"], "columns": tiles["rows"]}
     for field, value in tiles.items():
         if field in SMALL:
             low, high = SMALL[field]

@@ -125,9 +125,9 @@ class Effort(NamedTuple):
     # Residuals are taken to have fewer directions than the rank: a sketch in full precision has them all, or nothing is
     # trusted. Asked of backends that group tensors, for residuals that were too steep.
     few_directions: bool = False
-    # Residuals are not to be truncated from their Gram matrices, which do not tell their small singular values from
-    # rounding. Asked of such backends, too, for what was neither trusted nor of few directions.
-    by_steps: bool = False
+    # No Gram matrix, which does not tell small singular values from rounding, is an operand, and what is lost is told
+    # precisely. Asked of such backends, too, for residuals that were neither trusted nor of few directions.
+    carefully: bool = False
 
     def more_steps(self, rank: int, short: int) -> int:
         """Those that :data:`MORE_STEPS` adds."""

@@ -133,13 +133,13 @@ def truncate_again(
 ) -> Iterator[tuple[int, list[int], GroupFactors]]:
     """Residuals too steep for the fast method: those of few directions by a sketch of all at once, others by the book.
 
-    In between are those that are only too steep for a Gram matrix, on backends that start from it.
+    In between are those that careful steps can truncate, on backends that group tensors.
 
     Yields:
         Which of ``several``, places in it, and their factors.
     """
     steep = {which: list(range(len(inputs.names))) for which, inputs in enumerate(several)}
-    efforts = ({"few_directions": True}, {"by_steps": True}) if operators.traits.groups_tensors else ()
+    efforts = ({"few_directions": True}, {"carefully": True}) if operators.traits.groups_tensors else ()
     for effort in efforts:
         left = [which for which, places in steep.items() if places]
         groups = []

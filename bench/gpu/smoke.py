@@ -53,7 +53,7 @@ def _operators(
 
 def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
     """Two tensors of a shape together; short sides beyond 64, which are truncated exactly."""
-    shapes = ((96, 72), (71, 83)) if session.rehearsal else ((384, 256), (257, 391))
+    shapes = ((96, 72), (71, 83)) if session.rehearsal else ((384, 256), (512, 384), (257, 391))
     for m, n in shapes[:1] if session.rehearsal and dtype != torch.float32 else shapes:
 
         def truncated(m: int = m, n: int = n) -> float:

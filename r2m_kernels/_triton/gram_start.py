@@ -22,6 +22,7 @@ from . import launch
 from .addresses import known_multiple, row_stride, tensor_at
 from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, sides_of, tiles_of
 from .sums import summed
+from .units import quick_pass, unit_rows
 
 # A pivot below which a residual is truncated with steps that have A itself as operand: of 2⁻⁸ of a row's length, which
 # leaves two bits of float16's eleven where K was rounded.
@@ -94,9 +95,7 @@ def tiles_below(short, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def shift_kernel(
-    reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: tl.constexpr, BLOCK: tl.constexpr
-):
+def shift_kernel(reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: tl.constexpr, BLOCK: tl.constexpr):
     """amounts[b] = DAMPING · (1 − Σ reached[b]) / (short side − k), 0 where that is negative; reached as tiles."""
     block = tl.program_id(0).to(tl.int64)
     first_tensor, tiles, start = tiles_of(shapes, block, count, SHAPE)
@@ -117,7 +116,10 @@ class Grams(Kept):
     """AᵀA of residuals that are kept: square, times :data:`.addresses.SCALE` as they are, and none above 1."""
 
     def __init__(self, residuals: Residuals) -> None:
-        self._config = launch.residual_gram(launch.target_of(residuals.device))
+        target = launch.target_of(residuals.device)
+        self._config = launch.residual_gram(target)
+        # What pairs are summed with takes registers that a wide tile has not.
+        product = launch.residual_product(target, residuals.dtype, residuals.aligned, rank=0)
         rows, squares = self._config.rows, []
         row_bytes = SHAPE * residuals.table.element_size()
         for place, one in enumerate(residuals.shapes):
@@ -126,7 +128,7 @@ class Grams(Kept):
             programs = one.tensors * residuals.count * tiles
             source = residuals.table.data_ptr() + place * row_bytes
             squares.append(Matrices(one.tensors, short, short, one.rank, source, programs))
-        super().__init__(squares, residuals.count, residuals.dtype, residuals.device, residuals.aligned)
+        super().__init__(squares, product, residuals.count, residuals.dtype, residuals.device, residuals.aligned)
         self._of = residuals
 
     def form(self) -> None:
@@ -173,15 +175,15 @@ def subspaces(residuals: Residuals, keys: Tensor, steps: int) -> tuple[Tensor, T
     grams.form()
     blocks, reached = grams.short, list[Tensor]()
     pivots = torch.ones(blocks.count, device=residuals.device)
-    units = blocks.unit_rows(grams.sketch(keys, SKETCH_SCALE), SKETCH_SCALE)
-    basis, _ = blocks.quick_pass(units, pivots)
+    units = unit_rows(blocks, grams.sketch(keys, SKETCH_SCALE), vector_scale=SKETCH_SCALE)
+    basis, _ = quick_pass(blocks, units, pivots)
     for left in reversed(range(steps)):
         product, energies = grams.along(basis, paired=True)
         amounts = grams.shifts(energies, SHIFT if left else LAST_SHIFT)
-        units = blocks.unit_rows(product, grams.scale, amounts, basis)
-        basis, _ = blocks.quick_pass(units, pivots)
+        units = unit_rows(blocks, product, amounts, basis, grams.scale)
+        basis, _ = quick_pass(blocks, units, pivots)
         reached.append(energies)
     grams.forget()
-    basis, exact = blocks.quick_pass(basis, pivots, last=True)
+    basis, exact = quick_pass(blocks, basis, pivots, last=True)
     assert exact is not None
     return basis, exact, reached, pivots, grams

@@ -200,11 +200,17 @@ def form_residuals(target: str, aligned: bool) -> VectorConfig:
     return VectorConfig(aligned, **tiles("form_residuals", target, "aligned" if aligned else "general"))
 
 
-def residual_product(target: str, compute: torch.dtype, aligned: bool) -> MatmulConfig:
-    """A truncation's products with residuals that are kept as operands."""
+def residual_product(target: str, compute: torch.dtype, aligned: bool, rank: int) -> MatmulConfig:
+    """A truncation's products with residuals that are kept as operands, of up to ``rank`` vectors each."""
     if compute == torch.float64:
         return MatmulConfig("ieee", False, **tiles("residual_product", target, "float64"))
-    return MatmulConfig("fp16", aligned, **tiles("residual_product", target, "fp16" if aligned else "general"))
+    if not aligned:
+        return MatmulConfig("fp16", False, **tiles("residual_product", target, "general"))
+    narrow = MatmulConfig("fp16", True, **tiles("residual_product", target, "fp16"))
+    if rank <= narrow.rows:
+        return narrow
+    # Where a tile does not hold all vectors residuals are loaded again for each: tiles of twice the size load less.
+    return MatmulConfig("fp16", True, **tiles("residual_product", target, "fp16/wide"))
 
 
 def residual_gram(target: str) -> MatmulConfig:
@@ -259,6 +265,27 @@ def triangular_product(target: str, compute: torch.dtype, aligned: bool) -> Matm
         return MatmulConfig("ieee", False, **tiles("triangular_product", target, "float64"))
     full = full_precision(target)
     return MatmulConfig(full, aligned, **tiles("triangular_product", target, full if aligned else "general"))
+
+
+def unit_rows(target: str, aligned: bool) -> VectorConfig:
+    """Rows divided by their lengths, the first ``block`` numbers of each in registers."""
+    return VectorConfig(aligned, **tiles("unit_rows", target, "aligned" if aligned else "general"))
+
+
+def units_gram(target: str) -> MatmulConfig:
+    """Gram matrices of unit rows, which are whole vectors whatever their length."""
+    return MatmulConfig("fp16", True, **tiles("units_gram", target, "fp16"))
+
+
+def units_factor(target: str) -> MatmulConfig:
+    """Inverse factors of those, by blocks of ``rows`` rows and columns."""
+    full = full_precision(target)
+    return MatmulConfig(full, True, **tiles("units_factor", target, full))
+
+
+def units_product(target: str) -> MatmulConfig:
+    """Triangular matrices times unit rows."""
+    return MatmulConfig("fp16", True, **tiles("units_product", target, "fp16"))
 
 
 @functools.cache

@@ -25,19 +25,30 @@ from .sums import sum_tiles
 RELATIVE_SHIFT = 1e-11
 
 
-SORT = 6  # numbers of a sort in the table of :class:`Blocks`
+SORT = 7  # numbers of a sort in the table of :class:`Blocks`
 
 
 @triton.jit
 def sort_of(sorts, index, SORT: tl.constexpr):
-    """A block's place in its sort, k, the length, and where vectors, squares and rows of the sort start."""
+    """A block's place in its sort, k, the length, and where vectors, squares, rows and padded squares of it start."""
     first, last = index * 0, tl.load(sorts)
     while index >= last:
         first = last
         sorts += SORT
         last = tl.load(sorts)
     k, length = tl.load(sorts + 1).to(tl.int32), tl.load(sorts + 2).to(tl.int32)
-    return index - first, k, length, tl.load(sorts + 3), tl.load(sorts + 4), tl.load(sorts + 5)
+    starts = tl.load(sorts + 3), tl.load(sorts + 4), tl.load(sorts + 5), tl.load(sorts + 6)
+    return index - first, k, length, starts[0], starts[1], starts[2], starts[3]
+
+
+@triton.jit
+def lower_tile(pair):
+    """Row and column of a tile of the lower triangle, of which there are 1, 2, 3 … in a row."""
+    row, column = pair * 0, pair
+    while column > row:
+        row += 1
+        column -= row
+    return row, column
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -45,12 +56,8 @@ def vectors_gram_kernel(
     vectors, gram, sorts, pairs, SORT: tl.constexpr, ALIGNED: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr
 ):
     """gram[b] = vectors[b] vectors[b]ᵀ, float64, (k, length) → (k, k): a tile of the lower triangle a program."""
-    pair = tl.program_id(0) % pairs
-    block, k, length, of_vectors, of_squares, _ = sort_of(sorts, (tl.program_id(0) // pairs).to(tl.int64), SORT)
-    row, column = pair * 0, pair
-    while column > row:
-        row += 1
-        column -= row
+    block, k, length, of_vectors, of_squares, _, _ = sort_of(sorts, (tl.program_id(0) // pairs).to(tl.int64), SORT)
+    row, column = lower_tile(tl.program_id(0) % pairs)
     stride = known_multiple(length + 15, 16)  # as empty_rows lays them
     vectors, gram = vectors + known_multiple(of_vectors, 16), gram + of_squares
     if ALIGNED:
@@ -78,7 +85,7 @@ def eliminated(block, size, least, SIDE: tl.constexpr):
     No pivot is below ``least``: where the matrix is known to have none, it is what rounding took.
     """
     places = tl.arange(0, SIDE)
-    inverse = tl.where(places[:, None] == places[None, :], 1.0, 0.0).to(tl.float64)
+    inverse = tl.where(places[:, None] == places[None, :], 1.0, 0.0).to(block.dtype)
     for step in range(size):
         in_row, in_column = (places == step)[:, None], (places == step)[None, :]
         row = tl.sum(tl.where(in_row, block, 0.0), axis=0)
@@ -111,7 +118,7 @@ def inverse_factor_kernel(
     what made them unit vectors: lengths[b], which are 0 for vectors whose square is not above SMALLEST. The shift is
     SHIFT, or four times the matrix's rounding.
     """
-    matrix, k, length, _, of_squares, of_rows = sort_of(sorts, tl.program_id(0).to(tl.int64), SORT)
+    matrix, k, length, _, of_squares, of_rows, _ = sort_of(sorts, tl.program_id(0).to(tl.int64), SORT)
     matrix_at = of_squares + matrix * k * k
     gram, out, lengths = gram + matrix_at, out + matrix_at, lengths + of_rows + matrix * k
     shift = 4.0 * tl.sqrt(length.to(tl.float64)) * k.to(tl.float64) * 2.0**-53
@@ -194,10 +201,7 @@ def factor_products_kernel(
     """
     tensor = tl.program_id(1).to(tl.int64)
     tile, pair = tl.program_id(0) % (tiles * tiles), tl.program_id(0) // (tiles * tiles)
-    i, j = pair * 0, pair
-    while j > i:
-        i += 1
-        j -= i
+    i, j = lower_tile(pair)
     left_stride, right_stride = known_multiple(left_stride, 16), known_multiple(right_stride, 16)
     if ALIGNED:
         m, n = known_multiple(m, 4), known_multiple(n, 4)
@@ -242,7 +246,7 @@ def triangular_product_kernel(
     """out[b] = SCALE · triangle[b] vectors[b]: (k, k) lower triangular times (k, length); what is zero is not read."""
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     row_tile = rest % row_tiles
-    block, k, length, of_vectors, of_squares, _ = sort_of(sorts, (rest // row_tiles).to(tl.int64), SORT)
+    block, k, length, of_vectors, of_squares, _, _ = sort_of(sorts, (rest // row_tiles).to(tl.int64), SORT)
     stride, of_vectors = known_multiple(length + 15, 16), known_multiple(of_vectors, 16)
     vectors, out, triangle = vectors + of_vectors, out + of_vectors, triangle + of_squares
     if ALIGNED:
@@ -284,13 +288,15 @@ class Blocks:
 
     def __init__(self, sorts: Sequence[tuple[int, int, int]], device: torch.device) -> None:
         self.sorts, self.device, rows = sorts, device, []
-        self.count = self._vectors = self._squares = self._rows = 0
+        self.count = self._vectors = self._squares = self._rows = self.padded_squares = 0
         for count, k, length in sorts:
             self.count += count
-            rows.append([self.count, k, length, self._vectors, self._squares, self._rows])
+            starts = self._vectors, self._squares, self._rows, self.padded_squares
+            rows.append([self.count, k, length, *starts])
             self._vectors += count * k * padded(length)
             self._squares += count * k * k
             self._rows += count * k
+            self.padded_squares += count * k * padded(k)
         self.table = torch.tensor(rows).to(device, non_blocking=True)
         self.starts = [row[3] for row in rows]
 
@@ -309,7 +315,7 @@ class Blocks:
         """The k × k Gram matrices of all blocks, one after another, float64; a block's numbers are its own."""
         config = launch.vectors_gram(launch.target_of(self.device), self._aligned)
         gram = torch.empty(self._squares, dtype=torch.float64, device=self.device)
-        tiles = self._tiles(1, config.rows)
+        tiles = self.tiles(1, config.rows)
         pairs = tiles * (tiles + 1) // 2
         launch.start(
             vectors_gram_kernel,
@@ -384,7 +390,7 @@ class Blocks:
     def _triangular_products(self, triangle: Tensor, vectors: Tensor, operand: torch.dtype | None) -> Tensor:
         config = launch.triangular_product(launch.target_of(self.device), vectors.dtype, self._aligned)
         out = self.vectors(operand or vectors.dtype)
-        row_tiles, column_tiles = self._tiles(1, config.rows), self._tiles(2, config.columns)
+        row_tiles, column_tiles = self.tiles(1, config.rows), self.tiles(2, config.columns)
         launch.start(
             triangular_product_kernel,
             (row_tiles * column_tiles * self.count,),
@@ -410,7 +416,7 @@ class Blocks:
     def _aligned(self) -> bool:
         return all(vectors_fit(length) for _, _, length in self.sorts)
 
-    def _tiles(self, field: int, size: int) -> int:
+    def tiles(self, field: int, size: int) -> int:
         """Of the largest k (1) or length (2)."""
         return -(-max(sort[field] for sort in self.sorts) // size)
 

@@ -183,6 +183,15 @@ def residual_product_kernel(
     of_short = known_multiple(tl.load(shapes + 10), 16) + block * k * stride
     of_outer, of_inner = (of_short, of_long) if ACROSS else (of_long, of_short)
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    if DAMPING != 0.0:
+        # Before the product: at its end there are no registers left for another tile.
+        tiles_of_block, sums = tl.load(shapes + 11).to(tl.int32), squares + tl.load(shapes + 12)
+        left_out = 1.0 - summed(sums + block * tiles_of_block, tiles_of_block, 32)
+        amount = left_out * DAMPING / (short - k).to(tl.float64)
+        amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE) * (SHIFTED_SCALE * DIVISOR)  # a NaN stays one
+        there = of_outer + rows[:, None].to(tl.int64) * row_stride(outer) + columns[None, :]
+        both = (rows < k)[:, None] & (columns < outer)[None, :]
+        total -= amount * tl.load(shifted + there, mask=both, other=0.0).to(COMPUTE)
     for start in range(0, inner, INNER):
         depth = start + tl.arange(0, INNER)
         if ACROSS:
@@ -205,14 +214,7 @@ def residual_product_kernel(
     total *= 1.0 / DIVISOR
     here = (rows < k)[:, None] & (columns < outer)[None, :]
     where = of_outer + rows[:, None].to(tl.int64) * row_stride(outer) + columns[None, :]
-    if ACROSS:
-        if DAMPING != 0.0:
-            tiles_of_block, sums = tl.load(shapes + 11).to(tl.int32), squares + tl.load(shapes + 12)
-            left_out = 1.0 - summed(sums + block * tiles_of_block, tiles_of_block, 32)
-            amount = left_out * DAMPING / (short - k).to(tl.float64)
-            amount = tl.where(amount < 0.0, 0.0, amount).to(COMPUTE)  # a NaN stays one
-            total -= amount * (tl.load(shifted + where, mask=here, other=0.0).to(COMPUTE) * SHIFTED_SCALE)
-    else:
+    if not ACROSS:
         # In the compute type, for want of registers: residuals are scaled to norm 1.
         inside = tl.where(here, total, 0.0)
         other = inside
@@ -233,6 +235,11 @@ def sides_of_group(inputs: Group) -> tuple[int, int]:
 def fits(inputs: Group) -> bool:
     """Whether rows and columns of residuals, and vectors on either side, are whole vectors of operands."""
     return inputs.aligned and all(side % 8 == 0 for side in sides_of_group(inputs))
+
+
+def product_config(inputs: Group, rank: int, aligned: bool) -> launch.MatmulConfig:
+    """Of products with as many vectors. Sums of squares are those of its tiles, so that bits depend on it."""
+    return launch.residual_product(launch.target_of(inputs.device), inputs.compute_dtype, aligned, rank)
 
 
 class Matrices(NamedTuple):
@@ -269,11 +276,18 @@ class Kept:
     """
 
     def __init__(
-        self, shapes: Sequence[Matrices], count: int, dtype: torch.dtype, device: torch.device, aligned: bool
+        self,
+        shapes: Sequence[Matrices],
+        config: launch.MatmulConfig,
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        aligned: bool,
     ) -> None:
         """Nothing is formed yet.
 
         Args:
+            config: of products.
             count: N experts.
             dtype: what is computed in.
             device: of all.
@@ -283,7 +297,7 @@ class Kept:
         half = dtype != torch.float64
         self.operand, self.scale = (torch.float16, SCALE) if half else (torch.float64, 1.0)
         self._basis_scale = BASIS_SCALE if half else 1.0
-        self._product = launch.residual_product(launch.target_of(device), dtype, aligned)
+        self._product = config
         self.short, self.long = (
             Blocks([(one.tensors * count, one.rank, side(one.m, one.n)) for one in shapes], device)
             for side in (min, max)
@@ -438,16 +452,17 @@ class Residuals(Kept):
 
         Args:
             inputs: groups of matrices, of rows as the matrices'.
-            ranks: of each how many vectors are multiplied.
+            ranks: of each how many vectors are multiplied; of one :func:`product_config`.
         """
         first, shapes, aligned = inputs[0], [], all(map(fits, inputs))
         count, self.inputs = len(first.experts), inputs
-        self._form = launch.form_residuals(launch.target_of(first.device), aligned)
+        target, dtype = launch.target_of(first.device), first.compute_dtype
+        self._form, config = launch.form_residuals(target, aligned), product_config(first, ranks[0], aligned)
         for of, rank in zip(inputs, ranks, strict=True):
             (m, n), size = sides_of_group(of), len(of.bases)
             programs = size * -(-m // self._form.block) * -(-n // self._form.block) * -(-count // EXPERTS)
             shapes.append(Matrices(size, m, n, rank, of.table.data_ptr(), programs))
-        super().__init__(shapes, count, first.compute_dtype, first.device, aligned)
+        super().__init__(shapes, config, count, dtype, first.device, aligned)
 
     def form(self, unit: Tensor) -> None:
         """Keep them, each scaled to norm 1.

@@ -22,7 +22,7 @@ from . import gram_start, launch
 from .addresses import on_device
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
-from .residuals import SHAPE, Kept, Residuals, fits, sides_of_group, tiles_of
+from .residuals import SHAPE, Kept, Residuals, fits, product_config, sides_of_group, tiles_of
 from .signs import signs_of
 from .sums import summed
 
@@ -33,12 +33,15 @@ SMALLEST_ENERGY = 1e-66
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
 # that cost next to nothing, take its place (measured: ranks 10, 20 and 40 of ten times as many, seven spectra).
 EXTRA_STEPS = ((32, 4), (64, 2))
-# From as many columns on the sketch of a Gram matrix stands for a step (512 × 512 and smaller, four spectra, ranks .3 to
-# .45: below it up to 1.022 × the optimum).
+# From as many columns on the sketch of a Gram matrix stands for a step (512 × 512 and smaller, four spectra, ranks .3
+# to .45: below it up to 1.022 × the optimum).
 MANY = 256
 # A residual that loses less than this share of its energy has so steep a spectrum that squaring it with operands of 11
-# bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most.
+# bits may lose more than 2 per cent of what it loses; with shares of 5e-4 to 5e-3 it is 1.3 per cent at most by steps.
 STEEP = 1e-3
+# The same of a residual whose last product is in full precision, and with it what it loses (256 × 320, ranks .1 and .4,
+# powers, exponentials and few directions before a tail: 1.7 per cent at most).
+STEEPEST = 3e-5
 # The sketch of a residual of few directions has more rows than those: the last ones are in the span of those before.
 # What they have beside it is, squared and in the mean over random signs, the energy that the span lacks.
 WITNESSES = 4
@@ -98,16 +101,16 @@ def judge_kernel(
 def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: Effort) -> list[ShiftedFactors]:
     """See :class:`r2m_kernels._interface.ShiftedTruncation`; components come in no order.
 
-    Groups of as many steps go together: one launch serves them all.
+    Groups of as many steps and tiles go together: one launch serves them all.
     """
-    together: dict[tuple[bool, bool, int], list[int]] = {}
+    together: dict[tuple[launch.MatmulConfig, bool, int], list[int]] = {}
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
     for place, (group, of) in enumerate(zip(groups, inputs, strict=True)):
         short = min(sides_of_group(of))
         worth_it = gram_start.worth_it(short, group.rank) and of.compute_dtype == torch.float32
-        by_gram = fits(of) and worth_it and not effort.by_steps
+        by_gram = fits(of) and worth_it and not effort.carefully
         steps = 0 if effort.few_directions else _steps(effort, group.rank, short, by_gram)
-        together.setdefault((fits(of), by_gram, steps), []).append(place)
+        together.setdefault((product_config(of, group.rank, fits(of)), by_gram, steps), []).append(place)
     made: dict[int, ShiftedFactors] = {}
     for (_, by_gram, steps), places in together.items():
         some = [groups[place] for place in places]
@@ -116,7 +119,9 @@ def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: 
         else:
             residuals = Residuals([inputs[place] for place in places], [group.rank for group in some])
             road = _from_grams if by_gram else _by_steps
-            found = _in_lock_step(some, residuals, mixing, steps, road, effort.products)
+            found = _in_lock_step(some, residuals, mixing, steps, road, effort.products and not effort.carefully)
+        if effort.carefully:
+            found = [_again(*one, mixing, effort.products) for one in zip(some, found, strict=True)]
         made.update(zip(places, found, strict=True))
     return [made[place] for place in range(len(groups))]
 
@@ -141,7 +146,7 @@ class Subspaces(NamedTuple):
     basis: Tensor
     reached: Sequence[Tensor]
     kept: Kept
-    pivots: Tensor | None
+    pivots: Tensor | None = None
 
 
 def _by_steps(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
@@ -156,7 +161,7 @@ def _by_steps(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
         product, squares = residuals.along(basis)
         reached.append(squares)
         basis = orthonormal(residuals.across(product, basis, squares, SHIFT), step + 1 == steps)
-    return Subspaces(basis, basis, reached, residuals, None)
+    return Subspaces(basis, basis, reached, residuals)
 
 
 def _from_grams(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
@@ -200,6 +205,18 @@ def _in_lock_step(
     return factors
 
 
+def _again(group: ResidualGroup, made: ShiftedFactors, mixing: Tensor, products: bool) -> ShiftedFactors:
+    """The same with a last product in full precision, which tells, too, what is lost of a steep spectrum."""
+    tall, (energies,) = _tall(group), on_device([group.energies], made.left.device)
+    basis = made.right.mT if tall else made.left
+    product = residual_matmul(group.bases, group.experts, mixing, basis, not tall, "tf32x3")
+    left, right = (product, made.right) if tall else (made.left, product.mT)
+    reached = product.double().square().sum((2, 3))
+    trusted = energies - reached >= STEEPEST * energies
+    together = inner_products(left.mT, right) if products else None
+    return ShiftedFactors(left, right, False, together, trusted, made.gap, reached)
+
+
 def _by_one_sketch(groups: Sequence[ResidualGroup], mixing: Tensor, products: bool) -> list[ShiftedFactors]:
     """Residuals of fewer directions than the rank, in full precision; trusted where the sketch shows that they are.
 
@@ -240,9 +257,7 @@ def _tall(group: ResidualGroup) -> bool:
     return m >= group.bases[0].numel() // m
 
 
-def _judged(
-    residuals: Residuals, energies: Tensor, squares: Tensor, found: Subspaces
-) -> tuple[Tensor, Tensor, Tensor]:
+def _judged(residuals: Residuals, energies: Tensor, squares: Tensor, found: Subspaces) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each truncation can be relied on, their gaps, and their energies: (tensors, N) each."""
     reached, gap = torch.empty_like(energies), torch.empty_like(energies)
     trusted, config, known = torch.empty_like(energies, dtype=torch.int8), launch.sums(), len(found.reached) > 1

@@ -42,10 +42,12 @@ def choosable(target):
         found.add(("form_residuals_kernel", launch.form_residuals(target, aligned)))
         found.add(("vectors_gram_kernel", launch.vectors_gram(target, aligned)))
         found.add(("factor_products_kernel", launch.factor_products(target, aligned)))
+        found.add(("unit_rows_kernel", launch.unit_rows(target, aligned)))
         for count in range(1, 17):
             found.add(("combine_rounded_kernel", launch.combine_rounded(target, aligned, count)))
         for compute in (torch.float32, torch.float64):
-            found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned)))
+            for rank in (16, 410):
+                found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned, rank)))
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
             found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
         for dtype in DTYPES:
@@ -57,6 +59,9 @@ def choosable(target):
                     config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
+    found.add(("units_gram_kernel", launch.units_gram(target)))
+    found.add(("units_factor_kernel", launch.units_factor(target)))
+    found.add(("units_product_kernel", launch.units_product(target)))
     return found | {("sum_tiles_kernel", launch.sums()), ("row_coefficients_kernel", launch.sums())}
 
 
@@ -121,6 +126,8 @@ launch.table = lambda: table
 chosen = [
     found for found in compile_check.launches(target)
     if found.kernel.__name__ == "residual_product_kernel" and found.config.precision == "fp16" and found.config.aligned
+    and {name: getattr(found.config, name) for name in table["residual_product"][target]["fp16"]} == \
+        table["residual_product"][target]["fp16"]
     and not found.constants["ACROSS"] and found.constants["VECTOR_SCALE"] == 1.0
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))

@@ -17,9 +17,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from r2m_kernels import _triton
 from r2m_kernels._interface import Effort, ResidualGroup
-from r2m_kernels._triton import launch
+from r2m_kernels._triton import launch, units
 from r2m_kernels._triton.gram_start import SKETCH_SCALE, Grams
-from r2m_kernels._triton.orthonormalize import inner_products
+from r2m_kernels._triton.orthonormalize import Blocks, inner_products
 from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.residuals import Residuals
 
@@ -193,6 +193,16 @@ def counted(case):
             _triton.combine(bases, experts, core, left, right, scale, outs)
         elif operator == "orthonormalize":
             _triton.orthonormalize(random(count * size, m, k))
+        elif operator == "unit_rows":
+            blocks = Blocks([(count * size, k, m)], torch.device("cpu"))
+            vectors, others = (blocks.vectors(dtype).fill_(0.5) for dtype in (torch.float32, torch.float16))
+            amounts, others = (torch.zeros(count * size), others) if case["subtracted"] else (None, None)
+            units.unit_rows(blocks, vectors, amounts, others)
+        elif operator == "quick_pass":
+            blocks = Blocks([(count * size, k, m)], torch.device("cpu"))
+            rows = blocks.vectors(torch.float16).zero_()
+            blocks.of_sorts(rows)[0][:, range(k), range(k)] = 2.0**14
+            units.quick_pass(blocks, rows, torch.ones(count * size), case["last"])
         elif operator == "weigh_rows":
             weights = torch.full((count,), 1 / count, dtype=torch.float64)
             left, right = random(size, count, k, m).mT, random(size, count, k, n)

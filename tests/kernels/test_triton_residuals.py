@@ -148,18 +148,31 @@ def test_experts_of_a_tensor_share_their_signs_and_tensors_do_not():
 
 
 def test_more_residuals_than_a_program_forms_and_tiles_than_one():
-    problem = Problem([((200, 152), 140, 1)], count=5)  # two tiles of 128 vectors, on both sides
+    # Two tiles of 128 vectors, and of 256 numbers on both sides; the largest rank decides for all.
+    problem = Problem([((40, 24), 6, 1), ((272, 264), 140, 1)], count=5)
     kept = problem.kept
-    assert kept._product.rows == 128
-    given, (exact,) = problem.vectors(kept.short, torch.float16, SCALE)
+    assert (kept._product.rows, kept._product.columns) == (128, 256)
+    given, exact = problem.vectors(kept.short, torch.float16, SCALE)
     found, squares = kept.along(given)
-    (rows,), product = problem.each(kept.long, found), exact @ problem.exact[0].mT
-    assert (rows / SCALE - product).abs().max() <= 2.0**-9 * product.abs().max()
-    assert problem.energies(squares) == pytest.approx(product.square().sum((2, 3)).flatten().tolist(), rel=1e-3)
-    (back,) = problem.each(kept.short, kept.across(found, given, squares, 1.0))
-    shift = (1 - product.square().sum((2, 3))).clamp_min(0)[..., None, None] / 12
-    expected = product @ problem.exact[0] - shift * exact
-    assert (back - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+    products = [v @ x.mT for v, x in zip(exact, problem.exact, strict=True)]
+    for rows, product in zip(problem.each(kept.long, found), products, strict=True):
+        assert (rows / SCALE - product).abs().max() <= 2.0**-9 * product.abs().max()
+    reached = torch.cat([product.square().sum((2, 3)).flatten() for product in products])
+    assert problem.energies(squares) == pytest.approx(reached.tolist(), rel=1e-3)
+    back = problem.each(kept.short, kept.across(found, given, squares, 1.0))
+    for rows, product, x, v in zip(back, products, problem.exact, exact, strict=True):
+        shift = (1 - product.square().sum((2, 3))).clamp_min(0)[..., None, None] / (x.shape[3] - v.shape[2])
+        expected = product @ x - shift * v
+        assert (rows - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+
+
+def test_tiles_are_wide_from_the_first_rank_that_narrow_ones_divide():
+    for target in launch.TARGETS:
+        narrow, wide = (launch.residual_product(target, torch.float32, True, rank) for rank in (128, 129))
+        assert narrow.rows == 128
+        assert wide.rows * wide.columns == 2 * narrow.rows * narrow.columns
+        few, many = (launch.residual_product(target, torch.float32, False, rank) for rank in (128, 129))
+        assert few == many
 
 
 @pytest.mark.parametrize(
@@ -219,8 +232,9 @@ def test_a_residual_of_an_odd_address_has_the_same_bits(monkeypatch):
 def test_operands_of_the_interpreter_are_those_of_a_gpu():
     assert launch.INTERPRETED
     for target in launch.TARGETS:
-        assert launch.residual_product(target, torch.float32, True).precision == "fp16"
-        assert launch.residual_product(target, torch.float64, True).precision == "ieee"
+        for rank in (16, 410):
+            assert launch.residual_product(target, torch.float32, True, rank).precision == "fp16"
+            assert launch.residual_product(target, torch.float64, True, rank).precision == "ieee"
 
 
 def test_residuals_are_given_back_before_others_are_formed(monkeypatch):
