@@ -32,6 +32,7 @@ from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
 from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.residuals import Residuals
 
+
 def operators(group: GroupOf) -> Iterator[Timed]:
     """Every operator of a merge, on one group."""
     size, job, k = len(group.bases), group.job, group.k
@@ -82,7 +83,7 @@ def products(group: GroupOf) -> Iterator[Timed]:
     unit = group.mixing.to(kept.device, kept.dtype).expand(size, -1, -1).contiguous()
     kept.form(unit)
     halves = [(basis * SCALE).half(), (product * SCALE).half()]
-    laid = [
+    vectors = [
         laid(blocks.vectors(torch.float16), blocks, rows)
         for blocks, rows in zip((kept.short, kept.long), halves, strict=True)
     ]
@@ -127,17 +128,17 @@ def products(group: GroupOf) -> Iterator[Timed]:
     )
     yield Timed(
         "product",
-        lambda: kept.along(laid[0]),
+        lambda: kept.along(vectors[0]),
         judged(lambda result: on_the_long_side(result) / SCALE, basis, not tall),
         [cost("product", across=False)],
     )
     # By a quarter of the basis: half of what is left beside a half.
-    squares = torch.zeros_like(kept.along(laid[0])[1])
+    squares = torch.zeros_like(kept.along(vectors[0])[1])
     squares.view(*shape, -1)[..., 0] = 0.5
     damping = 0.5 * (min(m, n) - k)
     yield Timed(
         "shifted product",
-        lambda: kept.across(laid[1], laid[0], squares, damping),
+        lambda: kept.across(vectors[1], vectors[0], squares, damping),
         judged(lambda result: on_the_short_side(result) + 0.25 * basis, product, tall),
         [cost("shifted product", across=True)],
     )
