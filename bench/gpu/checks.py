@@ -189,7 +189,7 @@ def judge_units(basis: Tensor, rows: Tensor, dtype: torch.dtype) -> float:
     bound = (1 + 2.0**-8) * (rounding + rounding.mT + amplified) + 2 * (half + terms)
     unit = worst((basis @ basis.mT - identity).abs(), bound)
     # A rounding of every number, relative to rows of length 1.
-    outside = basis - torch.linalg.lstsq(rows.mT, basis.mT).solution.mT @ rows
+    outside = basis - torch.cholesky_solve(rows @ basis.mT, lower).mT @ rows
     return max(unit, worst(outside.norm(dim=-1), (half + terms * inverse.abs().sum(-1)) * (1 + 2.0**-8)))
 
 

@@ -19,7 +19,7 @@ from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 
 # What takes no time: sums of partial results, and numbers of whole tensors.
-SMALL = {"sum_tiles_kernel", "sum_runs_kernel", "judge_kernel", "row_coefficients_kernel"}
+SMALL = {"sum_tiles_kernel", "sum_runs_kernel", "shift_kernel", "judge_kernel", "row_coefficients_kernel"}
 
 
 @pytest.mark.parametrize("config", [MergeConfig.r2m(), MergeConfig.r2m(rank=1.0)], ids=["default", "rows"])
