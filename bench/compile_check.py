@@ -45,7 +45,9 @@ from triton.runtime.driver import driver
 from bench.gpu.cases import cases
 from r2m_kernels import _backends, _triton
 from r2m_kernels._interface import Effort, ResidualGroup
-from r2m_kernels._triton import ahead, launch
+from r2m_kernels._triton import ahead, launch, units
+from r2m_kernels._triton.addresses import SCALE
+from r2m_kernels._triton.orthonormalize import Blocks
 
 CPU = torch.device("cpu")
 
@@ -160,6 +162,8 @@ def situations() -> Iterator[Callable[[], object]]:
     group = ResidualGroup([base], [[base]] * 3, *numbers, 136)
     for carefully in (False, True):
         yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None, carefully=carefully))
+    odd = Blocks([(1, 16, 63)], CPU)  # and rows of length 1 that are no whole vectors
+    yield functools.partial(units.unit_rows, odd, odd.vectors(torch.float16), vector_scale=SCALE)
 
 
 def launches(target: str) -> list[Launch]:

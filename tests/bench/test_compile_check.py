@@ -59,6 +59,7 @@ def choosable(target):
                     config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
+    found.add(("residual_gram_kernel", launch.residual_gram(target)))
     found.add(("units_gram_kernel", launch.units_gram(target)))
     found.add(("units_factor_kernel", launch.units_factor(target)))
     found.add(("units_product_kernel", launch.units_product(target)))
@@ -90,7 +91,10 @@ print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) fo
 
 def test_every_entry_of_the_table_is_reachable_and_well_formed():
     table = launch.table()
-    sizes = {"task_gram": launch.GramConfig, **dict.fromkeys(("combine_vector", "form_residuals"), launch.VectorConfig)}
+    sizes = {
+        "task_gram": launch.GramConfig,
+        **dict.fromkeys(("combine_vector", "form_residuals", "unit_rows"), launch.VectorConfig),
+    }
     for operator, targets in table.items():
         assert tuple(targets) == launch.TARGETS
         known = {field.name for field in fields(sizes.get(operator, launch.MatmulConfig))}

@@ -158,6 +158,19 @@ def test_a_residual_that_is_nothing_stays_nothing_beside_others():
     assert torch.equal(found.right[0], alone.right[0])
 
 
+def test_a_residual_has_the_bits_it_has_beside_one_of_a_rank_with_other_tiles():
+    groups = [
+        group_of(matrix_with(spectrum("linear", min(shape)), *shape), rank)
+        for shape, rank in (((80, 72), 66), ((144, 152), 130))
+    ]
+    one, effort = torch.eye(1, dtype=torch.float64), Effort(0, 0, None)
+    together = _triton.shifted_truncation(groups, one, effort)
+    for group, beside in zip(groups, together, strict=True):
+        (alone,) = _triton.shifted_truncation([group], one, effort)
+        for name in ("left", "right", "energies"):
+            assert torch.equal(getattr(beside, name), getattr(alone, name))
+
+
 @pytest.mark.parametrize(
     ("short", "rank", "by_gram", "steps"),
     [(1024, 410, True, 2), (1024, 410, False, 3), (512, 205, True, 3), (1024, 103, True, 2), (1024, 16, False, 6)],

@@ -104,7 +104,8 @@ def test_steep_spectra_are_left_to_the_careful_method(monkeypatch, kind):
 
 # Operands that were cut off after so many bits, as tf32's are, lost 8 per cent at 1.15e-3, and 2 at 2.4e-3.
 @pytest.mark.parametrize(
-    ("share", "method"), [(5e-4, "textbook"), (1.3e-3, "shifted"), pytest.param(5e-3, "shifted", marks=SLOW)]
+    ("share", "method"),
+    [(1e-5, "textbook"), (5e-4, "shifted"), *(pytest.param(at, "shifted", marks=SLOW) for at in (1.3e-3, 5e-3))],
 )
 def test_nearly_steep_spectra_are_within_the_bound_too(monkeypatch, share, method):
     multiply_in_tf32(monkeypatch)

@@ -148,8 +148,8 @@ def test_experts_of_a_tensor_share_their_signs_and_tensors_do_not():
 
 
 def test_more_residuals_than_a_program_forms_and_tiles_than_one():
-    # Two tiles of 128 vectors, and of 256 numbers on both sides; the largest rank decides for all.
-    problem = Problem([((40, 24), 6, 1), ((272, 264), 140, 1)], count=5)
+    # Two tiles of 128 vectors, and of 256 numbers on both sides of one.
+    problem = Problem([((144, 136), 130, 1), ((272, 264), 140, 1)], count=5)
     kept = problem.kept
     assert (kept._product.rows, kept._product.columns) == (128, 256)
     given, exact = problem.vectors(kept.short, torch.float16, SCALE)
@@ -249,10 +249,10 @@ def test_residuals_are_given_back_before_others_are_formed(monkeypatch):
 
     monkeypatch.setattr(Residuals, "form", watched)
     groups = []
-    for shape, rank, size in (*ALIGNED, *ODD):  # two of them at most go together
+    for shape, _, size in (*ALIGNED, *ODD):  # these and those go together
         bases, experts, tau = inputs(shape, torch.float32, 3, tensors=size)
         energies = torch.einsum("ji,lje->lie", mixing_of(3), tau).square().sum(2)
-        groups.append(ResidualGroup(bases, experts, torch.arange(size), energies, rank))
+        groups.append(ResidualGroup(bases, experts, torch.arange(size), energies, 1))
     _triton.shifted_truncation(groups, mixing_of(3), Effort(0, 0, None))
     sizes = [sum(3 * size * max(shape) * padded(min(shape)) for shape, _, size in some) for some in (ALIGNED, ODD)]
     assert most == sizes
