@@ -22,9 +22,7 @@ from torch import Tensor
 from bench import cost_model
 from bench.cost_model import Chip, Job, StepCost
 from bench.gpu import checks, default_operators
-from bench.gpu.groups import RANK, laid
-from bench.gpu.groups import GroupOf as GroupOf
-from bench.gpu.groups import Timed as Timed
+from bench.gpu.groups import RANK, GroupOf, Timed, laid
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, copy_bandwidth, predicting_chip, table
 from r2m_kernels import _triton
 from r2m_kernels._triton.addresses import SCALE
