@@ -348,7 +348,7 @@ class Operators(Protocol):
         """
         ...
 
-    def row_lengths(self, left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+    def row_lengths(self, left: Tensor, right: Tensor, orthogonal: bool, orthonormal: bool = False) -> Tensor:
         """‖row of left_li right_li‖: (L, N, m) float64 where they are.
 
         A matrix's numbers depend on it alone.
@@ -356,6 +356,7 @@ class Operators(Protocol):
         Args:
             left, right: (L, N, m, r) and (L, N, r, n).
             orthogonal: the rows of each right factor are, to the compute dtype's rounding.
+            orthonormal: and of length 1, so that a backend may do without right factors.
         """
         ...
 

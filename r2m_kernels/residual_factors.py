@@ -52,7 +52,9 @@ class ResidualFactors:
                     self._lengths[key] = self._run.factors.row_lengths(*key)
                 elif (whole := self._whole(tensor)) is not None:
                     left, right = (side.to(self._run.device).unsqueeze(0) for side in (whole.left, whole.right))
-                    self._lengths[key] = operators.row_lengths(left, right, whole.orthogonal_rows)[0]
+                    self._lengths[key] = operators.row_lengths(
+                        left, right, whole.orthogonal_rows, whole.orthonormal_rows
+                    )[0]
             return self._lengths.get(key)
 
     def _stored(self, tensor: PlannedTensor) -> bool:

@@ -164,9 +164,9 @@ class LowRank(Term):
         scale: Tensor | None = self.scale
         if self.rows is not None:
             if self.lengths is None:
-                known = [factors.orthogonal_rows for factors in self.factors]
+                known = [(factors.orthogonal_rows, factors.orthonormal_rows) for factors in self.factors]
                 # A tensor's numbers do not depend on what is known of others in its group.
-                of_kind = {kind: operators.row_lengths(left, right, kind) for kind in set(known)}
+                of_kind = {kind: operators.row_lengths(left, right, *kind) for kind in set(known)}
                 lengths = stacked([of_kind[kind][place] for place, kind in enumerate(known)])
             else:
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)

@@ -149,11 +149,10 @@ class _Group:
         product = torch.einsum("i,imr,irn->mn", scale.to(self.tau), left.double().abs(), right.double().abs())
         # As if of the products themselves, whose sums of n and r terms are rounded in float64 alone.
         size = (self.shape[1] + 2 * left.shape[2]) * (lefts.double().abs() @ rights.double().abs()).norm(dim=3)
-        for orthogonal in (False, True):
-            how = "orthogonal rows" if orthogonal else "any rows"
+        for known, how in ((), "any rows"), ((True,), "orthogonal rows"), ((True, True), "orthonormal rows"):
 
-            def measured(our: Operators, orthogonal: bool = orthogonal) -> Tensor:
-                return our.row_lengths(lefts, rights, orthogonal)
+            def measured(our: Operators, known: tuple[bool, ...] = known or (False,)) -> Tensor:
+                return our.row_lengths(lefts, rights, *known)
 
             yield self.case("row_lengths", how, measured, size, torch.float64)
         lengths = _torch.row_lengths(lefts, rights, False)

@@ -68,7 +68,12 @@ class Factors:
     @property
     def orthogonal_rows(self) -> bool:
         """Whether the rows of each right factor are orthogonal."""
-        return self.ordered or self.basis == "right"
+        return self.ordered or self.orthonormal_rows
+
+    @property
+    def orthonormal_rows(self) -> bool:
+        """Whether they have length 1, too."""
+        return self.basis == "right"
 
     def energies(self) -> Tensor:
         """‖F_i‖²: (N,) float64 on the CPU."""
@@ -168,7 +173,7 @@ def inner_products(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
     return product_of_sides(row_blocks(left), row_blocks(right.mT), orthogonal)
 
 
-def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+def row_lengths(left: Tensor, right: Tensor, orthogonal: bool, orthonormal: bool = False) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     if left.device.type != "cpu":
         return lengths_of_rows([left], [right], orthogonal)

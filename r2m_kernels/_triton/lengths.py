@@ -28,13 +28,14 @@ def row_lengths_kernel(
     rank,
     left_stride,
     right_stride,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """lengths[b, row] = √Σ_c left[b, c, row]² ‖right[b, c]‖², float64, a few components after others.
 
-    left (B, rank, m), right (B, rank, n), whose components are orthogonal: every program of a matrix sums their squares
-    again, of which there are few, for one launch less.
+    left (B, rank, m), right (B, rank, n), whose components are orthogonal, and with UNIT of length 1: else every
+    program of a matrix sums their squares again, for one launch less.
     """
     block = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -46,13 +47,16 @@ def row_lengths_kernel(
         at = block * rank + components
         mask = there[:, None] & inside[None, :]
         value = tl.load(left + (at * left_stride)[:, None] + rows[None, :], mask=mask, other=0.0).to(tl.float64)
-        squares = tl.zeros((DEPTH, BLOCK), tl.float64)
-        for start in range(0, n, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            within = there[:, None] & (columns < n)[None, :]
-            one = tl.load(right + (at * right_stride)[:, None] + columns[None, :], mask=within, other=0.0)
-            squares += one.to(tl.float64) * one.to(tl.float64)
-        total += tl.sum(value * value * tl.sum(squares, axis=1)[:, None], axis=0)
+        value *= value
+        if not UNIT:
+            squares = tl.zeros((DEPTH, BLOCK), tl.float64)
+            for start in range(0, n, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                within = there[:, None] & (columns < n)[None, :]
+                one = tl.load(right + (at * right_stride)[:, None] + columns[None, :], mask=within, other=0.0)
+                squares += one.to(tl.float64) * one.to(tl.float64)
+            value *= tl.sum(squares, axis=1)[:, None]
+        total += tl.sum(value, axis=0)
     tl.store(lengths + block * m + rows, tl.sqrt(total), mask=inside)
 
 
@@ -83,7 +87,7 @@ def mixed_lengths_kernel(left, gram, lengths, m, rank, stride, SIDE: tl.constexp
     tl.store(lengths + block * m + rows, tl.sqrt(tl.where(total < 0.0, 0.0, total)), mask=rows < m)
 
 
-def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
+def row_lengths(left: Tensor, right: Tensor, orthogonal: bool, orthonormal: bool = False) -> Tensor:
     """See :class:`r2m_kernels._interface.Operators`."""
     size, count, m, rank = left.shape
     lengths = torch.empty(size * count, m, dtype=torch.float64, device=left.device)
@@ -104,6 +108,7 @@ def row_lengths(left: Tensor, right: Tensor, orthogonal: bool) -> Tensor:
             rank,
             lefts.stride(-2),
             rights.stride(-2),
+            UNIT=orthonormal,
             BLOCK=config.block,
             DEPTH=DEPTH,
         )

@@ -169,19 +169,22 @@ def test_combine_takes_a_coefficient_of_each_row(backend, shape, dtype, rank):
     outputs.check(exact, bound, largest)
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["any", "orthogonal"])
+@pytest.mark.parametrize(
+    "known", [(False, False), (True, False), (True, True)], ids=["any", "orthogonal", "orthonormal"]
+)
 @pytest.mark.parametrize("power", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, power, ordered):
+def test_rows_of_factors_are_weighed_by_their_residuals_lengths(backend, dtype, power, known):
     left, right = torch.randn(2, 3, 37, 5, dtype=dtype), torch.randn(2, 3, 5, 53, dtype=dtype)
     left[:, :, 4] = 0.0  # a row without residuals
     left[0, 1, 7] = 0.0
     scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    ordered, orthonormal = known
     if ordered:  # each component by itself
-        right = torch.linalg.qr(right.mT).Q.mT * torch.linspace(3, 1, 5, dtype=dtype).view(5, 1)
+        right = torch.linalg.qr(right.mT).Q.mT * torch.linspace(3, 1, 5, dtype=dtype).view(5, 1) ** (not orthonormal)
     operators_of, exact = operators(backend), (left.double() @ right.double()).norm(dim=3)
-    found = operators_of.row_lengths(left, right, ordered)
+    found = operators_of.row_lengths(left, right, *known)
     assert found.dtype == torch.float64
     # Sums of 53 and of 25 or 5 products; where rows are said to be orthogonal, float32 ones are so to 4 u only.
     assert ((found - exact).abs() <= (4 * UNIT[dtype] if ordered else 40 * 2.0**-53) * exact).all()
