@@ -26,6 +26,7 @@ import argparse
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -35,10 +36,13 @@ from bench.chips import Kind as Kind
 from bench.shapes import MODELS as MODELS
 from bench.shapes import Shapes as Shapes
 from r2m_kernels import MergeConfig
+from r2m_kernels._interface import Effort
 from r2m_kernels._stream.blocks import padded
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton import launch, residuals
+from r2m_kernels._triton import gram_start, launch, residuals, truncate
+from r2m_kernels._triton.combine import ROWS_OF_A_TILE
+from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.task_gram import BLOCK_OF_EXPERTS
 
 NOTE = "predicted, not measured"
@@ -81,7 +85,7 @@ class StepCost:
 
     step: str
     kind: Kind  # of the flops
-    flops: int = 0  # of the mathematics, 2 a multiply-add
+    flops: int = 0  # of the mathematics, 2 a multiply-add; of Gram matrices of residuals what their large tiles do
     bytes_read: int = 0  # compulsory
     bytes_written: int = 0
     input_bytes: int = 0  # the part of bytes_read that is checkpoints
@@ -135,16 +139,28 @@ def task_gram_cost(elements: int, tensors: int, job: Job) -> StepCost:
     One that serves a block and itself loads it twice then.
     """
     config = launch.task_gram(job.target, job.dtype, job.experts, job.aligned)
+    sums = (job.experts**2 + 1) * SUM_BYTES * tensors  # the last is of the base
+    partial_sums = sums * _tiles(elements, config.steps * config.block)
+    return _gram_of_tasks("task Gram", tensors * elements, partial_sums, partial_sums + sums, job)
+
+
+def row_grams_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
+    """The same row by row, of the pairs of experts alone; sums over rows as well."""
+    rows = (job.experts * (job.experts + 1) // 2 + 1) * tensors * SUM_BYTES
+    return _gram_of_tasks("Gram of rows", tensors * m * n, rows * m, rows * (m + 1), job)
+
+
+def _gram_of_tasks(step: str, elements: int, partial_sums: int, written: int, job: Job) -> StepCost:
+    """From one read of the inputs; partial sums are read again."""
     blocks = [min(BLOCK_OF_EXPERTS, job.experts - first) for first in range(0, job.experts, BLOCK_OF_EXPERTS)]
     pairs = [(row, column) for row in range(len(blocks)) for column in range(row + 1)]
-    plane = job.plane(tensors * elements)
-    fetched = plane * sum(1 + blocks[row] + (blocks[column] if row != column else 0) for row, column in pairs)
-    sums = (job.experts**2 + 1) * SUM_BYTES * tensors  # the last is of the base
-    inputs, partial_sums = (job.experts + 1) * plane, sums * _tiles(elements, config.steps * config.block)
-    flops = tensors * elements * job.experts * (job.experts + 1)
-    read, written = inputs + partial_sums, partial_sums + sums
-    loaded = fetched + (0 if config.diagonal else job.experts * plane) + partial_sums
-    return StepCost("task Gram", "fp64", flops, read, written, inputs, fetched, loaded, launches=2)
+    plane = job.plane(elements)
+    inputs, fetched = (job.experts + 1) * plane, 0
+    for row, column in pairs:
+        fetched += plane * (1 + blocks[row] + (blocks[column] if row != column else 0))
+    flops, diagonal = elements * job.experts * (job.experts + 1), job.aligned and len(blocks) == 1
+    loaded = fetched + (0 if diagonal else job.experts * plane) + partial_sums
+    return StepCost(step, "fp64", flops, inputs + partial_sums, written, inputs, fetched, loaded, launches=2)
 
 
 def residual_matmul_cost(step: str, m: int, n: int, tensors: int, k: int, job: Job, transpose: bool) -> StepCost:
@@ -167,26 +183,58 @@ def form_residuals_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
     return StepCost("form residuals", "fp32", 0, inputs, written, inputs, inputs * times, inputs * times, launches=1)
 
 
+def residual_gram_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
+    """K = AᵀA of residuals that are kept: tiles on or below the diagonal, each written on its other side too."""
+    config, blocks = launch.residual_gram(job.target), job.experts * tensors
+    long, short = max(m, n), min(m, n)
+    tiles = [(row, column) for row in range(0, short, config.rows) for column in range(0, row + 1, config.columns)]
+    sides = sum(min(config.rows, short - row) + min(config.columns, short - column) for row, column in tiles)
+    flops = 2 * blocks * long * len(tiles) * config.rows * config.columns
+    read, written, loaded = (blocks * side * HALF_BYTES for side in (long * short, short * short, sides * long))
+    return StepCost("Gram K = AᵀA", _kind(config), flops, read, written, loaded_bytes=loaded, launches=1)
+
+
 def residual_product_cost(
-    step: str, m: int, n: int, tensors: int, k: int, job: Job, across: bool, signs: bool = False, last: bool = False
+    step: str,
+    m: int,
+    n: int,
+    tensors: int,
+    k: int,
+    job: Job,
+    across: bool,
+    signs: bool = False,
+    last: bool = False,
+    by_gram: bool = False,
+    paired: bool = False,
 ) -> StepCost:
-    """Vectors times a residual that is kept, onto its long side, or ``across``; the ``last`` product is a factor.
+    """Vectors times a matrix that is kept, onto its long side, or ``across``; the ``last`` product is a factor.
 
     Random ``signs`` are made in registers; other vectors come as float16, and go so onto the long side, but the last.
+    On the road ``by_gram`` the last basis comes and the sketch goes as float16, too; ``paired`` with what they become,
+    vectors are read once more.
     """
-    config = launch.residual_product(job.target, torch.float32, job.aligned, k)
+    # What pairs are summed with takes registers that a wide tile has not.
+    config = launch.residual_product(job.target, torch.float32, job.aligned, k if last or not by_gram else 0)
     long, short = max(m, n), min(m, n)
     outer, inner = (short, long) if across else (long, short)
     row_tiles, column_tiles = _tiles(k, config.rows), _tiles(outer, config.columns)
     column = job.experts * k * tensors  # numbers of all vectors of length 1
     kept = job.experts * m * n * tensors * HALF_BYTES
-    come = 0 if signs else column * inner * (FACTOR_BYTES if last else HALF_BYTES)
-    subtracted = column * outer * HALF_BYTES if across and not signs else 0
+    come = 0 if signs else column * inner * (FACTOR_BYTES if last and not by_gram else HALF_BYTES)
+    again = column * outer * HALF_BYTES if paired or (across and not signs) else 0
     squares = 0 if across else job.experts * tensors * row_tiles * column_tiles * SUM_BYTES
-    read, loaded = kept + come + subtracted, kept * row_tiles + come * column_tiles + subtracted
-    written = column * outer * (FACTOR_BYTES if across or last else HALF_BYTES) + squares
+    # What is paired are the vectors themselves.
+    read, loaded = kept + come + (0 if paired else again), kept * row_tiles + come * column_tiles + again
+    written = column * outer * (FACTOR_BYTES if last or (across and not by_gram) else HALF_BYTES) + squares
     flops = 2 * m * n * k * job.experts * tensors
     return StepCost(step, _kind(config), flops, read, written, loaded_bytes=loaded, launches=1)
+
+
+def shifts_cost(short: int, tensors: int, k: int, job: Job) -> StepCost:
+    """What a step's basis leaves out of every residual, from the sums of its product's tiles."""
+    config, blocks = launch.residual_product(job.target, torch.float32, job.aligned, 0), job.experts * tensors
+    sums = blocks * _tiles(k, config.rows) * _tiles(short, config.columns) * SUM_BYTES
+    return StepCost("steps: shifts", "fp64", 0, sums, blocks * FACTOR_BYTES, loaded_bytes=sums, launches=1)
 
 
 def vectors_gram_cost(step: str, k: int, length: int, blocks: int, job: Job) -> StepCost:
@@ -346,11 +394,82 @@ def combine_matrix_cost(m: int, n: int, tensors: int, rank: int, job: Job, round
     return StepCost("combine: matrices", _kind(config), flops, read, written, inputs, inputs, loaded, launches=1)
 
 
+def row_coefficients_cost(m: int, tensors: int, job: Job) -> StepCost:
+    """Shares of rows, from their Gram matrices; they are written twice, and read again for each of the experts."""
+    grams, found = (job.experts * rest * tensors * m * SUM_BYTES // 2 for rest in (job.experts + 1, 2))
+    written, loaded = 2 * found + found * FACTOR_BYTES // SUM_BYTES, job.experts * grams + (1 + job.experts) * found
+    return StepCost("coefficients of rows", "fp64", 0, grams, written, loaded_bytes=loaded, launches=1)
+
+
+def combine_rows_cost(m: int, n: int, tensors: int, job: Job) -> StepCost:
+    """Merged matrices of whole residuals, with coefficients for every row; each tile reads those of its rows."""
+    config, rows = launch.combine_vector(job.target, job.aligned), ROWS_OF_A_TILE
+    plane = job.plane(m * n * tensors)
+    inputs, coefficients = (job.experts + 1) * plane, job.experts * tensors * FACTOR_BYTES
+    loaded = inputs + coefficients * rows * _tiles(m, rows) * _tiles(n, config.block // rows)
+    read, flops = inputs + coefficients * m, 3 * m * n * tensors * job.experts
+    return StepCost("combine: rows", "fp32", flops, read, plane, inputs, inputs, loaded, launches=1)
+
+
 def combine_vector_cost(elements: int, tensors: int, job: Job) -> StepCost:
     """Merged vectors: a difference and a multiply-add an element and expert."""
     plane, read = job.plane(elements * tensors), job.experts - job.unread
     inputs, flops = (read + 1) * plane, 3 * elements * tensors * read
     return StepCost("combine: vectors", "fp32", flops, inputs, plane, inputs, inputs, inputs, launches=1)
+
+
+class Road(NamedTuple):
+    """How residuals of one shape are truncated.
+
+    Attributes:
+        vectors: rows and columns are whole vectors of operands.
+        by_gram: from their Gram matrices.
+        steps: of subspace iteration.
+    """
+
+    vectors: bool
+    by_gram: bool
+    steps: int
+
+
+def road_of(m: int, n: int, k: int, job: Job, power_iterations: int) -> Road:
+    """As the backend itself goes, of residuals that are neither steep nor of few directions."""
+    tensor = torch.empty(m, n, dtype=job.dtype, device="meta")
+    group, short = matrix_group([tensor], [[tensor]]), min(m, n)
+    vectors = job.aligned and residuals.fits(group)
+    by_gram = vectors and gram_start.worth_it(short, k) and group.compute_dtype == torch.float32
+    return Road(vectors, by_gram, truncate._steps(Effort(power_iterations, 0, None), k, short, by_gram))
+
+
+def truncation_costs(m: int, n: int, tensors: int, k: int, job: Job, road: Road) -> list[StepCost]:
+    """From forming residuals to the last product."""
+    job, short, blocks = replace(job, aligned=road.vectors), min(m, n), job.experts * tensors
+    product = functools.partial(residual_product_cost, tensors=tensors, k=k, job=job)
+    form = form_residuals_cost(m, n, tensors, job)
+    if not road.by_gram:
+        passes = {"passes": 2 + road.steps, "halves": road.steps}
+        return [
+            form,
+            product("sketch V = AᵀS", m, n, across=True, signs=True),
+            product("steps Y = AV", m, n, across=False).times(road.steps),
+            product("steps V = AᵀY − shift·V", m, n, across=True).times(road.steps),
+            # Once after the sketch and every step, twice at the end.
+            *orthonormalize_costs(k, short, blocks, job, **passes),
+            product("final Y = AV", m, n, across=False, last=True),
+        ]
+    of_grams = functools.partial(product, m=short, n=short, by_gram=True)
+    return [
+        form,
+        residual_gram_cost(m, n, tensors, job),
+        of_grams("sketch V = KS", across=True, signs=True),
+        of_grams("steps KV", across=False, paired=True).times(road.steps),
+        shifts_cost(short, tensors, k, job).times(road.steps),
+        unit_rows_cost(k, short, blocks, job, HALF_BYTES),
+        unit_rows_cost(k, short, blocks, job, HALF_BYTES, subtracted=True).times(road.steps),
+        # Once after the sketch and every step, and once more at the end.
+        *quick_orthonormalize_costs(k, short, blocks, job, passes=2 + road.steps),
+        product("final Y = AV", m, n, across=False, last=True, by_gram=True),
+    ]
 
 
 def merge_costs(
@@ -367,8 +486,9 @@ def merge_costs(
     Args:
         model: what is merged.
         job: how.
-        rank: a ratio of min(m, n), rounded up, or an integer ≥ 1; that many columns are sketched.
-        power_iterations: of the sketch.
+        rank: a ratio of min(m, n), rounded up, or an integer ≥ 1; that many columns are sketched. Matrices that keep
+            all are weighted by rows as they are.
+        power_iterations: the least number of steps.
         group_bytes: inputs that one launch serves, at most; ``None``: all tensors of a shape.
         by_rows: rows are weighted, and no inner products wanted.
         rounded: factors are combined in bfloat16.
@@ -382,25 +502,24 @@ def merge_costs(
     matrices = [(m, n, size) for m, n, count in model.matrices for size in groups(m * n, count)]
     vectors = [(elements, size) for elements, count in model.vectors for size in groups(elements, count)]
     costs = [StepCost("transfer", "fp32", bytes_written=inputs, link_bytes=inputs)]
-    costs += [task_gram_cost(*flat, job) for flat in [(m * n, count) for m, n, count in matrices] + vectors]
-    taken = group_bytes or inputs
+    limit = taken = group_bytes or inputs
+    served: set[Road] = set()
+    costs += [task_gram_cost(*flat, job) for flat in vectors]
     for m, n, count in matrices:
-        k, passes = truncation_rank(rank, (m, n)), {"passes": 2 + power_iterations, "halves": power_iterations}
-        product = functools.partial(residual_product_cost, m=m, n=n, tensors=count, k=k, job=job)
-        truncation = [
-            form_residuals_cost(m, n, count, job),
-            product("sketch V = AᵀS", across=True, signs=True),
-            product("steps Y = AV", across=False).times(power_iterations),
-            product("steps V = AᵀY − shift·V", across=True).times(power_iterations),
-            # Once after the sketch and every step, twice at the end.
-            *orthonormalize_costs(k, min(m, n), job.experts * count, job, **passes),
-            product("final Y = AV", across=False, last=True),
-        ]
+        k = truncation_rank(rank, (m, n))
+        if by_rows and k == min(m, n):
+            costs += [row_grams_cost(m, n, count, job), row_coefficients_cost(m, count, job)]
+            costs.append(combine_rows_cost(m, n, count, job))
+            continue
+        costs.append(task_gram_cost(m * n, count, job))
+        road = road_of(m, n, k, job, power_iterations)
+        truncation = truncation_costs(m, n, count, k, job, road)
         taken += (job.experts + 1) * job.plane(m * n * count)
-        if taken <= (group_bytes or inputs):  # one launch serves all shapes of a pass
+        if taken > limit:  # another pass
+            taken, served = (job.experts + 1) * job.plane(m * n * count), set()
+        if road in served:  # one launch serves all shapes of a pass that go one road
             truncation = [replace(cost, launches=0) for cost in truncation]
-        else:
-            taken = (job.experts + 1) * job.plane(m * n * count)
+        served.add(road)
         costs += [
             *truncation,
             *(

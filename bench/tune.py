@@ -26,8 +26,11 @@ from typing import Any
 
 import torch
 
+from bench import cost_model
 from bench.cost_model import Job
-from bench.gpu.operators import GroupOf, Timed, operators
+from bench.gpu import default_operators
+from bench.gpu.groups import RANK, GroupOf, Timed
+from bench.gpu.operators import operators
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, table
 from bench.machine import RESULTS, ROOT, write_text
 from r2m_kernels._triton import launch
@@ -47,26 +50,46 @@ LIMITS = {
 SMALL = {"stages": (1, 4), "experts": (1, 4)}
 # Registers that a program's sums may take, of 65,536: the rest is for operands and addresses.
 ACCUMULATORS = 4 * 64 * 128
+# Operators of which one side of a tile is a multiple of the other.
+WHOLE = {"residual_gram": ("columns", "rows"), "units_factor": ("rows", "columns")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """An entry of the launch table, and the cases of ``bench.gpu.operators`` whose time it decides."""
+    """An entry of the launch table, and the cases of ``bench.gpu.operators`` whose time it decides.
+
+    Or, ``default``, of ``bench.gpu.default_operators``, at the default's rank.
+    """
 
     operator: str
     variant: str
     job: Job
     timed: tuple[str, ...]
+    default: bool = False
+
+    @property
+    def rank(self) -> float:
+        return cost_model.RANK if self.default else RANK
+
+    def cases(self, group: GroupOf) -> list[Timed]:
+        listed = default_operators.operators if self.default else operators
+        return [case for case in listed(group) if case.operator in self.timed]
 
 
 def knobs(target: str) -> list[Knob]:
     """What costs most comes first."""
     full = launch.full_precision(target)
     single, half, many = Job(3, torch.float32, target), Job(3, torch.bfloat16, target), Job(8, torch.float32, target)
-    products = ("sketch", "product", "shifted product", "final product")
+    products, of_grams = ("product", "shifted product"), ("sketch of a Gram", "paired product")
     return [
-        Knob("residual_product", "fp16/wide", single, products),
+        Knob("residual_product", "fp16", single, of_grams, default=True),
+        Knob("residual_gram", "fp16", single, ("Gram of residuals",), default=True),
+        Knob("residual_product", "fp16/wide", single, ("final product, float16 vectors",), default=True),
+        Knob("units_product", "fp16", single, ("quick pass",), default=True),
+        Knob("units_factor", full, single, ("quick pass",), default=True),
+        Knob("units_gram", "fp16", single, ("quick pass",), default=True),
         Knob("combine_rounded", "bf16", single, ("combine, default rank, bfloat16 factors",)),
+        Knob("residual_product", "fp16", single, products),
         Knob("combine_matrix", full, single, ("combine",)),
         Knob("form_residuals", "aligned", single, ("form residuals",)),
         Knob("task_gram", "32-bit", single, ("task_gram",)),
@@ -79,8 +102,11 @@ def knobs(target: str) -> list[Knob]:
 
 
 def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Configurations that differ in one field (rows and columns are one in ``vectors_gram``); and the tile turned."""
-    if tiles.get("rows") != tiles.get("columns"):
+    """Configurations that differ in one field (rows and columns are one in Gram matrices of vectors); the tile turned.
+
+    Some kernels want tiles of whole blocks on one side: see there.
+    """
+    if tiles.get("rows") != tiles.get("columns") and knob.operator not in WHOLE:
         yield {**tiles, "rows": tiles["columns"], "columns": tiles["rows"]}
     for field, value in tiles.items():
         if field in SMALL:
@@ -91,8 +117,11 @@ def neighbours(knob: Knob, tiles: dict[str, int]) -> Iterator[dict[str, int]]:
             values = [one for one in (value // 2, value * 2) if low <= one <= high]
         for one in values:
             changed = {**tiles, field: one}
-            if knob.operator == "vectors_gram" and field in ("rows", "columns"):
+            if knob.operator in ("vectors_gram", "units_gram") and field in ("rows", "columns"):
                 changed |= {"rows": one, "columns": one}
+            larger, smaller = WHOLE.get(knob.operator, ("", ""))
+            if larger and changed[larger] % changed[smaller]:
+                continue
             sums = changed.get("rows", 1) * changed.get("columns", 1) * changed.get("experts", 1)
             if sums <= ACCUMULATORS and changed != tiles:
                 yield changed
@@ -122,7 +151,7 @@ def judged(knob: Knob, chosen: list[Timed], stopwatch: Stopwatch, session: Sessi
 def tuned(knob: Knob, stopwatch: Stopwatch, session: Session, group: GroupOf) -> Iterator[dict[str, Any]]:
     """A row a configuration, the current one first; the launch table is left with the fastest."""
     variants = launch.table()[knob.operator][session.target]
-    chosen = [case for case in operators(group) if case.operator in knob.timed]
+    chosen = knob.cases(group)
     best = dict(variants[knob.variant])
     fastest, problem = judged(knob, chosen, stopwatch, session)
     yield {"tiles": best, "milliseconds": fastest, "problem": problem, "kept": problem is None}
@@ -162,7 +191,7 @@ def run(session: Session, record: Record) -> bool:
         if session.left() < 8:
             break
         left.pop(0)
-        group = GroupOf.made(session, shape, knob.job, size)
+        group = GroupOf.made(session, shape, knob.job, size, knob.rank)
         first: float | None = None
         fastest: float | None = None
         for index, row in enumerate(tuned(knob, stopwatch, session, group)):

@@ -120,11 +120,103 @@ def judge_sketch(rows: Tensor, base: Tensor, experts: Sequence[Tensor], mixing: 
     The mean over the k rows of a result stays within six of its standard deviations.
     """
     x = residuals(base, experts, mixing)
-    gram = x @ x.mT if transpose else x.mT @ x
+    return judge_signs(rows, x if transpose else x.mT)
+
+
+def judge_signs(rows: Tensor, x: Tensor) -> float:
+    """The same of matrices that are known, (N, s, ·), of which every row is a sum with random signs."""
+    gram = x @ x.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
     variance = 2 * (gram.square().sum((1, 2)) - diagonal.square().sum(1))
     mean = rows.double().square().mean(1).sum(1)
     return worst((mean - diagonal.sum(1)).abs(), 6 * (variance / rows.shape[1]).sqrt())
+
+
+def _of_operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A product of operands as they are stored, and what it may miss: sums of K terms cost about √K roundings."""
+    return left @ right, (5 + 2 * math.sqrt(left.shape[-1])) * U * (left.abs() @ right.abs())
+
+
+def _as_float16(exact: Tensor) -> Tensor:
+    """Half a unit in the last place of operands, which are stored times SCALE."""
+    return (2.0**-11 + 2.0**-20) * exact.abs() + 2.0**-25 / SCALE
+
+
+def judge_residual_gram(gram: Tensor, kept: Tensor) -> float:
+    """K = AᵀA, float16 times SCALE, of A as it was kept: (N, long, short) float64."""
+    exact, bound = _of_operands(kept.mT, kept)
+    return worst((gram.double() / SCALE - exact).abs(), bound + _as_float16(exact))
+
+
+def judge_paired(product: Tensor, shares: Tensor, basis: Tensor, gram: Tensor) -> float:
+    """V K of float16 operands V (N, k, s) and K (N, s, s) as they are stored, and Σ V K ∘ V: (N,).
+
+    That is summed in float32 along a row of a tile, of 256 numbers at most.
+    """
+    exact, bound = _of_operands(basis, gram)
+    wanted, size = (exact * basis).sum((1, 2)), (exact.abs() * basis.abs()).sum((1, 2))
+    missed = (bound * basis.abs()).sum((1, 2)) + (5 + 2 * math.sqrt(256)) * U * size
+    return max(
+        worst((product - exact).abs(), bound + _as_float16(exact)), worst((shares.to(exact) - wanted).abs(), missed)
+    )
+
+
+def judge_unit_rows(rows: Tensor, product: Tensor, subtracted: Tensor) -> float:
+    """W / ‖w‖, w = product − subtracted, (N, k, s): w has three roundings, its length those of a sum, and one more."""
+    w = product - subtracted
+    length = w.norm(dim=-1, keepdim=True)
+    exact, size = w / length, (product.abs() + subtracted.abs()) / length
+    # What w misses, its length misses too.
+    missed = 3 * U * (size + exact.abs() * (exact.abs() * size).sum(-1, keepdim=True))
+    bound = missed + (4 + 2 * math.sqrt(w.shape[-1])) * U * exact.abs() + _as_float16(exact)
+    return worst((rows - exact).abs(), bound)
+
+
+def judge_units(basis: Tensor, rows: Tensor, dtype: torch.dtype) -> float:
+    """V = U + (T − I) U, T U Uᵀ Tᵀ = I, (N, k, s): how far V Vᵀ is from I, and V from the span of U.
+
+    T − I = D is rounded to 11 bits: |V Vᵀ − I| ≤ u₁₁ (|D||L| + (|D||L|)ᵀ) to first order, U Uᵀ = L Lᵀ. The Gram matrix
+    has the roundings of its sums, and the factor and T about 2√k each, of entries that |T| multiplies from both sides.
+    Every number of V is rounded to ``dtype`` and comes from a sum of k terms: by Cauchy and Schwarz twice that of I.
+    """
+    identity = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
+    half, terms = 2.0**-11 if dtype == torch.float16 else U, (10 + 4 * math.sqrt(rows.shape[1])) * U
+    exact, missed = _of_operands(rows, rows.mT)
+    lower = torch.linalg.cholesky(exact)
+    inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    rounding = 2.0**-11 * (inverse - identity).abs() @ lower.abs()
+    amplified = inverse.abs() @ (missed + terms * lower.abs() @ lower.abs().mT) @ inverse.abs().mT
+    bound = (1 + 2.0**-8) * (rounding + rounding.mT + amplified) + 2 * (half + terms)
+    unit = worst((basis @ basis.mT - identity).abs(), bound)
+    # A rounding of every number, relative to rows of length 1.
+    outside = basis - torch.cholesky_solve(rows @ basis.mT, lower).mT @ rows
+    return max(unit, worst(outside.norm(dim=-1), (half + terms * inverse.abs().sum(-1)) * (1 + 2.0**-8)))
+
+
+def judge_lengths(lengths: Tensor, left: Tensor, right: Tensor, orthogonal: bool) -> float:
+    """‖row of leftᵀ right‖, (N, m) float64, of rows (N, r, m) and (N, r, n), those of right taken to be ``orthogonal``.
+
+    A square misses n + 2r roundings of the terms' magnitudes, and its root half of that over itself.
+    """
+    lefts, rights = left.double(), right.double()
+    if orthogonal:
+        exact = (lefts.square() * rights.square().sum(2, keepdim=True)).sum(1).sqrt()
+        magnitude = exact
+    else:
+        exact = (lefts.mT @ rights).norm(dim=2)
+        magnitude = (lefts.mT.abs() @ rights.abs()).norm(dim=2)
+    bound = (right.shape[2] + 2 * right.shape[1] + 8) * 2.0**-53 * magnitude.square() / exact
+    return worst((lengths - exact).abs(), bound)
+
+
+def judge_weighed(
+    out: Tensor, left: Tensor, lengths: Tensor, weights: Tensor, scales: Tensor, power: float, factors: Tensor
+) -> float:
+    """Rows of left factors (N, m, r) times their shares: float64's, rounded, times a factor; and once to its dtype."""
+    weights, scales, factors = (one.to(lengths).unsqueeze(1) for one in (weights, scales, factors))
+    shares = weights * (scales * lengths) ** power
+    exact = left.double() * (shares / shares.sum(0) * factors).unsqueeze(2)
+    return worst((out.double() - exact).abs(), (HALF_ULP[out.dtype] * (1 + 2.0**-8) + 6 * U) * exact.abs())
 
 
 def judge_basis(q: Tensor, y: Tensor) -> float:
@@ -187,12 +279,27 @@ def judge_rows(
     lengths = scales.unsqueeze(1) * torch.einsum("ji,jrk->irk", mixing, tau).norm(dim=2)
     shares = weights.unsqueeze(1) * (lengths / lengths.amax(0)) ** power
     coefficients = core.unsqueeze(1) + eta * mixing @ (shares / shares.sum(0))
+    return judge_by_rows(out, base, experts, coefficients.T)
+
+
+def judge_by_rows(out: Tensor, base: Tensor, experts: Sequence[Tensor], coefficients: Tensor) -> float:
+    """The same with coefficients that are known, (m, N)."""
+    tau = task_matrix(base, experts).reshape(len(experts), base.shape[0], -1)
+    coefficients = coefficients.to(tau).T
     exact = base.double().flatten(1) + torch.einsum("jr,jrk->rk", coefficients, tau)
     magnitude = base.double().flatten(1).abs() + torch.einsum("jr,jrk->rk", coefficients.abs(), tau.abs())
     bound = HALF_ULP[out.dtype] * exact.abs() * (1 + 1e-6) + (len(experts) + 4) * U * magnitude
     if out.dtype == torch.float16:
         bound = bound + 2.0**-25  # half a subnormal
     return worst((out.double().flatten(1) - exact).abs(), bound)
+
+
+def judge_row_grams(rows: Tensor, base: Tensor, experts: Sequence[Tensor]) -> float:
+    """As :func:`judge_gram`, row by row: rows (N(N + 1)/2, m)."""
+    tau = task_matrix(base, experts).reshape(len(experts), base.shape[0], -1)
+    i, j = torch.tril_indices(len(experts), len(experts))
+    exact = (tau[i] * tau[j]).sum(2)
+    return worst((rows.to(tau) - exact).abs(), 16 * U * (tau[i].abs() * tau[j].abs()).sum(2))
 
 
 def judge_alike(result: Tensor, expected: Tensor, size: Tensor, count: int, wide: torch.dtype) -> float:

@@ -21,75 +21,27 @@ from torch import Tensor
 
 from bench import cost_model
 from bench.cost_model import Chip, Job, StepCost
-from bench.gpu import checks
+from bench.gpu import checks, default_operators
+from bench.gpu.groups import RANK, GroupOf, Timed, laid
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, copy_bandwidth, predicting_chip, table
 from r2m_kernels import _triton
-from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton.addresses import SCALE
-from r2m_kernels._triton.orthonormalize import Blocks, inner_products, orthonormal_rows
+from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
 from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.residuals import Residuals
-
-RANK = 0.1
-
-
-@dataclasses.dataclass
-class GroupOf:
-    """Tensors of one shape on the device, and everything the operators take beside them."""
-
-    job: Job
-    bases: list[Tensor]
-    experts: list[list[Tensor]]
-    mixing: Tensor
-    k: int
-    basis: Tensor  # rows: (L, N, k, short side), of length about 1
-    product: Tensor  # the same on the long side
-
-    @classmethod
-    def made(cls, session: Session, shape: tuple[int, int], job: Job, size: int) -> GroupOf:
-        """``size`` tensors."""
-        source = checks.generator(session.device, seed=shape[0] + job.experts)
-        pairs = [checks.inputs(shape, job.dtype, job.experts, source) for _ in range(size)]
-        k = truncation_rank(RANK, shape)
-        basis, product = (
-            torch.randn(size, job.experts, k, side, generator=source, device=session.device)
-            for side in (min(shape), max(shape))
-        )
-        basis, product = basis / min(shape) ** 0.5, product / max(shape) ** 0.5
-        bases, experts = [base for base, _ in pairs], [[others[j] for _, others in pairs] for j in range(job.experts)]
-        return cls(job, bases, experts, checks.mixing_of(job.experts), k, basis, product)
-
-    def tensor(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        return self.bases[index], [expert[index] for expert in self.experts]
-
-    def worst(self, judge: Callable[[int], float]) -> float:
-        """Of the tensors whose results are compared with float64: the first and the last."""
-        return max(judge(index) for index in {0, len(self.bases) - 1})
-
-
-@dataclasses.dataclass
-class Timed:
-    """One operator on one group."""
-
-    operator: str
-    call: Callable[[], Any]
-    judge: Callable[[Any], float]  # of what the call returns: largest error / bound
-    costs: list[StepCost]
-    kernels_only: bool = True  # whether Triton kernels do all the work
 
 
 def operators(group: GroupOf) -> Iterator[Timed]:
     """Every operator of a merge, on one group."""
     size, job, k = len(group.bases), group.job, group.k
     m, n = group.bases[0].shape
-    tall = m >= n
     yield Timed(
         "task_gram",
         lambda: _triton.task_gram(group.bases, group.experts),
         lambda grams: group.worst(lambda i: checks.judge_gram(grams.tasks[i], *group.tensor(i))),
         [cost_model.task_gram_cost(m * n, size, job)],
     )
-    yield from products(group, tall)
+    yield from products(group)
     rows = group.product[..., : min(m, n)].contiguous().flatten(0, 1) * max(m, n) ** 0.5
     yield Timed(
         "orthonormalize",
@@ -97,7 +49,7 @@ def operators(group: GroupOf) -> Iterator[Timed]:
         lambda basis: checks.judge_basis(basis[:: len(basis) - 1].mT, rows[:: len(rows) - 1].mT),
         cost_model.orthonormalize_costs(k, min(m, n), size * job.experts, job),
     )
-    left, right = (group.product, group.basis) if tall else (group.basis, group.product)
+    left, right = group.factors
     yield Timed(
         "inner_products",
         lambda: inner_products(left, right),
@@ -117,43 +69,23 @@ def operators(group: GroupOf) -> Iterator[Timed]:
 
     costs = [cost_model.combine_matrix_cost(m, n, size, k, job)]
     yield Timed("combine", combined, lambda outs: group.worst(judge_combined), costs)
-    yield rounded_combination(group, core, outs)
+    yield default_operators.combination(group)
 
 
-def rounded_combination(group: GroupOf, core: Tensor, outs: list[Tensor]) -> Timed:
-    """As a default merge has it: the default rank, and factors in bfloat16, rows as truncations leave them."""
-    size, job, (m, n) = len(group.bases), group.job, group.bases[0].shape
-    k, source = truncation_rank(cost_model.RANK, (m, n)), checks.generator(outs[0].device, seed=m + job.experts)
-    left, right = (
-        (torch.randn(size, job.experts, k, side, generator=source, device=source.device) / side**0.5).bfloat16()
-        for side in (m, n)
-    )
-
-    def combined() -> list[Tensor]:
-        _triton.combine(group.bases, group.experts, core, left.mT, right, None, outs)
-        return outs
-
-    def judge(i: int) -> float:
-        return checks.judge_combined(outs[i], *group.tensor(i), core, left[i].mT, right[i])
-
-    costs = [cost_model.combine_matrix_cost(m, n, size, k, job, rounded=True)]
-    return Timed("combine, default rank, bfloat16 factors", combined, lambda outs: group.worst(judge), costs)
-
-
-def products(group: GroupOf, tall: bool) -> Iterator[Timed]:
-    """With residuals: formed and kept, as a truncation multiplies them, and once, in full precision."""
-    size, job, k = len(group.bases), group.job, group.k
+def products(group: GroupOf) -> Iterator[Timed]:
+    """With residuals: formed and kept, as a truncation by steps multiplies them, and once, in full precision."""
+    size, job, k, tall = len(group.bases), group.job, group.k, group.tall
     (m, n), (basis, product) = group.bases[0].shape, (group.basis, group.product)
     inputs = matrix_group(group.bases, group.experts)
     kept = Residuals([inputs], [k])
     unit = group.mixing.to(kept.device, kept.dtype).expand(size, -1, -1).contiguous()
     kept.form(unit)
     halves = [(basis * SCALE).half(), (product * SCALE).half()]
-    laid = [
-        _laid(blocks.vectors(torch.float16), blocks, rows)
+    vectors = [
+        laid(blocks.vectors(torch.float16), blocks, rows)
         for blocks, rows in zip((kept.short, kept.long), halves, strict=True)
     ]
-    whole = _laid(kept.short.vectors(kept.dtype), kept.short, basis)
+    whole = laid(kept.short.vectors(kept.dtype), kept.short, basis)
     basis, product = (half.double() / SCALE for half in halves)
     shape = size, job.experts
 
@@ -194,17 +126,17 @@ def products(group: GroupOf, tall: bool) -> Iterator[Timed]:
     )
     yield Timed(
         "product",
-        lambda: kept.along(laid[0]),
+        lambda: kept.along(vectors[0]),
         judged(lambda result: on_the_long_side(result) / SCALE, basis, not tall),
         [cost("product", across=False)],
     )
     # By a quarter of the basis: half of what is left beside a half.
-    squares = torch.zeros_like(kept.along(laid[0])[1])
+    squares = torch.zeros_like(kept.along(vectors[0])[1])
     squares.view(*shape, -1)[..., 0] = 0.5
     damping = 0.5 * (min(m, n) - k)
     yield Timed(
         "shifted product",
-        lambda: kept.across(laid[1], laid[0], squares, damping),
+        lambda: kept.across(vectors[1], vectors[0], squares, damping),
         judged(lambda result: on_the_short_side(result) + 0.25 * basis, product, tall),
         [cost("shifted product", across=True)],
     )
@@ -222,12 +154,6 @@ def products(group: GroupOf, tall: bool) -> Iterator[Timed]:
         judged(lambda result: result.mT, group.basis, not tall, precision),
         [cost_model.residual_matmul_cost("full product", m, n, size, k, job, not tall)],
     )
-
-
-def _laid(vectors: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
-    """Vectors filled with rows (L, N, k, length)."""
-    blocks.of_sorts(vectors)[0].copy_(rows.flatten(0, 1))
-    return vectors
 
 
 def measured(case: Timed, stopwatch: Stopwatch, session: Session) -> dict[str, Any]:
@@ -278,37 +204,54 @@ def floors(
     return row
 
 
-def jobs(session: Session) -> Iterator[tuple[tuple[int, int], Job, int]]:
-    """Shape, how it is launched, tensors: float32 and three experts first."""
+Listed = Callable[[GroupOf], Iterator[Timed]]
+
+
+def jobs(session: Session) -> Iterator[tuple[tuple[int, int], Job, int, float, Listed]]:
+    """Shape, how it is launched, tensors, rank, and what is timed.
+
+    The default's rank first, float32 and three experts; then smaller ranks, 16 bits and more experts.
+    """
+    single, half = Job(3, torch.float32, session.target), Job(2, torch.bfloat16, session.target)
     if session.rehearsal:
-        yield (80, 72), Job(3, torch.float32, session.target), 2
-        yield (72, 80), Job(2, torch.bfloat16, session.target), 1
+        yield (80, 72), single, 2, cost_model.RANK, default_operators.operators
+        yield (72, 80), half, 1, cost_model.RANK, default_operators.operators
+        yield (80, 72), single, 2, RANK, operators
+        yield (72, 80), half, 1, RANK, operators
         return
+    shapes = ((1024, 1024), (4096, 1024), (1024, 4096))
+    for shape in shapes:
+        yield shape, single, 24, cost_model.RANK, default_operators.operators
     for count, dtype in ((3, torch.float32), (3, torch.bfloat16), (8, torch.float32), (8, torch.bfloat16)):
-        for shape in ((1024, 1024), (4096, 1024), (1024, 4096)):
-            yield shape, Job(count, dtype, session.target), 24
+        for shape in shapes:
+            yield shape, Job(count, dtype, session.target), 24, RANK, operators
 
 
 def run(session: Session, record: Record) -> bool:
     stopwatch, chip = Stopwatch(session), predicting_chip(session)
     bandwidth = copy_bandwidth(session, stopwatch)
     record.content |= {"chip": chip.name if chip else None, "copy_bytes_per_second": bandwidth, "rank": RANK}
+    record.content["default_rank"] = cost_model.RANK
     record.save()
-    for shape, job, size in jobs(session):
+    done: set[tuple[str, str]] = set()
+    for shape, job, size, rank, listed in jobs(session):
         what = f"{size} x {shape[0]}x{shape[1]} {job}"
-        if not record.time_for(what, 8):
+        if not record.time_for(f"{what} rank {rank}", 8):
             continue
-        group = GroupOf.made(session, shape, job, size)
-        for case in operators(group):
+        group = GroupOf.made(session, shape, job, size, rank)
+        for case in listed(group):
+            if (case.operator, what) in done:  # the same at any rank
+                continue
+            done.add((case.operator, what))
 
             def row(case: Timed = case) -> dict[str, Any]:
                 numbers = measured(case, stopwatch, session)
                 return numbers | floors(case.costs, chip, bandwidth, numbers.get("milliseconds"))
 
-            record.attempt(row, operator=case.operator, job=what)
+            record.attempt(row, operator=case.operator, job=what, rank=rank)
         del group
         session.free_cache()
-    roofs = [f"{roof}_milliseconds" for roof in ("memory", "l2", "arithmetic")]
+    roofs = [f"{roof}_milliseconds" for roof in ("predicted", "memory", "l2", "arithmetic")]
     keys = ("error_over_bound", "milliseconds", *roofs, "gb_per_s", "over_floor", "over_copy_floor")
     lines = [[row["operator"], row["job"], *[row.get(key) for key in keys]] for row in record.rows]
     head = [
@@ -316,6 +259,7 @@ def run(session: Session, record: Record) -> bool:
         "group",
         "error/bound",
         "ms",
+        "predicted ms",
         "memory ms",
         "L2 ms",
         "FLOP ms",

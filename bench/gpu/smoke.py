@@ -17,10 +17,11 @@ import torch
 from bench.cost_model import Job
 from bench.gpu import checks, roofs
 from bench.gpu.cases import cases
-from bench.gpu.operators import GroupOf
+from bench.gpu.groups import GroupOf
 from bench.gpu.record import Record, Session, table
 from r2m_kernels import MergeConfig, _triton
 from r2m_kernels._triton import launch
+from r2m_kernels._triton.orthonormalize import inner_products
 from r2m_kernels.truncation import truncate_residuals
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,10 +63,11 @@ def _truncations(session: Session, dtype: torch.dtype) -> Iterator[Check]:
             factors = truncate_residuals(["a", "b"], group.bases, group.experts, *truncation)
 
             def of_tensor(index: int) -> float:
-                left, right, products = factors[index].left, factors[index].right, factors[index].inner_products()
+                left, right = factors[index].left, factors[index].right
+                products = inner_products(left.mT.unsqueeze(0), right.unsqueeze(0))[0]
                 x = checks.residuals(*group.tensor(index), group.mixing)
                 excess = checks.truncation_excess(left, right, x) / checks.TRUNCATION
-                return max(excess, checks.judge_inner_products(products.to(x), left, right))
+                return max(excess, checks.judge_inner_products(products, left, right))
 
             return group.worst(of_tensor)
 

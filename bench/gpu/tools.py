@@ -33,8 +33,8 @@ from r2m_kernels import MergeConfig, merge
 # Of the runtime's calls: those in which the host waits.
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
 # Kernels that ncu looks at, the first launch of each with each grid, and what it counts.
-KERNELS = "task_gram|row_grams|form_residuals|residual_product|vectors_gram|inverse_factor|triangular_product|lengths"
-KERNELS += "|weigh_rows|combine"
+KERNELS = "task_gram|row_grams|form_residuals|residual_gram|residual_product|unit_rows|units_(gram|factor|product)"
+KERNELS += "|vectors_gram|inverse_factor|triangular_product|lengths|weigh_rows|combine"
 METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes.sum": "memory_bytes",
@@ -48,7 +48,7 @@ SMALL = [sys.executable, "-m", "bench.gpu.tools"]
 COUNTS = [*("ncu", "--target-processes", "all", "--clock-control", "none", "--csv"), "--metrics", ",".join(METRICS)]
 # Name → command, and seconds at most.
 TOOLS: dict[str, tuple[list[str], float]] = {
-    "ncu": ([*COUNTS, "--kernel-name", f"regex:{KERNELS}", "--launch-count", "60", *LARGE], 100),
+    "ncu": ([*COUNTS, "--kernel-name", f"regex:{KERNELS}", "--launch-count", "100", *LARGE], 100),
     "compute-sanitizer memcheck": (["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *SMALL], 60),
     "compute-sanitizer racecheck": (["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *SMALL], 60),
     "nsys": (["nsys", "profile", "--stats=true", "--force-overwrite=true", "--output=/tmp/r2m_nsys", *LARGE], 60),

@@ -220,10 +220,11 @@ def placed(states: list[StateDict], place: str) -> Iterator[list[Any]]:
 def predicted_seconds(session: Session, job: Usual, shapes: list[tuple[int, ...]]) -> float | None:
     """Of kernels and the link, where the cost model knows what the merge launches."""
     chip, config = predicting_chip(session), job.config
-    if chip is None or job.model not in ("ViT-L/14", "ViT-B/16") or (config.eta != 0 and config.rank == 1.0):
+    by_rows = config.row_power > 0 and config.eta != 0
+    whole = config.eta != 0 and config.rank == 1.0
+    if chip is None or job.model not in ("ViT-L/14", "ViT-B/16") or (whole and not by_rows):
         return None
     model, how = Shapes.of(job.model, shapes), Job(job.experts, DTYPES[job.dtype], session.target)
-    by_rows = config.row_power > 0
     costs = cost_model.merge_costs(model, how, config.rank, group_bytes=DEVICE_GROUP_BYTES, by_rows=by_rows)
     if config.eta == 0:
         flat = [(m * n, count) for m, n, count in model.matrices] + list(model.vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cost_model
+from bench import cost_model, tune
 from bench.cost_model import CHIPS, Job, Shapes
-from bench.gpu import record, tools, usual
-from bench.gpu.record import Session
+from bench.gpu import default_operators, record, tools, usual
+from bench.gpu.groups import GroupOf
+from bench.gpu.record import Session, caught_launches
 from bench.host_cost import SKETCHED, counted
 from bench.host_cost import Job as Counted
 from r2m_kernels import MergeConfig
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
+from r2m_kernels._triton import launch
 
 # What takes no time: sums of partial results, and numbers of whole tensors.
-SMALL = {"sum_tiles_kernel", "sum_runs_kernel", "judge_kernel", "row_coefficients_kernel"}
+SMALL = {"sum_tiles_kernel", "sum_runs_kernel", "shift_kernel", "judge_kernel", "row_coefficients_kernel"}
 
 
 @pytest.mark.parametrize("config", [MergeConfig.r2m(), MergeConfig.r2m(rank=1.0)], ids=["default", "rows"])
@@ -30,6 +33,64 @@ def test_the_profiler_looks_at_every_kernel_of_a_merge(config):
     launched = {line.split()[-1] for line in counts.lines["triton_launches"]}
     assert {kernel for kernel in launched - SMALL if not re.search(tools.KERNELS, kernel)} == set()
     assert launched & SMALL < launched
+
+
+def group_of(shape, size=1, rank=cost_model.RANK, job=None):
+    session = Session(Path(), time.monotonic(), rehearsal=True)
+    return GroupOf.made(session, shape, job or Job(3, torch.float32, session.target), size, rank)
+
+
+def test_all_kernels_of_a_default_merge_are_timed_at_its_rank():
+    tall, timed = (SKETCHED + 8, SKETCHED), set()
+    counts, _ = counted(Counted({"tall.weight": tall, "wide.weight": tall[::-1]}, MergeConfig.r2m(), noise=0.45))
+    launched = {line.split()[-1] for line in counts.lines["triton_launches"]}
+    for shape in ((80, 72), (72, 80)):
+        for case in default_operators.operators(group_of(shape)):
+            with caught_launches() as caught:
+                case.call()
+            assert len(caught) == sum(cost.launches for cost in case.costs)
+            timed |= {one.kernel.__name__ for one in caught}
+    assert launched - timed - SMALL == {"task_gram_kernel"}  # which no rank changes
+
+
+def changed(result, caught):
+    """What a call made, each number 1.6 per cent larger."""
+    made = [result] if isinstance(result, torch.Tensor) else [one for one in result or () if one is not None]
+    if not made:  # what is kept elsewhere
+        made = [caught[-1].arguments[list(inspect.signature(caught[-1].kernel.fn).parameters).index("out")]]
+    for one in made:
+        one.mul_(1 + 2.0**-6)
+
+
+@pytest.mark.parametrize("shape", [(80, 72), (72, 80)])
+def test_a_wrong_result_at_the_default_rank_is_seen(shape):
+    for case in default_operators.operators(group_of(shape, size=2)):
+        with caught_launches() as caught:
+            result = case.call()
+        assert case.judge(result) <= 1, case.operator
+        # Signs are judged by the mean of what they make.
+        for _ in range(45 if case.operator == "sketch of a Gram" else 1):
+            changed(result, caught)
+        assert case.judge(result) > 1, case.operator
+        case.call()  # others read what is kept
+
+
+def test_the_tuner_times_the_kernels_whose_tiles_it_changes():
+    for knob in tune.knobs("sm_90"):
+        tiles = launch.table()[knob.operator]["sm_90"][knob.variant]
+        cases = knob.cases(group_of((72, 80), job=knob.job))
+        assert [case.operator for case in cases] == list(knob.timed)
+        kernels = set()
+        for case in cases:
+            with caught_launches() as caught:
+                case.call()
+            kernels |= {one.kernel.__name__ for one in caught}
+        assert f"{knob.operator}_kernel" in kernels
+        tried = list(tune.neighbours(knob, tiles))
+        assert tried
+        assert tiles not in tried
+        for larger, smaller in [tune.WHOLE[knob.operator]] if knob.operator in tune.WHOLE else []:
+            assert not any(one[larger] % one[smaller] for one in tried)
 
 
 def test_of_each_kernel_and_grid_the_first_launch_is_counted():
@@ -55,6 +116,22 @@ def test_a_merge_is_predicted_as_its_rows_are_weighed(row_power):
     )
     expected = sum(cost.predicted_seconds(CHIPS["H200"]) for cost in costs if not cost.link_bytes)
     assert usual.predicted_seconds(session, job, shapes) == pytest.approx(expected)
+
+
+def test_merges_of_whole_rows_are_predicted():
+    session, shapes = Session(Path(), time.monotonic(), rehearsal=True), [(256, 128)] * 3 + [(128,)]
+    job, costs = Job(3, torch.float32), cost_model
+    expected = [
+        costs.row_grams_cost(256, 128, 3, job),
+        costs.row_coefficients_cost(256, 3, job),
+        costs.combine_rows_cost(256, 128, 3, job),
+        costs.task_gram_cost(128, 1, job),
+        costs.combine_vector_cost(128, 1, job),
+    ]
+    rows, alike = (MergeConfig.r2m(rank=1.0, row_power=power) for power in (3.0, 0.0))
+    predicted = usual.predicted_seconds(session, usual.Usual("rows", "ViT-B/16", rows), shapes)
+    assert predicted == pytest.approx(sum(cost.predicted_seconds(CHIPS["H200"]) for cost in expected))
+    assert usual.predicted_seconds(session, usual.Usual("alike", "ViT-B/16", alike), shapes) is None
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from r2m_kernels import _triton
+from r2m_kernels._interface import Effort, ResidualGroup
 from r2m_kernels._triton import launch, units
+from r2m_kernels._triton.gram_start import SKETCH_SCALE, Grams
 from r2m_kernels._triton.orthonormalize import Blocks, inner_products
 from r2m_kernels._triton.residual_matmul import matrix_group
 from r2m_kernels._triton.residuals import Residuals
 
 KEPT = ("form", "sketch", "along", "across", "last")
+FROM_GRAMS = ("gram", "gram sketch", "paired", "shifts", "gram last")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -44,6 +47,8 @@ class Counter:
         for name, (start, end) in self.arguments:
             if start <= addresses.min() and addresses.max() < end:
                 return name
+        if self.tables is None:  # somewhere inside of the operator
+            return "table"
         raise AssertionError("a load or store outside all tensors")
 
     def moved(self, counts, pointers, mask):
@@ -91,7 +96,7 @@ class Counter:
             ]
             # Outputs of `combine` lie behind a table too, and a group's table behind that of all shapes.
             self.arguments += [("outputs", extent(tensor)) for tensor in self.outputs]
-            self.arguments += [("table", extent(tensor)) for tensor in self.tables]
+            self.arguments += [("table", extent(tensor)) for tensor in self.tables or ()]
             self.launches.append({"kernel": kernel.fn.__name__, "grid": grid, "config": dataclasses.asdict(config)})
             start(kernel, grid, config, *arguments, **constants)
             self.end_program()
@@ -127,11 +132,18 @@ def counted(case):
     # Times 2⁻⁵: float16 operands want residuals whose numbers are 1 at most.
     mixing, size = (torch.eye(count, dtype=torch.float64) - 1 / count) / 32, len(bases)
     operator, kept, counter.tables = case["operator"], None, []
-    if operator in KEPT:
+    if operator == "truncate":
+        counter.tables = None
+    if operator in (*KEPT, *FROM_GRAMS):
         group, unit = matrix_group(bases, experts), mixing.float().expand(size, count, count).contiguous()
         kept, counter.tables = Residuals([group], [k]), [group.table]
         kept.form(unit)
         short, long = (blocks.vectors(torch.float16).zero_() for blocks in (kept.short, kept.long))
+    if operator in FROM_GRAMS:
+        grams = Grams(kept)
+        grams.form()
+        counter.tables.append(kept.table)
+        reached = grams.along(short, paired=True)[1]
     patches = counter.installed()
     with patches[0], patches[1]:
         transpose = case.get("transpose", False)
@@ -150,6 +162,27 @@ def counted(case):
             kept.across(long, short, torch.zeros(10**4, dtype=torch.float64), 1.0)
         elif operator == "last":
             kept.along(short.float(), torch.ones(size, count))
+        elif operator == "gram":
+            grams.form()
+        elif operator == "gram sketch":
+            grams.sketch(torch.arange(size), SKETCH_SCALE)
+        elif operator == "paired":
+            grams.along(short, paired=True)
+        elif operator == "shifts":
+            grams.shifts(reached, 1.0)
+        elif operator == "gram last":
+            kept.along(short, torch.ones(size, count))
+        elif operator == "truncate":
+            tau = torch.stack([torch.stack(expert).double() - torch.stack(bases).double() for expert in experts])
+            energies = torch.einsum("ji,jlmn->limn", mixing, tau).square().sum((2, 3))
+            group = ResidualGroup(bases, experts, torch.arange(size), energies, k)
+            _triton.shifted_truncation([group], mixing, Effort(case["iterations"], 0, None, products=False))
+        elif operator == "by_rows":
+            weights = torch.full((count,), 1 / count, dtype=torch.float64)
+            grams = _triton.row_grams(bases, experts).rows
+            rule = (torch.ones(count), mixing, weights, weights, 0.5, 3.0)
+            rows = _triton.row_coefficients(grams, *rule, torch.float32)
+            _triton.combine(bases, experts, rows, None, None, None, outs)
         elif operator == "combine":
             core = torch.ones(count, dtype=torch.float64)
             core[: case["unread"]] = 0.0

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
-from count_loads import KEPT, counted
+from count_loads import FROM_GRAMS, KEPT, counted
 
 from bench.cost_model import (
     CHIPS,
     MODELS,
     NOTE,
+    RANK,
     Job,
+    Road,
     Shapes,
     StepCost,
     combine_matrix_cost,
+    combine_rows_cost,
     combine_vector_cost,
     floor_seconds,
     form_residuals_cost,
@@ -26,9 +30,15 @@ from bench.cost_model import (
     orthonormalize_costs,
     quick_orthonormalize_costs,
     report,
+    residual_gram_cost,
     residual_matmul_cost,
     residual_product_cost,
+    road_of,
+    row_coefficients_cost,
+    row_grams_cost,
+    shifts_cost,
     task_gram_cost,
+    truncation_costs,
     unit_rows_cost,
     vectors_gram_cost,
     weigh_rows_costs,
@@ -59,13 +69,18 @@ def test_the_reference_job_costs_what_was_worked_out_by_hand():
     assert gram.flops == 2 * 6 * LAYERS.elements == pytest.approx(3.6e9, rel=0.01)
     assert gram.floor_seconds(MEASURED_BY_OTHERS) == pytest.approx(1.6e-3, rel=0.02)
     assert gram.launches == 2 * 3  # three shapes, and a kernel that sums
-    sketch, final, combine = costs["sketch V = AᵀS"], costs["final Y = AV"], costs["combine: matrices"]
-    assert sketch.flops == final.flops == combine.flops == 2 * LAYERS.elements * 111 * 3
-    assert sketch.flops == pytest.approx(0.2e12, rel=0.01)
+    sketch, final, combine = costs["sketch V = KS"], costs["final Y = AV"], costs["combine: matrices"]
+    # Gram matrices have 1024² numbers, half as many as their residuals in the mean.
+    assert 2 * sketch.flops == costs["steps KV"].flops == final.flops == combine.flops == 2 * LAYERS.elements * 111 * 3
+    assert final.flops == pytest.approx(0.2e12, rel=0.01)
     assert sketch.launches == 1  # of all shapes
     assert (sketch.kind, final.kind) == ("fp16", "fp16")
     assert costs["form residuals"].reread_factor == 1.0
-    assert sketch.bytes_read == 3 * LAYERS.elements * 2 < final.bytes_read
+    # In rows of tiles of 128 × 256 there are 1, 1, 2, 2, 3, 3, 4, 4; half of 2 · long · short², a quarter of that more.
+    grams, half = costs["Gram K = AᵀA"], 3 * LAYERS.elements * 1024
+    assert grams.flops == 20 * 128 * 256 * 2 * 3 * 24 * (4 * 1024 + 2 * 4096) == 1.25 * half
+    assert (grams.bytes_read, grams.bytes_written) == (3 * LAYERS.elements * 2, 3 * LAYERS.elements)
+    assert sketch.bytes_read == 3 * LAYERS.elements < final.bytes_read
     # Arithmetic takes 0.2 T / 990 T/s: less than the 1.6 ms of one read.
     assert replace(final, bytes_read=0, bytes_written=0, loaded_bytes=0).floor_seconds(CHIPS["H100"]) == pytest.approx(
         0.2e-3, rel=0.02
@@ -81,14 +96,29 @@ def test_the_reference_job_costs_what_was_worked_out_by_hand():
     )
     assert "round right factors" not in whole
     assert costs["transfer"].floor_seconds(MEASURED_BY_OTHERS) == pytest.approx(88e-3, rel=0.01)
-    # Without weights 4 + 1 inputs of 16 bytes for a Gram, to form and to combine, and six reads of 6 bytes: 88, some of
-    # them twice, in vectors.
+    # Without weights 82 bytes an element, some of vectors, and Gram matrices' products, which wait for no memory.
     rest = [cost for step, cost in costs.items() if not step.startswith("weigh rows")]
-    assert 9e-3 < floor_seconds(rest, MEASURED_BY_OTHERS) < 12e-3
+    assert 8.2e-3 < floor_seconds(rest, MEASURED_BY_OTHERS) < 11e-3
+
+
+def test_bytes_an_element_stay_below_the_bars():
+    """Of a merge of three float32 experts: without what vectors and factors take, and with it at rank .1."""
+    job, without = Job(3), 0
+    for m, n, count in LAYERS.matrices:
+        road = road_of(m, n, truncation_rank(RANK, (m, n)), job, 2)
+        assert road == (True, True, 2)
+        costs = [*truncation_costs(m, n, count, 0, job, road), combine_matrix_cost(m, n, count, 0, job, True)]
+        without += sum(cost.bytes_read + cost.bytes_written for cost in costs)
+        without += task_gram_cost(m * n, count, job).input_bytes
+    # Gram 16, form 16 + 6, K 6 + 3, sketch and two steps 3 each, final product 6, combination 16 + 4.
+    assert without / LAYERS.elements == pytest.approx(82, abs=1e-3)
+    assert without < 85 * LAYERS.elements
+    moved = [cost.bytes_read + cost.bytes_written for cost in merge_costs(LAYERS, job, rank=0.1) if not cost.link_bytes]
+    assert sum(moved) < 98.5 * LAYERS.elements  # 98 was wanted
 
 
 def test_a_shifted_step_reads_and_writes_what_its_formula_names():
-    costs = by_step(merge_costs(Shapes("one", ((64, 32, 1),)), Job(2), rank=8, power_iterations=2))
+    costs = by_step(truncation_costs(64, 32, 1, 8, Job(2), Road(True, False, 2)))
     kept, per_vector = 2 * 64 * 32 * 2, 2 * 8 * 2  # two residuals; N · k numbers in float16
     down, back = costs["steps Y = AV"], costs["steps V = AᵀY − shift·V"]
     squares = 2 * 8  # one tile of the long side
@@ -100,9 +130,41 @@ def test_a_shifted_step_reads_and_writes_what_its_formula_names():
     assert back.bytes_written == 2 * 32 * 2 * per_vector  # in float32
     assert costs["orthonormalize: product"].launches == 4  # after the sketch and a step, and twice at the end
     assert costs["orthonormalize: Gram"].flops == 4 * 2 * (32 * 8 * 8)
-    without = by_step(merge_costs(Shapes("one", ((64, 32, 1),)), Job(2), rank=8, power_iterations=0))
-    assert "steps Y = AV" not in without
+    without = by_step(truncation_costs(64, 32, 1, 8, Job(2), Road(True, False, 0)))
+    assert without["steps Y = AV"].launches == 0
     assert without["orthonormalize: Gram"].launches == 2
+
+
+def test_a_step_with_a_gram_matrix_reads_and_writes_what_its_formula_names():
+    costs = by_step(truncation_costs(64, 32, 1, 8, Job(2), Road(True, True, 2)))
+    residuals, grams, vectors = 2 * 64 * 32 * 2, 2 * 32 * 32 * 2, 2 * 8 * 32 * 2  # in float16, of two experts
+    squares = 2 * 8  # one tile
+    assert (costs["Gram K = AᵀA"].bytes_read, costs["Gram K = AᵀA"].bytes_written) == (residuals, grams)
+    assert (costs["sketch V = KS"].bytes_read, costs["sketch V = KS"].bytes_written) == (grams, vectors)
+    assert costs["steps KV"].bytes_read == 2 * (grams + vectors)
+    assert costs["steps KV"].loaded_bytes == 2 * (grams + 2 * vectors)  # once more for how much of K they have
+    assert costs["steps KV"].bytes_written == 2 * (vectors + squares)
+    assert costs["steps: shifts"].bytes_read == 2 * squares
+    assert costs["final Y = AV"].bytes_read == residuals + vectors
+    assert costs["final Y = AV"].bytes_written == 2 * 2 * vectors + squares  # of the long side, in float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "aligned", "dtype", "road"),
+    [
+        ((4096, 1024), 410, True, torch.float32, (True, True, 2)),
+        ((1024, 4096), 103, True, torch.bfloat16, (True, True, 2)),
+        ((1024, 1024), 85, True, torch.float32, (True, False, 2)),  # less than a twelfth
+        ((1024, 1024), 154, True, torch.float32, (True, True, 3)),  # too few columns to do without a step
+        ((1024, 588), 236, True, torch.float32, (False, False, 3)),  # rows of no whole vectors
+        ((1024, 1024), 410, False, torch.float32, (False, False, 3)),
+        ((1024, 1024), 410, True, torch.float64, (True, False, 3)),
+        ((1024, 1024), 10, True, torch.float32, (True, False, 6)),
+    ],
+    ids=str,
+)
+def test_truncations_go_the_road_that_the_backend_takes(shape, k, aligned, dtype, road):
+    assert road_of(*shape, k, Job(3, dtype, aligned=aligned), 2) == road
 
 
 @pytest.mark.parametrize(("experts", "k", "factor"), [(1, 100, 1), (3, 100, 3), (3, 129, 6), (8, 410, 32)])
@@ -147,7 +209,7 @@ def test_a_floor_is_the_slowest_resource():
 
 def test_a_chip_that_is_slow_in_float64_waits_for_it():
     slow = CHIPS["RTX 4090"]
-    costs = by_step(merge_costs(LAYERS, Job(3, target=slow.target), rank=103))
+    costs = by_step(merge_costs(LAYERS, Job(3, target=slow.target), rank=64))
     gram = costs["orthonormalize: Gram"]
     assert gram.floor_seconds(slow) == gram.flops / 1.29e12 > 10 * (gram.bytes_read + gram.bytes_written) / 1.008e12
     task = costs["task Gram"]  # 12 flops an element beside 16 bytes
@@ -218,7 +280,7 @@ def test_sixteen_bit_inputs_halve_the_traffic_of_a_pass_and_an_unread_expert_sav
     for step in ("task Gram", "form residuals"):
         assert narrow[step].input_bytes * 2 == wide[step].input_bytes
     assert narrow["final Y = AV"] == wide["final Y = AV"]  # residuals are float16 either way
-    assert narrow["sketch V = AᵀS"].kind == "fp16"
+    assert narrow["sketch V = KS"].kind == "fp16"
     fewer = by_step(merge_costs(LAYERS, Job(3, unread=1)))["combine: matrices"]
     assert wide["combine: matrices"].bytes_read - fewer.bytes_read == LAYERS.elements * 4
 
@@ -274,6 +336,18 @@ KEPT_CASES = [
     {**sides, "operator": operator, "experts": experts, "k": k, "dtype_bytes": size}
     for sides, experts, k, size in [(EVEN, 2, 20, 4), (SEVERAL, 5, 100, 2), (WIDE, 2, 132, 4), (ODD, 2, 20, 4)]
     for operator in KEPT
+]
+FROM_GRAM_CASES = [
+    {**sides, "operator": operator, "experts": 2, "k": k, "dtype_bytes": size}
+    for sides, k, size in [(EVEN, 20, 4), ({"m": 280, "n": 296, "tensors": 1}, 132, 2)]
+    for operator in FROM_GRAMS
+]
+# Of the same matrices: few vectors from sketches of A, many from Gram matrices.
+TRUNCATIONS = [{**EVEN, "m": 104, "operator": "truncate", "experts": 2, "k": k, "dtype_bytes": 4} for k in (4, 33)]
+BY_ROWS = [
+    {**MATRIX, "experts": 3, "dtype_bytes": 4, "tensors": 2},
+    {**ODD, "experts": 3, "dtype_bytes": 4},
+    {**MATRIX, "experts": 6, "dtype_bytes": 2},
 ]
 COMBINES = [
     {**MATRIX, "experts": 3, "k": 20, "dtype_bytes": 4, "unread": 0},
@@ -368,6 +442,62 @@ def test_kept_residuals_move_and_multiply_what_is_predicted(case):
     assert loads(count, "shapes", "squares", "lengths", *["vectors"] * (operator == "sketch")) == cost.loaded_bytes
     assert sum(count["stores"].values()) == cost.bytes_written
     assert cost.launches == 1
+
+
+@pytest.mark.parametrize("case", FROM_GRAM_CASES, ids=str)
+def test_gram_matrices_of_residuals_move_and_multiply_what_is_predicted(case):
+    count = counted(case)
+    (only,) = count["launches"]
+    config, job, operator, k, size = only["config"], job_of(case), case["operator"], case["k"], case["tensors"]
+    short, long = sorted((case["m"], case["n"]))
+    product = partial(residual_product_cost, "product", tensors=size, k=k, job=job, by_gram=True)
+    if operator == "gram":
+        cost = residual_gram_cost(case["m"], case["n"], size, job)
+        inner = tiles((long, config["inner"])) * config["inner"]
+        assert count["dot_flops"] * long == cost.flops * inner
+        # Of 128 × 256: one in each of the first two rows of tiles, two in the third.
+        of_matrix = {72: 1, 280: 1 + 1 + 2}[short] * 2 * long * 128 * 256
+        assert cost.flops == size * case["experts"] * of_matrix
+    elif operator == "shifts":
+        cost = shifts_cost(short, size, k, job)
+    elif operator == "gram last":
+        cost = product(case["m"], case["n"], across=False, last=True)
+    else:
+        cost = product(short, short, across=(sketch := operator == "gram sketch"), signs=sketch, paired=not sketch)
+    keys = ["vectors"] * (operator == "gram sketch")
+    assert loads(count, "shapes", "squares", "lengths", "grams", *keys) == cost.loaded_bytes
+    assert sum(count["stores"].values()) == cost.bytes_written
+    assert cost.launches == 1
+
+
+@pytest.mark.parametrize("case", TRUNCATIONS, ids=str)
+def test_a_truncation_launches_and_loads_what_its_road_is_said_to(case):
+    count, job, sides = counted({**case, "iterations": 1}), job_of(case), (case["m"], case["n"])
+    road = road_of(*sides, case["k"], job, 1)
+    assert road.by_gram == (case["k"] == 33)
+    costs = truncation_costs(*sides, case["tensors"], case["k"], job, road)
+    kernels = [one["kernel"] for one in count["launches"]]
+    assert kernels.pop() == "judge_kernel"
+    assert len(kernels) == sum(cost.launches for cost in costs)
+    assert kernels.count("residual_product_kernel") == road.steps * (1 if road.by_gram else 2) + 2
+    assert kernels.count("residual_gram_kernel") == road.by_gram
+    # Keys of signs and numbers of whole residuals are not in the model.
+    small = ("shapes", "steps", "grams", "squares", "lengths", "energies", "pivots", "final", "before", "last")
+    predicted = sum(cost.loaded_bytes for cost in costs)
+    assert predicted <= loads(count, *small) < 1.001 * predicted
+
+
+@pytest.mark.parametrize("case", BY_ROWS, ids=str)
+def test_a_merge_by_rows_moves_what_is_predicted(case):
+    count, m, n, size = counted({"operator": "by_rows", **case}), case["m"], case["n"], case["tensors"]
+    job = job_of(case, count["launches"][0]["config"]["aligned"])
+    grams, combined = row_grams_cost(m, n, size, job), combine_rows_cost(m, n, size, job)
+    costs = [grams, row_coefficients_cost(m, size, job), combined]
+    assert count["distinct_input_bytes"] == grams.fetched_bytes + combined.fetched_bytes
+    numbers = count["loads"]["core"] - count["loads"]["numbers"]  # a row's coefficients, and those of all
+    assert loads(count) + numbers == sum(cost.loaded_bytes for cost in costs)
+    assert sum(count["stores"].values()) - count["stores"]["largest"] == sum(cost.bytes_written for cost in costs)
+    assert len(count["launches"]) == sum(cost.launches for cost in costs)
 
 
 @pytest.mark.parametrize("case", COMBINES, ids=str)
