@@ -89,7 +89,8 @@ print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) fo
 
 def test_every_entry_of_the_table_is_reachable_and_well_formed():
     table = launch.table()
-    sizes = {"task_gram": launch.GramConfig, **dict.fromkeys(("combine_vector", "form_residuals"), launch.VectorConfig)}
+    vectors = ("combine_vector", "form_residuals", "unit_rows")
+    sizes = {"task_gram": launch.GramConfig, **dict.fromkeys(vectors, launch.VectorConfig)}
     for operator, targets in table.items():
         assert tuple(targets) == launch.TARGETS
         known = {field.name for field in fields(sizes.get(operator, launch.MatmulConfig))}
