@@ -352,13 +352,12 @@ def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> St
 
 
 def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job, rounded: bool = False) -> list[StepCost]:
-    """Lengths of rows, by squares of the right factors' components or their Gram matrices; then the left factors."""
+    """Lengths of rows, where right factors are the orthonormal ones those of left ones; then these, weighed."""
     side, blocks = launch.inverse_factor().block, job.experts * tensors
-    lefts, rights, found = blocks * rank * m * FACTOR_BYTES, blocks * rank * n * FACTOR_BYTES, blocks * m * SUM_BYTES
+    lefts, found = blocks * rank * m * FACTOR_BYTES, blocks * m * SUM_BYTES
     if n <= m:
-        flops, loaded = 2 * blocks * rank * n + 3 * blocks * rank * m, lefts + rights * _tiles(m, launch.sums().block)
-        name = "weigh rows: lengths"
-        costs = [StepCost(name, "fp64", flops, lefts + rights, found, loaded_bytes=loaded, launches=1)]
+        flops = 2 * blocks * rank * m
+        costs = [StepCost("weigh rows: lengths", "fp64", flops, lefts, found, loaded_bytes=lefts, launches=1)]
     else:
         gram = vectors_gram_cost("weigh rows: Gram", rank, n, blocks, job)
         flops, read = 2 * blocks * rank**2 * m, lefts + gram.bytes_written
