@@ -352,7 +352,7 @@ def inner_products_cost(m: int, n: int, tensors: int, rank: int, job: Job) -> St
 
 
 def weigh_rows_costs(m: int, n: int, tensors: int, rank: int, job: Job, rounded: bool = False) -> list[StepCost]:
-    """Lengths of rows, of left factors beside orthonormal right ones or by their Gram; then the left factors."""
+    """Lengths of rows, where right factors are the orthonormal ones those of left ones; then these, weighed."""
     side, blocks = launch.inverse_factor().block, job.experts * tensors
     lefts, found = blocks * rank * m * FACTOR_BYTES, blocks * m * SUM_BYTES
     if n <= m:

@@ -193,15 +193,14 @@ def judge_units(basis: Tensor, rows: Tensor, dtype: torch.dtype) -> float:
     return max(unit, worst(outside.norm(dim=-1), (half + terms * inverse.abs().sum(-1)) * (1 + 2.0**-8)))
 
 
-def judge_lengths(lengths: Tensor, left: Tensor, right: Tensor, orthogonal: bool) -> float:
-    """‖row of leftᵀ right‖, (N, m) float64, of rows (N, r, m) and (N, r, n), those of right taken to be ``orthogonal``.
+def judge_lengths(lengths: Tensor, left: Tensor, right: Tensor, orthonormal: bool) -> float:
+    """‖row of leftᵀ right‖, (N, m) float64, of rows (N, r, m) and (N, r, n); ``orthonormal`` ones do not count.
 
     A square misses n + 2r roundings of the terms' magnitudes, and its root half of that over itself.
     """
     lefts, rights = left.double(), right.double()
-    if orthogonal:
-        exact = (lefts.square() * rights.square().sum(2, keepdim=True)).sum(1).sqrt()
-        magnitude = exact
+    if orthonormal:
+        exact = magnitude = lefts.norm(dim=1)
     else:
         exact = (lefts.mT @ rights).norm(dim=2)
         magnitude = (lefts.mT.abs() @ rights.abs()).norm(dim=2)

@@ -133,16 +133,17 @@ def truncation(group: GroupOf) -> Iterator[Timed]:
 
 
 def weights(group: GroupOf) -> Iterator[Timed]:
-    """Lengths of rows, by whether the right factor's are orthogonal, and left factors with their shares."""
+    """Lengths of rows, by whether the right factor's are orthonormal, and left factors with their shares."""
     size, job, k, (m, n) = len(group.bases), group.job, group.k, group.bases[0].shape
     left, right = group.factors
+    known = group.tall, group.tall  # as if random ones were, on the short side
     even = torch.full((job.experts,), 1 / job.experts, dtype=torch.float64)
     scales = torch.linspace(1.0, 2.0, job.experts, dtype=torch.float64)
-    lengths = _triton.row_lengths(left.mT, right, group.tall)
+    lengths = _triton.row_lengths(left.mT, right, *known)
     *measuring, weighing = cost_model.weigh_rows_costs(m, n, size, k, job, rounded=True)
     yield Timed(
         "row lengths",
-        lambda: _triton.row_lengths(left.mT, right, group.tall),
+        lambda: _triton.row_lengths(left.mT, right, *known),
         lambda found: group.worst(lambda i: checks.judge_lengths(found[i], left[i], right[i], group.tall)),
         measuring,
     )

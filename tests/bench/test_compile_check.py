@@ -58,6 +58,7 @@ def choosable(target):
                     config = launch.residual_matmul(target, compute, precision, aligned, count)
                     found.add(("residual_matmul_kernel", config))
     found.add(("inverse_factor_kernel", launch.inverse_factor()))
+    found.add(("residual_gram_kernel", launch.residual_gram(target)))
     found.add(("units_gram_kernel", launch.units_gram(target)))
     found.add(("units_factor_kernel", launch.units_factor(target)))
     found.add(("units_product_kernel", launch.units_product(target)))

@@ -207,9 +207,8 @@ def counted(case):
             weights = torch.full((count,), 1 / count, dtype=torch.float64)
             left, right = random(size, count, k, m).mT, random(size, count, k, n)
             dtype = torch.bfloat16 if case.get("rounded") else left.dtype
-            _triton.weigh_rows(
-                left, _triton.row_lengths(left, right, n <= m, n <= m), weights, weights, 3.0, weights, dtype
-            )
+            lengths = _triton.row_lengths(left, right, n <= m, n <= m)
+            _triton.weigh_rows(left, lengths, weights, weights, 3.0, weights, dtype)
         elif operator == "inner_products":
             inner_products(random(size, count, k, m), random(size, count, k, n))
     names = ("loads", "stores", "dot_flops", "distinct_input_bytes", "launches")
