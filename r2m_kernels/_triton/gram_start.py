@@ -24,9 +24,6 @@ from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, sides_of, til
 from .sums import summed
 from .units import quick_pass, unit_rows
 
-# A pivot below which a residual is truncated with steps that have A itself as operand: of 2⁻⁸ of a row's length, which
-# leaves two bits of float16's eleven where K was rounded.
-MILD = 2.0**-16
 # K is no more work than what it saves where the rank is more than this share of the short side (sketch and two steps
 # are 5 products of rank · long · short, K is one of short² · long, but the former wait for memory and the L2 cache).
 LEAST_SHARE = 1 / 12

@@ -63,7 +63,6 @@ def judge_kernel(
     count,
     SHAPE: tl.constexpr,
     STEEP: tl.constexpr,
-    MILD: tl.constexpr,
     PIVOTS: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
@@ -73,7 +72,7 @@ def judge_kernel(
 
     energies of all residuals; sums of tiles, as shares of the energies, of what the bases of the last two steps had of
     them (KNOWN: there were two; the tiles are those of the table ``steps``), and of the product that became a factor.
-    With PIVOTS, the least of every residual's, that are to be MILD.
+    With PIVOTS, the least of every residual's, none of which is to be 0.
     """
     residual = tl.program_id(0).to(tl.int64)
     first_tensor, tiles, start = tiles_of(shapes, residual, count, SHAPE)
@@ -82,7 +81,7 @@ def judge_kernel(
     tl.store(kept + residual, reached)
     beyond = tl.where(energy - reached >= STEEP * energy, 1, 0)  # a NaN is not
     if PIVOTS:
-        beyond = tl.where(tl.load(pivots + residual) >= MILD, beyond, 0)
+        beyond = tl.where(tl.load(pivots + residual) > 0.0, beyond, 0)
     tl.store(trusted + residual, tl.where(energy > 0.0, beyond, 1).to(tl.int8))
     left_to_gain = energy * float("nan")
     if KNOWN:
@@ -272,7 +271,6 @@ def _judged(residuals: Residuals, energies: Tensor, squares: Tensor, found: Subs
         *(reached, trusted, gap, residuals.count),
         SHAPE=SHAPE,
         STEEP=STEEP,
-        MILD=gram_start.MILD,
         PIVOTS=found.pivots is not None,
         SLOWEST=SLOWEST,
         KNOWN=known,

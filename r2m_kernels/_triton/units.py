@@ -23,8 +23,9 @@ from .orthonormalize import SORT, Blocks, eliminated, lower_tile, sort_of
 
 # Squares of rows that are not above it lose digits to underflow: such rows count as zero.
 SMALLEST_SQUARE = 1e-30
-# The smallest pivot that is divided by, well below any that is trusted: what stands in for it leaves T in float16.
-LEAST_PIVOT = 2.0**-20
+# The smallest pivot that is trusted: 2⁻⁸ of a row's length, which leaves float16's eleven bits three. Blocks with one
+# below it are left as they are, so that nothing overflows that is made of them.
+LEAST_PIVOT = 2.0**-16
 # What T − I is multiplied with before it is rounded: in the second pass its numbers are 10⁻⁵ and less, where float16
 # has fewer digits, and no number of T is above 2¹² where rows are fit for this.
 TRIANGLE_SCALE = 2.0**4
@@ -140,7 +141,7 @@ def units_factor_kernel(
     M has already, times T_jjᵀ; ROWS, whole blocks, are made at once.
 
     pivots[b] is lowered to the smallest pivot of gram[b], 0 for one that is below LEAST or no number, unless the matrix
-    is zero.
+    is zero. Where it was 0 nothing is made.
     """
     index = tl.program_id(0).to(tl.int64)
     matrix, k, _, _, _, _, of_gram = sort_of(sorts, index, SORT)
@@ -148,8 +149,8 @@ def units_factor_kernel(
     first = known_multiple(of_gram, 16) + matrix * k * width
     gram, out, places = gram + first, out + first, tl.arange(0, SIDE)
     same = places[:, None] == places[None, :]
-    smallest, trace = 4.0, 0.0  # of unit rows no pivot is as large
-    for j in range(tl.cdiv(k, SIDE)):
+    smallest, trace, before = 4.0, 0.0, tl.load(pivots + index)  # of unit rows no pivot is as large
+    for j in range(tl.where(before > 0.0, tl.cdiv(k, SIDE), 0)):
         made = j * SIDE  # rows of T, and columns of L
         own = made + places
         at_own, at_block = own[:, None] * width, (own < k)[:, None] & (own < width)[None, :]
@@ -190,7 +191,6 @@ def units_factor_kernel(
                 across = (own < k)[:, None] & (rows < made)[None, :]
                 tl.store(out + at_own + rows[None, :], tl.trans(found * SCALE).to(out.dtype.element_ty), mask=across)
         tl.debug_barrier()
-    before = tl.load(pivots + index)
     tl.store(pivots + index, tl.where(smallest < before, smallest, before), mask=trace != 0.0)
 
 
@@ -198,6 +198,7 @@ def units_factor_kernel(
 def units_product_kernel(
     triangle,
     units,
+    pivots,
     out,
     whole,
     sorts,
@@ -214,11 +215,11 @@ def units_product_kernel(
 ):
     """out[b] = units[b] + triangle[b] units[b] / TRIANGLE_SCALE, in operands; whole (or None) the same over SCALE.
 
-    The triangle is lower: its blocks of zeros are not read.
+    The triangle is lower: its blocks of zeros are not read, nor is any of one that has no pivots.
     """
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    row_tile = rest % row_tiles
-    block, k, length, of_units, _, _, of_triangle = sort_of(sorts, (rest // row_tiles).to(tl.int64), SORT)
+    row_tile, index = rest % row_tiles, (rest // row_tiles).to(tl.int64)
+    block, k, length, of_units, _, _, of_triangle = sort_of(sorts, index, SORT)
     stride, width = known_multiple(length + 15, 16), known_multiple(k + 15, 16)
     first = known_multiple(of_units, 16) + block * k * stride
     units, out = units + first, out + first
@@ -226,7 +227,8 @@ def units_product_kernel(
     k = tl.where(column_tile * COLUMNS < length, k, 0)  # others of the launch have more tiles
     rows, columns = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), COMPUTE)
-    for start in range(0, tl.where(row_tile * ROWS < k, tl.minimum(k, (row_tile + 1) * ROWS), 0), INNER):
+    made = (row_tile * ROWS < k) & (tl.load(pivots + index) > 0.0)
+    for start in range(0, tl.where(made, tl.minimum(k, (row_tile + 1) * ROWS), 0), INNER):
         depth = start + tl.arange(0, INNER)
         inside = (rows < k)[:, None] & (depth < width)[None, :]
         left = tl.load(triangle + rows[:, None] * width + depth[None, :], mask=inside, other=0.0)
@@ -280,7 +282,8 @@ def quick_pass(blocks: Blocks, units: Tensor, pivots: Tensor, last: bool = False
         blocks: how all of them lie.
         units: as :func:`unit_rows` and this make them.
         pivots: (blocks,) float32, each lowered to the smallest pivot of its block: what of a row the rows before it
-            do not have, squared; 0 where there are NaN. Blocks of zeros stay so and leave theirs.
+            do not have, squared; 0 below :data:`LEAST_PIVOT` and where there are NaN, and such blocks stay what they
+            are. Blocks of zeros stay so and leave theirs.
     """
     target, dot = launch.target_of(blocks.device), tl.float16
     if launch.INTERPRETED:
@@ -322,7 +325,7 @@ def quick_pass(blocks: Blocks, units: Tensor, pivots: Tensor, last: bool = False
         units_product_kernel,
         (row_tiles * column_tiles * blocks.count,),
         config,
-        *(triangle, units, out, whole, blocks.table, row_tiles, column_tiles),
+        *(triangle, units, pivots, out, whole, blocks.table, row_tiles, column_tiles),
         SORT=SORT,
         COMPUTE=tl.float32,
         DOT=dot,
