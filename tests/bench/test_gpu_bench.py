@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cost_model, tune
+from bench import cost_model, operator_costs, tune
 from bench.cost_model import CHIPS, Job, Shapes
 from bench.gpu import default_operators, record, tools, usual
 from bench.gpu.groups import GroupOf
@@ -120,7 +120,7 @@ def test_a_merge_is_predicted_as_its_rows_are_weighed(row_power):
 
 def test_merges_of_whole_rows_are_predicted():
     session, shapes = Session(Path(), time.monotonic(), rehearsal=True), [(256, 128)] * 3 + [(128,)]
-    job, costs = Job(3, torch.float32), cost_model
+    job, costs = Job(3, torch.float32), operator_costs
     expected = [
         costs.row_grams_cost(256, 128, 3, job),
         costs.row_coefficients_cost(256, 3, job),
