@@ -155,7 +155,9 @@ class _Group:
             def measured(our: Operators, known: tuple[bool, bool] = known) -> Tensor:
                 return our.row_lengths(lefts, unit if known[1] else rights, *known)
 
-            yield self.case("row_lengths", f"{how} rows", measured, size, torch.float64)
+            # That rows are said to have length 1 is known to their rounding alone.
+            of_unit = lefts.double().norm(dim=3) * self.shape[1], rights.dtype
+            yield self.case("row_lengths", f"{how} rows", measured, *(of_unit if known[1] else (size, torch.float64)))
         lengths = _torch.row_lengths(lefts, rights, False)
         yield self.case(
             "weigh_rows",

@@ -1,9 +1,10 @@
 """Blocks of rows of length 1 as float16 operands, made orthonormal on the matrix units: CholeskyQR of rounded rows.
 
 A pass takes the Gram matrix of what is stored, whose products are exact and summed in float32, its inverse factor T,
-and V = U + (T − I) U. Only T − I is rounded to float16: one pass is orthonormal to 2⁻¹² over the smallest diagonal of
-the factor, and a second one, of the first's rounded rows, to what float32 sums leave. Where a row is nearly in the span
-of those before it, that is not enough: pivots say so, and :meth:`.orthonormalize.Blocks.orthonormal` is for those.
+and V = U + (T − I) U. Only T − I is rounded to float16: V is orthonormal to about 2⁻¹² ‖U‖ over the smallest diagonal
+of the factor, and a second pass, of V rounded, leaves 2⁻¹² of that, but no less than float32 sums. Where a row is
+nearly in the span of those before it, that is not enough: pivots say so, and :meth:`.orthonormalize.Blocks.orthonormal`
+is for those.
 
 Between the rows of units, which start at multiples of 16 numbers, are zeros: products run over them. A block has fewer
 than 2³¹ numbers, as a matrix has whose short side is at most 46,340.
