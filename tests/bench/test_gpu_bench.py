@@ -90,7 +90,8 @@ def test_the_tuner_times_the_kernels_whose_tiles_it_changes():
         assert tried
         assert tiles not in tried
         for larger, smaller in [tune.WHOLE[knob.operator]] if knob.operator in tune.WHOLE else []:
-            assert not any(one[larger] % one[smaller] for one in tried)
+            further = [one for tiles in tried for one in tune.neighbours(knob, tiles)]
+            assert not any(one[larger] % one[smaller] for one in tried + further)
 
 
 def test_of_each_kernel_and_grid_the_first_launch_is_counted():
