@@ -46,7 +46,8 @@ def choosable(target):
         for count in range(1, 17):
             found.add(("combine_rounded_kernel", launch.combine_rounded(target, aligned, count)))
         for compute in (torch.float32, torch.float64):
-            found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned)))
+            for rank in (16, 410):
+                found.add(("residual_product_kernel", launch.residual_product(target, compute, aligned, rank)))
             found.add(("combine_matrix_kernel", launch.combine_matrix(target, compute, aligned)))
             found.add(("triangular_product_kernel", launch.triangular_product(target, compute, aligned)))
         for dtype in DTYPES:
@@ -90,8 +91,10 @@ print(json.dumps({key: [(one.kernel.__name__, dataclasses.asdict(one.config)) fo
 
 def test_every_entry_of_the_table_is_reachable_and_well_formed():
     table = launch.table()
-    vectors = ("combine_vector", "form_residuals", "unit_rows")
-    sizes = {"task_gram": launch.GramConfig, **dict.fromkeys(vectors, launch.VectorConfig)}
+    sizes = {
+        "task_gram": launch.GramConfig,
+        **dict.fromkeys(("combine_vector", "form_residuals", "unit_rows"), launch.VectorConfig),
+    }
     for operator, targets in table.items():
         assert tuple(targets) == launch.TARGETS
         known = {field.name for field in fields(sizes.get(operator, launch.MatmulConfig))}
@@ -127,6 +130,8 @@ launch.table = lambda: table
 chosen = [
     found for found in compile_check.launches(target)
     if found.kernel.__name__ == "residual_product_kernel" and found.config.precision == "fp16" and found.config.aligned
+    and {name: getattr(found.config, name) for name in table["residual_product"][target]["fp16"]} == \
+        table["residual_product"][target]["fp16"]
     and not found.constants["ACROSS"] and found.constants["VECTOR_SCALE"] == 1.0
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
