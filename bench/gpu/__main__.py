@@ -3,8 +3,9 @@
     python -m bench.gpu [--seconds 570] [--out DIR] [--only PART] [--rehearsal]
 
 In this order: smoke (what the GPU gives, every operator on small cases; two minutes that are worth having alone),
-operators beside their roofs, merges as people run them, where their time goes and what profilers and sanitizers say,
-the default beside rivals, tests, tuner. The last of it is a table of predicted beside measured times.
+operators beside their roofs, those of a default merge first, merges as people run them, where their time goes and what
+profilers and sanitizers say, the default beside rivals, tests, tuner. The last of it is a table of predicted beside
+measured times.
 
 Files go to ``--out``, by default ``$OUT`` or ``bench/results``. Every part is a process of its own, so that neither a
 crash nor a lost GPU takes the next one along, has a share of the time, and leaves its file however it ends. The exit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cost_model
+from bench import cost_model, operator_costs
 from bench.gpu import checks
 from bench.gpu.groups import GroupOf, Timed, laid
 from r2m_kernels import _triton
@@ -83,16 +83,16 @@ def truncation(group: GroupOf) -> Iterator[Timed]:
 
         return group.worst(judge)
 
-    vectors = functools.partial(cost_model.residual_product_cost, tensors=size, k=k, job=job, by_gram=True)
-    units = functools.partial(cost_model.unit_rows_cost, k, short, blocks.count, job, cost_model.HALF_BYTES)
-    quick = functools.partial(cost_model.quick_orthonormalize_costs, k, short, blocks.count, job, 1)
+    vectors = functools.partial(operator_costs.residual_product_cost, tensors=size, k=k, job=job, by_gram=True)
+    units = functools.partial(operator_costs.unit_rows_cost, k, short, blocks.count, job, operator_costs.HALF_BYTES)
+    quick = functools.partial(operator_costs.quick_orthonormalize_costs, k, short, blocks.count, job, 1)
     yield Timed(
         "form residuals",
         lambda: kept.form(unit),
         lambda _: group.worst(
             lambda i: checks.judge_residuals(kept.matrices()[0][i], *group.tensor(i), mixing, group.tall)
         ),
-        [cost_model.form_residuals_cost(m, n, size, job)],
+        [operator_costs.form_residuals_cost(m, n, size, job)],
     )
     yield Timed(
         "Gram of residuals",
@@ -100,7 +100,7 @@ def truncation(group: GroupOf) -> Iterator[Timed]:
         lambda _: group.worst(
             lambda i: checks.judge_residual_gram(grams.matrices()[0][i], kept.matrices()[0][i].double() / SCALE)
         ),
-        [cost_model.residual_gram_cost(m, n, size, job)],
+        [operator_costs.residual_gram_cost(m, n, size, job)],
     )
     yield Timed(
         "sketch of a Gram",
@@ -140,7 +140,7 @@ def weights(group: GroupOf) -> Iterator[Timed]:
     even = torch.full((job.experts,), 1 / job.experts, dtype=torch.float64)
     scales = torch.linspace(1.0, 2.0, job.experts, dtype=torch.float64)
     lengths = _triton.row_lengths(left.mT, right, *known)
-    *measuring, weighing = cost_model.weigh_rows_costs(m, n, size, k, job, rounded=True)
+    *measuring, weighing = operator_costs.weigh_rows_costs(m, n, size, k, job, rounded=True)
     yield Timed(
         "row lengths",
         lambda: _triton.row_lengths(left.mT, right, *known),
@@ -175,7 +175,7 @@ def combination(group: GroupOf) -> Timed:
     def judge(i: int) -> float:
         return checks.judge_combined(outs[i], *group.tensor(i), core, left[i].mT, right[i])
 
-    costs = [cost_model.combine_matrix_cost(m, n, size, k, job, rounded=True)]
+    costs = [operator_costs.combine_matrix_cost(m, n, size, k, job, rounded=True)]
     return Timed("combine, default rank, bfloat16 factors", combined, lambda _: group.worst(judge), costs)
 
 
@@ -193,11 +193,11 @@ def by_rows(group: GroupOf) -> Iterator[Timed]:
         "Gram of rows",
         lambda: _triton.row_grams(group.bases, group.experts),
         lambda grams: group.worst(lambda i: checks.judge_row_grams(grams.rows[i], *group.tensor(i))),
-        [cost_model.row_grams_cost(m, n, size, job)],
+        [operator_costs.row_grams_cost(m, n, size, job)],
     )
     yield Timed(
         "combine by rows",
         combined,
         lambda _: group.worst(lambda i: checks.judge_by_rows(outs[i], *group.tensor(i), coefficients[i])),
-        [cost_model.combine_rows_cost(m, n, size, job)],
+        [operator_costs.combine_rows_cost(m, n, size, job)],
     )

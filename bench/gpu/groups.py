@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cost_model import Job, StepCost
 from bench.gpu import checks
 from bench.gpu.record import Session
+from bench.operator_costs import Job, StepCost
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton.orthonormalize import Blocks
 

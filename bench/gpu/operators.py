@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cost_model
-from bench.cost_model import Chip, Job, StepCost
+from bench import cost_model, operator_costs
+from bench.chips import Chip
 from bench.gpu import checks, default_operators
 from bench.gpu.groups import RANK, GroupOf, Timed, laid
 from bench.gpu.record import Record, Session, Stopwatch, caught_launches, copy_bandwidth, predicting_chip, table
+from bench.operator_costs import Job, StepCost
 from r2m_kernels import _triton
 from r2m_kernels._triton.addresses import SCALE
 from r2m_kernels._triton.orthonormalize import inner_products, orthonormal_rows
@@ -39,7 +40,7 @@ def operators(group: GroupOf) -> Iterator[Timed]:
         "task_gram",
         lambda: _triton.task_gram(group.bases, group.experts),
         lambda grams: group.worst(lambda i: checks.judge_gram(grams.tasks[i], *group.tensor(i))),
-        [cost_model.task_gram_cost(m * n, size, job)],
+        [operator_costs.task_gram_cost(m * n, size, job)],
     )
     yield from products(group)
     rows = group.product[..., : min(m, n)].contiguous().flatten(0, 1) * max(m, n) ** 0.5
@@ -47,14 +48,14 @@ def operators(group: GroupOf) -> Iterator[Timed]:
         "orthonormalize",
         lambda: orthonormal_rows(rows),
         lambda basis: checks.judge_basis(basis[:: len(basis) - 1].mT, rows[:: len(rows) - 1].mT),
-        cost_model.orthonormalize_costs(k, min(m, n), size * job.experts, job),
+        operator_costs.orthonormalize_costs(k, min(m, n), size * job.experts, job),
     )
     left, right = group.factors
     yield Timed(
         "inner_products",
         lambda: inner_products(left, right),
         lambda products: group.worst(lambda i: checks.judge_inner_products(products[i], left[i].mT, right[i])),
-        [cost_model.inner_products_cost(m, n, size, k, job)],
+        [operator_costs.inner_products_cost(m, n, size, k, job)],
     )
     core = torch.linspace(0.2, 0.5, job.experts, dtype=torch.float64)
     scale = torch.linspace(0.01, 0.02, job.experts, dtype=torch.float64)
@@ -67,7 +68,7 @@ def operators(group: GroupOf) -> Iterator[Timed]:
     def judge_combined(i: int) -> float:
         return checks.judge_combined(outs[i], *group.tensor(i), core, left[i].mT, right[i], scale)
 
-    costs = [cost_model.combine_matrix_cost(m, n, size, k, job)]
+    costs = [operator_costs.combine_matrix_cost(m, n, size, k, job)]
     yield Timed("combine", combined, lambda outs: group.worst(judge_combined), costs)
     yield default_operators.combination(group)
 
@@ -108,14 +109,14 @@ def products(group: GroupOf) -> Iterator[Timed]:
     def on_the_short_side(result: Tensor) -> Tensor:
         return kept.short.of_sorts(result)[0].unflatten(0, shape)
 
-    cost = functools.partial(cost_model.residual_product_cost, m=m, n=n, tensors=size, k=k, job=job)
+    cost = functools.partial(operator_costs.residual_product_cost, m=m, n=n, tensors=size, k=k, job=job)
     yield Timed(
         "form residuals",
         lambda: kept.form(unit),
         lambda _: group.worst(
             lambda i: checks.judge_residuals(kept.matrices()[0][i], *group.tensor(i), group.mixing, tall)
         ),
-        [cost_model.form_residuals_cost(m, n, size, job)],
+        [operator_costs.form_residuals_cost(m, n, size, job)],
     )
     keys = torch.arange(1, size + 1, device=kept.device) * 0x9E3779B97F4A7
     yield Timed(
@@ -152,7 +153,7 @@ def products(group: GroupOf) -> Iterator[Timed]:
         "full product",
         lambda: _triton.residual_matmul(group.bases, group.experts, group.mixing, group.basis.mT, not tall, precision),
         judged(lambda result: result.mT, group.basis, not tall, precision),
-        [cost_model.residual_matmul_cost("full product", m, n, size, k, job, not tall)],
+        [operator_costs.residual_matmul_cost("full product", m, n, size, k, job, not tall)],
     )
 
 

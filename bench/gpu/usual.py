@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench import cost_model, host_cost
+from bench import cost_model, host_cost, operator_costs
 from bench.cases import StateDict, block_shapes, checkpoints
 from bench.cost_model import DTYPES, Job, Shapes
 from bench.gpu import checks
@@ -229,7 +229,7 @@ def predicted_seconds(session: Session, job: Usual, shapes: list[tuple[int, ...]
     if config.eta == 0:
         flat = [(m * n, count) for m, n, count in model.matrices] + list(model.vectors)
         known = [cost for cost in costs if cost.step in ("transfer", "task Gram")]
-        costs = known + [cost_model.combine_vector_cost(*one, how) for one in flat]
+        costs = known + [operator_costs.combine_vector_cost(*one, how) for one in flat]
     total = sum(cost.predicted_seconds(chip) for cost in costs if not cost.link_bytes)
     if job.place == "gpu":
         return total

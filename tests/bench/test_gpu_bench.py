@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cost_model, tune
+from bench import cost_model, operator_costs, tune
 from bench.cost_model import CHIPS, Job, Shapes
 from bench.gpu import default_operators, record, tools, usual
 from bench.gpu.groups import GroupOf
@@ -90,7 +90,8 @@ def test_the_tuner_times_the_kernels_whose_tiles_it_changes():
         assert tried
         assert tiles not in tried
         for larger, smaller in [tune.WHOLE[knob.operator]] if knob.operator in tune.WHOLE else []:
-            assert not any(one[larger] % one[smaller] for one in tried)
+            further = [one for tiles in tried for one in tune.neighbours(knob, tiles)]
+            assert not any(one[larger] % one[smaller] for one in tried + further)
 
 
 def test_of_each_kernel_and_grid_the_first_launch_is_counted():
@@ -120,7 +121,7 @@ def test_a_merge_is_predicted_as_its_rows_are_weighed(row_power):
 
 def test_merges_of_whole_rows_are_predicted():
     session, shapes = Session(Path(), time.monotonic(), rehearsal=True), [(256, 128)] * 3 + [(128,)]
-    job, costs = Job(3, torch.float32), cost_model
+    job, costs = Job(3, torch.float32), operator_costs
     expected = [
         costs.row_grams_cost(256, 128, 3, job),
         costs.row_coefficients_cost(256, 3, job),

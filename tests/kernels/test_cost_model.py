@@ -16,34 +16,36 @@ from bench.cost_model import (
     MODELS,
     NOTE,
     RANK,
-    Job,
     Road,
     Shapes,
+    floor_seconds,
+    merge_costs,
+    report,
+    road_of,
+    truncation_costs,
+)
+from bench.machine import ROOT
+from bench.operator_costs import (
+    Job,
     StepCost,
     combine_matrix_cost,
     combine_rows_cost,
     combine_vector_cost,
-    floor_seconds,
     form_residuals_cost,
     inner_products_cost,
-    merge_costs,
     orthonormalize_costs,
     quick_orthonormalize_costs,
-    report,
     residual_gram_cost,
     residual_matmul_cost,
     residual_product_cost,
-    road_of,
     row_coefficients_cost,
     row_grams_cost,
     shifts_cost,
     task_gram_cost,
-    truncation_costs,
     unit_rows_cost,
     vectors_gram_cost,
     weigh_rows_costs,
 )
-from bench.machine import ROOT
 from r2m_kernels._stream.plan import truncation_rank
 from r2m_kernels._triton import launch
 
