@@ -124,11 +124,23 @@ class Findings:
     def _gram_of(self, role: str) -> Tensor:
         # Sums over tensors run in the order of names: the order in the file must not touch a bit.
         names = sorted(tensor.name for tensor in self.plan.tensors if tensor.role == role)
-        return ordered_sum([self.grams[name] for name in names], len(self.experts))
+        return ordered_sum([self.grams[name] for name in names], len(self.experts), len(self.experts))
 
-    def residual_gram(self, name: str) -> Tensor:
-        """(N, N) float64, ⟨X_i, X_j⟩ of one matrix tensor before truncation: Mᵀ G_l M."""
-        return self.real.mixing.T @ self.grams[name] @ self.real.mixing
+    @cached_property
+    def residual_grams(self) -> Mapping[str, Tensor]:
+        """(N, N) float64, ⟨X_i, X_j⟩ of each matrix tensor before truncation: Mᵀ G_l M."""
+        names = [tensor.name for tensor in self.plan.of("matrix")]
+        if not names:
+            return {}
+        grams, mixing = torch.stack([self.grams[name] for name in names]), self.real.mixing.expand(len(names), -1, -1)
+        # A problem of its own each: a single product of all might round one by its place among them.
+        return dict(zip(names, torch.bmm(torch.bmm(mixing.mT, grams), mixing), strict=True))
+
+    @cached_property
+    def residual_energies(self) -> Mapping[str, Tensor]:
+        """(N,) float64, ‖X_i‖² of each matrix tensor before truncation."""
+        grams = self.residual_grams
+        return dict(zip(grams, torch.stack([*grams.values()]).diagonal(dim1=1, dim2=2), strict=True)) if grams else {}
 
     def at(self, tensor: PlannedTensor, config: MergeConfig) -> PlannedTensor:
         """A tensor with the truncation rank that it has under other options."""

@@ -24,12 +24,10 @@ from .errors import NotFinite, quoted
 from .real_subspace import layer_weights
 
 
-def ordered_sum(grams: Sequence[Tensor], count: int) -> Tensor:
-    """Σ in the given order, float64: a fixed tree, which ``torch.sum`` over a stack does not promise."""
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for gram in grams:
-        total += gram
-    return total
+def ordered_sum(numbers: Sequence[Tensor], *shape: int) -> Tensor:
+    """Σ in the given order, float64 of one shape: a fixed tree, which ``torch.sum`` over a stack does not promise."""
+    # The last partial sum, alone in its memory: one call, however many there are.
+    return torch.stack([torch.zeros(shape, dtype=torch.float64), *numbers]).cumsum(dim=0)[-1].clone()
 
 
 def panel_grams(base: Tensor, experts: Sequence[Tensor], operators: Operators, *, precise: bool, panel: int) -> Grams:
@@ -213,4 +211,5 @@ def weighted(grams: Mapping[str, Tensor], plan: Plan, config: MergeConfig, count
     # In the order of names: the order in the file must not touch a bit.
     matrices = [grams[name] for name in sorted(tensor.name for tensor in plan.of("matrix"))]
     gammas = layer_weights(matrices, config)
-    return ordered_sum([gamma * gram for gamma, gram in zip(gammas, matrices, strict=True)], count)
+    weighed = (gram if gamma == 1.0 else gamma * gram for gamma, gram in zip(gammas, matrices, strict=True))
+    return ordered_sum([*weighed], count, count)

@@ -49,7 +49,7 @@ def match(
     weights, count = findings.real.weights, len(findings.experts)
     energies = {name: each if each.ndim == 1 else each.diag() for name, each in products.items()}
     names = sorted(products)
-    matrix = sum((energies[name] for name in names), torch.zeros(count, dtype=torch.float64))
+    matrix = gram.ordered_sum([energies[name] for name in names], count)
     center = torch.eye(count, dtype=torch.float64) - weights
     vector = center @ findings.vector_gram @ center.T
     longest = _longest(findings.matrix_gram + findings.vector_gram)
@@ -57,7 +57,7 @@ def match(
     scales = matching_scales(norms, weights, config.norm_match) if scales is None else scales
     core_scale, eta = config.core_scale if core_scale is None else core_scale, config.eta if eta is None else eta
     known = config.row_power == 0 or config.eta == 0
-    summed = gram.ordered_sum([products[name] for name in names], count) if known else None
+    summed = gram.ordered_sum([products[name] for name in names], count, count) if known else None
     found = strength(findings, matrix, summed, scales.detach(), config, core_scale, eta)
     return Residuals(norms, scales, energies, found)
 

@@ -239,7 +239,7 @@ def tensor_rows(
 
 def _kept_energy(findings: Findings, name: str, kept: Tensor) -> dict[str, Any]:
     mixing, gram = findings.real.mixing, findings.grams[name]
-    whole = findings.residual_gram(name).diag()
+    whole = findings.residual_energies[name]
     energies: dict[str, float | None] = {}
     uncertain = []
     for i, expert in enumerate(findings.experts):
@@ -261,7 +261,7 @@ def _distance(
         return {}
     method, gap = known.method, known.gap
     mixing, gram = findings.real.mixing, findings.grams[tensor.name]
-    lost = findings.residual_gram(tensor.name).diag() - kept
+    lost = findings.residual_energies[tensor.name] - kept
     distances: dict[str, float | None] = {}
     for i, expert in enumerate(findings.experts):
         best = math.nan if gap is None else float(lost[i] - gap[i])

@@ -81,7 +81,8 @@ class ResidualFactors:
         group = self._run.loader.load([tensor], with_base=not factored, factored=factored)
         if factored:
             m, dtype = tensor.matrix_shape[0], group.compute_dtype
-            return low_rank.truncate(group.experts, m, mixing, tensor.rank, dtype).of(0)
+            (made,) = low_rank.truncate(group.experts, m, mixing, tensor.rank, dtype).each()
+            return made
         config = self._findings.config
         (found,) = truncate_residuals(group.names, group.bases, group.experts, mixing, tensor.rank, config, operators)
         return found
@@ -101,9 +102,8 @@ class ResidualFactors:
                 if self._run.owns(tensor) and (factors := self.of(tensor)) is not None
             }
             self._products[asked] = self._run.processes.gather(shared)
-        grams = {tensor.name: self._findings.residual_gram(tensor.name) for tensor in matrices if tensor.whole}
-        whole = {name: gram.diag() if alone else gram for name, gram in grams.items()}
-        return {**self._products[asked], **whole}
+        known = self._findings.residual_energies if alone else self._findings.residual_grams
+        return {**self._products[asked], **{tensor.name: known[tensor.name] for tensor in matrices if tensor.whole}}
 
 
 def _asked(config: MergeConfig) -> str:

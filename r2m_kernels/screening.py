@@ -240,7 +240,7 @@ def _known(findings: Findings, base_squares: Mapping[str, float], inputs: Inputs
     heads = classifier(inputs.base.specs)
     names = sorted(one.name for one in findings.plan.of("matrix") if one.name not in heads)
     count = len(findings.experts)
-    gram = ordered_sum([findings.grams[name] for name in names], count)
+    gram = ordered_sum([findings.grams[name] for name in names], count, count)
     cosines = _cosines(gram)
     changes = _classifiers(inputs, heads)
     agreement = cosines if changes is None else _cosines(changes @ changes.T)

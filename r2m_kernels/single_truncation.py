@@ -87,7 +87,7 @@ def _fits(one: Factors, shape: tuple[int, int], dtype: torch.dtype) -> bool:
 
 def _single(made: GroupFactors, place: int) -> Factors:
     """One expert's, without the components that are there for wider ones alone: their left factors are zero."""
-    factors, at = made.of(0), slice(place, place + 1)
+    (factors,), at = made.each(), slice(place, place + 1)
     left, right = factors.left[at], factors.right[at]
     there = left[0].any(dim=0).nonzero()
     width = max(1, int(there[-1]) + 1) if len(there) else 1

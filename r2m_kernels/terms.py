@@ -167,7 +167,8 @@ class LowRank(Term):
                 known = [(factors.orthogonal_rows, factors.orthonormal_rows) for factors in self.factors]
                 # A tensor's numbers do not depend on what is known of others in its group.
                 of_kind = {kind: operators.row_lengths(left, right, *kind) for kind in set(known)}
-                lengths = stacked([of_kind[kind][place] for place, kind in enumerate(known)])
+                alike = of_kind[known[0]]
+                lengths = alike if len(of_kind) == 1 else stacked([of_kind[one][at] for at, one in enumerate(known)])
             else:
                 lengths = self.lengths[:, rows or slice(None)].unsqueeze(0).to(device)
             rule = (self.rows.weights, self.rows.scales, self.rows.power)
@@ -436,21 +437,24 @@ class Terms:
         places = range(len(group.tensors))
         if self.config.scale == "layer" and group.tensors[0].role == "matrix":
             return [[place] for place in places]
-        rounded = [self.rounded(tensor) for tensor in group.tensors]
+        rounded = self.rounded(group.tensors)
         return [[place for place in places if rounded[place] == kind] for kind in sorted(set(rounded))]
 
-    def rounded(self, tensor: PlannedTensor) -> bool:
-        """Whether a tensor's truncated residuals are added as products of factors in bfloat16.
+    def rounded(self, tensors: Sequence[PlannedTensor]) -> list[bool]:
+        """Whether truncated residuals of tensors of one shape and rank are added as products of factors in bfloat16.
 
         Where a fast truncation cut off far more than that rounds, of every expert: merge and adapters take the same.
         """
-        if unmatched(tensor, self.config) is not LowRank or tensor.factored:
-            return False
-        near = self.config.svd == "randomized" and not truncation.exactly(tensor.matrix_shape, tensor.rank, self.config)
-        if not near or self.config.spectrum != "truncate":
-            return False
-        whole, kept = self.findings.residual_gram(tensor.name).diag(), self.residuals.energies.get(tensor.name)
-        return kept is not None and bool((kept <= (1 - CUT_OFF) * whole).all())
+        first, config = tensors[0], self.config
+        truncated = unmatched(first, config) is LowRank and not first.factored and config.spectrum == "truncate"
+        names = [one.name for one in tensors if one.name in self.residuals.energies]
+        fast = truncated and names and config.svd == "randomized"
+        if not fast or truncation.exactly(first.matrix_shape, first.rank, config):
+            return [False] * len(tensors)
+        energies = self.residuals.energies, self.findings.residual_energies
+        kept, whole = (torch.stack([of_all[name] for name in names]) for of_all in energies)
+        cut_off = dict(zip(names, (kept <= (1 - CUT_OFF) * whole).all(dim=1).tolist(), strict=True))
+        return [cut_off.get(one.name, False) for one in tensors]
 
     def of(self, group: Group) -> Term:
         """The term of tensors of one role, shape and rank that are :meth:`alike`."""
@@ -496,4 +500,4 @@ class Terms:
         lengths = self.lengths(first) if factors and rows is not None and group.part is not None else None
         scale = eta * (weights * scales if rows is None else torch.ones_like(scales))
         single = bool(factors) and factors[0].left.dtype == torch.float32
-        return LowRank(coefficients, factors, scale, rows, lengths, single and self.rounded(first))
+        return LowRank(coefficients, factors, scale, rows, lengths, single and self.rounded([first])[0])

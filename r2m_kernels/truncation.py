@@ -66,14 +66,14 @@ def truncate_residuals(
     inputs = Truncatable(names, bases, experts)
     made = truncate(inputs, mixing, rank, config, operators, grams)
     gaps = made.gap.cpu()
-    factors = [replace(made.of(i), gap=gaps[i]) for i in range(len(names))]
+    factors = [replace(one, gap=gap) for one, gap in zip(made.each(), gaps, strict=True)]
     steep = untrusted(made.trusted)
     if steep:
         known = None if grams is None else [grams[index] for index in steep]
         for _, places, again in truncate_again([inputs.some(steep)], mixing, [rank], config, operators, [known]):
             gaps = again.gap.cpu()
-            for place, of_steep in enumerate(places):
-                factors[steep[of_steep]] = replace(again.of(place), gap=gaps[place])
+            for of_steep, one, gap in zip(places, again.each(), gaps, strict=True):
+                factors[steep[of_steep]] = replace(one, gap=gap)
     return factors
 
 
@@ -404,8 +404,8 @@ class TruncationStep(Step):
         return self._in_store(tensors, map_spectra(factors, inputs, self._mixing, self._config, operators, dtype))
 
     def _in_store(self, tensors: Sequence[PlannedTensor], factors: GroupFactors) -> Made:
-        for index, tensor in enumerate(tensors):
-            self._run.factors.put(tensor.name, factors.of(index))
+        for tensor, one in zip(tensors, factors.each(), strict=True):
+            self._run.factors.put(tensor.name, one)
         trusted = torch.ones_like(factors.gap) if factors.trusted is None else factors.trusted
         # Of residuals that are weighted by row nobody asks for more than their lengths.
         products = factors.inner_products() if self._config.row_power == 0 else factors.energies()

@@ -69,7 +69,16 @@ class Inputs:
         if tensor.factored:
             own = self.base.specs[tensor.name]
             return own.nbytes + tensor.change_elements * max(COMPUTE_BYTES, own.dtype.itemsize)
-        return sum(source.specs[tensor.name].nbytes for source in self.read_for(tensor))
+        return self.base.specs[tensor.name].nbytes if tensor.role == "copied" else self._nbytes[tensor.name]
+
+    @cached_property
+    def _nbytes(self) -> dict[str, int]:
+        """Name → bytes of all who have it: every pass asks for each tensor's, and headers do not change."""
+        found: dict[str, int] = {}
+        for source in self.sources:
+            for name, spec in source.specs.items():
+                found[name] = found.get(name, 0) + spec.nbytes
+        return found
 
     def working_bytes(self, tensor: PlannedTensor) -> int:
         """What a tensor takes while it is merged whole: its inputs, a wide result and its output."""

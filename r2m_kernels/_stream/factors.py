@@ -108,9 +108,10 @@ class GroupFactors:
     trusted: Tensor | None = None
     squares: Tensor | None = None
 
-    def of(self, index: int) -> Factors:
-        """One tensor's, without the numbers that are still on the device."""
-        return Factors(self.left[index], self.right[index], self.ordered, self.basis, method=self.method)
+    def each(self) -> list[Factors]:
+        """Every tensor's, without the numbers that are still on the device."""
+        sides = zip(self.left.unbind(), self.right.unbind(), strict=True)
+        return [Factors(left, right, self.ordered, self.basis, method=self.method) for left, right in sides]
 
     def some(self, places: Sequence[int]) -> GroupFactors:
         """Those of tensors at some places."""

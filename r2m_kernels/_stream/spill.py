@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import tempfile
@@ -17,7 +16,9 @@ from torch import Tensor
 from ..descriptors import REMOVES_OPEN_FILES, read_at, reserve, write_at
 from .blocks import runs
 from .factors import LENGTH_ROWS, PRODUCT_ROWS, Factors, inner_products, lengths_of_rows, product_of_sides, row_lengths
+from .tensors import memory_of
 
+NOTHING = torch.empty(0)  # where factors are kept elsewhere
 FACTORS_PREFIX = ".r2m-factors-"  # of the temporary file's name, which it has for a moment
 
 
@@ -26,13 +27,6 @@ class _Spilled:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a CPU tensor whose elements lie side by side, for as long as the tensor lives."""
-    assert tensor.is_contiguous(), "its elements lie side by side"
-    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
-    return memoryview(memory).cast("B")  # ctypes calls them "<B", to which Python assigns nothing
 
 
 class FactorStore:
@@ -79,8 +73,7 @@ class FactorStore:
     def put(self, name: str, factors: Factors) -> None:
         """Keep the factors of one tensor, in place of former ones."""
         self._keep(("factors", name), (factors.left, factors.right))
-        nothing = torch.empty(0)
-        self._factors[name] = replace(factors, left=nothing, right=nothing)
+        self._factors[name] = replace(factors, left=NOTHING, right=NOTHING)
 
     def place(self, name: str, count: int, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
         """Make room for the factors of ``count`` residuals of one shape, which come one by one."""
@@ -228,7 +221,7 @@ class FactorStore:
     def _write(self, tensor: Tensor, offset: int) -> None:
         descriptor = self._open()
         dense = tensor.cpu().contiguous()
-        content = _bytes(dense)
+        content = memory_of(dense)
         while content:  # one call moves at most 2 GiB on Linux
             try:
                 written = write_at(descriptor, content, offset)
@@ -277,7 +270,7 @@ class FactorStore:
 
     def _fill(self, tensor: Tensor, offset: int) -> None:
         assert self._descriptor is not None
-        content = _bytes(tensor)
+        content = memory_of(tensor)
         while content:
             count = read_at(self._descriptor, content, offset)
             if count == 0:

@@ -63,6 +63,8 @@ def _named_as(base: TensorSource, expert: TensorSource) -> TensorSource:
     """An expert under the base's names, where wrappers alone tell them apart, such as ``torch.compile`` adds."""
     if not (isinstance(base, StateDictSource) and isinstance(expert, StateDictSource)):
         return expert
+    if expert.specs.keys() <= base.specs.keys():
+        return expert
     known = {plain: name for name, plain in _without_wrappers(base.specs).items()}
     names = {name: known.get(plain, plain) for name, plain in _without_wrappers(expert.specs).items()}
     fewer = len({*names.values()} & base.specs.keys()) <= len(expert.specs.keys() & base.specs.keys())

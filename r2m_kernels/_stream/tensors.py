@@ -6,6 +6,7 @@ takes them one at a time. Dictionaries are served by :mod:`.state_dicts`, files 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def compute_dtype(tensors: Iterable[Matrix]) -> torch.dtype:
     """What these are computed in: float64 where one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The memory of a CPU tensor whose elements lie side by side, for as long as the tensor lives."""
+    assert tensor.is_contiguous(), "its elements lie side by side"
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
+    return memoryview(memory).cast("B")  # ctypes calls them "<B", to which Python assigns nothing
 
 
 def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:

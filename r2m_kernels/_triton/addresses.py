@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from .._stream.blocks import empty_rows, padded
-from .._stream.tensors import compute_dtype
+from .._stream.tensors import compute_dtype, memory_of
 
 # A vector load moves this many bytes and wants an address that is a multiple of it.
 VECTOR_BYTES = 16
@@ -86,7 +86,7 @@ class Group:
             addresses without need: which kernel a tensor meets must depend on its shape and dtype only.
         dtype: of all of them.
         compute_dtype: what sums and products are carried in.
-        table: (L, N + 1) int64 on the device: addresses of θ₀, θ_1 … θ_N.
+        addresses: (L, N + 1) int64 on the host: of θ₀, θ_1 … θ_N.
         aligned: rows are whole vectors, and every row of every tensor starts at a multiple of 16 bytes.
     """
 
@@ -100,29 +100,55 @@ class Group:
         self.bases = [self._placed(tensor) for tensor in bases]
         self.experts = [[self._placed(tensor) for tensor in tensors] for tensors in experts]
         self.device = self.bases[0].device
-        self.table = address_table([self.bases, *self.experts], self.device)
+        self.addresses = addresses_of([self.bases, *self.experts])
+        self._table: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """The addresses on the device, where :func:`send` may have brought them with others."""
+        send([self], self.device)
+        assert self._table is not None
+        return self._table
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.dtype).contiguous()
+        if tensor.dtype != self.dtype or not tensor.is_contiguous():
+            tensor = tensor.to(self.dtype).contiguous()
         return tensor if not self.aligned or well_placed(tensor) else tensor.clone()
 
 
-def address_table(columns: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """(L, len(columns)) int64. The tensors must outlive the launch that reads the table."""
-    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in zip(*columns, strict=True)])
-    return addresses.to(device, non_blocking=True)
+def addresses_of(columns: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(L, len(columns)) int64 on the host. The tensors must outlive the launch that reads them."""
+    return torch.tensor([[tensor.data_ptr() for tensor in row] for row in zip(*columns, strict=True)])
+
+
+def send(groups: Sequence[Group], device: torch.device, *values: Any) -> list[Any]:
+    """Give groups their tables, in one transfer with the small tensors among ``values`` that lie on the host.
+
+    Returns:
+        ``values``, those tensors on the device and all others as they are.
+    """
+    waiting = [group for group in groups if group._table is None]
+    away = [place for place, one in enumerate(values) if isinstance(one, Tensor) and one.device != device]
+    there = on_device([*(group.addresses for group in waiting), *(values[place] for place in away)], device)
+    for group, table in zip(waiting, there, strict=False):
+        group._table = table
+    brought = dict(zip(away, there[len(waiting) :], strict=True))
+    return [brought.get(place, one) for place, one in enumerate(values)]
 
 
 def on_device(numbers: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copies of small tensors on the CPU, of any dtypes, in one transfer that nobody waits for."""
-    parts = [one.contiguous().view(-1).view(torch.uint8) for one in numbers]
-    # Each starts where a vector load could.
-    sizes = [-(-part.numel() // VECTOR_BYTES) * VECTOR_BYTES for part in parts]
-    packed = torch.cat(
-        [functional.pad(part, (0, size - part.numel())) for part, size in zip(parts, sizes, strict=True)]
-    )
-    there = torch.split(packed.to(device, non_blocking=True), sizes)
-    return [whole[: one.nbytes].view(one.dtype).view(one.shape) for whole, one in zip(there, numbers, strict=True)]
+    if not numbers:
+        return []
+    packed, starts, dense = bytearray(), list[int](), [one.contiguous() for one in numbers]
+    for one in dense:
+        starts.append(len(packed) // one.itemsize)
+        packed += memory_of(one)
+        packed += bytes(-len(packed) % VECTOR_BYTES)  # each starts where a vector load could
+    there = torch.frombuffer(packed, dtype=torch.uint8).to(device, non_blocking=True)
+    of_type = {dtype: there.view(dtype) for dtype in {one.dtype for one in dense}}
+    places = zip(dense, starts, strict=True)
+    return [of_type[one.dtype].as_strided(one.shape, one.stride(), start) for one, start in places]
 
 
 def well_placed(tensor: Tensor) -> bool:

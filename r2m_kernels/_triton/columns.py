@@ -19,9 +19,10 @@ from .addresses import (
     ELEMENT_TYPES,
     VECTOR_BYTES,
     Group,
-    address_table,
+    addresses_of,
     known_multiple,
     loaded,
+    send,
     tensor_at,
     tile_of,
     well_placed,
@@ -142,16 +143,16 @@ def match_columns(
     outputs, dtype = Outputs(group, outs, n), group.compute_dtype
     fits = all(well_placed(one) for one in merged) and n * dtype.itemsize % VECTOR_BYTES == 0
     target = launch.target_of(group.device)
-    pairs = address_table([group.bases, merged], group.device)
+    shares = counts.double() / counts.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    pairs, shares = send([group], group.device, addresses_of([group.bases, merged]), shares)
     inputs = launch.combine_vector(target, group.aligned)
     specialists = _squares(group, group.table, len(experts), group.dtype, inputs)
     reached = _squares(group, pairs, 1, dtype, launch.combine_vector(target, group.aligned and fits))
     factors = torch.empty(len(bases), n, dtype=dtype, device=group.device)
-    shares = counts.double() / counts.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
     sums = launch.sums()
     launch.start(
         *(column_factors_kernel, (-(-n // sums.block), len(bases)), sums),
-        *(specialists, reached, shares.to(group.device, non_blocking=True), factors, n, len(experts)),
+        *(specialists, reached, shares, factors, n, len(experts)),
         reached.shape[2],
         MOST=MOST,
         COMPUTE=ELEMENT_TYPES[dtype],

@@ -318,7 +318,7 @@ def combine(
     outputs = Outputs(group, outs, n)
     target, dtype = launch.target_of(group.device), group.compute_dtype
     core = coefficients if by_row else representable(coefficients, dtype)
-    core = core.to(group.device, dtype, non_blocking=True).contiguous()
+    core = core.to(dtype).contiguous()
     if left is not None and right is not None:
         rounded = in_bfloat16(left, right, scale, dtype)
         # Factors lie in memory as rows, (L, N, r, m) and (L, N, r, n).
@@ -330,7 +330,7 @@ def combine(
         else:
             matrix = launch.combine_matrix(target, dtype, outputs.aligned)
             each = torch.ones(count, dtype=dtype) if scale is None else scale
-            scales = [each.to(group.device, dtype, non_blocking=True).contiguous()]
+            scales = [each.to(dtype).contiguous()]
             if not vectors_fit(m):
                 lefts = empty_rows(lefts.shape[:-1], m, dtype, group.device, zero=True).copy_(lefts)
         column_tiles = -(-n // matrix.columns)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, address_table, block_of, loaded, well_placed
+from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, addresses_of, block_of, loaded, send, well_placed
 from .outputs import Outputs, representable, write_rounded
 
 
@@ -198,7 +198,7 @@ def mean(experts: Sequence[Sequence[Tensor]], weights: Tensor, outs: Sequence[Te
 def _weighted_sum(group: Group, weights: Tensor, outs: Sequence[Tensor], dtype: torch.dtype, changes: bool) -> Tensor:
     outputs, elements = Outputs(group, outs, outs[0].numel(), dtype), outs[0].numel()
     config = launch.combine_vector(launch.target_of(group.device), outputs.aligned)
-    weights = representable(weights, dtype).to(group.device, dtype, non_blocking=True)
+    weights = representable(weights, dtype).to(dtype)
     arguments = (weights, elements, len(group.experts))
     return outputs.write(
         weighted_sum_kernel, -(-elements // config.block), config, *arguments, CHANGES=changes, BLOCK=config.block
@@ -214,7 +214,7 @@ def add(bases: Sequence[Tensor], changes: Tensor, outs: Sequence[Tensor]) -> Ten
     config = launch.combine_vector(launch.target_of(group.device), outputs.aligned and fits)
     return outputs.write(
         *(add_kernel, -(-elements // config.block), config, elements),
-        table=address_table([group.bases, changes.unbind()], group.device),
+        table=addresses_of([group.bases, changes.unbind()]),
         CHANGE=ELEMENT_TYPES[changes.dtype],
         BLOCK=config.block,
     )
@@ -236,8 +236,7 @@ def combine_ties(
     numbers = representable(torch.cat([weights.new_tensor([scale]), weights]), dtype)
     return outputs.write(
         *(combine_ties_kernel, -(-elements // config.block), config),
-        numbers.to(group.device, dtype, non_blocking=True),
-        thresholds.to(group.device, torch.float32, non_blocking=True),
+        *(numbers.to(dtype), thresholds.to(torch.float32)),
         *(elements, len(experts)),
         BLOCK=config.block,
     )
@@ -261,8 +260,7 @@ def combine_dare(
     coefficients = representable(weights.double() * (scale / density), dtype)
     return outputs.write(
         *(combine_dare_kernel, -(-elements // config.block), config),
-        coefficients.to(group.device, dtype, non_blocking=True),
-        keys.to(group.device, non_blocking=True).contiguous(),
+        *(coefficients.to(dtype), keys.contiguous()),
         *(int(density * 2**32), first, elements, len(experts)),
         BLOCK=config.block,
     )
@@ -275,12 +273,10 @@ def count_magnitudes(
     sizes = [base.numel() for base in bases]
     group = Group(bases, experts, math.gcd(*sizes))
     config = launch.combine_vector(launch.target_of(group.device), group.aligned)
+    there = send([group], group.device, torch.tensor(sizes), counts if upper is None else upper)
     launch.start(
         *(count_magnitudes_kernel, (-(-max(sizes) // config.block), len(bases)), config),
-        group.table,
-        torch.tensor(sizes).to(group.device, non_blocking=True),
-        counts if upper is None else upper.to(group.device, non_blocking=True),
-        *(counts, len(experts)),
+        *(group.table, *there, counts, len(experts)),
         TYPE=ELEMENT_TYPES[group.dtype],
         COMPUTE=ELEMENT_TYPES[group.compute_dtype],
         ALIGNED=config.aligned,

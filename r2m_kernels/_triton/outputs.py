@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, address_table, tensor_at, well_placed
+from .addresses import ELEMENT_TYPES, VECTOR_BYTES, Group, addresses_of, send, tensor_at, well_placed
 
 
 @triton.jit
@@ -88,7 +88,8 @@ class Outputs:
         """Run a kernel that writes them with :func:`write_rounded`, ``tiles`` programs a tensor.
 
         It takes ``table`` (the group's by default), the outputs' addresses, the room for the largest magnitudes and
-        ``arguments``; of constants TYPE, OUTPUT, COMPUTE and ALIGNED beside ``constants``.
+        ``arguments``; of constants TYPE, OUTPUT, COMPUTE and ALIGNED beside ``constants``. Addresses and small tensors
+        among the arguments that lie on the host go to the device together.
 
         Returns:
             (L,) largest magnitudes of the outputs.
@@ -98,14 +99,16 @@ class Outputs:
             return torch.zeros(len(self._outs), dtype=wide, device=group.device)
         bits = torch.int64 if wide == torch.float64 else torch.int32
         largest = torch.empty(len(self._outs), tiles, dtype=bits, device=group.device)
+        tables = [group] if table is None else []
+        table, targets, *there = send(tables, group.device, table, addresses_of([self._targets]), *arguments)
         launch.start(
             kernel,
             (tiles, len(self._outs)),
             config,
             group.table if table is None else table,
-            address_table([self._targets], group.device),
+            targets,
             largest,
-            *arguments,
+            *there,
             TYPE=ELEMENT_TYPES[group.dtype],
             OUTPUT=ELEMENT_TYPES[self.dtype],
             COMPUTE=ELEMENT_TYPES[wide],

@@ -49,10 +49,10 @@ def sum_runs_kernel(partial, runs, out, RUN: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + where, total)
 
 
-def sum_runs(partial: Tensor, runs: list[tuple[int, int, int, int, int, int]], out: Tensor) -> None:
-    """Into ``out``, by a table as :func:`sum_runs_kernel` has it; float64."""
-    config, table = launch.sums(), torch.tensor(runs).to(partial.device, non_blocking=True)
-    launch.start(sum_runs_kernel, (runs[-1][0],), config, partial, table, out, RUN=RUN, BLOCK=config.block)
+def sum_runs(partial: Tensor, table: Tensor, sums: int, out: Tensor) -> None:
+    """So many sums into ``out``, by a table as :func:`sum_runs_kernel` has it; float64."""
+    config = launch.sums()
+    launch.start(sum_runs_kernel, (sums,), config, partial, table, out, RUN=RUN, BLOCK=config.block)
 
 
 def sum_rows(rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._interface import Grams
 from . import launch
-from .addresses import ELEMENT_TYPES, Group, known_multiple, tensor_at
+from .addresses import ELEMENT_TYPES, Group, known_multiple, send, tensor_at
 from .sums import sum_runs
 
 BLOCK_OF_EXPERTS = 4
@@ -158,6 +158,7 @@ def _summed(launches: list[tuple[slice, Group, launch.GramConfig, int]], count: 
         runs.append((sums, start, chunks, some.start * count**2, tasks + some.start, size * count**2))
         start += size * (count**2 + 1) * chunks
     partial = torch.empty(start, dtype=torch.float64, device=out.device)
+    (table,) = send([group for _, group, _, _ in launches], out.device, torch.tensor(runs))
     for (some, group, config, chunks), (_, first, *_, ahead) in zip(launches, runs, strict=True):
         size, blocks = some.stop - some.start, -(-count // BLOCK_OF_EXPERTS)
         of_tasks, of_bases = torch.split(
@@ -183,4 +184,4 @@ def _summed(launches: list[tuple[slice, Group, launch.GramConfig, int]], count: 
             STEPS=config.steps,
             BLOCK=config.block,
         )
-    sum_runs(partial, runs, out)
+    sum_runs(partial, table, sums, out)

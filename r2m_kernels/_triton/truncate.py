@@ -19,7 +19,7 @@ from torch import Tensor
 from .._interface import Effort, ResidualGroup, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import gram_start, launch
-from .addresses import on_device
+from .addresses import on_device, send
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
 from .residuals import SHAPE, Kept, Residuals, fits, product_config, sides_of_group, tiles_of
@@ -116,6 +116,7 @@ def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: 
         if effort.few_directions:
             found = _by_one_sketch(some, mixing, effort.products)
         else:
+            send([inputs[place] for place in places], some[0].bases[0].device)
             residuals = Residuals([inputs[place] for place in places], [group.rank for group in some])
             road = _from_grams if by_gram else _by_steps
             found = _in_lock_step(some, residuals, mixing, steps, road, effort.products and not effort.carefully)

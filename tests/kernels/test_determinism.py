@@ -12,6 +12,11 @@ from cases import ROWS, TRUNCATED, checkpoints, same_bits
 
 from r2m_kernels import MergeConfig, analyze, merge
 from r2m_kernels._stream import parallel
+from r2m_kernels._stream.plan import Plan, PlannedTensor
+from r2m_kernels._stream.tensors import TensorSpec
+from r2m_kernels.findings import Findings
+from r2m_kernels.gram import ordered_sum
+from r2m_kernels.real_subspace import real_subspace
 
 # Large enough that every tensor has several panels of blocks and one exceeds a thread's share.
 SHAPES = {"big": (5000, 900), "medium": (700, 300), "flat": (5,), "conv": (64, 32, 3, 3), "small": (80, 90)}
@@ -225,3 +230,44 @@ def test_one_piece_of_work_starts_no_thread():
         assert (threading.active_count(), parallel.workers()) == (before, 3)
         assert [*parallel.for_each(lambda item: item, iter([7, 8, 9]))] == [7, 8, 9]
         assert threading.active_count() > before
+
+
+def grams_of(count, experts):
+    """Gram matrices of many sizes."""
+    generator = torch.Generator().manual_seed(experts)
+    rows = torch.randn(count, experts, 50, generator=generator, dtype=torch.float64)
+    return rows @ rows.mT * torch.logspace(-3, 3, count, dtype=torch.float64)[torch.randperm(count)].view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("experts", [2, 3, 19])
+def test_grams_are_summed_one_after_the_other(experts):
+    grams, total = grams_of(400, experts), torch.zeros(experts, experts, dtype=torch.float64)
+    for gram in grams:
+        total += gram
+    assert torch.equal(ordered_sum([*grams], experts, experts), total)
+    assert torch.equal(ordered_sum([*grams.diagonal(dim1=1, dim2=2)], experts), total.diag())
+    assert torch.equal(ordered_sum([], experts), torch.zeros(experts, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("experts", [2, 3, 8, 33])
+def test_gram_matrices_of_residuals_in_any_order_of_tensors(experts):
+    """On them hang scales, and which factors are rounded."""
+    names = list(map(str, range(147)))
+    grams, config = dict(zip(names, grams_of(len(names), experts), strict=True)), MergeConfig()
+    real = real_subspace(sum(grams.values()), config)
+
+    def found(some):  # the larger ones come first
+        specs = [TensorSpec((size, 9), torch.float32) for size in range(len(some), 0, -1)]
+        tensors = tuple(PlannedTensor(name, spec, "matrix") for name, spec in zip(some, specs, strict=True))
+        return Findings(config, ["expert"] * experts, Plan(tensors, {}, {}, ()), grams, {}, real, {}, None)
+
+    forth, back = found(names), found(names[::-1])
+    assert [*forth.residual_grams] == names == [*back.residual_grams][::-1]
+    assert same_bits(dict(sorted(forth.residual_grams.items())), dict(sorted(back.residual_grams.items())))
+    for name, gram in forth.residual_grams.items():
+        assert torch.equal(forth.residual_energies[name], gram.diag())
+        expected = real.mixing.T @ grams[name] @ real.mixing
+        scale = real.mixing.abs().T @ grams[name].abs() @ real.mixing.abs()
+        # Sums of N products twice, each way of adding within N roundings of the exact one.
+        assert ((gram - expected).abs() <= 4 * experts * 2.0**-53 * scale).all()
+    assert found([]).residual_grams == found([]).residual_energies == {}
