@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._stream.blocks import padded
 from . import launch
 from .addresses import known_multiple, row_stride, tensor_at
 from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, sides_of, tiles_of
@@ -105,8 +106,8 @@ def shift_kernel(reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: 
 
 
 def worth_it(short: int, rank: int) -> bool:
-    """Whether K is no more work than what it saves."""
-    return rank >= LEAST_SHARE * short
+    """Whether K is no more work than what it saves, and numbers of a block of vectors have 32-bit places."""
+    return rank >= LEAST_SHARE * short and rank * padded(short) < 2**31
 
 
 class Grams(Kept):
