@@ -250,7 +250,8 @@ def pretended_gpu() -> Iterator[Counts]:
         mock.patch.object(_backends, "_tried", return_value=""),  # of which a real GPU counts one launch more
         mock.patch.object(schedule, "ThreadPoolExecutor", _Inline),
         mock.patch.object(ring, "ThreadPoolExecutor", _Inline),
-        mock.patch.object(truncate, "EXTRA_STEPS", ()),  # ranks of real models are 64 and more
+        mock.patch.object(truncate, "EXTRA_STEPS", ()),  # ranks of real models are 64 and more, and by default 256
+        mock.patch.object(truncate, "MANY", 1),
         _Functions(counts),
         _Operations(counts),
     ):

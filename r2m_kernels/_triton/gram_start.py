@@ -28,6 +28,7 @@ from .units import quick_pass, unit_rows
 # K is no more work than what it saves where the rank is more than this share of the short side (sketch and two steps
 # are 5 products of rank · long · short, K is one of short² · long, but the former wait for memory and the L2 cache).
 LEAST_SHARE = 1 / 12
+LEAST_RANK = 16  # below it, matrices are tiny, and steps with A cost nothing either
 # Shifts, of the mean energy of the complement: as from a sketch of A, and the last one that, for there is a step less.
 SHIFT, LAST_SHIFT = 0.8, 1.0
 # What a sketch is multiplied with, that has rows of K added up: sums of random signs are no 2⁵ times their rows.
@@ -107,7 +108,7 @@ def shift_kernel(reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: 
 
 def worth_it(short: int, rank: int) -> bool:
     """Whether K is no more work than what it saves, and numbers of a block of vectors have 32-bit places."""
-    return rank >= LEAST_SHARE * short and rank * padded(short) < 2**31
+    return rank >= max(LEAST_SHARE * short, LEAST_RANK) and rank * padded(short) < 2**31
 
 
 class Grams(Kept):

@@ -19,13 +19,13 @@ from r2m_kernels.config import OFFERED
 # Of waits, Triton launches, ATen kernels and copies that nobody waits for. Two waits fetch what the steps found and one
 # what was written; merged LoRA is truncated twice: what can be relied on and the second time's numbers are two more.
 BARS = {
-    "ViT-L default": (3, 71, 24, 31),
+    "ViT-L default": (3, 80, 24, 31),
     "ViT-L rows": (2, 29, 14, 21),
     "ViT-L average": (2, 17, 12, 10),
-    "ViT-L lora": (5, 101, 48, 59),
-    "ViT-B default": (3, 71, 24, 31),
+    "ViT-L lora": (5, 110, 49, 59),
+    "ViT-B default": (3, 80, 24, 31),
     "CNN rows": (2, 18, 13, 12),
-    "CNN default": (3, 39, 19, 19),
+    "CNN default": (3, 43, 19, 19),
 }
 KINDS = ("waits", "triton_launches", "aten_kernels", "async_copies")
 # Calls of the host on its own tensors and on views, a tensor of the model: those of a group or merge, shared out.
@@ -58,7 +58,7 @@ def test_the_default_on_the_matrices_of_half_a_block():
     job = replace(JOBS["ViT-L default"], shapes=shapes)
     # Two shapes of matrices and two of vectors, of the six and two: what makes vectors orthonormal is as much. Of each
     # shape of matrices right factors are rounded by a call.
-    held_to((3, 34, 15, 16), job)
+    held_to((3, 38, 16, 16), job)
 
 
 @pytest.mark.parametrize(("noise", "kernel"), [(0.2, "combine_matrix_kernel"), (0.45, "combine_rounded_kernel")])

@@ -173,9 +173,16 @@ def test_a_residual_has_the_bits_it_has_beside_one_of_a_rank_with_other_tiles():
 
 @pytest.mark.parametrize(
     ("short", "rank", "by_gram", "steps"),
-    [(1024, 410, True, 2), (1024, 410, False, 3), (512, 205, True, 3), (1024, 103, True, 2), (1024, 16, False, 6)],
+    [
+        (1024, 410, True, 2),
+        (1024, 410, False, 3),
+        (512, 205, True, 3),
+        (1024, 103, True, 2),
+        (1024, 16, False, 6),
+        (72, 8, False, 6),
+    ],
 )
 def test_more_steps_are_taken_where_more_is_kept_or_luck_evens_out_less(short, rank, by_gram, steps):
     assert truncate._steps(Effort(2, 0, None), rank, short, by_gram) == steps
-    assert gram_start.worth_it(short, rank) == (rank != 16)
-    assert not gram_start.worth_it(short << 9, rank << 9)  # places in a block of vectors have 32 bits
+    assert gram_start.worth_it(short, rank) == (rank > 16)
+    assert not gram_start.worth_it(60_000, 40_000)  # places in a block of vectors have 32 bits
