@@ -162,6 +162,9 @@ def situations() -> Iterator[Callable[[], object]]:
     group = ResidualGroup([base], [[base]] * 3, *numbers, 136)
     for carefully in (False, True):
         yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None, carefully=carefully))
+    base = torch.zeros(512, 512)
+    group = ResidualGroup([base], [[base]] * 3, *numbers, 64)  # and two steps, whose energies are no series everywhere
+    yield functools.partial(_triton.shifted_truncation, [group], mixing, Effort(2, 0, None))
     odd = Blocks([(1, 16, 63)], CPU)  # and rows of length 1 that are no whole vectors
     yield functools.partial(units.unit_rows, odd, odd.vectors(torch.float16), vector_scale=SCALE)
 

@@ -290,8 +290,12 @@ class TruncationStep(Step):
             del factors  # float64 where they are mapped, and their products take as much again
             return [self._in_store(tensors, mapped)]
         fine = [place for place in range(len(tensors)) if place not in steep]
-        again = textbook(inputs.some(steep), self._mixing, rank, self._config, operators)
-        made = [self._kept([tensors[place] for place in steep], inputs.some(steep), again, dtype)]
+        known, made = [[self._grams[tensors[place].name] for place in steep]], list[Made]()
+        for _, places, again in truncate_again(
+            [inputs.some(steep)], self._mixing, [rank], self._config, operators, known
+        ):
+            some = [steep[place] for place in places]
+            made.append(self._kept([tensors[place] for place in some], inputs.some(some), again, dtype))
         if fine:
             made.append(self._kept([tensors[place] for place in fine], inputs.some(fine), factors.some(fine), dtype))
         return made

@@ -152,7 +152,7 @@ class Grams(Kept):
 
     def shifts(self, reached: Tensor, damping: float) -> Tensor:
         """Of every block, ``damping`` of the mean energy of what a basis leaves out: (blocks,) float32."""
-        amounts, config = torch.empty(self.short.count, device=self.device), launch.sums()
+        amounts, config = torch.empty(self.short.count, dtype=torch.float32, device=self.device), launch.sums()
         grid = (self.short.count,)
         numbers = (reached, amounts, self.table, self.count)
         launch.start(shift_kernel, grid, config, *numbers, SHAPE=SHAPE, DAMPING=damping, BLOCK=config.block)
@@ -173,7 +173,7 @@ def subspaces(residuals: Residuals, keys: Tensor, steps: int) -> tuple[Tensor, T
     grams = Grams(residuals)
     grams.form()
     blocks, reached = grams.short, list[Tensor]()
-    pivots = torch.ones(blocks.count, device=residuals.device)
+    pivots = torch.ones(blocks.count, dtype=torch.float32, device=residuals.device)
     units = unit_rows(blocks, grams.sketch(keys, SKETCH_SCALE), vector_scale=SKETCH_SCALE)
     basis, _ = quick_pass(blocks, units, pivots)
     for left in reversed(range(steps)):

@@ -8,7 +8,7 @@ or singular value problem, which on a GPU would cost more than all the products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 from .._interface import Effort, ResidualGroup, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import gram_start, launch
-from .addresses import on_device, send
+from .addresses import on_device, send, vectors_fit
+from .lengths import row_lengths
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
 from .residuals import SHAPE, Kept, Residuals, fits, product_config, sides_of_group, tiles_of
 from .signs import signs_of
-from .sums import summed
+from .sums import sum_tiles, summed
 
 # Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
 SHIFT = 0.8
@@ -42,13 +43,15 @@ STEEP = 1e-3
 # The same of a residual whose last product is in full precision, and with it what it loses (256 × 320, ranks .1 and .4,
 # powers, exponentials and few directions before a tail: 1.7 per cent at most).
 STEEPEST = 3e-5
+# Below such a pivot one pass leaves the first basis so far from orthonormal that its energy is no start of a series.
+ROUGH = 2.0**-12
 # The sketch of a residual of few directions has more rows than those: the last ones are in the span of those before.
 # What they have beside it is, squared and in the mean over random signs, the energy that the span lacks.
 WITNESSES = 4
 LACKING = 1e-9  # of the residual's energy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def judge_kernel(
     energies,
     before,
@@ -66,13 +69,14 @@ def judge_kernel(
     PIVOTS: tl.constexpr,
     SLOWEST: tl.constexpr,
     KNOWN: tl.constexpr,
+    ROUGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """kept, trusted and gap of each residual, see :class:`r2m_kernels._interface.ShiftedFactors`.
 
     energies of all residuals; sums of tiles, as shares of the energies, of what the bases of the last two steps had of
     them (KNOWN: there were two; the tiles are those of the table ``steps``), and of the product that became a factor.
-    With PIVOTS, the least of every residual's, none of which is to be 0.
+    With PIVOTS, the least of every residual's, none of which is to be 0; below ROUGH the gap is not known.
     """
     residual = tl.program_id(0).to(tl.int64)
     first_tensor, tiles, start = tiles_of(shapes, residual, count, SHAPE)
@@ -94,6 +98,8 @@ def judge_kernel(
         ratio = growth / tl.where(former < 1e-300, 1e-300, former)
         ratio = tl.where(ratio > SLOWEST, SLOWEST, ratio)
         left_to_gain = growth * ratio / (1.0 - ratio)
+        if ROUGH:
+            left_to_gain = tl.where(tl.load(pivots + residual) >= ROUGH, left_to_gain, float("nan"))
     tl.store(gap + residual, left_to_gain)
 
 
@@ -102,16 +108,20 @@ def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: 
 
     Groups of as many steps and tiles go together: one launch serves them all.
     """
-    together: dict[tuple[launch.MatmulConfig, bool, int], list[int]] = {}
+    together: dict[Hashable, list[int]] = {}
+    roads: list[tuple[bool, int]] = []
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
     for place, (group, of) in enumerate(zip(groups, inputs, strict=True)):
         short = min(sides_of_group(of))
         worth_it = gram_start.worth_it(short, group.rank) and of.compute_dtype == torch.float32
         by_gram = fits(of) and worth_it and not effort.carefully
         steps = 0 if effort.few_directions else _steps(effort, group.rank, short, by_gram)
-        together.setdefault((product_config(of, group.rank, fits(of)), by_gram, steps), []).append(place)
+        roads.append((by_gram, steps))
+        tiles = None if effort.few_directions else (product_config(of, group.rank, fits(of)), *roads[-1])
+        together.setdefault((vectors_fit(short), tiles), []).append(place)
     made: dict[int, ShiftedFactors] = {}
-    for (_, by_gram, steps), places in together.items():
+    for places in together.values():
+        by_gram, steps = roads[places[0]]
         some = [groups[place] for place in places]
         if effort.few_directions:
             found = _by_one_sketch(some, mixing, effort.products)
@@ -211,7 +221,8 @@ def _again(group: ResidualGroup, made: ShiftedFactors, mixing: Tensor, products:
     basis = made.right.mT if tall else made.left
     product = residual_matmul(group.bases, group.experts, mixing, basis, not tall, "tf32x3")
     left, right = (product, made.right) if tall else (made.left, product.mT)
-    reached = product.double().square().sum((2, 3))
+    # Lengths of its rows, whose sums are the same bits whoever else is in the group.
+    reached = sum_tiles(row_lengths(product, product.mT, True, orthonormal=True).square())
     trusted = energies - reached >= STEEPEST * energies
     together = inner_products(left.mT, right) if products else None
     return ShiftedFactors(left, right, False, together, trusted, made.gap, reached)
@@ -275,6 +286,7 @@ def _judged(residuals: Residuals, energies: Tensor, squares: Tensor, found: Subs
         PIVOTS=found.pivots is not None,
         SLOWEST=SLOWEST,
         KNOWN=known,
+        ROUGH=ROUGH if found.pivots is not None and len(found.reached) == 2 else 0.0,
         BLOCK=config.block,
     )
     return trusted.view(torch.bool), gap, reached

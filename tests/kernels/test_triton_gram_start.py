@@ -186,3 +186,37 @@ def test_more_steps_are_taken_where_more_is_kept_or_luck_evens_out_less(short, r
     assert truncate._steps(Effort(2, 0, None), rank, short, by_gram) == steps
     assert gram_start.worth_it(short, rank) == (rank > 16)
     assert not gram_start.worth_it(60_000, 40_000)  # places in a block of vectors have 32 bits
+
+
+def test_what_is_left_to_gain_is_not_told_from_bases_that_are_far_from_orthonormal(monkeypatch):
+    monkeypatch.setattr(truncate, "EXTRA_STEPS", ())
+    told = {}
+    for kind in ("linear", "16 spikes"):
+        matrix = matrix_with(spectrum(kind, 160), 168, 160)
+        (two, three) = (
+            _triton.shifted_truncation(
+                [group_of(matrix, 24)], torch.eye(1, dtype=torch.float64), Effort(steps, 0, None)
+            )[0]
+            for steps in (2, 3)
+        )
+        assert bool(two.trusted)
+        told[kind] = [not bool(one.gap.isnan()) for one in (two, three)]
+    assert told == {"linear": [True, True], "16 spikes": [False, True]}
+
+
+@pytest.mark.parametrize("shape", [(96, 88), (88, 96)])
+def test_energies_of_a_steep_residual_are_its_own_whoever_else_is_in_the_group(shape):
+    matrices = [matrix_with(spectrum("k^-1", min(shape)), *shape, seed=seed).float() for seed in range(3)]
+    one, effort = torch.eye(1, dtype=torch.float64), Effort(2, 0, None, carefully=True)
+
+    def group(some):
+        energies = torch.stack([matrices[place].double().square().sum() for place in some]).view(-1, 1)
+        chosen = [matrices[place] for place in some]
+        return ResidualGroup([torch.zeros(shape)] * len(some), [chosen], torch.tensor(some), energies, 30)
+
+    (together,) = _triton.shifted_truncation([group([0, 1, 2])], one, effort)
+    explicit = (together.left.double() @ together.right.double()).square().sum((2, 3))
+    assert torch.allclose(together.energies, explicit, rtol=1e-5)
+    (alone,) = _triton.shifted_truncation([group([1])], one, effort)
+    for name in ("left", "right", "energies"):
+        assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
