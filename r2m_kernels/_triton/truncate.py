@@ -98,7 +98,7 @@ def judge_kernel(
         ratio = growth / tl.where(former < 1e-300, 1e-300, former)
         ratio = tl.where(ratio > SLOWEST, SLOWEST, ratio)
         left_to_gain = growth * ratio / (1.0 - ratio)
-        if ROUGH:
+        if ROUGH > 0.0:
             left_to_gain = tl.where(tl.load(pivots + residual) >= ROUGH, left_to_gain, float("nan"))
     tl.store(gap + residual, left_to_gain)
 
