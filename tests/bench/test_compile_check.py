@@ -132,7 +132,7 @@ chosen = [
     if found.kernel.__name__ == "residual_product_kernel" and found.config.precision == "fp16" and found.config.aligned
     and {name: getattr(found.config, name) for name in table["residual_product"][target]["fp16"]} == \
         table["residual_product"][target]["fp16"]
-    and not found.constants["ACROSS"] and found.constants["VECTOR_SCALE"] == 1.0
+    and not any(found.constants[name] for name in ("ACROSS", "PAIRED", "LENGTHS"))
 ]
 print(json.dumps([compile_check.failures(row) for row in compile_check.inspected(target, chosen)]))
 """
