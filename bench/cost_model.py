@@ -61,7 +61,7 @@ from r2m_kernels import MergeConfig
 from r2m_kernels._interface import Effort
 from r2m_kernels._stream.budget import DEVICE_GROUP_BYTES
 from r2m_kernels._stream.plan import truncation_rank
-from r2m_kernels._triton import gram_start, residuals, truncate
+from r2m_kernels._triton import residuals, truncate
 from r2m_kernels._triton.residual_matmul import matrix_group
 
 NOTE = "predicted, not measured"
@@ -87,10 +87,10 @@ class Road(NamedTuple):
 def road_of(m: int, n: int, k: int, job: Job, power_iterations: int) -> Road:
     """As the backend itself goes, of residuals that are neither steep nor of few directions."""
     tensor = torch.empty(m, n, dtype=job.dtype, device="meta")
-    group, short = matrix_group([tensor], [[tensor]]), min(m, n)
+    group = matrix_group([tensor], [[tensor]])
     vectors = job.aligned and residuals.fits(group)
-    by_gram = vectors and gram_start.worth_it(short, k) and group.compute_dtype == torch.float32
-    return Road(vectors, by_gram, truncate._steps(Effort(power_iterations, 0, None), k, short, by_gram))
+    road = truncate.road_of(group, k, Effort(power_iterations, 0, None, carefully=not vectors))
+    return Road(vectors, road.by_gram, road.steps)
 
 
 def truncation_costs(m: int, n: int, tensors: int, k: int, job: Job, road: Road) -> list[StepCost]:

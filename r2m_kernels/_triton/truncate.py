@@ -8,7 +8,7 @@ or singular value problem, which on a GPU would cost more than all the products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .._interface import Effort, ResidualGroup, ShiftedFactors
 from .._stream.factors import SLOWEST
 from . import gram_start, launch
-from .addresses import on_device, send, vectors_fit
+from .addresses import Group, on_device, send, vectors_fit
 from .lengths import row_lengths
 from .orthonormalize import Blocks, inner_products
 from .residual_matmul import matrix_group, residual_matmul
@@ -108,32 +108,46 @@ def shifted_truncation(groups: Sequence[ResidualGroup], mixing: Tensor, effort: 
 
     Groups of as many steps and tiles go together: one launch serves them all.
     """
-    together: dict[Hashable, list[int]] = {}
-    roads: list[tuple[bool, int]] = []
     inputs = [matrix_group(group.bases, group.experts) for group in groups]
+    together: dict[tuple[Road | None, bool], list[int]] = {}
     for place, (group, of) in enumerate(zip(groups, inputs, strict=True)):
-        short = min(sides_of_group(of))
-        worth_it = gram_start.worth_it(short, group.rank) and of.compute_dtype == torch.float32
-        by_gram = fits(of) and worth_it and not effort.carefully
-        steps = 0 if effort.few_directions else _steps(effort, group.rank, short, by_gram)
-        roads.append((by_gram, steps))
-        tiles = None if effort.few_directions else (product_config(of, group.rank, fits(of)), *roads[-1])
-        together.setdefault((vectors_fit(short), tiles), []).append(place)
+        road = None if effort.few_directions else road_of(of, group.rank, effort)
+        together.setdefault((road, vectors_fit(min(sides_of_group(of)))), []).append(place)
     made: dict[int, ShiftedFactors] = {}
-    for places in together.values():
-        by_gram, steps = roads[places[0]]
+    for (road, _), places in together.items():
         some = [groups[place] for place in places]
-        if effort.few_directions:
+        if road is None:
             found = _by_one_sketch(some, mixing, effort.products)
         else:
             send([inputs[place] for place in places], some[0].bases[0].device)
             residuals = Residuals([inputs[place] for place in places], [group.rank for group in some])
-            road = _from_grams if by_gram else _by_steps
-            found = _in_lock_step(some, residuals, mixing, steps, road, effort.products and not effort.carefully)
+            found = _in_lock_step(some, residuals, mixing, road, effort.products and not effort.carefully)
         if effort.carefully:
             found = [_again(*one, mixing, effort.products) for one in zip(some, found, strict=True)]
         made.update(zip(places, found, strict=True))
     return [made[place] for place in range(len(groups))]
+
+
+class Road(NamedTuple):
+    """How residuals of a group are truncated, but for those of few directions.
+
+    Attributes:
+        config: of products with what is kept.
+        by_gram: from their Gram matrices.
+        steps: of subspace iteration.
+    """
+
+    config: launch.MatmulConfig
+    by_gram: bool
+    steps: int
+
+
+def road_of(inputs: Group, rank: int, effort: Effort) -> Road:
+    """That of inputs of one shape, at a rank."""
+    aligned, short = fits(inputs), min(sides_of_group(inputs))
+    by_gram = aligned and inputs.compute_dtype == torch.float32 and gram_start.worth_it(short, rank)
+    by_gram = by_gram and not effort.carefully
+    return Road(product_config(inputs, rank, aligned), by_gram, _steps(effort, rank, short, by_gram))
 
 
 def _steps(effort: Effort, rank: int, short: int, by_gram: bool) -> int:
@@ -184,8 +198,7 @@ def _in_lock_step(
     groups: Sequence[ResidualGroup],
     residuals: Residuals,
     mixing: Tensor,
-    steps: int,
-    road: Callable[[Residuals, Tensor, int], Subspaces],
+    road: Road,
     products: bool,
 ) -> list[ShiftedFactors]:
     energies = torch.cat([group.energies for group in groups])
@@ -197,7 +210,7 @@ def _in_lock_step(
     energies, unit, lengths, keys = on_device(numbers, residuals.device)
 
     residuals.form(unit)
-    found = road(residuals, keys, steps)
+    found = (_from_grams if road.by_gram else _by_steps)(residuals, keys, road.steps)
     product, squares = residuals.along(found.operands, lengths)
     residuals.forget()
     judged = _judged(residuals, energies, squares, found)

@@ -249,11 +249,14 @@ def test_residuals_are_given_back_before_others_are_formed(monkeypatch):
 
     monkeypatch.setattr(Residuals, "form", watched)
     groups = []
-    for shape, _, size in (*ALIGNED, *ODD):  # these and those go together
+    for shape, _, size in (*ALIGNED, *ODD):  # the former together, the latter not: vectors of one are whole, short ones
         bases, experts, tau = inputs(shape, torch.float32, 3, tensors=size)
         energies = torch.einsum("ji,lje->lie", mixing_of(3), tau).square().sum(2)
         groups.append(ResidualGroup(bases, experts, torch.arange(size), energies, 1))
     _triton.shifted_truncation(groups, mixing_of(3), Effort(0, 0, None))
-    sizes = [sum(3 * size * max(shape) * padded(min(shape)) for shape, _, size in some) for some in (ALIGNED, ODD)]
+    sizes = [
+        sum(3 * size * max(shape) * padded(min(shape)) for shape, _, size in some)
+        for some in (ALIGNED, ODD[:1], ODD[1:])
+    ]
     assert most == sizes
     assert sum(one.numbers.numel() for one in kept) == 0
