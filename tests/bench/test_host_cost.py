@@ -22,7 +22,7 @@ BARS = {
     "ViT-L default": (3, 80, 24, 31),
     "ViT-L rows": (2, 29, 14, 21),
     "ViT-L average": (2, 17, 12, 10),
-    "ViT-L lora": (5, 110, 49, 59),
+    "ViT-L lora": (5, 104, 42, 57),
     "ViT-B default": (3, 80, 24, 31),
     "CNN rows": (2, 18, 13, 12),
     "CNN default": (3, 43, 19, 19),
