@@ -338,8 +338,7 @@ def combine(
         of_tiles = torch.empty(len(bases), tiles, dtype=torch.float64, device=group.device)
         if squares is not None:
             squares.append(of_tiles)
-        # The interpreter would sum products of bfloat16 operands in bfloat16: there they are widened.
-        operand = tl.float32 if launch.INTERPRETED else tl.bfloat16
+        operand = launch.multiplied(tl.bfloat16, tl.float32)
         return outputs.write(
             combine_rounded_kernel if rounded else combine_matrix_kernel,
             tiles,

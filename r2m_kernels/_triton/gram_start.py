@@ -21,7 +21,7 @@ from torch import Tensor
 from .._stream.blocks import padded
 from . import launch
 from .addresses import known_multiple, row_stride, tensor_at
-from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, sides_of, tiles_of
+from .residuals import SHAPE, Kept, Matrices, Residuals, shape_of, shape_with, sides_of, tiles_of
 from .sums import summed
 from .units import quick_pass, unit_rows
 
@@ -29,7 +29,8 @@ from .units import quick_pass, unit_rows
 # are 5 products of rank · long · short, K is one of short² · long, but the former wait for memory and the L2 cache).
 LEAST_SHARE = 1 / 12
 LEAST_RANK = 16  # below it, matrices are tiny, and steps with A cost nothing either
-# Shifts, of the mean energy of the complement: as from a sketch of A, and the last one that, for there is a step less.
+# Shifts, of the mean energy of the complement: directions there are damped as long as a shift is below their largest
+# energy. The last one is all of that, for there is a step less than from a sketch of A.
 SHIFT, LAST_SHIFT = 0.8, 1.0
 # What a sketch is multiplied with, that has rows of K added up: sums of random signs are no 2⁵ times their rows.
 SKETCH_SCALE = 2.0**9
@@ -97,9 +98,8 @@ def tiles_below(short, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def shift_kernel(reached, amounts, shapes, count, SHAPE: tl.constexpr, DAMPING: tl.constexpr, BLOCK: tl.constexpr):
     """amounts[b] = DAMPING · (1 − Σ reached[b]) / (short side − k), 0 where that is negative; reached as tiles."""
     block = tl.program_id(0).to(tl.int64)
+    shapes = shape_with(shapes, block, count, SHAPE)
     first_tensor, tiles, start = tiles_of(shapes, block, count, SHAPE)
-    while block // count >= tl.load(shapes + 13):
-        shapes += SHAPE
     short, _, k, _ = sides_of(shapes, False)
     left_out = 1.0 - summed(reached + start + (block - first_tensor * count) * tiles, tiles, BLOCK)
     amount = left_out * DAMPING / (short - k).to(tl.float64)

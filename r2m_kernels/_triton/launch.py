@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..errors import BackendUnavailable
@@ -153,6 +154,14 @@ def why_not(device: torch.device) -> str:
 def slow_in_float64(device: torch.device) -> bool:
     """Whether a GPU does one float64 operation for 32 and more of float32, as chips for other markets do."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
+
+
+def multiplied(operand: tl.dtype, compute: tl.dtype) -> tl.dtype:
+    """What operands are where they meet.
+
+    The interpreter would sum products of 16-bit operands in 16 bits: there they are rounded and widened.
+    """
+    return compute if INTERPRETED else operand
 
 
 def target_of(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._stream.blocks import padded
 from . import launch
-from .addresses import ELEMENT_TYPES, SCALE, known_multiple, padded_rows, vectors_fit
+from .addresses import ELEMENT_TYPES, SCALE, known_multiple, padded_rows, row_stride, vectors_fit
 from .sums import sum_tiles
 
 # Added to the Gram matrix of k vectors of length 1, so that it stays positive definite whatever their rank: at least
@@ -58,7 +58,7 @@ def vectors_gram_kernel(
     """gram[b] = vectors[b] vectors[b]ᵀ, float64, (k, length) → (k, k): a tile of the lower triangle a program."""
     block, k, length, of_vectors, of_squares, _, _ = sort_of(sorts, (tl.program_id(0) // pairs).to(tl.int64), SORT)
     row, column = lower_tile(tl.program_id(0) % pairs)
-    stride = known_multiple(length + 15, 16)  # as empty_rows lays them
+    stride = row_stride(length)
     vectors, gram = vectors + known_multiple(of_vectors, 16), gram + of_squares
     if ALIGNED:
         length = known_multiple(length, 4)
@@ -247,7 +247,7 @@ def triangular_product_kernel(
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     row_tile = rest % row_tiles
     block, k, length, of_vectors, of_squares, _, _ = sort_of(sorts, (rest // row_tiles).to(tl.int64), SORT)
-    stride, of_vectors = known_multiple(length + 15, 16), known_multiple(of_vectors, 16)
+    stride, of_vectors = row_stride(length), known_multiple(of_vectors, 16)
     vectors, out, triangle = vectors + of_vectors, out + of_vectors, triangle + of_squares
     if ALIGNED:
         length = known_multiple(length, 4)

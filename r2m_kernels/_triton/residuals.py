@@ -52,10 +52,17 @@ def shape_of(shapes, COUNTS: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def tiles_of(shapes, residual, count, SHAPE: tl.constexpr):
-    """Of one of all residuals: its shape's first tensor, its tiles on the long side, and where the shape's start."""
+def shape_with(shapes, residual, count, SHAPE: tl.constexpr):
+    """The row of the shape of one of all residuals."""
     while residual // count >= tl.load(shapes + 13):
         shapes += SHAPE
+    return shapes
+
+
+@triton.jit
+def tiles_of(shapes, residual, count, SHAPE: tl.constexpr):
+    """Of one of all residuals: its shape's first tensor, its tiles on the long side, and where the shape's start."""
+    shapes = shape_with(shapes, residual, count, SHAPE)
     return tl.load(shapes + 6), tl.load(shapes + 11).to(tl.int32), tl.load(shapes + 12)
 
 
@@ -437,11 +444,8 @@ class Kept:
 
     @property
     def multiplied(self) -> tl.dtype:
-        """What operands are where they meet.
-
-        The interpreter would sum products of float16 operands in float16: there they are rounded and widened.
-        """
-        return ELEMENT_TYPES[self.dtype if launch.INTERPRETED else self.operand]
+        """What operands are where they meet."""
+        return launch.multiplied(ELEMENT_TYPES[self.operand], ELEMENT_TYPES[self.dtype])
 
 
 class Residuals(Kept):

@@ -27,8 +27,6 @@ from .residuals import SHAPE, Kept, Residuals, fits, product_config, sides_of_gr
 from .signs import signs_of
 from .sums import sum_tiles, summed
 
-# Of the mean energy of the complement. Directions there are damped as long as the shift is below their largest energy.
-SHIFT = 0.8
 # Below it a residual counts as zero: what scales it to norm 1, and then to operands, would not fit float32.
 SMALLEST_ENERGY = 1e-66
 # Without oversampling the luck of the draw evens out over many columns only: at small ranks more steps, on matrices
@@ -184,7 +182,7 @@ def _by_steps(residuals: Residuals, keys: Tensor, steps: int) -> Subspaces:
     for step in range(steps):
         product, squares = residuals.along(basis)
         reached.append(squares)
-        basis = orthonormal(residuals.across(product, basis, squares, SHIFT), step + 1 == steps)
+        basis = orthonormal(residuals.across(product, basis, squares, gram_start.SHIFT), step + 1 == steps)
     return Subspaces(basis, basis, reached, residuals)
 
 

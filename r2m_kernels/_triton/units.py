@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .addresses import SCALE, known_multiple
+from .addresses import SCALE, known_multiple, row_stride
 from .orthonormalize import SORT, Blocks, eliminated, lower_tile, sort_of
 
 # Squares of rows that are not above it lose digits to underflow: such rows count as zero.
@@ -65,7 +65,7 @@ def unit_rows_kernel(
     """
     row, index = tl.program_id(0) % most, (tl.program_id(0) // most).to(tl.int64)
     block, k, length, of_vectors, _, _, _ = sort_of(sorts, index, SORT)
-    stride = known_multiple(length + 15, 16)
+    stride = row_stride(length)
     first = known_multiple(of_vectors, 16) + (block * k + row) * stride
     if ALIGNED:
         length = known_multiple(length, 8)
@@ -104,7 +104,7 @@ def units_gram_kernel(
     """gram[b] = units[b] units[b]ᵀ / DIVISOR, the tiles of the lower triangle, one a program; zeros between rows."""
     block, k, length, of_units, _, _, of_gram = sort_of(sorts, (tl.program_id(0) // pairs).to(tl.int64), SORT)
     row, column = lower_tile(tl.program_id(0) % pairs)
-    stride, width = known_multiple(length + 15, 16), known_multiple(k + 15, 16)
+    stride, width = row_stride(length), row_stride(k)
     rows, columns = row * SIDE + tl.arange(0, SIDE), column * SIDE + tl.arange(0, SIDE)
     units += known_multiple(of_units, 16) + block * k * stride
     gram += known_multiple(of_gram, 16) + block * k * width
@@ -145,7 +145,7 @@ def units_factor_kernel(
     """
     index = tl.program_id(0).to(tl.int64)
     matrix, k, _, _, _, _, of_gram = sort_of(sorts, index, SORT)
-    width = known_multiple(k + 15, 16)
+    width = row_stride(k)
     first = known_multiple(of_gram, 16) + matrix * k * width
     gram, out, places = gram + first, out + first, tl.arange(0, SIDE)
     same = places[:, None] == places[None, :]
@@ -220,7 +220,7 @@ def units_product_kernel(
     column_tile, rest = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     row_tile, index = rest % row_tiles, (rest // row_tiles).to(tl.int64)
     block, k, length, of_units, _, _, of_triangle = sort_of(sorts, index, SORT)
-    stride, width = known_multiple(length + 15, 16), known_multiple(k + 15, 16)
+    stride, width = row_stride(length), row_stride(k)
     first = known_multiple(of_units, 16) + block * k * stride
     units, out = units + first, out + first
     triangle += known_multiple(of_triangle, 16) + block * k * width
@@ -285,9 +285,7 @@ def quick_pass(blocks: Blocks, units: Tensor, pivots: Tensor, last: bool = False
             do not have, squared; 0 below :data:`LEAST_PIVOT` and where there are NaN, and such blocks stay what they
             are. Blocks of zeros stay so and leave theirs.
     """
-    target, dot = launch.target_of(blocks.device), tl.float16
-    if launch.INTERPRETED:
-        dot = tl.float32  # the interpreter would sum products of float16 operands in float16
+    target, dot = launch.target_of(blocks.device), launch.multiplied(tl.float16, tl.float32)
     config = launch.units_gram(target)
     gram = torch.empty(blocks.padded_squares, dtype=torch.float32, device=blocks.device)
     across = blocks.tiles(1, config.rows)
